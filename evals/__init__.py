@@ -1,0 +1,1 @@
+"""Alignment and task evaluation: prompts, the offline world, tasks and judges."""

@@ -1,0 +1,1 @@
+"""Robustness and monosemanticity of visual features."""
