@@ -1,0 +1,149 @@
+"""Which latents fire and how often: sparsity and dead units of sigma(A x)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from .layer import MonoLoraLayer
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+
+class ActivationSparsity(NamedTuple):
+    """How sparse the latents sigma(A x) of a model's active MonoLoRA adapters are."""
+
+    overall: float  # share of exact zeros over all modules, tokens and units, in [0, 1] ("sparsity" in Table 2)
+    per_module: dict[str, float]  # the same by module name, with the adapter's name where several are active
+    dead: float  # share of units that were zero on every token, in [0, 1]
+
+
+def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> ActivationSparsity:
+    """Measure the zero ratio of sigma(A x) over the tokens of `batches` ("zero ratio", section 3.3 of the paper).
+
+    The model runs in eval mode without gradients; its mode, weights and hooks are as before afterwards.
+
+    Args:
+        model: a model with MonoLoRA adapters; the active ones are measured.
+        batches: keyword arguments of the model's forward pass, each a mapping of tensors that are moved to the
+            model's device. Where it has `attention_mask` of shape (batch, tokens), positions with 0 do not count.
+
+    Raises:
+        ValueError: no adapter is active, `batches` holds no token, or a mask does not fit a module's input.
+    """
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    with _count_zeros(model) as counts:
+        if not counts:
+            raise ValueError(
+                "the model has no active MonoLoRA adapter to measure; enable it, or load one with "
+                "PeftModel.from_pretrained (LoRA has no activation, its sparsity is 0)."
+            )
+        model.eval()
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                    for count in counts.values():
+                        count.mask = inputs.get("attention_mask")
+                    model(**inputs)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+    if not any(count.tokens for count in counts.values()):
+        raise ValueError("`batches` holds no token that counts: it is empty, or every attention mask is zero.")
+    reached = {name: count for name, count in counts.items() if count.tokens}
+    fired = torch.cat([count.fired for count in reached.values()])
+    return ActivationSparsity(
+        overall=1 - int(fired.sum()) / sum(count.tokens * count.fired.numel() for count in reached.values()),
+        per_module={name: 1 - int(c.fired.sum()) / (c.tokens * c.fired.numel()) for name, c in reached.items()},
+        dead=int((fired == 0).sum()) / fired.numel(),
+    )
+
+
+class _ZeroCount:
+    """Forward hook of one activation module: counts, per unit, the tokens on which it is not exactly zero."""
+
+    def __init__(self, name: str, r: int) -> None:
+        self.name = name
+        self.mask: torch.Tensor | None = None
+        self.tokens = 0
+        self.fired = torch.zeros(r, dtype=torch.int64)
+
+    def __call__(self, module: nn.Module, args: Any, latents: torch.Tensor) -> None:
+        rows = latents.reshape(-1, latents.shape[-1])
+        if self.mask is not None and self.mask.ndim == 2:
+            if self.mask.numel() != len(rows):
+                raise ValueError(
+                    f"the attention mask has {self.mask.numel()} positions, but the input of {self.name} has "
+                    f"{len(rows)}: padding cannot be told apart there. Measure without padding: one row per batch, "
+                    "and no attention_mask."
+                )
+            rows = rows[self.mask.reshape(-1).to(rows.device).bool()]
+        self.tokens += len(rows)
+        self.fired += (rows != 0).sum(0).cpu()
+
+
+@contextmanager
+def _count_zeros(model: nn.Module) -> Iterator[dict[str, _ZeroCount]]:
+    counts: dict[str, _ZeroCount] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if not isinstance(module, MonoLoraLayer) or module.disable_adapters:
+            continue
+        active = [adapter for adapter in module.active_adapters if adapter in module.monolora_activation]
+        for adapter in active:
+            key = name if len(active) == 1 else f"{name} ({adapter})"
+            counts[key] = _ZeroCount(key, module.r[adapter])
+            handles.append(module.monolora_activation[adapter].register_forward_hook(counts[key]))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class SparsityCallback(TrainerCallback):
+    """Adds `monolora_sparsity` and `monolora_dead` (see `ActivationSparsity`) to the lines that a Trainer logs.
+
+    They stand beside the loss in `state.log_history` and in every logger of `report_to`:
+
+        trainer.add_callback(SparsityCallback(trainer, batches))
+
+    Args:
+        trainer: the Trainer (or TRL trainer) that the callback is added to.
+        batches: what to measure on, see `activation_sparsity`; kept, and run through the model at every line.
+    """
+
+    def __init__(self, trainer: Trainer, batches: Iterable[Mapping[str, Any]]) -> None:
+        self.trainer = trainer
+        self.batches = list(batches)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Callbacks are called in order: ahead of the loggers, what we add to the line reaches them.
+        callbacks = self.trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return  # a line of an evaluation, or the closing summary
+        sparsity = activation_sparsity(self.trainer.model, self.batches)
+        measured = {"monolora_sparsity": sparsity.overall, "monolora_dead": sparsity.dead}
+        logs.update(measured)
+        state.log_history[-1].update(measured)

@@ -1,0 +1,199 @@
+"""`MonoLoraConfig`: the options of a MonoLoRA adapter and their validation."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from peft.config import PeftConfig
+
+from .layer import ACTIVATIONS
+from .register import peft_type
+
+FORMAT_VERSION = 1  # of a saved adapter; raise it when an older mono_peft could not read what this one writes
+
+_ALIASES = {
+    "lora_alpha": "monolora_alpha",
+    "lora_dropout": "monolora_dropout",
+    "init_lora_weights": "init_weights",
+}
+_IRRELEVANT = (
+    "fan_in_fan_out",
+    "megatron_core",
+    "qalora_group_size",
+)  # LoRA options that cannot change an output here
+_FROM_WEIGHT = "it derives A and B from W or its gradients for a linear update B A x, which sigma breaks"
+_LORA_ONLY = {
+    "use_dora": "DoRA renormalises the matrix W + s B A, and MonoLoRA's update is not a matrix",
+    "loftq_config": _FROM_WEIGHT,
+    "eva_config": _FROM_WEIGHT,
+    "corda_config": _FROM_WEIGHT,
+    "lora_ga_config": _FROM_WEIGHT,
+    "kasa_config": _FROM_WEIGHT,
+    "use_qalora": "QA-LoRA pools x so that the update can be merged into quantised weights; MonoLoRA cannot merge",
+    "use_bdlora": "block-diagonal LoRA shards a linear update",
+    "velora_config": "VeLoRA compresses the input for a linear backward pass",
+    "monteclora_config": "MonteCLoRA samples around a linear update",
+    "arrow_config": "Arrow routes by the singular vectors of B A, which describe a linear update only",
+    "alora_invocation_tokens": "activated LoRA is not implemented for MonoLoRA",
+    "lora_bias": "it serves to merge a bias into the base, and MonoLoRA cannot merge",
+    "layer_replication": "replicated layers are not implemented for MonoLoRA",
+    "megatron_config": "Megatron's parallel layers split x or the output, and sigma needs the whole of A x",
+    "target_parameters": "MonoLoRA needs the layer's input, and a bare nn.Parameter has none; use `target_modules`",
+    "ensure_weight_tying": "MonoLoRA does not adapt tied embeddings",
+    "runtime_config": "ephemeral GPU offload serves DoRA and merging",
+}
+
+ConfigClass = TypeVar("ConfigClass", bound=type)
+
+
+def _accepts_lora_signature(cls: ConfigClass) -> ConfigClass:
+    """Let an existing `LoraConfig(...)` call work: translate its spellings, refuse what sigma makes impossible."""
+    init = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        for alias, name in _ALIASES.items():
+            if alias in kwargs:
+                if name in kwargs:
+                    raise ValueError(f"`{alias}` and `{name}` are two names of one option; pass one of them.")
+                kwargs[name] = kwargs.pop(alias)
+        for option in _IRRELEVANT:
+            kwargs.pop(option, None)
+        for option, reason in _LORA_ONLY.items():
+            value = kwargs.pop(option, None)
+            if value and any(getattr(value, "__dict__", {"value": value}).values()):
+                raise ValueError(
+                    f"MonoLoraConfig does not support `{option}={value!r}`: {reason}. Remove it, or use LoraConfig."
+                )
+        init(self, *args, **kwargs)
+
+    cls.__init__ = __init__  # type: ignore[misc]
+    return cls
+
+
+@_accepts_lora_signature
+@dataclass
+class MonoLoraConfig(PeftConfig):
+    """Options of a MonoLoRA adapter, h = W x + s B sigma(A dropout(x)) (eq. 5 of the paper).
+
+    A drop-in for `peft.LoraConfig`: the constructor also takes LoRA's spellings `lora_alpha`, `lora_dropout` and
+    `init_lora_weights`, and LoRA options that cannot work with a non-linear update only at their "off" value.
+
+    Args:
+        r: rank, the number of latents per adapted layer; positive.
+        target_modules: names (or suffixes) of the modules to adapt, a regular expression, or "all-linear"; None
+            takes PEFT's LoRA default of the model type (q_proj and v_proj on Llama).
+        exclude_modules: names, suffixes or a regular expression of modules to leave out.
+        monolora_alpha: numerator of the scale s = monolora_alpha / r; positive.
+        monolora_dropout: probability in [0, 1) of zeroing an element of x before A, in training.
+        activation: sigma: "relu", "relu2", "relu6", "sigmoid", "softplus", or "identity" (linear, equals LoRA).
+        bias: "none", "all", or "monolora_only" (LoRA's "lora_only" is understood): which biases train and are saved.
+        use_rslora: s = monolora_alpha / sqrt(r), arXiv:2312.03732.
+        modules_to_save: further modules that train in full and are saved, such as a classification head.
+        init_weights: True: A Kaiming uniform, B zero, so that training starts at the base model; "gaussian": A normal
+            with standard deviation 1 / r, B zero; False: both Kaiming uniform, for tests.
+        layers_to_transform: indices of the layers to adapt; only with a list of `target_modules`.
+        layers_pattern: name of the module list that `layers_to_transform` counts in.
+        rank_pattern: regular expression of module names -> r, where it differs.
+        alpha_pattern: regular expression of module names -> monolora_alpha, where it differs.
+        trainable_token_indices: token ids whose embeddings train, as in `LoraConfig`.
+        format_version: of the saved adapter; set by the package.
+
+    Raises:
+        ValueError: an option is out of range, given under two names, or cannot work with a non-linear update.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank: latents per adapted layer, positive."})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to adapt: names, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out: names or a regular expression."}
+    )
+    monolora_alpha: float = field(default=8, metadata={"help": "Scale s = monolora_alpha / r, positive."})
+    monolora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of A, in [0, 1)."})
+    activation: str = field(default="relu", metadata={"help": f"sigma, one of {', '.join(ACTIVATIONS)}."})
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'monolora_only'."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale s = monolora_alpha / sqrt(r)."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules that train in full and are saved."}
+    )
+    init_weights: bool | str = field(
+        default=True, metadata={"help": "True (A Kaiming uniform, B zero), 'gaussian', or False (both random)."}
+    )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
+    )
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module pattern -> r."})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Module pattern -> alpha."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token ids whose embeddings train."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of the saved adapter."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This adapter was saved in format {self.format_version}; this mono_peft reads up to {FORMAT_VERSION}. "
+                "Upgrade mono-peft."
+            )
+        self._check_ranges()
+        self._check_layer_selection()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))  # PEFT compares and saves them as sets
+
+    def _check_ranges(self) -> None:
+        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+                raise ValueError(f"`{name}` must be a positive integer, got {rank!r}; 8 is the usual choice.")
+        alphas = {"monolora_alpha": self.monolora_alpha}
+        alphas |= {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
+        for name, alpha in alphas.items():
+            if not _is_number(alpha) or not 0 < alpha < math.inf:
+                raise ValueError(f"`{name}` must be a positive, finite number, got {alpha!r}; r or r / 2 is usual.")
+        if not _is_number(self.monolora_dropout) or not 0 <= self.monolora_dropout < 1:
+            raise ValueError(f"`monolora_dropout` must lie in [0, 1), got {self.monolora_dropout!r}.")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"`activation` must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}.")
+        if self.bias == "lora_only":
+            self.bias = "monolora_only"
+        if self.bias not in ("none", "all", "monolora_only"):
+            raise ValueError(f"`bias` must be 'none', 'all' or 'monolora_only', got {self.bias!r}.")
+        if not (isinstance(self.init_weights, bool) or self.init_weights == "gaussian"):
+            raise ValueError(
+                f"`init_weights` must be True, False or 'gaussian', got {self.init_weights!r}: LoRA's other "
+                "initialisations (pissa, olora, eva, corda, loftq, orthogonal, ...) cannot be used, because each "
+                f"assumes a linear update B A x, which sigma breaks. Use True, or LoraConfig."
+            )
+
+    def _check_layer_selection(self) -> None:
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` needs `target_modules` as a list of names, got the string {self.target_modules!r}; "
+                    "write the layers into the regular expression, or pass a list."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` needs `layers_to_transform`: the indices of the layers to adapt.")
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuse a saved configuration of another method; PEFT calls this before it builds the config."""
+        found = kwargs.get("peft_type", peft_type())
+        if found != peft_type():
+            raise ValueError(
+                f"This folder holds a {found} adapter, not a {peft_type().value} one. Load it with "
+                "`PeftConfig.from_pretrained` or `PeftModel.from_pretrained`, which pick the class by themselves."
+            )
+        return super().check_kwargs(**kwargs)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

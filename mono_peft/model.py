@@ -1,0 +1,268 @@
+"""`MonoLoraModel`: puts MonoLoRA layers into a base model, and guards what goes in and out."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _check_lora_target_modules_mamba, _ExcludedModule
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType
+from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import MonoLoraConfig
+from .layer import MERGE_ERROR, MonoLoraLayer, MonoLoraLinear
+from .register import PREFIX
+
+_ADAPTER_TENSOR = re.compile(rf"\.{PREFIX}(?:encoder|decoder)\.(?:(?P<adapter>[^.]+)\.)?weight$")
+_INSIDE_LAYER = re.compile(rf"\.(base_layer|{PREFIX}\w+)(\.|$)")
+
+
+class MonoLoraModel(BaseTuner):
+    """A base model with MonoLoRA adapters; what `get_peft_model(model, MonoLoraConfig(...))` puts inside PeftModel.
+
+    Raises:
+        TypeError: a targeted module is of a kind that MonoLoRA cannot adapt. The model is left as it was.
+        ValueError: nothing matches `target_modules`, or the configuration conflicts with another adapter's.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = MonoLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # With a state dict its keys name the modules, and `target_modules` may match nothing.
+        self._targets_come_from_config = kwargs.get("state_dict") is None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_model(self, peft_config: MonoLoraConfig, model: nn.Module) -> None:
+        """Check every target before the first one is replaced, so that a refusal leaves the model as it was."""
+        targets = peft_config.target_modules
+        if not self._targets_come_from_config or targets == DUMMY_TARGET_MODULES:
+            return
+        if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            return
+        matched: list[str] = []
+        excluded = False
+        for name, module in model.named_modules():
+            found = self._check_target_module_exists(peft_config, name) if name else False
+            if isinstance(found, _ExcludedModule):
+                excluded = True
+            elif found:
+                matched.append(name)
+                self._check_target_module_compatiblity(peft_config, model, name.rpartition(".")[2])
+                if not isinstance(module, MonoLoraLayer):
+                    _check_supported(name, module, model)
+        if not matched and not excluded:
+            raise ValueError(
+                f"Target modules {_listed(targets)} not found in the base model. Please check the target modules and "
+                f"try again. This model has: {_listed(_adaptable_names(model))}."
+            )
+        if isinstance(targets, (set, list)) and set(targets) != self._default_targets(model):
+            unmatched = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in matched)]
+            if unmatched:
+                warnings.warn(
+                    f"These entries of `target_modules` match no module and are ignored: {_listed(unmatched)}. This "
+                    f"model has: {_listed(_adaptable_names(model))}.",
+                    stacklevel=2,
+                )
+
+    def _default_targets(self, model: nn.Module) -> set[str]:
+        return set(self.target_module_mapping.get(self.get_model_config(model).get("model_type"), ()))
+
+    def _check_target_module_compatiblity(
+        self, peft_config: MonoLoraConfig, model: nn.Module, target_name: str
+    ) -> None:
+        # PEFT's guard against Mamba's fused modules, which bypass `forward`, looks at the types it lists only.
+        _check_lora_target_modules_mamba(SimpleNamespace(peft_type=PeftType.LORA), model, target_name)
+
+    def _check_new_adapter_config(self, config: MonoLoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
+            raise ValueError(
+                f"`bias={config.bias!r}` needs peft >= 0.21: older versions would train the biases and not save them."
+            )
+
+    def _create_and_replace(
+        self,
+        peft_config: MonoLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
+        options = {
+            "r": ranks.get(get_pattern_key(ranks.keys(), current_key), peft_config.r),
+            "alpha": alphas.get(get_pattern_key(alphas.keys(), current_key), peft_config.monolora_alpha),
+            "dropout": peft_config.monolora_dropout,
+            "activation": peft_config.activation,
+            "use_rslora": peft_config.use_rslora,
+            "init_weights": peft_config.init_weights,
+            "inference_mode": peft_config.inference_mode,
+        }
+        if isinstance(target, MonoLoraLayer):
+            target.update_layer(adapter_name, **options)
+            return
+        _check_supported(current_key, target, self.model)
+        new_module = MonoLoraLinear(target, adapter_name, **options)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)  # an additional adapter does not train before it is set active
+        self._replace_module(parent, target_name, new_module, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` of a forward or generate call, one adapter per input row, on to the layers."""
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("`alora_offsets` belongs to activated LoRA, which MonoLoRA does not implement.")
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        self._check_adapter_names(adapter_names)
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in adapter_names for _ in range(beams)]  # beam search repeats each row in place
+        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
+        encoder_modules = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        handles = []
+        try:
+            for module in self.modules():
+                if isinstance(module, (MonoLoraLayer, AuxiliaryTrainingWrapper)):
+                    names = list(adapter_names) if module in encoder_modules else repeated
+                    hook = partial(_pass_adapter_names, adapter_names=names)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, adapter_names: list[str]) -> None:
+        if self.training:
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode; call model.eval() first."
+            )
+        unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {_listed(unknown)}; this model has "
+                f"{_listed(self.peft_config)}, and '__base__' means none."
+            )
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(MERGE_ERROR)
+
+    def unmerge_adapter(self) -> None:
+        """Nothing is ever merged; warns once."""
+        warnings.warn("MonoLoRA adapters are never merged, so there is nothing to unmerge.", stacklevel=2)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not possible.
+
+        Raises:
+            NotImplementedError: always, before anything changes.
+        """
+        raise NotImplementedError(
+            "MonoLoRA adapters cannot be combined into one: the sum of two updates B sigma(A x) is not of that form "
+            "for any weighted A and B of the same rank, and weights cannot merge through sigma. Activate several "
+            "adapters at once instead: `model.base_model.set_adapter(['first', 'second'])` adds their updates."
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        # PEFT loads with strict=False, which would pass over tensors that are missing or belong nowhere.
+        _check_adapter_tensors(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        tensors = super()._get_adapter_state_dict(*args, **kwargs)
+        empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
+        if empty:
+            raise ValueError(
+                f"Refusing to save empty tensors ({_listed(empty)}): the weights are sharded over processes. Save with "
+                "`trainer.save_model()`, or pass `state_dict=accelerator.get_state_dict(model)`."
+            )
+        return tensors
+
+
+def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> Any:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _adaptable_names(model: nn.Module) -> set[str]:
+    """Last components of the names of the modules that MonoLoRA can adapt, or has."""
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if name and isinstance(module, (nn.Linear, Conv1D, MonoLoraLayer)) and not _INSIDE_LAYER.search(name)
+    }
+
+
+def _check_supported(name: str, module: nn.Module, model: nn.Module) -> None:
+    """Raise TypeError unless MonoLoRA can adapt `module`."""
+    reason = None
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        reason = f"it is a {type(module).__name__}, and MonoLoRA adapts torch.nn.Linear and transformers' Conv1D"
+    elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        reason = "it belongs to torch.nn.MultiheadAttention, which reads its weight and never calls it"
+    elif getattr(module, "_hf_tp_plan", None) is not None:
+        reason = "it is sharded by tensor parallelism, and sigma needs the whole of A x; use data parallelism or FSDP"
+    if reason:
+        raise TypeError(
+            f"MonoLoRA cannot adapt the target module '{name}': {reason}. "
+            f"Modules of this model that can be adapted: {_listed(_adaptable_names(model))}."
+        )
+
+
+def _check_adapter_tensors(model: MonoLoraModel, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
+    """Raise ValueError if `state_dict` holds a part of an adapter, tensors of no adapter, or tensors of other shapes."""
+    expected: dict[str, dict[str, torch.Size]] = {}
+    for name, parameter in model.named_parameters():
+        match = _ADAPTER_TENSOR.search(name)
+        if match:
+            # Under ZeRO-3 a parameter is an empty stand-in; its whole shape is in `ds_shape`.
+            expected.setdefault(match["adapter"], {})[prefix + name] = getattr(parameter, "ds_shape", parameter.shape)
+    given = {name for name in state_dict if name.startswith(prefix) and f".{PREFIX}" in name}
+    problem = None
+    lora = [name for name in state_dict if ".lora_A." in name or ".lora_B." in name]
+    if lora:
+        problem = f"it holds weights of a LoRA adapter ({lora[0]}), which PEFT's LoraConfig loads"
+    elif expected and not given and not any(".base_layer." in name for name in state_dict):
+        problem = "it holds no MonoLoRA weights"
+    else:
+        known = {name: shape for shapes in expected.values() for name, shape in shapes.items()}
+        adapters = {adapter for adapter, shapes in expected.items() if given & shapes.keys()}
+        missing = {name for adapter in adapters for name in expected[adapter]} - given
+        unexpected = given - known.keys()
+        other_shape = [
+            f"{name} is {tuple(state_dict[name].shape)}, the model's {tuple(known[name])}"
+            for name in sorted(given & known.keys())
+            if state_dict[name].shape != known[name]
+        ]
+        if missing:
+            problem = f"{len(missing)} tensors are missing: {_listed(missing)}"
+        elif unexpected:
+            problem = f"{len(unexpected)} tensors belong to no module of this model: {_listed(unexpected)}"
+        elif other_shape:
+            problem = f"size mismatch for {len(other_shape)} tensors: {'; '.join(other_shape[:3])}"
+    if problem:
+        raise ValueError(
+            f"This MonoLoRA adapter does not fit the model: {problem}. Check that the file is complete, and that the "
+            "base model, r and target_modules are those it was trained with."
+        )
+
+
+def _listed(names: Any, most: int = 12) -> str:
+    if isinstance(names, str):
+        return repr(names)
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
