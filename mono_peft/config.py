@@ -19,11 +19,8 @@ _ALIASES = {
     "lora_dropout": "monolora_dropout",
     "init_lora_weights": "init_weights",
 }
-_IRRELEVANT = (
-    "fan_in_fan_out",
-    "megatron_core",
-    "qalora_group_size",
-)  # LoRA options that cannot change an output here
+# LoRA options that change nothing here.
+_IRRELEVANT = ("fan_in_fan_out", "megatron_core", "qalora_group_size")
 _FROM_WEIGHT = "it derives A and B from W or its gradients for a linear update B A x, which sigma breaks"
 _LORA_ONLY = {
     "use_dora": "DoRA renormalises the matrix W + s B A, and MonoLoRA's update is not a matrix",
@@ -140,8 +137,8 @@ class MonoLoraConfig(PeftConfig):
         self.peft_type = peft_type()
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
-                f"This adapter was saved in format {self.format_version}; this mono_peft reads up to {FORMAT_VERSION}. "
-                "Upgrade mono-peft."
+                f"This adapter was saved in format {self.format_version}; this mono_peft reads up to "
+                f"{FORMAT_VERSION}. Upgrade mono-peft."
             )
         self._check_ranges()
         self._check_layer_selection()

@@ -52,7 +52,7 @@ class MonoLoraLayer(BaseTunerLayer):
         self.monolora_encoder = nn.ModuleDict()
         self.monolora_decoder = nn.ModuleDict()
         self._disable_adapters = False
-        self.merged_adapters = []  # stays empty; PEFT reads it
+        self.merged_adapters: list[str] = []  # stays empty; PEFT reads it
         self.cast_input_dtype_enabled = True  # switched by peft.helpers.disable_input_dtype_casting
 
     def update_layer(
@@ -90,15 +90,16 @@ class MonoLoraLayer(BaseTunerLayer):
 
     def reset_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
         """Initialise as LoRA does. A is never zero: relu'(0) = 0, so an encoder of zeros could not learn."""
-        encoder, decoder = self.monolora_encoder[adapter_name], self.monolora_decoder[adapter_name]
+        (encoder,) = self.monolora_encoder[adapter_name].parameters()
+        (decoder,) = self.monolora_decoder[adapter_name].parameters()
         if init_weights == "gaussian":
-            nn.init.normal_(encoder.weight, std=1 / self.r[adapter_name])
+            nn.init.normal_(encoder, std=1 / self.r[adapter_name])
         else:
-            nn.init.kaiming_uniform_(encoder.weight, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(encoder, a=math.sqrt(5))
         if init_weights is False:
-            nn.init.kaiming_uniform_(decoder.weight, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(decoder, a=math.sqrt(5))
         else:
-            nn.init.zeros_(decoder.weight)
+            nn.init.zeros_(decoder)
 
     def update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """s B sigma(A dropout(x)) of one adapter: x of shape (..., in_features) to (..., out_features).
@@ -157,7 +158,7 @@ class MonoLoraLinear(nn.Module, MonoLoraLayer):
             raise ValueError(
                 f"`adapter_names` must name one adapter per input row, got {len(adapter_names)} for {len(x)} rows."
             )
-        for adapter_name in sorted(set(adapter_names) & set(self.monolora_encoder)):
+        for adapter_name in sorted(set(adapter_names) & self.monolora_encoder.keys()):
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter_name], device=x.device)
             result = result.index_add(0, rows, self.update(adapter_name, x[rows]).to(result.dtype))
         return result

@@ -148,9 +148,7 @@ class MonoLoraModel(BaseTuner):
 
     def _check_adapter_names(self, adapter_names: list[str]) -> None:
         if self.training:
-            raise ValueError(
-                "Cannot pass `adapter_names` when the model is in training mode; call model.eval() first."
-            )
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call model.eval().")
         unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
         if unknown:
             raise ValueError(
@@ -188,8 +186,8 @@ class MonoLoraModel(BaseTuner):
         empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
         if empty:
             raise ValueError(
-                f"Refusing to save empty tensors ({_listed(empty)}): the weights are sharded over processes. Save with "
-                "`trainer.save_model()`, or pass `state_dict=accelerator.get_state_dict(model)`."
+                f"Refusing to save empty tensors ({_listed(empty)}): the weights are sharded over processes. Save "
+                "with `trainer.save_model()`, or pass `state_dict=accelerator.get_state_dict(model)`."
             )
         return tensors
 
@@ -224,7 +222,7 @@ def _check_supported(name: str, module: nn.Module, model: nn.Module) -> None:
 
 
 def _check_adapter_tensors(model: MonoLoraModel, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
-    """Raise ValueError if `state_dict` holds a part of an adapter, tensors of no adapter, or tensors of other shapes."""
+    """Raise ValueError if `state_dict` holds a part of an adapter, tensors of none, or other shapes."""
     expected: dict[str, dict[str, torch.Size]] = {}
     for name, parameter in model.named_parameters():
         match = _ADAPTER_TENSOR.search(name)

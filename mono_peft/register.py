@@ -73,8 +73,8 @@ def _add_enum_member() -> None:
     member = str.__new__(PeftType, NAME)
     member._name_ = NAME
     member._value_ = NAME
-    member.__objclass__ = PeftType  # type: ignore[attr-defined]
-    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
     # Before the tables below: `EnumType.__setattr__` refuses names that are members already.
     setattr(PeftType, NAME, member)
     PeftType._member_names_.append(NAME)
