@@ -3,9 +3,9 @@
 from .config import MonoLoraConfig
 from .layer import MonoLoraLayer
 from .model import MonoLoraModel
-from .register import register
+from .register import register_monolora
 
-register(MonoLoraConfig, MonoLoraModel)
+register_monolora(MonoLoraConfig, MonoLoraModel)
 
 from .activity import ActivationSparsity, SparsityCallback, activation_sparsity  # noqa: E402
 

@@ -39,7 +39,7 @@ def peft_type() -> PeftType:
         return PeftType[NAME]
 
 
-def register(config_cls: type[MonoLoraConfig], model_cls: type[MonoLoraModel]) -> None:
+def register_monolora(config_cls: type[MonoLoraConfig], model_cls: type[MonoLoraModel]) -> None:
     """Enter the two classes in PEFT's tables; again after a reload, which replaces them.
 
     Raises:

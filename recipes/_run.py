@@ -25,7 +25,7 @@ class Run:
     """The folder of one configuration of a recipe; run again with the same configuration it continues.
 
     Args:
-        output_dir: created if it does not exist.
+        output_dir: created at the first row if it does not exist.
         recipe: name of the recipe, stands in every row.
         config: every setting that changes a result, JSON-serialisable; stands in every row.
         is_main: False in all but one of several processes: such a run writes nothing.
@@ -41,9 +41,6 @@ class Run:
         self.is_main = is_main
         self._check_folder()
         self.rows = read_rows(self.folder / ROWS) if (self.folder / ROWS).exists() else []
-        if is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.write(CONFIG, json.dumps({"recipe": recipe, "config": self.config}, indent=2, sort_keys=True) + "\n")
 
     def _check_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -97,12 +94,16 @@ class Run:
             "commit": commit(),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
+        if not self.rows:  # only now: a run that stops at bad input binds the folder to nothing
+            described = {"recipe": self.recipe, "config": self.config}
+            self.write(CONFIG, json.dumps(described, indent=2, sort_keys=True) + "\n")
         self.rows.append(row)
         self.write(ROWS, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the folder, whole or not at all."""
         if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(self.folder / name, text)
 
 
@@ -138,6 +139,10 @@ class Interval(NamedTuple):
     mean: float
     half_width: float | None
     n: int
+
+    def scaled(self, factor: float) -> Interval:
+        """The interval of `factor` times the values, for instance 100 for percent."""
+        return Interval(self.mean * factor, None if self.half_width is None else self.half_width * factor, self.n)
 
     def text(self, digits: int = 2, sign: bool = False) -> str:
         """'91.23 ± 0.45', or only the mean."""

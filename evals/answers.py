@@ -1,0 +1,72 @@
+"""Log-likelihood of candidate answers: which of a few answers does a model prefer?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import nn
+from tqdm.auto import tqdm
+
+from .prompts import EncodedAnswer
+
+
+@torch.no_grad()
+def answer_log_likelihoods(
+    model: nn.Module, answers: Sequence[EncodedAnswer], pad_token_id: int, batch_size: int = 32
+) -> torch.Tensor:
+    """Sum of log p(token | tokens before) over the answer's tokens, for each of `answers`.
+
+    Rows are padded on the right and masked, so that a row's value does not depend on its batch. Several processes
+    share the rows and all get the whole result; each runs the same number of forward passes, as sharded models need.
+
+    Args:
+        model: a causal language model; it runs in eval mode and is put back.
+        answers: n encoded prompts with answers.
+        pad_token_id: any id of the vocabulary; padded positions are masked.
+        batch_size: rows in one forward pass of a process.
+
+    Returns:
+        float32 tensor of shape (n,) on the CPU, at most 0.
+    """
+    state = PartialState()
+    # Longest first, so that a batch too large for the memory fails at once.
+    order = sorted(range(len(answers)), key=lambda i: -len(answers[i].input_ids))
+    share = -(-len(order) // state.num_processes)
+    mine = (order + order[: share * state.num_processes - len(order)])[state.process_index :: state.num_processes]
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    values: list[tuple[int, float]] = []
+    try:
+        for batch in tqdm(batches, desc="Scoring answers", disable=not state.is_main_process, leave=False):
+            scores = _score([answers[i] for i in batch], model, pad_token_id, device)
+            values += zip(batch, scores.tolist(), strict=True)
+    finally:
+        model.train(was_training)
+    result = torch.empty(len(answers))
+    for index, value in gather_object(values):
+        result[index] = value
+    return result
+
+
+def _score(answers: list[EncodedAnswer], model: nn.Module, pad_token_id: int, device: torch.device) -> torch.Tensor:
+    longest = max(len(answer.input_ids) for answer in answers)
+    input_ids = torch.full((len(answers), longest), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    counted = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, answer in enumerate(answers):
+        length = len(answer.input_ids)
+        input_ids[row, :length] = torch.tensor(answer.input_ids)
+        attention_mask[row, :length] = 1
+        counted[row, :length] = torch.tensor(answer.completion_mask, dtype=torch.bool)
+    input_ids, attention_mask, counted = input_ids.to(device), attention_mask.to(device), counted.to(device)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    rows, columns = counted[:, 1:].nonzero(as_tuple=True)  # the token at column + 1 is predicted at `column`
+    log_probs = logits[rows, columns].float().log_softmax(-1)
+    chosen = log_probs.gather(1, input_ids[rows, columns + 1][:, None])[:, 0]
+    return torch.zeros(len(answers), device=device).index_add(0, rows, chosen)

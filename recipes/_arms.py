@@ -1,0 +1,160 @@
+"""The arms that the language recipes compare: a base model as it is, finetuned with LoRA, finetuned with MonoLoRA."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
+
+from mono_peft import MonoLoraConfig
+
+METHODS = ("base", "lora", "monolora")
+
+
+def check_arms(methods: list[str], seeds: list[int], training: SFTConfig, model_args: ModelConfig) -> None:
+    """Raise ValueError for arms, seeds and options that contradict each other."""
+    if not methods or set(methods) - set(METHODS) or len(set(methods)) < len(methods):
+        raise ValueError(f"--methods takes each of {', '.join(METHODS)} at most once, got {methods}.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds takes different integers, got {seeds}.")
+    if model_args.use_peft and "base" in methods:
+        raise ValueError(
+            "--use_peft contradicts the arm `base`. Leave it out: --methods says which arms have an adapter, and the "
+            "--lora_* options set its rank, alpha, dropout and targets."
+        )
+    if model_args.use_dora and "monolora" in methods:
+        raise ValueError("--use_dora cannot be honoured by MonoLoRA, so the arms would differ; use --methods lora.")
+    if model_args.lora_target_parameters:
+        raise ValueError("--lora_target_parameters cannot be honoured by MonoLoRA; use --lora_target_modules.")
+    if is_deepspeed_zero3_enabled() and "base" in methods:
+        raise ValueError(
+            "The arm `base` is not trained, so ZeRO-3 does not gather its sharded weights. Run it on its own without "
+            "DeepSpeed (--methods base), or set zero3_init_flag to false if the model fits into one process."
+        )
+    wish = training.resume_from_checkpoint
+    if _is_path(wish) and (len(seeds) > 1 or len(set(methods) - {"base"}) != 1):
+        raise ValueError(
+            f"--resume_from_checkpoint {wish} names one checkpoint, but there are several arms or seeds. Leave it "
+            "out: each continues from its newest checkpoint in --output_dir. False starts them anew."
+        )
+    if _is_path(wish) and not (Path(str(wish)) / "trainer_state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint {wish} is not a whole checkpoint: it has no trainer_state.json.")
+
+
+def adapter_config(method: str, model_args: ModelConfig, activation: str) -> PeftConfig | None:
+    """The arm's adapter from TRL's `lora_*` options, the same for LoRA and MonoLoRA; None for the base."""
+    if method == "base":
+        return None
+    options: dict[str, Any] = {
+        "task_type": model_args.lora_task_type,
+        "r": model_args.lora_r,
+        "lora_alpha": model_args.lora_alpha,
+        "lora_dropout": model_args.lora_dropout,
+        "target_modules": model_args.lora_target_modules,
+        "modules_to_save": model_args.lora_modules_to_save,
+        "use_rslora": model_args.use_rslora,
+        "use_dora": model_args.use_dora,
+    }
+    return LoraConfig(**options) if method == "lora" else MonoLoraConfig(activation=activation, **options)
+
+
+def load_tokenizer(model_args: ModelConfig, adapters: list[PeftConfig]) -> PreTrainedTokenizerBase:
+    """The tokenizer, after a check that the model can be had and takes the adapters; no weights are loaded for it.
+
+    Raises:
+        ValueError: the model is neither a local folder nor to be had from the hub, or an adapter's targets match none
+            of its modules.
+        TypeError: a target cannot be adapted.
+    """
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Cannot load the model {name!r} ({str(error).strip().splitlines()[0]}) It is no local folder with a "
+            "model; one on the hub needs network access, and a gated one its licence accepted and `hf auth login`."
+        ) from None
+    for adapter in adapters:
+        with torch.device("meta"):
+            get_peft_model(AutoModelForCausalLM.from_config(config), copy.deepcopy(adapter))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # as SFTTrainer does
+    return tokenizer
+
+
+def load_base(training: SFTConfig, model_args: ModelConfig) -> PreTrainedModel:
+    """The base model on the device of `training`."""
+    quantization = get_quantization_config(model_args)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        **_model_options(model_args),
+        quantization_config=quantization,
+        device_map={"": training.device} if quantization is not None else None,
+    )
+    return model if quantization is not None else model.to(training.device)
+
+
+def finetuning(
+    folder: Path,
+    seed: int,
+    rows: Dataset,
+    adapter: PeftConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    training: SFTConfig,
+    model_args: ModelConfig,
+) -> SFTTrainer:
+    """A trainer for one arm and seed, in its own folder; call `train(resume_from_checkpoint=checkpoint(...))`.
+
+    Args:
+        rows: TRL's prompt/completion rows; the loss is on the completions.
+    """
+    arguments = copy.deepcopy(training)
+    arguments.output_dir = str(folder)
+    arguments.seed = seed
+    arguments.model_init_kwargs = _model_options(model_args) | (training.model_init_kwargs or {})
+    return SFTTrainer(
+        model=model_args.model_name_or_path,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=adapter,
+        quantization_config=get_quantization_config(model_args),
+    )
+
+
+def checkpoint(folder: Path, wish: str | bool | None) -> str | None:
+    """Where an arm continues: its newest whole checkpoint, none if `wish` is False, else the one that it names."""
+    if _is_path(wish):
+        return str(wish)
+    if str(wish).lower() == "false":
+        return None
+    # A checkpoint that was cut off while it was written has no trainer state, which is written last.
+    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda c: int(c.name.rpartition("-")[2]))) if whole else None
+
+
+def _is_path(wish: str | bool | None) -> bool:
+    # On the command line "True" and "False" arrive as text.
+    return wish is not None and str(wish).lower() not in ("true", "false")
+
+
+def _model_options(model_args: ModelConfig) -> dict[str, Any]:
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }

@@ -1,0 +1,144 @@
+"""Sparsity and dead units, against counting one sequence at a time."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from mono_peft import MonoLoraConfig, SparsityCallback, activation_sparsity
+
+
+@pytest.fixture
+def model(llama):
+    torch.manual_seed(1)
+    return get_peft_model(llama, MonoLoraConfig(r=6, init_weights=False, lora_dropout=0.5))
+
+
+def padded(input_ids, lengths):
+    mask = (torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": input_ids * mask, "attention_mask": mask}
+
+
+def count_one_at_a_time(model, batch):
+    """Zeros of relu(A x) by module, from the inputs of the layers, one unpadded sequence at a time."""
+    inputs = {}
+    layers = {name: m for name, m in model.named_modules() if hasattr(m, "monolora_encoder")}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda m, args, name=name: inputs.setdefault(name, []).append(args[0]))
+    model.eval()
+    for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        model(row[mask.bool()][None])
+    latents = {
+        name: (torch.cat([x[0] for x in inputs[name]]) @ layer.monolora_encoder.default.weight.T).clamp(min=0)
+        for name, layer in layers.items()
+    }
+    zero = {name: (z == 0).double().mean().item() for name, z in latents.items()}
+    dead = torch.cat([(z == 0).all(0) for z in latents.values()]).double().mean().item()
+    return zero, dead
+
+
+def test_it_equals_counting_by_hand(model, input_ids):
+    batch = padded(input_ids, [9, 4, 6])
+    measured = activation_sparsity(model, [batch])
+    zero, dead = count_one_at_a_time(model, batch)
+    assert measured.per_module.keys() == zero.keys()
+    assert measured.per_module == pytest.approx(zero)
+    assert measured.overall == pytest.approx(sum(zero.values()) / len(zero))
+    assert measured.dead == dead
+    assert 0 < measured.overall < 1
+
+
+def test_batches_can_be_split_in_any_way(model, input_ids):
+    batch = padded(input_ids, [9, 4, 6])
+    rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(3)]
+    assert activation_sparsity(model, rows) == activation_sparsity(model, [batch])
+
+
+def test_padding_does_not_count(model, input_ids):
+    short = padded(input_ids, [9, 4, 6])
+    longer = {name: nn.functional.pad(value, (0, 20)) for name, value in short.items()}
+    left = {name: nn.functional.pad(value, (5, 0)) for name, value in short.items()}
+    expected = activation_sparsity(model, [short])
+    assert activation_sparsity(model, [longer]).overall == pytest.approx(expected.overall)
+    assert activation_sparsity(model, [left]).overall == pytest.approx(expected.overall)
+
+
+def test_dead_units_are_found(model, input_ids):
+    layer = model.base_model.model.model.layers[1].self_attn.v_proj
+    before = activation_sparsity(model, [{"input_ids": input_ids}])
+    layer.monolora_encoder.default.weight.data[:] = 0
+    after = activation_sparsity(model, [{"input_ids": input_ids}])
+    assert after.per_module[next(n for n in after.per_module if "1.self_attn.v" in n)] == 1
+    assert after.dead >= 6 / 24
+    assert after.dead > before.dead
+
+
+def test_smooth_activations_have_no_zeros(llama, input_ids):
+    model = get_peft_model(llama, MonoLoraConfig(activation="sigmoid", init_weights=False))
+    assert activation_sparsity(model, [{"input_ids": input_ids}]).overall == 0
+
+
+def test_the_model_is_left_as_it_was(model, input_ids):
+    model.train()
+    model.base_model.model.model.layers[0].eval()
+    modes = [m.training for m in model.modules()]
+    weights = {n: v.clone() for n, v in model.state_dict().items()}
+    activation_sparsity(model, [{"input_ids": input_ids, "labels": input_ids}])
+    with pytest.raises(ValueError, match="input_ids"):
+        activation_sparsity(model, [{"input_ids": input_ids}, {}])
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(weights[n], v) for n, v in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_active_adapters_only(model, input_ids):
+    one = activation_sparsity(model, [{"input_ids": input_ids}])
+    model.add_adapter("other", MonoLoraConfig(r=2, init_weights=False))
+    assert activation_sparsity(model, [{"input_ids": input_ids}]) == one
+    model.base_model.set_adapter(["default", "other"])
+    both = activation_sparsity(model, [{"input_ids": input_ids}])
+    assert {name.rpartition(" ")[2] for name in both.per_module} == {"(default)", "(other)"}
+
+
+def test_bad_input(llama, model, input_ids):
+    with pytest.raises(ValueError, match="holds no token that counts"):
+        activation_sparsity(model, [])
+    with pytest.raises(ValueError, match="holds no token that counts"):
+        activation_sparsity(model, [padded(input_ids, [0, 0, 0])])
+    with model.disable_adapter(), pytest.raises(ValueError, match="no active MonoLoRA adapter"):
+        activation_sparsity(model, [{"input_ids": input_ids}])
+
+
+def test_lora_has_nothing_to_measure(llama, input_ids):
+    model = get_peft_model(llama, LoraConfig())
+    with pytest.raises(ValueError, match="LoRA has no activation, its sparsity is 0"):
+        activation_sparsity(model, [{"input_ids": input_ids}])
+
+
+def test_the_callback_reaches_the_loggers(model, input_ids, tmp_path):
+    logged = []
+
+    class Logger(TrainerCallback):  # stands in line before the callback, as the loggers of `report_to` do
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(dict(logs))
+
+    arguments = TrainingArguments(
+        tmp_path, max_steps=4, logging_steps=2, per_device_train_batch_size=3, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True, eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    data = Dataset.from_dict({"input_ids": input_ids.tolist(), "labels": input_ids.tolist()})
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data, callbacks=[Logger()])
+    batch = padded(input_ids, [9, 4, 6])
+    trainer.add_callback(SparsityCallback(trainer, [batch]))
+    trainer.train()
+    final = activation_sparsity(model, [batch])
+    with_loss = [line for line in logged if "loss" in line]
+    assert len(with_loss) == 2
+    assert with_loss[-1]["monolora_sparsity"] == final.overall
+    assert with_loss[-1]["monolora_dead"] == final.dead
+    assert all("monolora_sparsity" not in line for line in logged if "loss" not in line)
+    history = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["monolora_sparsity"] for line in history] == [line["monolora_sparsity"] for line in with_loss]
