@@ -36,6 +36,7 @@ class MonoLoraLayer(BaseTunerLayer):
     adapter_layer_names = ("monolora_encoder", "monolora_decoder")
     # Every other dict keyed by adapter; PEFT deletes and moves adapters by this list.
     other_param_names = ("r", "monolora_alpha", "scaling", "monolora_dropout", "monolora_activation")
+    active_adapters: list[str]  # PEFT's property, declared because mypy does not follow PEFT
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer

@@ -183,7 +183,7 @@ class TestSeveralAdapters:
             assert list(getattr(layer, attribute)) == ["second"]
         assert torch.equal(second(input_ids).logits, expected)
 
-    @pytest.mark.skipif(PEFT < Version("0.21"), reason="PEFT itself refuses this from 0.21 on")
+    @pytest.mark.skipif(Version("0.21") > PEFT, reason="PEFT itself refuses this from 0.21 on")
     def test_two_adapters_of_one_name(self, two):
         with pytest.raises(ValueError, match="already exists"):
             two.add_adapter("first", MonoLoraConfig())
@@ -285,7 +285,7 @@ class TestSavingAndLoading:
         model.set_adapter("c")
         assert torch.equal(model(input_ids).logits, expected)
 
-    @pytest.mark.skipif(PEFT < Version("0.20"), reason="transformers' own integration asks for PEFT 0.20")
+    @pytest.mark.skipif(Version("0.20") > PEFT, reason="transformers' own integration asks for PEFT 0.20")
     def test_transformers_integration(self, llama, input_ids, tmp_path):
         llama.save_pretrained(tmp_path / "base")
         model = random_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))

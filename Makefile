@@ -1,0 +1,37 @@
+# Every target does its own set-up on a machine with python3 (3.11 or newer), git and a C compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: sst2 test test-slow lint types wheel clean
+
+sst2: $(INSTALLED)  ## finetune the embedded model with LoRA and MonoLoRA on sentences with a sentiment
+	$(BIN)/python recipes/sst2_monolora.py --output_dir runs/sst2_monolora
+
+test: $(INSTALLED)  ## the default tests
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)  ## several processes, kill and resume, long ones
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m build --wheel
+
+# Done again only when what is to be installed changes.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
