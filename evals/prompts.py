@@ -40,8 +40,10 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) 
     merges over the border is handled.
 
     Raises:
-        ValueError: the answer leaves no token of its own.
+        ValueError: the answer is empty.
     """
+    if not answer.strip():
+        raise ValueError(f"an answer must hold text, got {answer!r}")
     if tokenizer.chat_template is None:
         before, text, special = prompt, f"{prompt} {answer}", True
     else:
@@ -58,6 +60,4 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) 
         (i for i, (a, b) in enumerate(zip(prompt_ids, input_ids, strict=False)) if a != b),
         min(len(prompt_ids), len(input_ids)),
     )
-    if border == len(input_ids):
-        raise ValueError(f"the answer {answer!r} adds no token to the prompt {prompt!r}")
     return EncodedAnswer(input_ids, [0] * border + [1] * (len(input_ids) - border))

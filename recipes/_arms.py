@@ -58,12 +58,15 @@ def adapter_config(method: str, model_args: ModelConfig, activation: str) -> Pef
     """The arm's adapter from TRL's `lora_*` options, the same for LoRA and MonoLoRA; None for the base."""
     if method == "base":
         return None
+    targets = model_args.lora_target_modules
+    if isinstance(targets, str) and targets.isidentifier():
+        targets = [targets]  # TRL unpacks a list of one, and PEFT would take the name as a pattern of whole paths
     options: dict[str, Any] = {
         "task_type": model_args.lora_task_type,
         "r": model_args.lora_r,
         "lora_alpha": model_args.lora_alpha,
         "lora_dropout": model_args.lora_dropout,
-        "target_modules": model_args.lora_target_modules,
+        "target_modules": targets,
         "modules_to_save": model_args.lora_modules_to_save,
         "use_rslora": model_args.use_rslora,
         "use_dora": model_args.use_dora,

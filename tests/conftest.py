@@ -9,7 +9,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ ' ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<|end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 @pytest.fixture
@@ -42,3 +49,52 @@ def gpt2():
 @pytest.fixture
 def input_ids():
     return torch.randint(3, 100, (3, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """A function that builds a byte-level tokenizer of 400 tokens, with or without a chat template."""
+
+    def make(chat=False):
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        bpe.train_from_iterator(["Sentiment: positive", "Sentiment: negative", "a sentence about films"] * 3, trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|pad|>")
+        tokenizer.chat_template = CHAT_TEMPLATE if chat else None
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture
+def small_model(tmp_path, make_tokenizer):
+    """The folder of a Llama with two layers and its tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    make_tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def sentiment_files(tmp_path):
+    """Two tsv files of sentences with a sentiment, as --train_file and --eval_file."""
+    good, bad = ("fine", "great", "warm", "bright"), ("dull", "weak", "cold", "grim")
+    paths = []
+    for name, nouns in (("train", ("film", "book", "play", "song", "tale", "show")), ("dev", ("dance", "work"))):
+        rows = [
+            f"a {word} {noun}\t{label}" for noun in nouns for label, words in ((0, bad), (1, good)) for word in words
+        ]
+        paths.append(tmp_path / f"{name}.tsv")
+        paths[-1].write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
+    return ["--train_file", str(paths[0]), "--eval_file", str(paths[1])]

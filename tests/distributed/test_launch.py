@@ -1,0 +1,120 @@
+"""The SST-2 recipe in real processes: launched, distributed, killed and resumed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from _run import read_rows
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPE = str(ROOT / "recipes" / "sst2_monolora.py")
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def environment(**more):
+    return os.environ | {"OMP_NUM_THREADS": "1"} | more
+
+
+def run(command, **more):
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(**more))
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    return result
+
+
+def rows_of(folder, metric="accuracy"):
+    return {
+        (r["config"]["method"], r["seed"]): r for r in read_rows(folder / "results.jsonl") if r["metric"] == metric
+    }
+
+
+def test_the_embedded_default_as_a_new_user_launches_it(tmp_path):
+    """No option: the recipe builds its model and data; both adapters learn the task, which the base half knows."""
+    command = [*LAUNCH, RECIPE, "--output_dir", str(tmp_path / "out")]
+    result = run(command, XDG_CACHE_HOME=str(tmp_path / "cache"), OMP_NUM_THREADS=str(os.cpu_count()))
+    rows = rows_of(tmp_path / "out")
+    base, lora, mono = (rows[cell]["value"] for cell in (("base", None), ("lora", 0), ("monolora", 0)))
+    assert 0.5 < base < 0.85
+    assert lora > base + 0.05
+    assert mono > base + 0.05
+    sparsity = rows_of(tmp_path / "out", "task_sparsity")[("monolora", 0)]["value"]
+    assert 0.05 < sparsity < 0.99
+    assert "demonstration on the embedded model" in (tmp_path / "out" / "results.md").read_text()
+    assert "| monolora |" in result.stdout
+    assert (tmp_path / "out" / "monolora-seed0" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.fixture
+def options(small_model, sentiment_files):
+    """Without dropout, whose masks depend on the process."""
+    fixed = "--max_steps 6 --lora_dropout 0 --learning_rate 5e-3 --gradient_checkpointing False --lora_r 4"
+    return ["--model_name_or_path", str(small_model), *sentiment_files, *fixed.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["ddp", "zero2", "zero3"])
+def test_two_processes_train_the_same_adapter_as_one(options, tmp_path, file):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run([sys.executable, RECIPE, *options, "--per_device_train_batch_size", "8", "--output_dir", str(one)])
+    config = ROOT / "recipes" / "accelerate" / f"{file}.yaml"
+    command = [*LAUNCH, "--config_file", str(config), RECIPE, *options, "--per_device_train_batch_size", "4"]
+    # DeepSpeed compiles an operation at its first use; the folder keeps it for the next test.
+    run([*command, "--output_dir", str(two)], TORCH_EXTENSIONS_DIR=str(ROOT / ".venv" / "torch_extensions"))
+
+    expected_type = {"ddp": "MULTI", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}[file]
+    for row in read_rows(two / "results.jsonl"):
+        assert row["config"]["num_processes"] == 2
+        assert expected_type in row["config"]["distributed_type"]
+    assert yaml.safe_load(config.read_text())["num_processes"] == 2
+    for method in ("lora", "monolora"):
+        name = f"{method}-seed0/adapter/adapter_model.safetensors"
+        expected, found = load_file(one / name), load_file(two / name)
+        assert found.keys() == expected.keys()
+        for tensor in expected:
+            assert found[tensor].numel() > 0
+            torch.testing.assert_close(found[tensor], expected[tensor], rtol=0, atol=2e-5)
+    for metric in ("accuracy", "task_sparsity"):
+        first, second = rows_of(one, metric), rows_of(two, metric)
+        assert {k: r["value"] for k, r in second.items()} == pytest.approx(
+            {k: r["value"] for k, r in first.items()}, abs=2e-3
+        )
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_to_the_same_result(options, tmp_path):
+    options = [*options, "--max_steps", "40", "--lora_dropout", "0.1", "--save_strategy", "steps", "--save_steps", "5"]
+    options += ["--methods", "lora", "monolora", "--per_device_train_batch_size", "8"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run([sys.executable, RECIPE, *options, "--output_dir", str(whole)])
+
+    command = [sys.executable, RECIPE, *options, "--output_dir", str(cut)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    deadline = time.monotonic() + 240
+    while not (cut / "monolora-seed0" / "checkpoint-10" / "trainer_state.json").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = rows_of(cut)
+    assert set(finished) == {("lora", 0)}
+    assert not (cut / "monolora-seed0" / "adapter").exists()
+    # A checkpoint that was being written when the process died is passed over.
+    (cut / "monolora-seed0" / "checkpoint-35").mkdir()
+
+    run(command)
+    assert rows_of(cut)[("lora", 0)] == finished[("lora", 0)]
+    for method in ("lora", "monolora"):
+        name = f"{method}-seed0/adapter/adapter_model.safetensors"
+        expected, found = load_file(whole / name), load_file(cut / name)
+        assert all(torch.equal(found[n], expected[n]) for n in expected)
+    for metric in ("accuracy", "task_sparsity"):
+        assert {k: r["value"] for k, r in rows_of(cut, metric).items()} == {
+            k: r["value"] for k, r in rows_of(whole, metric).items()
+        }

@@ -1,0 +1,180 @@
+"""sst2_monolora.py in this process, on a small local model and files."""
+
+import json
+
+import pytest
+import sst2_monolora
+from _run import read_rows
+from peft import PeftConfig
+
+from mono_peft import MonoLoraConfig
+
+
+@pytest.fixture
+def arguments(small_model, sentiment_files, tmp_path):
+    options = "--max_steps 3 --per_device_train_batch_size 8 --lora_r 4 --lora_alpha 8 --gradient_checkpointing False"
+    model = ["--model_name_or_path", str(small_model), "--output_dir", str(tmp_path / "out")]
+    return [*model, *sentiment_files, *options.split()]
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(sst2_monolora, "finetuning", fail)
+    monkeypatch.setattr(sst2_monolora, "load_base", fail)
+
+
+def test_three_arms_two_seeds(arguments, tmp_path, capsys):
+    sst2_monolora.main([*arguments, "--seeds", "0", "1"])
+    rows = read_rows(tmp_path / "out" / "results.jsonl")
+    cells = [(r["metric"], r["config"]["method"], r["seed"]) for r in rows]
+    assert cells == [
+        ("accuracy", "base", None),
+        *[
+            cell
+            for seed in (0, 1)
+            for cell in (
+                ("accuracy", "lora", seed),
+                ("task_sparsity", "monolora", seed),
+                ("dead_units", "monolora", seed),
+                ("accuracy", "monolora", seed),
+            )
+        ],
+    ]
+    assert all(0 <= r["value"] <= 1 for r in rows)
+    assert all(r["n"] == 16 for r in rows)
+    assert all(0 < r["value"] < 1 for r in rows if r["metric"] == "task_sparsity")
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "| monolora |" in table
+    assert "94.84" in table
+    assert "MonoLoRA - LoRA, paired by seed" in table
+    assert "demonstration" not in table
+    assert table in capsys.readouterr().out
+
+    first, second = (tmp_path / "out" / f"monolora-seed{seed}" / "adapter" for seed in (0, 1))
+    config = PeftConfig.from_pretrained(first)
+    assert isinstance(config, MonoLoraConfig)
+    assert (config.r, config.monolora_alpha) == (4, 8)
+    assert (first / "adapter_model.safetensors").read_bytes() != (second / "adapter_model.safetensors").read_bytes()
+    logged = json.loads((tmp_path / "out" / "monolora-seed0" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert logged["max_steps"] == 3
+
+
+def test_the_same_configuration_reprints_and_another_is_refused(arguments, tmp_path, monkeypatch, capsys, request):
+    sst2_monolora.main([*arguments, "--methods", "monolora"])
+    before = (tmp_path / "out" / "results.jsonl").read_bytes()
+    table = (tmp_path / "out" / "results.md").read_text()
+    capsys.readouterr()
+    request.getfixturevalue("no_training")
+    sst2_monolora.main([*arguments, "--methods", "monolora"])
+    assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
+    assert table in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"another configuration \(training: .*'learning_rate': 0\.1"):
+        sst2_monolora.main([*arguments, "--methods", "monolora", "--learning_rate", "0.1"])
+    assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
+
+
+def test_arms_share_everything_but_the_adapter(arguments):
+    script, _, model_args = sst2_monolora.parse([*arguments, "--lora_dropout", "0.3", "--use_rslora", "true"])
+    lora = sst2_monolora.adapter_config("lora", model_args, script.activation)
+    mono = sst2_monolora.adapter_config("monolora", model_args, script.activation)
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.use_rslora) == (4, 8, 0.3, True)
+    assert (mono.r, mono.monolora_alpha, mono.monolora_dropout, mono.use_rslora) == (4, 8, 0.3, True)
+    assert lora.target_modules == mono.target_modules
+
+
+def test_the_paper_configuration():
+    script, training, model_args = sst2_monolora.parse(["--config", "recipes/configs/paper_sst2.yaml"])
+    assert model_args.model_name_or_path == "meta-llama/Llama-2-7b-chat-hf"
+    assert script.dataset_name == "stanfordnlp/sst2"
+    assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (8, 4, 0.1)
+    assert model_args.lora_target_modules == ["q_proj", "v_proj"]
+    assert (script.train_samples, script.eval_samples) == (5000, 1000)
+    assert training.num_train_epochs == 20
+    assert training.per_device_train_batch_size == 16
+    assert training.learning_rate == 1e-4
+    overridden = sst2_monolora.parse(["--config", "recipes/configs/paper_sst2.yaml", "--learning_rate", "0.5"])
+    assert overridden[1].learning_rate == 0.5
+
+
+def test_the_command_line_overrides_the_embedded_default():
+    script, training, model_args = sst2_monolora.parse(["--lora_r", "3"])
+    assert model_args.model_name_or_path is None
+    assert model_args.lora_r == 3
+    assert script.train_samples
+    assert not training.gradient_checkpointing
+
+
+@pytest.mark.usefixtures("no_training")
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("extra", "error", "message"),
+        [
+            ("--methods lora dora", ValueError, r"--methods takes each of base, lora, monolora at most once"),
+            ("--methods lora lora", ValueError, r"--methods takes each of"),
+            ("--seeds 1 1", ValueError, r"--seeds takes different integers, got \[1, 1\]"),
+            ("--use_peft true", ValueError, r"--use_peft contradicts the arm `base`"),
+            ("--use_dora true", ValueError, r"--use_dora cannot be honoured by MonoLoRA"),
+            ("--lora_target_parameters a.b", ValueError, r"--lora_target_parameters cannot be honoured"),
+            ("--activation gelu", ValueError, r"`activation` must be one of relu"),
+            ("--lora_r 0", ValueError, r"`r` (must be a positive integer|should be a positive)"),
+            ("--methods monolora --lora_r -2", ValueError, r"`r` must be a positive integer, got -2"),
+            ("--methods monolora --lora_alpha 0", ValueError, r"`monolora_alpha` must be a positive"),
+            ("--methods monolora --lora_dropout 1.5", ValueError, r"`monolora_dropout` must lie in \[0, 1\)"),
+            ("--methods monolora --lora_target_modules query", ValueError, r"Target modules query not found.*q_proj"),
+            ("--methods monolora --lora_target_modules embed_tokens", TypeError, r"'model\.embed_tokens'"),
+            ("--train_samples 1", ValueError, r"--train_samples must be at least 2, got 1"),
+            ("--train_samples 9999", ValueError, r"--train_samples 9999, but there are 48 training sentences"),
+            ("--eval_samples 0", ValueError, r"--eval_samples must be at least 2, got 0"),
+            ("--dataset_name glue", ValueError, r"--dataset_name and --train_file are two sources"),
+            ("--packing true", ValueError, r"--packing is for long texts"),
+            ("--model_name_or_path meta-llama/Llama-2-7b-chat-hf", ValueError, r"needs network access.*hf auth login"),
+            ("--model_name_or_path /no/such/folder", ValueError, r"Cannot load the model '/no/such/folder'"),
+            (
+                "--resume_from_checkpoint x",
+                ValueError,
+                r"--resume_from_checkpoint x names one checkpoint, but there are",
+            ),
+            ("--methods lora --resume_from_checkpoint x", ValueError, r"x is not a whole checkpoint"),
+        ],
+    )
+    def test_settings(self, arguments, extra, error, message, tmp_path):
+        with pytest.raises(error, match=message):
+            sst2_monolora.main([*arguments, *extra.split()])
+        assert not (tmp_path / "out").exists()
+
+    def test_model_without_data(self, small_model):
+        with pytest.raises(ValueError, match=r"--model_name_or_path needs data: --dataset_name"):
+            sst2_monolora.main(["--model_name_or_path", str(small_model)])
+
+    def test_one_file_alone(self, arguments):
+        index = arguments.index("--eval_file")
+        with pytest.raises(ValueError, match="--train_file and --eval_file belong together"):
+            sst2_monolora.main(arguments[:index] + arguments[index + 2 :])
+
+    def test_a_data_file_without_the_columns(self, arguments, tmp_path):
+        (tmp_path / "dev.tsv").write_text("text\tlabel\na\t1\n")
+        with pytest.raises(ValueError, match=r"dev\.tsv lacks the column\(s\) sentence"):
+            sst2_monolora.main(arguments)
+
+
+class TestCheckpoint:
+    def make(self, folder, *steps, whole=True):
+        for step in steps:
+            (folder / f"checkpoint-{step}").mkdir(parents=True)
+            if whole:
+                (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+
+    def test_the_newest_whole_one(self, tmp_path):
+        assert sst2_monolora.checkpoint(tmp_path, None) is None
+        self.make(tmp_path, 9, 10)
+        self.make(tmp_path, 11, whole=False)
+        for wish in (None, True, "True", "true"):
+            assert sst2_monolora.checkpoint(tmp_path, wish) == str(tmp_path / "checkpoint-10")
+
+    def test_wishes(self, tmp_path):
+        self.make(tmp_path, 9)
+        assert sst2_monolora.checkpoint(tmp_path, "False") is None
+        assert sst2_monolora.checkpoint(tmp_path, "some/checkpoint-3") == "some/checkpoint-3"
