@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def check_arms(methods: list[str], seeds: list[int], training: SFTConfig, model_
             f"--resume_from_checkpoint {wish} names one checkpoint, but there are several arms or seeds. Leave it "
             "out: each continues from its newest checkpoint in --output_dir. False starts them anew."
         )
-    if _is_path(wish) and not (Path(str(wish)) / "trainer_state.json").is_file():
-        raise ValueError(f"--resume_from_checkpoint {wish} is not a whole checkpoint: it has no trainer_state.json.")
+    if _is_path(wish) and not _is_whole(Path(str(wish))):
+        raise ValueError(f"--resume_from_checkpoint {wish} is not a whole checkpoint of a trainer.")
 
 
 def adapter_config(method: str, model_args: ModelConfig, activation: str) -> PeftConfig | None:
@@ -145,9 +146,17 @@ def checkpoint(folder: Path, wish: str | bool | None) -> str | None:
         return str(wish)
     if str(wish).lower() == "false":
         return None
-    # A checkpoint that was cut off while it was written has no trainer state, which is written last.
-    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    whole = [c for c in folder.glob("checkpoint-*") if _is_whole(c)]
     return str(max(whole, key=lambda c: int(c.name.rpartition("-")[2]))) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the trainer's state comes last, and a kill can cut it too."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _is_path(wish: str | bool | None) -> bool:

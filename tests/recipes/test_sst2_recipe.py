@@ -171,6 +171,8 @@ class TestCheckpoint:
         assert sst2_monolora.checkpoint(tmp_path, None) is None
         self.make(tmp_path, 9, 10)
         self.make(tmp_path, 11, whole=False)
+        self.make(tmp_path, 12)
+        (tmp_path / "checkpoint-12" / "trainer_state.json").write_text("")  # killed between opening and writing
         for wish in (None, True, "True", "true"):
             assert sst2_monolora.checkpoint(tmp_path, wish) == str(tmp_path / "checkpoint-10")
 
