@@ -19,7 +19,7 @@ class EncodedAnswer(NamedTuple):
 
 
 def sst2_prompt(sentence: str) -> str:
-    """The instruction that asks for the sentiment of `sentence`; the paper does not print its own."""
+    """The instruction that asks for the sentiment of `sentence`; the wording is ours, the paper's text gives none."""
     return SST2_PROMPT.format(sentence=sentence.strip())
 
 
