@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import (
@@ -17,7 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
 from mono_peft import MonoLoraConfig
@@ -40,11 +43,6 @@ def check_arms(methods: list[str], seeds: list[int], training: SFTConfig, model_
         raise ValueError("--use_dora cannot be honoured by MonoLoRA, so the arms would differ; use --methods lora.")
     if model_args.lora_target_parameters:
         raise ValueError("--lora_target_parameters cannot be honoured by MonoLoRA; use --lora_target_modules.")
-    if is_deepspeed_zero3_enabled() and "base" in methods:
-        raise ValueError(
-            "The arm `base` is not trained, so ZeRO-3 does not gather its sharded weights. Run it on its own without "
-            "DeepSpeed (--methods base), or set zero3_init_flag to false if the model fits into one process."
-        )
     wish = training.resume_from_checkpoint
     if _is_path(wish) and (len(seeds) > 1 or len(set(methods) - {"base"}) != 1):
         raise ValueError(
@@ -75,7 +73,9 @@ def adapter_config(method: str, model_args: ModelConfig, activation: str) -> Pef
     return LoraConfig(**options) if method == "lora" else MonoLoraConfig(activation=activation, **options)
 
 
-def load_tokenizer(model_args: ModelConfig, adapters: list[PeftConfig]) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    training: SFTConfig, model_args: ModelConfig, adapters: list[PeftConfig]
+) -> PreTrainedTokenizerBase:
     """The tokenizer, after a check that the model can be had and takes the adapters; no weights are loaded for it.
 
     Raises:
@@ -93,7 +93,7 @@ def load_tokenizer(model_args: ModelConfig, adapters: list[PeftConfig]) -> PreTr
             "model; one on the hub needs network access, and a gated one its licence accepted and `hf auth login`."
         ) from None
     for adapter in adapters:
-        with torch.device("meta"):
+        with torch.device("meta"), _not_sharded(training):
             get_peft_model(AutoModelForCausalLM.from_config(config), copy.deepcopy(adapter))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # as SFTTrainer does
@@ -101,14 +101,15 @@ def load_tokenizer(model_args: ModelConfig, adapters: list[PeftConfig]) -> PreTr
 
 
 def load_base(training: SFTConfig, model_args: ModelConfig) -> PreTrainedModel:
-    """The base model on the device of `training`."""
+    """The base model on the device of `training`, whole in every process."""
     quantization = get_quantization_config(model_args)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path,
-        **_model_options(model_args),
-        quantization_config=quantization,
-        device_map={"": training.device} if quantization is not None else None,
-    )
+    with _not_sharded(training):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_args.model_name_or_path,
+            **_model_options(model_args),
+            quantization_config=quantization,
+            device_map={"": training.device} if quantization is not None else None,
+        )
     return model if quantization is not None else model.to(training.device)
 
 
@@ -126,6 +127,8 @@ def finetuning(
     Args:
         rows: TRL's prompt/completion rows; the loss is on the completions.
     """
+    if training.deepspeed_plugin is not None:
+        AcceleratorState._reset_state()  # else accelerate refuses a second trainer; Trainer's own sweeps do the same
     arguments = copy.deepcopy(training)
     arguments.output_dir = str(folder)
     arguments.seed = seed
@@ -148,6 +151,17 @@ def checkpoint(folder: Path, wish: str | bool | None) -> str | None:
         return None
     whole = [c for c in folder.glob("checkpoint-*") if _is_whole(c)]
     return str(max(whole, key=lambda c: int(c.name.rpartition("-")[2]))) if whole else None
+
+
+@contextmanager
+def _not_sharded(training: SFTConfig) -> Iterator[None]:
+    """Under ZeRO-3 transformers shards every model that it builds, and only an engine can use such a model."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if training.deepspeed_plugin is not None:
+            training.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def _is_whole(checkpoint: Path) -> bool:

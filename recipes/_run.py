@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,6 +175,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide results, those installed."""
     found = {"python": platform.python_version()}
@@ -185,6 +187,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def commit() -> str | None:
     """The repository's commit, with "-dirty" if files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]

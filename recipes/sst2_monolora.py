@@ -131,7 +131,9 @@ def identity(
     irrelevant = re.compile("output_dir|seed|resume|run_name|disable_tqdm|hub|^(log|report|save|eval|trackio|project)")
     chosen = {k: v for k, v in training.to_dict().items() if v != defaults[k] and not irrelevant.search(k)}
     model = {k: v for k, v in asdict(model_args).items() if v != ModelConfig.__dataclass_fields__[k].default}
-    processes = {"num_processes": training.world_size, "distributed_type": training.distributed_state.distributed_type}
+    plugin = training.deepspeed_plugin
+    kind = training.distributed_state.distributed_type.value if plugin is None else f"ZERO{plugin.zero_stage}"
+    processes = {"num_processes": training.world_size, "distributed_type": kind}
     return asdict(script) | data | {"model": model, "training": chosen, "bf16": training.bf16} | processes
 
 
@@ -174,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     demonstration = model_args.model_name_or_path is None
     if demonstration:
         model_args.model_name_or_path = str(embedded_model())
-    tokenizer = load_tokenizer(model_args, list(adapters.values()))
+    tokenizer = load_tokenizer(training, model_args, list(adapters.values()))
     device, batch_size = device_name(training.device), training.per_device_eval_batch_size
     batches = prompt_batches(tokenizer, dev, batch_size)
 

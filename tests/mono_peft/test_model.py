@@ -71,6 +71,10 @@ class TestInjection:
         assert (attention.q_proj.r["default"], attention.v_proj.r["default"]) == (2, 4)
         assert (attention.q_proj.scaling["default"], attention.v_proj.scaling["default"]) == (8 / 2, 16 / 4)
 
+    def test_excluded_modules(self, llama):
+        model = random_adapter(llama, target_modules="all-linear", exclude_modules=["q_proj", r"mlp.down_proj"])
+        assert adapted_names(model) == {"k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+
     def test_only_adapter_weights_require_gradients(self, llama):
         model = get_peft_model(llama, MonoLoraConfig())
         trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -312,6 +316,19 @@ class TestSavingAndLoading:
         model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(base, tmp_path).eval()
         assert torch.equal(loaded(input_ids).logits, expected)
+
+    def test_trainable_tokens(self, llama, tmp_path):
+        tokens = torch.tensor([[5, 6, 7]])
+        base = llama(tokens).logits
+        model = get_peft_model(copy.deepcopy(llama), MonoLoraConfig(trainable_token_indices=[5, 7])).eval()
+        assert torch.equal(model(tokens).logits, base)
+        trainable = [p for n, p in model.named_parameters() if p.requires_grad and "token_adapter" in n]
+        assert [p.shape for p in trainable] == [(2, 32)]
+        trainable[0].data += 1
+        expected = model(tokens).logits
+        assert not torch.allclose(expected, base)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(PeftModel.from_pretrained(llama, tmp_path).eval()(tokens).logits, expected)
 
     def test_deep_copies_are_independent(self, llama, input_ids):
         model = random_adapter(llama)
