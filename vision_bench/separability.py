@@ -1,17 +1,19 @@
 """Closed forms of section 4.3 and appendix B: how well one mono- or polysemantic feature separates two classes.
 
-Two concepts x1, x2 are independent, each 0 with probability S (the sparsity) and otherwise uniform on (0, 1). The label
-is y = 1[x1 > x2]. The monosemantic representation is u = x1, the polysemantic one the antipodal pair v = x1 - x2.
-The samples with x1 = x2 (both 0, probability S^2) belong to no class until a tie rule says so:
+Two concepts x1, x2 are independent, each 0 with probability S (the sparsity) and otherwise uniform on (0, 1). The
+label is y = 1[x1 > x2]. The monosemantic representation is u = x1, the polysemantic one the antipodal pair
+v = x1 - x2. Samples with x1 = x2 (both 0, probability S^2) belong to no class until a tie rule says so:
 
     zero    they get label 0, as y = 1[x1 > x2] says        one     they get label 1, as an argmax over (x1, x2) does
     coin    they get a fair coin's label                    drop    they are dropped
 
-With p = (1 - S^2) / 2 = P(x1 > x2) = P(x1 < x2), the classes have the priors p_j and the shares a_j of samples without a
-tie: zero p_1 = p, a = (p / p_0, 1); one p_0 = p, a = (1, p / p_1); coin p_j = 1/2, a_j = 1 - S^2; drop p_j = 1/2, a_j = 1.
+With p = (1 - S^2) / 2 = P(x1 > x2) = P(x1 < x2), class j has the prior p_j and the share a_j of samples without a tie:
 
-The printed formulas of the paper were not at hand; these are derived from its definitions. docs/theory.md says which of
-its claims hold. Everything is float64 and broadcasts over arrays; results have the class (0, 1) as their first axis.
+    zero    p_1 = p, p_0 = p + S^2, a_1 = 1, a_0 = p / p_0      coin    p_j = 1/2, a_j = 1 - S^2
+    one     p_0 = p, p_1 = p + S^2, a_0 = 1, a_1 = p / p_1      drop    p_j = 1/2, a_j = 1
+
+The printed formulas of the paper were not at hand; these are derived from its definitions. docs/theory.md says which
+of its claims hold. Everything is float64 and broadcasts over arrays; results have the class (0, 1) as first axis.
 """
 
 from __future__ import annotations
@@ -89,7 +91,8 @@ class Law(NamedTuple):
         """The points, and the law with axes after the first so that both broadcast from the right."""
         points = np.asarray(z, dtype=np.float64)
         missing = [1] * max(0, points.ndim - self.scale.ndim)
-        return points, Law(*(field.reshape(2, *missing, *self.scale.shape) for field in self[:-1]), self.scale)
+        fields = (field.reshape(2, *missing, *self.scale.shape) for field in self[:-1])
+        return points, Law._make([*fields, self.scale])
 
 
 class Laws(NamedTuple):
@@ -176,7 +179,7 @@ def laws(sparsity: ArrayLike, noise_rate: ArrayLike = 0, input_noise: ArrayLike 
     noisy_priors = joint.sum(axis=1)
     posterior = np.where(noisy_priors[:, None] > 0, joint / _positive(noisy_priors)[:, None], stay)
     mono, poly = (np.einsum("jc...,kc...->kj...", posterior, law) for law in (mono, poly))
-    return Laws(Law(*mono, sigma), Law(*poly, np.sqrt(2) * sigma), noisy_priors)
+    return Laws(Law._make([*mono, sigma]), Law._make([*poly, np.sqrt(2) * sigma]), noisy_priors)
 
 
 def moments(sparsity: ArrayLike, noise_rate: ArrayLike = 0, input_noise: ArrayLike = 0, ties: str = "coin") -> Moments:
@@ -220,9 +223,9 @@ def criterion(moments: Moments, kind: str = "fisher") -> Separability:
 def crossing(sparsity: float, noise: str = "label", kind: str = "fisher", ties: str = "coin") -> float | None:
     """Noise level at which the monosemantic representation overtakes the polysemantic one (Theorems 4.2 and B.9).
 
-    That is eta in (0, 1/2), or sigma > 0, below which poly has the larger criterion and above which mono has. None where
-    there is no such level: poly stays ahead, or mono is not behind without noise either. With K = (1 - 2 eta)^2, d = p_0
-    - p_1 and everything else of the clean moments:
+    That is eta in (0, 1/2), or sigma > 0, below which poly has the larger criterion and above which mono has. None
+    where there is no such level: poly stays ahead, or mono is not behind without noise either. With
+    K = (1 - 2 eta)^2, d = p_0 - p_1 and everything else of the clean moments:
 
         weighted    never: it is a function of the correlation of z and y, which label noise multiplies by the same
                     factor for u and v; and Var v = 2 Var u (D_v = 2 D_u for drop), so that sigma changes no order
@@ -260,7 +263,7 @@ def crossing(sparsity: float, noise: str = "label", kind: str = "fisher", ties: 
 def integrated_moments(sparsity: float, noise_rate: float = 0, input_noise: float = 0, ties: str = "coin") -> Moments:
     """The moments by Gauss quadrature of their definition over (x1, x2) and the noise, for checking `moments`.
 
-    The integrands are polynomials of degree 2, for which the rules are exact. Scalars only, otherwise as `moments`.
+    The integrands are polynomials of degree 2, for which the rules are exact. Scalars only and S < 1, otherwise as `moments`.
     """
     priors = laws(sparsity, noise_rate, input_noise, ties).priors
     node, weight = np.polynomial.legendre.leggauss(3)
@@ -336,10 +339,10 @@ def simulated_moments(
     fourth = raw[:, 3] - 4 * raw[:, 2] * means + 6 * raw[:, 1] * means**2 - 3 * means**4
     mean_errors, variance_errors = np.sqrt(variances / counts), np.sqrt(np.maximum(fourth - variances**2, 0) / counts)
     priors = counts / counts.sum()
-    return Simulation(
-        Moments(*map(ClassMoments, means, variances), priors),
-        Moments(*map(ClassMoments, mean_errors, variance_errors), np.sqrt(priors * (1 - priors) / counts.sum())),
-    )
+    estimates = (ClassMoments(*pair) for pair in zip(means, variances, strict=True))
+    errors = (ClassMoments(*pair) for pair in zip(mean_errors, variance_errors, strict=True))
+    prior_errors = np.sqrt(priors * (1 - priors) / counts.sum())
+    return Simulation(Moments(*estimates, priors=priors), Moments(*errors, priors=prior_errors))
 
 
 def _classes(sparsity: Array, ties: str) -> tuple[Array, Array]:
@@ -371,7 +374,7 @@ def _label_crossing(clean: Moments, kind: str) -> float | None:
     u_distance, v_distance, d = u_means[1] - u_means[0], v_means[1] - v_means[0], p0 - p1
     if kind == "fisher":
         r0, r1 = u / u_distance**2 - v / v_distance**2
-        # s falls from 1 at eta = 0 to 2 p_1 at eta = 1/2 (rises, for ties = "one"), where r_1 + r_0 > 0 has to change sign.
+        # s goes monotonically from 1 at eta = 0, where poly leads as r_1 + r_0 > 0, to 2 p_1 at eta = 1/2.
         if p1 * r1 + p0 * r0 >= 0:
             return None
         s = 2 * r0 / (r0 - r1)
