@@ -263,7 +263,7 @@ def crossing(sparsity: float, noise: str = "label", kind: str = "fisher", ties: 
 def integrated_moments(sparsity: float, noise_rate: float = 0, input_noise: float = 0, ties: str = "coin") -> Moments:
     """The moments by Gauss quadrature of their definition over (x1, x2) and the noise, for checking `moments`.
 
-    The integrands are polynomials of degree 2, for which the rules are exact. Scalars only and S < 1, otherwise as `moments`.
+    The integrands are polynomials of degree 2, for which the rules are exact. Scalars only, S < 1; else as `moments`.
     """
     priors = laws(sparsity, noise_rate, input_noise, ties).priors
     node, weight = np.polynomial.legendre.leggauss(3)
@@ -339,10 +339,10 @@ def simulated_moments(
     fourth = raw[:, 3] - 4 * raw[:, 2] * means + 6 * raw[:, 1] * means**2 - 3 * means**4
     mean_errors, variance_errors = np.sqrt(variances / counts), np.sqrt(np.maximum(fourth - variances**2, 0) / counts)
     priors = counts / counts.sum()
-    estimates = (ClassMoments(*pair) for pair in zip(means, variances, strict=True))
-    errors = (ClassMoments(*pair) for pair in zip(mean_errors, variance_errors, strict=True))
+    mono, poly = (ClassMoments(*pair) for pair in zip(means, variances, strict=True))
+    mono_error, poly_error = (ClassMoments(*pair) for pair in zip(mean_errors, variance_errors, strict=True))
     prior_errors = np.sqrt(priors * (1 - priors) / counts.sum())
-    return Simulation(Moments(*estimates, priors=priors), Moments(*errors, priors=prior_errors))
+    return Simulation(Moments(mono, poly, priors), Moments(mono_error, poly_error, prior_errors))
 
 
 def _classes(sparsity: Array, ties: str) -> tuple[Array, Array]:
