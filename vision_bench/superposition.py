@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 ACTIVATIONS = ("relu", "linear")
 FLIPS = ("others", "all")
@@ -55,7 +55,7 @@ def train(
     activation: str = "relu",
     steps: int = 4000,
     batch_size: int = 512,
-    learning_rate: float = 5e-3,
+    learning_rate: float = 1e-2,
     progress: bool = False,
 ) -> ToyModels:
     """Train a toy model for every (sparsity, seed) at once: x' = activation(W^T W x + b), importance-weighted MSE.
@@ -228,32 +228,30 @@ def fit_probes(
         generator: of the order of the samples, the same for all classifiers.
 
     Returns:
-        Weights (k, n_classes, m) and biases (k, n_classes, 1).
+        Weights (k, m, n_classes) and biases (k, 1, n_classes).
 
     Raises:
         ValueError: there are fewer samples than classes.
     """
     k, count, n_dims = features.shape
     _check_samples(count, n_classes)
-    weight, bias = torch.zeros(k, n_classes, n_dims), torch.zeros(k, n_classes, 1)
+    weight, bias = torch.zeros(k, n_dims, n_classes), torch.zeros(k, 1, n_classes)
     optimizer = torch.optim.Adam([weight, bias], lr=learning_rate, fused=True)
     for _ in tqdm(range(epochs), desc=f"probes ({k} x {count})", disable=not progress):
         for batch in torch.from_numpy(generator.permutation(count)).split(batch_size):
-            x, y = features[:, batch], labels[:, batch]
+            x, y = features.index_select(1, batch), labels.index_select(1, batch)
             # Gradient of the cross entropy in the logits: softmax - onehot.
-            error = torch.baddbmm(bias, weight, x.transpose(1, 2)).softmax(dim=1)
-            error.scatter_add_(1, y[:, None], torch.full((k, 1, len(batch)), -1.0))
-            weight.grad, bias.grad = torch.bmm(error, x) / len(batch), error.mean(dim=2, keepdim=True)
+            error = torch.baddbmm(bias, x, weight).softmax(dim=2)
+            error.scatter_add_(2, y[..., None], torch.full((k, len(batch), 1), -1.0))
+            weight.grad, bias.grad = torch.bmm(x.transpose(1, 2), error) / len(batch), error.mean(dim=1, keepdim=True)
             optimizer.step()
     return weight, bias
 
 
 def accuracy(probes: tuple[torch.Tensor, torch.Tensor], features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Share of right answers of each classifier, (k,): probes of `fit_probes`, features (k, count, m), labels
-    (k, count)."""
+    """Share of right answers (k,) of the classifiers of `fit_probes`: features (k, count, m), labels (k, count)."""
     weight, bias = probes
-    predicted = torch.baddbmm(bias, weight, features.transpose(1, 2)).argmax(dim=1)
-    return (predicted == labels).float().mean(dim=1)
+    return (torch.baddbmm(bias, features, weight).argmax(dim=2) == labels).float().mean(dim=1)
 
 
 def classify(
@@ -319,12 +317,13 @@ def classify(
     probes = fit_probes(
         features.repeat(2, 1, 1), labels, n_features, order, epochs, batch_size, learning_rate, progress
     )
-    clean_probes, noisy_probes = ([part.chunk(2)[which] for part in probes] for which in (0, 1))
+    (clean_weight, noisy_weight), (clean_bias, noisy_bias) = (part.chunk(2) for part in probes)
 
     test, noise = torch.stack(test_x), torch.stack(test_noise)
     answers = torch.stack(test_labels * arms)
-    measured = [accuracy((w, b), encode(test), answers) for w, b in (clean_probes, noisy_probes)]
-    measured += [accuracy((*clean_probes,), encode(test + level * noise), answers) for level in input_noises]
+    measured = [accuracy((clean_weight, clean_bias), encode(test), answers)]
+    measured += [accuracy((noisy_weight, noisy_bias), encode(test), answers)]
+    measured += [accuracy((clean_weight, clean_bias), encode(test + level * noise), answers) for level in input_noises]
     table = torch.stack(measured).view(-1, arms, n_seeds)
     return Accuracies(clean=table[0], label_noise=table[1], input_noise=table[2:])
 
