@@ -125,13 +125,6 @@ class Separability(NamedTuple):
     poly: Array
 
 
-class Simulation(NamedTuple):
-    """Estimated moments and the standard error of each estimate."""
-
-    moments: Moments
-    errors: Moments
-
-
 def laws(sparsity: ArrayLike, noise_rate: ArrayLike = 0, input_noise: ArrayLike = 0, ties: str = "coin") -> Laws:
     """Densities and distribution functions of u = x1 and v = x1 - x2 given the label.
 
@@ -301,48 +294,34 @@ def simulated_moments(
     noise_rate: float = 0,
     input_noise: float = 0,
     ties: str = "coin",
-) -> Simulation:
-    """The moments of `draws` samples drawn by the definition, with standard errors, for checking `moments`.
+) -> Moments:
+    """The moments of `draws` samples drawn by the definition, for checking `moments`.
 
-    Scalars only, otherwise as `moments`.
+    Scalars only, otherwise as `moments`; "drop" leaves fewer samples than drawn.
 
     Raises:
-        ValueError: an argument is out of its range, or a class got fewer than two samples.
+        ValueError: an argument is out of its range, or a class got no sample.
     """
     laws(sparsity, noise_rate, input_noise, ties)
-    counts = np.zeros(2)
-    sums = np.zeros((2, 4, 2))  # representation, power, class
-    for start in range(0, draws, 1_000_000):
-        size = min(1_000_000, draws - start)
-        x = generator.random((2, size)) * (generator.random((2, size)) >= sparsity)
-        label = x[0] > x[1]
-        tied = x[0] == x[1]
-        if ties == "one":
-            label |= tied
-        elif ties == "coin":
-            label = np.where(tied, generator.random(size) < 0.5, label)
-        elif ties == "drop":
-            x, label = x[:, ~tied], label[~tied]
-        label = label ^ (generator.random(label.size) < noise_rate)
-        if input_noise > 0:
-            x = x + input_noise * generator.standard_normal(x.shape)
-        for members, kept in enumerate((~label, label)):
-            counts[members] += kept.sum()
-            for which, z in enumerate((x[0, kept], x[0, kept] - x[1, kept])):
-                square = z * z
-                sums[which, :, members] += z.sum(), square.sum(), square @ z, square @ square
-    if counts.min() < 2:
-        raise ValueError(f"{draws} draws gave the classes {counts.astype(int).tolist()} samples; raise draws.")
+    x = generator.random((2, draws)) * (generator.random((2, draws)) >= sparsity)
+    label, tied = x[0] > x[1], x[0] == x[1]
+    if ties == "one":
+        label |= tied
+    elif ties == "coin":
+        label = np.where(tied, generator.random(draws) < 0.5, label)
+    elif ties == "drop":
+        x, label = x[:, ~tied], label[~tied]
+    label = label ^ (generator.random(label.size) < noise_rate)
+    if input_noise > 0:
+        x = x + input_noise * generator.standard_normal(x.shape)
+    if label.all() or not label.any():
+        raise ValueError(f"{draws} draws left a class without samples; raise draws or lower sparsity ({sparsity}).")
 
-    raw = sums / counts
-    means, variances = raw[:, 0], raw[:, 1] - raw[:, 0] ** 2
-    fourth = raw[:, 3] - 4 * raw[:, 2] * means + 6 * raw[:, 1] * means**2 - 3 * means**4
-    mean_errors, variance_errors = np.sqrt(variances / counts), np.sqrt(np.maximum(fourth - variances**2, 0) / counts)
-    priors = counts / counts.sum()
-    mono, poly = (ClassMoments(*pair) for pair in zip(means, variances, strict=True))
-    mono_error, poly_error = (ClassMoments(*pair) for pair in zip(mean_errors, variance_errors, strict=True))
-    prior_errors = np.sqrt(priors * (1 - priors) / counts.sum())
-    return Simulation(Moments(mono, poly, priors), Moments(mono_error, poly_error, prior_errors))
+    def conditional(z: Array) -> ClassMoments:
+        classes = z[~label], z[label]
+        return ClassMoments(np.array([c.mean() for c in classes]), np.array([c.var() for c in classes]))
+
+    return Moments(conditional(x[0]), conditional(x[0] - x[1]), np.array([1 - label.mean(), label.mean()]))
 
 
 def _classes(sparsity: Array, ties: str) -> tuple[Array, Array]:
