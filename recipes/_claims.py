@@ -14,26 +14,30 @@ RATES, NOISES = np.linspace(0.01, 0.49, 25), np.geomspace(0.01, 10, 25)
 
 def distribution_claims(ties: str) -> Iterator[tuple[str, str, np.ndarray]]:
     """(theorem, claim, whether it holds) on `GRID` for one tie rule, where the criterion does not matter."""
-    (u, v, _), rate, sigma = moments(GRID, ties=ties), RATES[:, None], NOISES[:, None]
+    rate, sigma = RATES[:, None], NOISES[:, None]
+    u, v, _ = moments(GRID, ties=ties)
     flipped, blurred = moments(GRID, rate, 0, ties), moments(GRID, 0, sigma, ties)
+    closer = (v.means < u.means).all(axis=0)
     yield (
         "4.1",
-        "v has smaller means, and D(v) > D(u)",
-        (v.means < u.means).all(axis=0) & (v.means[1] > u.means[1] + v.means[0] - u.means[0]),
+        "v has smaller means, yet D(v) > D(u)",
+        closer & (np.diff(v.means, axis=0) > np.diff(u.means, axis=0))[0],
     )
     for y in (0, 1):
         yield "4.1", f"equal variances, y = {y}", np.isclose(u.variances[y], v.variances[y], rtol=0, atol=1e-12)
-    mean, distance, variance, shifted = (np.ones(GRID.shape, dtype=bool) for _ in range(4))
+
+    def equal(noisy: np.ndarray, formula: np.ndarray) -> np.ndarray:
+        close = np.isclose(noisy, formula, rtol=0, atol=1e-12)
+        return close.reshape(-1, len(GRID)).all(axis=0)
+
+    distance, variance, mean, shifted = (np.ones(len(GRID), dtype=bool) for _ in range(4))
     for clean, noisy, blur, factor in ((u, flipped.mono, blurred.mono, 1), (v, flipped.poly, blurred.poly, 2)):
-        gap = clean.means[1] - clean.means[0]
-        mixed = np.stack([(1 - rate) * clean.variances[y] + rate * clean.variances[1 - y] for y in (0, 1)])
-        distance &= np.isclose(noisy.means[1] - noisy.means[0], (1 - 2 * rate) * gap, rtol=0, atol=1e-12).all(axis=0)
-        variance &= np.isclose(noisy.variances, mixed + rate * (1 - rate) * gap**2, rtol=0, atol=1e-12).all(
-            axis=(0, 1)
-        )
-        mean &= np.isclose(blur.means, clean.means[:, None], rtol=0, atol=1e-12).all(axis=(0, 1))
-        grown = clean.variances[:, None] + factor * sigma**2
-        shifted &= np.isclose(blur.variances, grown, rtol=0, atol=1e-12).all(axis=(0, 1))
+        gap, variances = clean.means[1] - clean.means[0], clean.variances[:, None]
+        mixed = (1 - rate) * variances + rate * variances[::-1] + rate * (1 - rate) * gap**2
+        distance &= equal(noisy.means[1] - noisy.means[0], (1 - 2 * rate) * gap)
+        variance &= equal(noisy.variances, mixed)
+        mean &= equal(blur.means, clean.means[:, None])
+        shifted &= equal(blur.variances, variances + factor * sigma**2)
     yield "B.5", "D shrinks to (1 - 2 eta) D", distance
     yield "B.6", "variances mix with 1 - eta, eta", variance
     yield "B.7", "input noise leaves the means", mean
@@ -62,5 +66,8 @@ def verdict(holds: np.ndarray) -> str:
     if holds.all() or not holds.any():
         return "holds" if holds.all() else "fails"
     edges = np.flatnonzero(np.diff(np.concatenate([[0], holds.astype(int), [0]])))
-    ranges = [f"{GRID[first]:.3g} <= S <= {GRID[last - 1]:.3g}" for first, last in edges.reshape(-1, 2)]
+    ranges = [
+        f"S = {GRID[first]:.3g}" if first == last - 1 else f"{GRID[first]:.3g} <= S <= {GRID[last - 1]:.3g}"
+        for first, last in edges.reshape(-1, 2)
+    ]
     return "only " + " and ".join(ranges)

@@ -182,14 +182,14 @@ def report(run: Run, script: SeparabilityArguments) -> str:
 
 def draw(script: SeparabilityArguments, folder: Path) -> None:
     """The criterion against label and input noise, a row of panels for each sparsity."""
-    rates, noises = np.linspace(0, 0.5, 201), np.linspace(0, max(1.0, 2 * script.input_noise), 201)
     panels = []
     for sparsity in script.sparsities:
         row = []
-        for noise, label, levels in (("label", "noise rate", rates), ("input", "input noise", noises)):
+        for noise, label in zip(NOISE_KINDS, ("noise rate", "input noise"), strict=True):
+            level = crossing(sparsity, noise, script.kind, script.ties)
+            levels = np.linspace(0, 0.5 if noise == "label" else max(1.0, 1.25 * (level or 0)), 201)
             setting = (levels, 0) if noise == "label" else (0, levels)
             scores = criterion(moments(sparsity, *setting, script.ties), script.kind)
-            level = crossing(sparsity, noise, script.kind, script.ties)
             title = f"S = {sparsity:g}"
             row.append(dict(title=title, label=label, levels=levels, **scores._asdict(), crossing=level))
         panels.append(row)
