@@ -3,9 +3,9 @@
     python benchmarks/superposition.py                # 4,000 steps: some minutes
     python benchmarks/superposition.py --steps 200
 
-n = 20, m = 5, batch 512, 8 sparsities x 8 seeds. "Plain" is the program one would write for a single model: autograd and
-torch.optim.Adam in a loop, on the same random numbers; "alone" is our function called for one model at a time. A round
-runs all three, and the plain and alone programs for `--models` of the 64, scaled to 64 (their time is that of a loop).
+n = 20, m = 5, batch 512, 8 sparsities x 8 seeds. "Plain" is the program one would write for a single model, autograd
+and torch.optim.Adam in a loop, on the same random numbers; "alone" is our function called for one model at a time. A
+round runs all three one after another, plain and alone for `--models` of the 64 models, their time scaled to 64.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def alone(sparsity: float, seed: int, steps: int) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--models", type=int, default=8, help="models of a round that are trained one after another")
+    parser.add_argument("--models", type=int, default=8, help="models of a round that are trained one by one")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     cells = [(i, j) for i in range(len(SPARSITIES)) for j in SEEDS]

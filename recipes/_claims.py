@@ -8,7 +8,7 @@ import numpy as np
 
 from vision_bench.separability import criterion, crossing, moments
 
-GRID = np.arange(0, 1, 0.002)  # sparsities
+GRID = np.arange(0, 1, 0.005)  # sparsities
 RATES, NOISES = np.linspace(0.01, 0.49, 25), np.geomspace(0.01, 10, 25)
 
 

@@ -203,7 +203,7 @@ def draw(run: Run, script: SuperpositionArguments) -> None:
     """Fig. 5a (encoders of n = 20, m = 5), Fig. 5b and the phase diagram."""
     weight = train(20, 5, [0.0, 0.9], script.seeds[:1], importance=0.7, steps=script.steps, progress=True).weight
     grams = geometry(weight[:, 0]).gram
-    drawings = {"gram": figures.gram_heatmaps({"mono (S = 0)": grams[0], "poly (S = 0.9)": grams[1]})}
+    drawings = {"gram": figures.gram_heatmaps({"mono (S = 0)": grams[0].numpy(), "poly (S = 0.9)": grams[1].numpy()})}
 
     window, bars = cells(script)[0], {}
     names = {"clean": "clean", "label": "label\n{:g}", "input": "input\n{:g}"}

@@ -126,12 +126,13 @@ def phase_diagram(
                 va="center",
                 size=6,
                 weight="bold" if certain else "normal",
-                color="white" if abs(value) > 0.7 * limit else "black",
+                color="white" if abs(value) > 0.5 * limit else "black",
             )
         ax.set(title=title, xlabel="training samples", xticks=range(len(samples)), yticks=range(len(sparsities)))
         ax.set_xticklabels([f"{count / 1000:g}k" for count in samples])
         ax.set_yticklabels([f"{sparsity:g}" for sparsity in sparsities] if ax is axes.flat[0] else [])
     axes.flat[0].set_ylabel("sparsity S")
+    figure.suptitle("mono $-$ poly, points of accuracy (bold: more than the interval)", size=7)
     return figure
 
 
