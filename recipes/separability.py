@@ -5,7 +5,7 @@
 
 Prints one line for every quantity of the theorems (closed form, Gauss quadrature of the definition, Monte Carlo with
 1e7 draws), and one for every tie rule and criterion with the range of sparsity in which each claim holds. The figure
-has the criterion against label and input noise under the chosen rule and criterion. About a minute on 2 cores.
+has the criterion against label and input noise under the chosen rule and criterion. Under a minute on 2 cores.
 
 The paper claims that the monosemantic representation overtakes at a noise rate of 25 %. Expected here: with Fisher's
 ratio it never does; docs/theory.md has the proofs, and the readings under which it would.

@@ -9,8 +9,8 @@ linear probes on frozen features without noise, with 90 % label noise in trainin
 The paper: poly is ahead without noise, mono with either noise. Expected at the default setting (n = 100, m = 20,
 S = 0.9, 20,000 samples): about 19 % mono and 41 % poly without noise, 15 and 12 % with label noise, 12 and 9 % with
 input noise 0.3. That is a window: the same table has its neighbours with more samples or higher sparsity, where poly
-stays ahead under label noise, and the phase diagram shows them. One to two minutes on 2 cores; `--full` adds other
-sizes, flips over all classes and more samples and sparsities, 120 cells instead of 9.
+stays ahead under label noise, and the phase diagram shows them. About 85 seconds of processor time, on one or two
+cores; `--full` adds other sizes, flips over all classes, more samples and sparsities: 120 cells instead of 9.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ WIDTH = 3.4  # inch
 # Okabe and Ito's colour-blind safe palette; black and white prints tell the arms apart by line style or hatch.
 COLOURS = {"mono": "#0072B2", "poly": "#D55E00"}
 LINES = {"mono": "-", "poly": "--"}
-_STYLE = {"font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.2}
+_STYLE: dict[Any, Any] = {"font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.2}
 
 
 def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
