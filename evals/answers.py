@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 
 import torch
 from accelerate import PartialState
@@ -35,11 +36,11 @@ def answer_log_likelihoods(
     # Longest first, so that a batch too large for the memory fails at once.
     order = sorted(range(len(answers)), key=lambda i: -len(answers[i].input_ids))
     share = -(-len(order) // state.num_processes)
-    mine = (order + order[: share * state.num_processes - len(order)])[state.process_index :: state.num_processes]
+    mine = list(islice(cycle(order), share * state.num_processes))[state.process_index :: state.num_processes]
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
 
     device = next(model.parameters()).device
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     values: list[tuple[int, float]] = []
     try:
@@ -47,7 +48,8 @@ def answer_log_likelihoods(
             scores = _score([answers[i] for i in batch], model, pad_token_id, device)
             values += zip(batch, scores.tolist(), strict=True)
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
     result = torch.empty(len(answers))
     for index, value in gather_object(values):
         result[index] = value

@@ -35,8 +35,10 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
             model's device. Where it has `attention_mask` of shape (batch, tokens), positions with 0 do not count.
 
     Raises:
-        ValueError: no adapter is active, `batches` holds no token, or a mask does not fit a module's input.
+        ValueError: no adapter is active, `batches` holds no token, a mask is not of that shape or does not fit a
+            module's input, or an encoder-decoder model gets a mask with zeros, which is right for one half only.
     """
+    model = getattr(model, "_orig_mod", model)  # a compiled model would skip the hooks
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
     with _count_zeros(model) as counts:
@@ -50,14 +52,18 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
             with torch.no_grad():
                 for batch in batches:
                     inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                    mask = _token_mask(model, inputs.get("attention_mask"))
                     for count in counts.values():
-                        count.mask = inputs.get("attention_mask")
+                        count.mask = mask
                     model(**inputs)
         finally:
             for module, training in modes.items():
                 module.training = training
     if not any(count.tokens for count in counts.values()):
-        raise ValueError("`batches` holds no token that counts: it is empty, or every attention mask is zero.")
+        raise ValueError(
+            "`batches` holds no token that counts: it is empty, every attention mask is zero, or the model was "
+            "compiled in place, which skips the counting (measure before `model.compile()`)."
+        )
     reached = {name: count for name, count in counts.items() if count.tokens}
     fired = torch.cat([count.fired for count in reached.values()])
     return ActivationSparsity(
@@ -65,6 +71,22 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
         per_module={name: 1 - int(c.fired.sum()) / (c.tokens * c.fired.numel()) for name, c in reached.items()},
         dead=int((fired == 0).sum()) / fired.numel(),
     )
+
+
+def _token_mask(model: nn.Module, mask: Any) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"`attention_mask` must have the shape (batch, tokens) to tell padding apart, got {shape}.")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if not mask.bool().all():
+            raise ValueError(
+                "an encoder-decoder model has other tokens in each half, so `attention_mask` cannot mark the padding "
+                "of both. Measure without padding: rows of one length, or one row per batch."
+            )
+        return None
+    return mask
 
 
 class _ZeroCount:
@@ -78,7 +100,7 @@ class _ZeroCount:
 
     def __call__(self, module: nn.Module, args: Any, latents: torch.Tensor) -> None:
         rows = latents.reshape(-1, latents.shape[-1])
-        if self.mask is not None and self.mask.ndim == 2:
+        if self.mask is not None:
             if self.mask.numel() != len(rows):
                 raise ValueError(
                     f"the attention mask has {self.mask.numel()} positions, but the input of {self.name} has "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from peft.config import PeftConfig
@@ -140,6 +141,7 @@ class MonoLoraConfig(PeftConfig):
                 f"This adapter was saved in format {self.format_version}; this mono_peft reads up to "
                 f"{FORMAT_VERSION}. Upgrade mono-peft."
             )
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._check_ranges()
         self._check_layer_selection()
         for name in ("target_modules", "exclude_modules"):
@@ -148,7 +150,7 @@ class MonoLoraConfig(PeftConfig):
 
     def _check_ranges(self) -> None:
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+            if not isinstance(rank, Integral) or isinstance(rank, bool) or rank <= 0:
                 raise ValueError(f"`{name}` must be a positive integer, got {rank!r}; 8 is the usual choice.")
         alphas = {"monolora_alpha": self.monolora_alpha}
         alphas |= {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
@@ -193,4 +195,4 @@ class MonoLoraConfig(PeftConfig):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)

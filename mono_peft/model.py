@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _check_lora_target_modules_mamba, _ExcludedModule
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    _check_lora_target_modules_mamba,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType
-from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -22,7 +28,8 @@ from .config import MonoLoraConfig
 from .layer import MERGE_ERROR, MonoLoraLayer, MonoLoraLinear
 from .register import PREFIX
 
-_ADAPTER_TENSOR = re.compile(rf"\.{PREFIX}(?:encoder|decoder)\.(?:(?P<adapter>[^.]+)\.)?weight$")
+_PEFT_PREFIX = "base_model.model."
+_ADAPTER_TENSOR = re.compile(rf"\.{PREFIX}(?:encoder|decoder)\.(?P<adapter>[^.]+)\.weight$")
 _INSIDE_LAYER = re.compile(rf"\.(base_layer|{PREFIX}\w+)(\.|$)")
 
 
@@ -48,12 +55,13 @@ class MonoLoraModel(BaseTuner):
         targets = peft_config.target_modules
         if not self._targets_come_from_config or targets == DUMMY_TARGET_MODULES:
             return
-        if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            return
+        expanded = _maybe_include_all_linear_layers(copy.copy(peft_config), model)  # "all-linear" by names
         matched: list[str] = []
         excluded = False
         for name, module in model.named_modules():
-            found = self._check_target_module_exists(peft_config, name) if name else False
+            if not name or _INSIDE_LAYER.search(name):
+                continue
+            found = self._check_target_module_exists(expanded, name)
             if isinstance(found, _ExcludedModule):
                 excluded = True
             elif found:
@@ -62,8 +70,10 @@ class MonoLoraModel(BaseTuner):
                 if not isinstance(module, MonoLoraLayer):
                     _check_supported(name, module, model)
         if not matched and not excluded:
+            layers = peft_config.layers_to_transform
+            where = "the base model" if layers is None else f"layers_to_transform={layers} of the base model"
             raise ValueError(
-                f"Target modules {_listed(targets)} not found in the base model. Please check the target modules and "
+                f"Target modules {_listed(targets)} not found in {where}. Please check the target modules and "
                 f"try again. This model has: {_listed(_adaptable_names(model))}."
             )
         if isinstance(targets, (set, list)) and set(targets) != self._default_targets(model):
@@ -175,10 +185,16 @@ class MonoLoraModel(BaseTuner):
             "adapters at once instead: `model.base_model.set_adapter(['first', 'second'])` adds their updates."
         )
 
-    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
-        # PEFT loads with strict=False, which would pass over tensors that are missing or belong nowhere.
-        _check_adapter_tensors(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MonoLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Raise ValueError for a file that is not this adapter's. PEFT (0.21 on) would only warn."""
+        tensors = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        _check_tensor_names(model, adapter_name, tensors)
+        return tensors
 
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -201,61 +217,51 @@ def _adaptable_names(model: nn.Module) -> set[str]:
     return {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if name and isinstance(module, (nn.Linear, Conv1D, MonoLoraLayer)) and not _INSIDE_LAYER.search(name)
+        if name and not _INSIDE_LAYER.search(name) and (isinstance(module, MonoLoraLayer) or not _obstacle(module))
     }
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why MonoLoRA cannot adapt `module`, None if it can."""
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return f"it is a {type(module).__name__}, and MonoLoRA adapts torch.nn.Linear and transformers' Conv1D"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "it belongs to torch.nn.MultiheadAttention, which reads its weight and never calls it"
+    if getattr(module, "_hf_tp_plan", None) is not None:
+        return "it is sharded by tensor parallelism, and sigma needs the whole of A x; use data parallelism or FSDP"
+    return None
 
 
 def _check_supported(name: str, module: nn.Module, model: nn.Module) -> None:
     """Raise TypeError unless MonoLoRA can adapt `module`."""
-    reason = None
-    if not isinstance(module, (nn.Linear, Conv1D)):
-        reason = f"it is a {type(module).__name__}, and MonoLoRA adapts torch.nn.Linear and transformers' Conv1D"
-    elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        reason = "it belongs to torch.nn.MultiheadAttention, which reads its weight and never calls it"
-    elif getattr(module, "_hf_tp_plan", None) is not None:
-        reason = "it is sharded by tensor parallelism, and sigma needs the whole of A x; use data parallelism or FSDP"
-    if reason:
+    obstacle = _obstacle(module)
+    if obstacle:
         raise TypeError(
-            f"MonoLoRA cannot adapt the target module '{name}': {reason}. "
-            f"Modules of this model that can be adapted: {_listed(_adaptable_names(model))}."
+            f"MonoLoRA cannot adapt the target module '{name}': {obstacle}. Choose others, or name it in "
+            f"`exclude_modules`. Modules of this model that can be adapted: {_listed(_adaptable_names(model))}."
         )
 
 
-def _check_adapter_tensors(model: MonoLoraModel, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
-    """Raise ValueError if `state_dict` holds a part of an adapter, tensors of none, or other shapes."""
-    expected: dict[str, dict[str, torch.Size]] = {}
-    for name, parameter in model.named_parameters():
-        match = _ADAPTER_TENSOR.search(name)
-        if match:
-            # Under ZeRO-3 a parameter is an empty stand-in; its whole shape is in `ds_shape`.
-            expected.setdefault(match["adapter"], {})[prefix + name] = getattr(parameter, "ds_shape", parameter.shape)
-    given = {name for name in state_dict if name.startswith(prefix) and f".{PREFIX}" in name}
+def _check_tensor_names(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
+    """Raise ValueError unless `tensors` names every weight of the adapter in `model` and nothing unknown to it."""
+    # Where layers were injected without PeftModel, files have its prefix and the model has not.
+    given = {name.removeprefix(_PEFT_PREFIX) for name in tensors}
+    known = {name.removeprefix(_PEFT_PREFIX) for name in model.state_dict()}
+    wanted = {name for name in known if (match := _ADAPTER_TENSOR.search(name)) and match["adapter"] == adapter_name}
+    unknown, missing = given - known, wanted - given
     problem = None
-    lora = [name for name in state_dict if ".lora_A." in name or ".lora_B." in name]
-    if lora:
-        problem = f"it holds weights of a LoRA adapter ({lora[0]}), which PEFT's LoraConfig loads"
-    elif expected and not given and not any(".base_layer." in name for name in state_dict):
-        problem = "it holds no MonoLoRA weights"
-    else:
-        known = {name: shape for shapes in expected.values() for name, shape in shapes.items()}
-        adapters = {adapter for adapter, shapes in expected.items() if given & shapes.keys()}
-        missing = {name for adapter in adapters for name in expected[adapter]} - given
-        unexpected = given - known.keys()
-        other_shape = [
-            f"{name} is {tuple(state_dict[name].shape)}, the model's {tuple(known[name])}"
-            for name in sorted(given & known.keys())
-            if state_dict[name].shape != known[name]
-        ]
-        if missing:
-            problem = f"{len(missing)} tensors are missing: {_listed(missing)}"
-        elif unexpected:
-            problem = f"{len(unexpected)} tensors belong to no module of this model: {_listed(unexpected)}"
-        elif other_shape:
-            problem = f"size mismatch for {len(other_shape)} tensors: {'; '.join(other_shape[:3])}"
+    if any(".lora_A." in name for name in unknown):
+        problem = "it holds weights of a LoRA adapter, which PEFT's LoraConfig loads"
+    elif wanted and missing == wanted:
+        problem = "it holds no weights of MonoLoRA layers of this model"
+    elif missing:
+        problem = f"{len(missing)} tensors are missing: {_listed(missing)}"
+    elif unknown:
+        problem = f"{len(unknown)} tensors belong to no module of this model: {_listed(unknown)}"
     if problem:
         raise ValueError(
             f"This MonoLoRA adapter does not fit the model: {problem}. Check that the file is complete, and that the "
-            "base model, r and target_modules are those it was trained with."
+            "base model and target_modules are those it was trained with."
         )
 
 

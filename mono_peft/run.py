@@ -21,7 +21,7 @@ from pathlib import Path
 import mono_peft  # noqa: F401  (registers the tuner)
 
 
-def main(arguments: list[str]) -> object:
+def main(arguments: list[str]) -> None:
     """Run the program named by the first of `arguments` with the others as its own, in this process.
 
     Raises:
@@ -33,12 +33,14 @@ def main(arguments: list[str]) -> object:
     sys.argv = list(arguments)
     if Path(program).is_file():
         sys.path[0] = str(Path(program).resolve().parent)  # as `python FILE` does
-        return runpy.run_path(program, run_name="__main__")
+        runpy.run_path(program, run_name="__main__")
+        return
     commands = tuple(entry_points(group="console_scripts", name=program))
     if commands:
-        return commands[0].load()()
+        sys.exit(commands[0].load()())  # as the installed command does
     if _is_module(program):
-        return runpy.run_module(program, run_name="__main__", alter_sys=True)
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+        return
     raise SystemExit(f"mono_peft.run: {program!r} is no file, no installed command and no module.")
 
 

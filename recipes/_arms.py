@@ -34,6 +34,10 @@ def check_arms(methods: list[str], seeds: list[int], training: SFTConfig, model_
         raise ValueError(f"--methods takes each of {', '.join(METHODS)} at most once, got {methods}.")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds takes different integers, got {seeds}.")
+    if training.seed != type(training).__dataclass_fields__["seed"].default:
+        raise ValueError(f"--seed {training.seed}: the seeds of the runs are --seeds, here {seeds}.")
+    if training.completion_only_loss is False:
+        raise ValueError("--completion_only_loss false: the loss is on the answers only, in every arm. Leave it out.")
     if model_args.use_peft and "base" in methods:
         raise ValueError(
             "--use_peft contradicts the arm `base`. Leave it out: --methods says which arms have an adapter, and the "
@@ -60,6 +64,8 @@ def adapter_config(method: str, model_args: ModelConfig, activation: str) -> Pef
     targets = model_args.lora_target_modules
     if isinstance(targets, str) and targets.isidentifier():
         targets = [targets]  # TRL unpacks a list of one, and PEFT would take the name as a pattern of whole paths
+    # LoRA leaves these unchecked; MonoLoRA's own check of them serves both arms.
+    MonoLoraConfig(r=model_args.lora_r, lora_alpha=model_args.lora_alpha, lora_dropout=model_args.lora_dropout)
     options: dict[str, Any] = {
         "task_type": model_args.lora_task_type,
         "r": model_args.lora_r,
@@ -88,11 +94,17 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"Cannot load the model {name!r} ({str(error).strip().splitlines()[0]}) It is no local folder with a "
-            "model; one on the hub needs network access, and a gated one its licence accepted and `hf auth login`."
-        ) from None
-    for adapter in adapters:
+        advice = (
+            "The folder lacks a model's or tokenizer's files."
+            if Path(str(name)).is_dir()
+            else (
+                "It is no local folder; a model on the hub needs network access, and a gated one its licence accepted "
+                "and `hf auth login`."
+            )
+        )
+        raise ValueError(f"Cannot load the model {name!r} ({str(error).strip().splitlines()[0]}) {advice}") from None
+    # MonoLoRA first: its error lists what the model has.
+    for adapter in sorted(adapters, key=lambda a: not isinstance(a, MonoLoraConfig)):
         with torch.device("meta"), _not_sharded(training):
             get_peft_model(AutoModelForCausalLM.from_config(config), copy.deepcopy(adapter))
     if tokenizer.pad_token is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Value, load_dataset
 
 _LOADERS = {
     ".tsv": ("csv", {"sep": "\t", "quoting": 3}),  # GLUE's files hold bare quotation marks
@@ -45,7 +45,7 @@ def load_labelled_text(source: str, split: str = "train") -> Dataset:
                 f"({', '.join(_LOADERS)}); a data set on the hub needs network access, and some need `hf auth login`."
             ) from None
     _check(rows, source)
-    return rows.select_columns(["sentence", "label"])
+    return rows.select_columns(["sentence", "label"]).cast_column("label", Value("int64"))
 
 
 def _check(rows: Dataset, source: str) -> None:

@@ -2,11 +2,12 @@
 
 The paper's setting (Llama-2-7b-chat; accuracy of the base 88.65, LoRA 92.78, MonoLoRA 94.84 %; task sparsity 36.71 %):
 
-    accelerate launch recipes/sst2_monolora.py --config recipes/configs/paper_sst2.yaml --output_dir runs/sst2_paper
+    accelerate launch recipes/sst2_monolora.py --config recipes/configs/paper.yaml --output_dir runs/sst2_paper
 
 Any causal model and data, here local files with the columns `sentence` and `label`:
 
-    python recipes/sst2_monolora.py --model_name_or_path MODEL --train_file train.tsv --eval_file dev.tsv --seeds 0 1 2
+    python recipes/sst2_monolora.py --model_name_or_path MODEL --train_file train.tsv --eval_file dev.tsv \
+        --seeds 0 1 2 --output_dir runs/my_data
 
 Without a model it builds a small one itself, without data it generates them, and finetunes that, in about three
 minutes on 2 cores: a demonstration, not the paper's experiment. The same command again continues a run that was
@@ -37,7 +38,7 @@ from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt, training_row
 from mono_peft import SparsityCallback, activation_sparsity
 
 PAPER = {"base": (88.65, None), "lora": (92.78, 0.0), "monolora": (94.84, 36.71)}  # accuracy and task sparsity, %
-EMBEDDED = Path(__file__).parent / "configs" / "embedded_sst2.yaml"
+EMBEDDED = Path(__file__).parent / "configs" / "embedded.yaml"
 
 
 @dataclass
@@ -107,6 +108,14 @@ def load_data(script: Sst2Arguments) -> tuple[Dataset, Dataset]:
     return train, dev.select(range(min(script.eval_samples or len(dev), len(dev))))
 
 
+def check_length(tokenizer: PreTrainedTokenizerBase, rows: Dataset, max_length: int | None) -> None:
+    """Raise ValueError if the longest prompt and answer do not fit; TRL would cut the answer off without a word."""
+    longest = sorted(rows["sentence"], key=len)[-100:]
+    needed = 2 + max(len(encode_answer(tokenizer, sst2_prompt(s), SST2_ANSWERS[0]).input_ids) for s in longest)
+    if max_length is not None and needed > max_length:
+        raise ValueError(f"--max_length {max_length} cuts off answers: the longest row has {needed} tokens.")
+
+
 def accuracy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, dev: Dataset, batch_size: int) -> float:
     """Share of sentences whose right label word has the larger log-likelihood, in [0, 1]."""
     encoded = [encode_answer(tokenizer, sst2_prompt(s), answer) for s in dev["sentence"] for answer in SST2_ANSWERS]
@@ -128,7 +137,9 @@ def identity(
 ) -> dict[str, Any]:
     """The settings that decide the results, for the run's folder and rows; of TRL's those that are not its default."""
     defaults = SFTConfig(output_dir="", use_cpu=training.use_cpu, bf16=training.bf16).to_dict()
-    irrelevant = re.compile("output_dir|seed|resume|run_name|disable_tqdm|hub|^(log|report|save|eval|trackio|project)")
+    irrelevant = re.compile(
+        "^seed$|output_dir|resume|run_name|disable_tqdm|hub|^(log|report|save|eval|trackio|project)"
+    )
     chosen = {k: v for k, v in training.to_dict().items() if v != defaults[k] and not irrelevant.search(k)}
     model = {k: v for k, v in asdict(model_args).items() if v != ModelConfig.__dataclass_fields__[k].default}
     plugin = training.deepspeed_plugin
@@ -177,6 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     if demonstration:
         model_args.model_name_or_path = str(embedded_model())
     tokenizer = load_tokenizer(training, model_args, list(adapters.values()))
+    check_length(tokenizer, train_set, training.max_length)
     device, batch_size = device_name(training.device), training.per_device_eval_batch_size
     batches = prompt_batches(tokenizer, dev, batch_size)
 

@@ -1,6 +1,7 @@
 """The SST-2 recipe in real processes: launched, distributed, killed and resumed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,25 @@ def test_two_processes_train_the_same_adapter_as_one(options, tmp_path, file):
         assert {k: r["value"] for k, r in second.items()} == pytest.approx(
             {k: r["value"] for k, r in first.items()}, abs=2e-3
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["ddp", "zero2", "zero3"])
+def test_two_processes_resume_exactly(options, tmp_path, file):
+    options = [*options, "--methods", "monolora", "--save_strategy", "steps", "--save_steps", "3"]
+    config = ROOT / "recipes" / "accelerate" / f"{file}.yaml"
+    command = [*LAUNCH, "--config_file", str(config), RECIPE, *options, "--per_device_train_batch_size", "4"]
+    command += ["--output_dir", str(tmp_path)]
+    run(command, TORCH_EXTENSIONS_DIR=str(ROOT / ".venv" / "torch_extensions"))
+    expected = load_file(tmp_path / "monolora-seed0" / "adapter" / "adapter_model.safetensors")
+
+    # As if killed after step 3: later checkpoints, adapter and rows do not exist.
+    for path in ("monolora-seed0/checkpoint-6", "monolora-seed0/adapter"):
+        shutil.rmtree(tmp_path / path)
+    (tmp_path / "results.jsonl").unlink()
+    run(command, TORCH_EXTENSIONS_DIR=str(ROOT / ".venv" / "torch_extensions"))
+    found = load_file(tmp_path / "monolora-seed0" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
 
 
 @pytest.mark.slow

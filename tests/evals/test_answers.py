@@ -55,8 +55,10 @@ def test_dropout_is_off_and_the_mode_is_put_back(model):
     noisy = torch.nn.Sequential(torch.nn.Dropout(0.5))
     model.add_module("noisy", noisy)
     model.train()
+    model.lm_head.eval()  # each module has its own mode
     answer_log_likelihoods(model, answers, pad_token_id=0)
     assert model.training
     assert noisy.training
+    assert not model.lm_head.training
     model.eval()
     assert answer_log_likelihoods(model, answers, pad_token_id=0) <= 0

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 from mono_peft import MonoLoraConfig, SparsityCallback, activation_sparsity
 
@@ -110,6 +110,27 @@ def test_bad_input(llama, model, input_ids):
         activation_sparsity(model, [padded(input_ids, [0, 0, 0])])
     with model.disable_adapter(), pytest.raises(ValueError, match="no active MonoLoRA adapter"):
         activation_sparsity(model, [{"input_ids": input_ids}])
+
+
+@pytest.mark.parametrize("mask", [torch.ones(3, 1, 9, 9), {"full_attention": torch.ones(3, 9)}])
+def test_masks_that_do_not_name_tokens(model, input_ids, mask):
+    with pytest.raises(ValueError, match=r"must have the shape \(batch, tokens\) to tell padding apart, got"):
+        activation_sparsity(model, [{"input_ids": input_ids, "attention_mask": mask}])
+
+
+def test_encoder_decoder_models_without_padding_only(input_ids):
+    config = T5Config(vocab_size=100, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = get_peft_model(T5ForConditionalGeneration(config), MonoLoraConfig(init_weights=False))
+    batch = {"input_ids": input_ids, "labels": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    assert 0 < activation_sparsity(model, [batch]).overall < 1
+    batch["attention_mask"][0, -1] = 0
+    with pytest.raises(ValueError, match="encoder-decoder model has other tokens in each half"):
+        activation_sparsity(model, [batch])
+
+
+def test_a_compiled_model_is_measured_as_its_original(model, input_ids):
+    batch = {"input_ids": input_ids}
+    assert activation_sparsity(torch.compile(model), [batch]) == activation_sparsity(model, [batch])
 
 
 def test_lora_has_nothing_to_measure(llama, input_ids):

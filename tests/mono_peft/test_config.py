@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pickle
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -146,6 +147,11 @@ def test_saved_configurations_load_equal(tmp_path_factory, r, alpha, dropout, ac
         loaded = cls.from_pretrained(folder)
         assert type(loaded) is MonoLoraConfig
         assert loaded == config
+
+
+def test_numbers_of_numpy_and_empty_patterns():
+    config = MonoLoraConfig(r=numpy.int64(4), lora_alpha=numpy.float32(6), rank_pattern=None, alpha_pattern=None)
+    assert (config.r, config.monolora_alpha, config.rank_pattern, config.alpha_pattern) == (4, 6, {}, {})
 
 
 def test_copies():

@@ -67,6 +67,11 @@ class TestInProcess:
             main([str(tmp_path / "fails.py"), "one", "two"])
         assert stop.value.code == 7
 
+    def test_what_an_installed_command_returns_is_the_exit_code(self):
+        with pytest.raises(SystemExit) as stop:
+            main(["pytest", "/no/such/folder"])
+        assert stop.value.code == 4
+
     def test_nonsense(self):
         with pytest.raises(SystemExit, match=r"'no\.such\.program' is no file, no installed command and no module"):
             main(["no.such.program"])

@@ -1,5 +1,7 @@
 """Training trains: the adapter and nothing else, to a lower loss; what is saved is what was trained."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -26,14 +28,14 @@ def rows():
     return Dataset.from_list([{"prompt": f"{k} is", "completion": f" {v}"} for k, v in colours.items()])
 
 
-def trainer_for(base, rows, tokenizer, folder, callbacks=None, **options):
+def trainer_for(base, rows, tokenizer, folder, callbacks=None, lora_dropout=0.1, **options):
     options = {"max_steps": 60, "learning_rate": 2e-2, "save_strategy": "no"} | options
     arguments = SFTConfig(
         str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, seed=3,
         per_device_train_batch_size=4, logging_steps=1, **options,
     )  # fmt: skip
     config = MonoLoraConfig(
-        r=4, lora_alpha=8, lora_dropout=0.1, task_type="CAUSAL_LM", target_modules="all-linear",
+        r=4, lora_alpha=8, lora_dropout=lora_dropout, task_type="CAUSAL_LM", target_modules="all-linear",
     )  # fmt: skip
     return SFTTrainer(
         base, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=config, callbacks=callbacks
@@ -71,8 +73,6 @@ def test_only_the_adapter_moves_and_the_loss_falls(base, rows, make_tokenizer, t
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(base, rows, make_tokenizer, tmp_path):
-    import copy
-
     class StopAt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 5
@@ -92,12 +92,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, rows, make_tokenizer, t
     assert not all(torch.equal(adapter_weights(stopped.model)[n], expected[n]) for n in expected)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_with_activation_checkpointing(base, rows, make_tokenizer, tmp_path, checkpointing):
-    trainer = trainer_for(base, rows, make_tokenizer(), tmp_path, max_steps=1, gradient_checkpointing=checkpointing)
-    start = adapter_weights(trainer.model)
-    trainer.train()
-    moved = adapter_weights(trainer.model)
-    decoders = [n for n in moved if "decoder" in n]  # B is zero at first, so A's gradient is too
-    assert decoders
-    assert [n for n in decoders if torch.equal(moved[n], start[n])] == []
+def test_activation_checkpointing_leaves_the_gradients_alone(base, rows, make_tokenizer, tmp_path):
+    gradients = []
+    for checkpointing in (False, True):
+        trainer = trainer_for(
+            copy.deepcopy(base), rows, make_tokenizer(), tmp_path, gradient_checkpointing=checkpointing, lora_dropout=0
+        )
+        for name, parameter in trainer.model.named_parameters():
+            if "monolora_decoder" in name:  # zero at first, and A's gradient with it
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(4))
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, batch).backward()
+        gradients.append({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert len(gradients[0]) == 2 * 7 * 2
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradients[1][name], gradient)

@@ -27,6 +27,12 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
     assert [(row["sentence"], row["label"]) for row in loaded] == ROWS
 
 
+def test_labels_written_as_floats(tmp_path):
+    loaded = load_labelled_text(write(tmp_path / "data.csv", [("a", 0.0), ("b", 1.0)]))
+    assert loaded["label"][:] == [0, 1]
+    assert all(type(label) is int for label in loaded["label"][:])
+
+
 def test_other_columns_are_dropped(tmp_path):
     rows = [(i, *row) for i, row in enumerate(ROWS)]
     assert load_labelled_text(write(tmp_path / "data.csv", rows, ("idx", "sentence", "label"))).column_names == [

@@ -86,7 +86,7 @@ def test_arms_share_everything_but_the_adapter(arguments):
 
 
 def test_the_paper_configuration():
-    script, training, model_args = sst2_monolora.parse(["--config", "recipes/configs/paper_sst2.yaml"])
+    script, training, model_args = sst2_monolora.parse(["--config", "recipes/configs/paper.yaml"])
     assert model_args.model_name_or_path == "meta-llama/Llama-2-7b-chat-hf"
     assert script.dataset_name == "stanfordnlp/sst2"
     assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (8, 4, 0.1)
@@ -95,7 +95,7 @@ def test_the_paper_configuration():
     assert training.num_train_epochs == 20
     assert training.per_device_train_batch_size == 16
     assert training.learning_rate == 1e-4
-    overridden = sst2_monolora.parse(["--config", "recipes/configs/paper_sst2.yaml", "--learning_rate", "0.5"])
+    overridden = sst2_monolora.parse(["--config", "recipes/configs/paper.yaml", "--learning_rate", "0.5"])
     assert overridden[1].learning_rate == 0.5
 
 
@@ -125,6 +125,16 @@ class TestBadInput:
             ("--methods monolora --lora_dropout 1.5", ValueError, r"`monolora_dropout` must lie in \[0, 1\)"),
             ("--methods monolora --lora_target_modules query", ValueError, r"Target modules query not found.*q_proj"),
             ("--methods monolora --lora_target_modules embed_tokens", TypeError, r"'model\.embed_tokens'"),
+            ("--lora_target_modules query", ValueError, r"Target modules query not found.*q_proj"),
+            (
+                "--methods lora --lora_alpha -3",
+                ValueError,
+                r"`monolora_alpha` must be a positive, finite number, got -3",
+            ),
+            ("--methods lora --lora_dropout 1.5", ValueError, r"`monolora_dropout` must lie in \[0, 1\), got 1.5"),
+            ("--seed 5", ValueError, r"--seed 5: the seeds of the runs are --seeds"),
+            ("--max_length 20", ValueError, r"--max_length 20 cuts off answers: the longest row has \d+ tokens"),
+            ("--completion_only_loss false", ValueError, r"--completion_only_loss false: the loss is on the answers"),
             ("--train_samples 1", ValueError, r"--train_samples must be at least 2, got 1"),
             ("--train_samples 9999", ValueError, r"--train_samples 9999, but there are 48 training sentences"),
             ("--eval_samples 0", ValueError, r"--eval_samples must be at least 2, got 0"),
@@ -144,6 +154,11 @@ class TestBadInput:
         with pytest.raises(error, match=message):
             sst2_monolora.main([*arguments, *extra.split()])
         assert not (tmp_path / "out").exists()
+
+    def test_a_folder_that_is_no_model(self, arguments, tmp_path):
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match=r"Cannot load the model '.*empty'.*lacks a model's or tokenizer's files"):
+            sst2_monolora.main([*arguments, "--model_name_or_path", str(tmp_path / "empty")])
 
     def test_model_without_data(self, small_model):
         with pytest.raises(ValueError, match=r"--model_name_or_path needs data: --dataset_name"):
