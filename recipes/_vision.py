@@ -213,6 +213,17 @@ class ProbingArguments(PretrainingArguments):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
 
+    def probe_settings(self) -> dict[str, Any]:
+        """The arguments of `vision_bench.probe.fit_linear_probes` that all probes of a recipe share."""
+        return {
+            "epochs": self.probe_epochs,
+            "batch_size": self.probe_batch_size,
+            "optimizer": self.probe_optimizer,
+            "learning_rate": self.probe_learning_rate,
+            "schedule": self.probe_schedule,
+            "standardize": self.standardize,
+        }
+
     def models_of(self) -> dict[int, list[int]]:
         """The seeds of the probes by the seed of the models that they probe."""
         return {self.seeds[0]: self.seeds} if self.shared_pretraining else {seed: [seed] for seed in self.seeds}

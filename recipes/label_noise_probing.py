@@ -3,12 +3,9 @@
     python recipes/label_noise_probing.py --output_dir runs/label_noise
     accelerate launch recipes/label_noise_probing.py --config recipes/configs/cifar100.yaml --output_dir runs/table1
 
-Linear classifiers on frozen features, trained on labels of which a share is wrong, tested on clean ones. The features:
-`poly`, SimCLR's; `sae`, the latents of a top-k sparse autoencoder on them; `ncl`, those of non-negative contrastive
-learning. And what the paper's claim must survive: `poly_decay`, poly probed with the weight decay that is best for the
-rate; `poly_unit`, poly L2-normalised, as what the latents are computed from (a small scale regularises a probe of few
-steps by itself); `random_relu`, ReLU of a random projection of that (non-negative, as wide as the latents, nothing
-learned); `random_mask`, poly with a random choice of dimensions kept in each sample (as sparse as the latents).
+Linear classifiers on frozen features, trained on labels of which a share is wrong, tested on clean ones. The features
+and the controls are those of recipes/_features.py, and `poly_decay`, poly probed with the weight decay that is best
+for the rate.
 
 The paper: the gain of sae and ncl over poly grows with the rate, to +3.4 and +9.2 points at 90 % on CIFAR-100. The
 default run, about two minutes on 2 cores, is of another scale: 1,437 digits, a network of three convolutions. With
@@ -20,39 +17,30 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import _features
 import torch
-import torch.nn.functional as F
+from _features import FEATURES, MEASURED, SAE_QUALITY, describe, frozen_models
 from _run import Interval, Run, device_name, interval, markdown_table, paired_difference
 from _settings import parse
 from _vision import (
-    METHODS,
     SPLITS,
     ProbingArguments,
     load_splits,
-    pretrained,
     results_config,
     start_accelerator,
 )
 from accelerate import Accelerator
 
-from vision_bench import features, figures, sae
+from vision_bench import figures
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet
-from vision_bench.metrics import semantic_consistency
-from vision_bench.models import ContrastiveModel
 from vision_bench.probe import fit_linear_probes, probe_accuracy
 
-FEATURES = ("poly", "sae", "ncl")
-CONTROLS = ("poly_decay", "poly_unit", "random_relu", "random_mask")
-MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
-SAE_QUALITY = ("sae_fvu", "sae_l0", "sae_dead_share")
+CONTROLS = ("poly_decay", *_features.CONTROLS)
 ACCURACY = "offline_probe_top1"
-CHUNK = 8192  # rows
 PAPER = {  # Table 1, top-1 % at the noise rates 0, 0.1 ... 0.9
     "CIFAR-100": {
         "poly": (54.5, 53.4, 52.8, 52.1, 51.2, 49.9, 49.5, 48.0, 45.0, 35.7),
@@ -90,66 +78,6 @@ class LabelNoiseArguments(ProbingArguments):
             raise ValueError(f"decays is {self.decays}; it takes weight decays of at least 0.")
 
 
-def extracted(
-    script: LabelNoiseArguments, method: str, model: ContrastiveModel, seed: int, splits: dict[str, ImageSet]
-) -> list[torch.Tensor]:
-    """Features (n, d) of a model on the training and the test images, from their shards where these exist."""
-    found = []
-    for split, images in splits.items():
-        folder = Path(script.output_dir) / "features" / f"{method}-{seed}-{split}"
-        of = features.extract(folder, model, images, split, [script.layer], progress=True)
-        found.append(features.load(folder, script.layer, of))
-    return found
-
-
-@torch.no_grad()
-def latents(encoder: sae.TopKAutoencoder, poly: torch.Tensor) -> torch.Tensor:
-    """Latents (n, d_latent), on the CPU, of features normalised as those the encoder was trained on."""
-    parts = F.normalize(poly).split(CHUNK)
-    return torch.cat([encoder.encode(part.to(encoder.decoder.device)).cpu() for part in parts])
-
-
-def arms(
-    run: Run,
-    script: LabelNoiseArguments,
-    models: dict[str, ContrastiveModel],
-    seed: int,
-    splits: dict[str, ImageSet],
-    accelerator: Accelerator,
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(name, training features, test features), one after the other in the main process; all processes make them."""
-    poly = extracted(script, "simclr", models["simclr"], seed, splits)
-    ncl = extracted(script, "ncl", models["ncl"], seed, splits)
-    encoder = sae.fit(
-        F.normalize(poly[0]),
-        script.sae_latents or poly[0].shape[1],
-        script.sae_k,
-        epochs=script.sae_epochs,
-        learning_rate=script.sae_learning_rate,
-        batch_size=min(256, len(poly[0])),
-        seed=seed,
-        accelerator=accelerator,
-        checkpoint_dir=Path(script.output_dir) / "sae" / str(seed),
-        progress=True,
-    ).autoencoder
-    if not accelerator.is_main_process:
-        return
-    quality = sae.evaluate(encoder, F.normalize(poly[1]))
-    for metric, value in zip(SAE_QUALITY, quality, strict=True):
-        if not run.find(metric, seed=seed):
-            run.add(metric, value, n=len(poly[1]), seed=seed, seconds=0.0, device=device_name(accelerator.device))
-    yield "poly", *poly
-    yield "poly_decay", *poly
-    yield "poly_unit", *(F.normalize(z) for z in poly)
-    yield "sae", *(latents(encoder, z) for z in poly)
-    yield "ncl", *ncl
-    generator = torch.Generator().manual_seed(seed)
-    projection = torch.randn(encoder.d_in, encoder.d_latent, generator=generator) / encoder.d_latent**0.5
-    yield "random_relu", *(F.relu(F.normalize(z) @ projection) for z in poly)
-    kept = round(script.sae_k / encoder.d_latent * encoder.d_in)
-    yield "random_mask", *(z * (torch.rand(z.shape, generator=generator).argsort(dim=1) < kept) for z in poly)
-
-
 def probe_arm(
     run: Run,
     script: LabelNoiseArguments,
@@ -174,16 +102,11 @@ def probe_arm(
         train.to(device),
         torch.stack([noisy[seed, rate] for _, seed, rate in cells]),
         num_classes,
-        epochs=script.probe_epochs,
-        batch_size=script.probe_batch_size,
-        optimizer=script.probe_optimizer,
-        learning_rate=script.probe_learning_rate,
-        schedule=script.probe_schedule,
         weight_decay=[decay for decay, _, _ in cells],
-        standardize=script.standardize,
         seeds=[seed for _, seed, _ in cells],
         device=device,
         progress=True,
+        **script.probe_settings(),
     )
     accuracy = probe_accuracy(*probes, test, splits["test"].labels, topk=(1,))[1]
     measured = {"n": len(test), "seconds": time.monotonic() - start, "device": device_name(device)}
@@ -191,11 +114,7 @@ def probe_arm(
         arm = {"features": name, "noise_rate": rate, "probe_weight_decay": decay}
         if not run.find(ACCURACY, seed=seed, **arm):
             run.add(ACCURACY, value, seed=seed, **measured, **arm)
-    found = semantic_consistency(test, splits["test"].labels)
-    values = (found.mean, found.chance, found.sparsity, found.live_dimensions)
-    for (metric, value), seed in itertools.product(zip(MEASURED, values, strict=True), seeds):
-        if not run.find(metric, seed=seed, features=name):
-            run.add(metric, float(value), seed=seed, **measured, features=name)
+    describe(run, name, test, splits["test"].labels, seeds, device)
 
 
 def is_complete(run: Run, script: LabelNoiseArguments, name: str, seeds: list[int]) -> bool:
@@ -216,13 +135,13 @@ def measure(
     missing = [name for name in (*FEATURES, *CONTROLS) if not is_complete(run, script, name, seeds)]
     if not missing:
         return
-    models = {
-        method: pretrained(script, method, seed, splits["train"], splits["test"], accelerator).model
-        for method in METHODS
-    }
-    for name, train, test in arms(run, script, models, seed, splits, accelerator):
-        if name in missing:
-            probe_arm(run, script, name, train, test, splits, seeds, accelerator.device)
+    models, made = frozen_models(run, script, seed, splits, accelerator)
+    if not accelerator.is_main_process:
+        return
+    for name in missing:
+        kind = "poly" if name == "poly_decay" else name
+        train, test = (models.features(kind, made[split]) for split in SPLITS)
+        probe_arm(run, script, name, train, test, splits, seeds, accelerator.device)
 
 
 def best_decay(run: Run, rate: float) -> float:

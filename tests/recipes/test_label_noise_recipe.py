@@ -48,7 +48,7 @@ def test_what_the_features_are_stands_beside_their_accuracy(folder):
             (arm, seed) for arm in ARMS for seed in (0, 1)
         }
     assert values(folder, "sparsity", features="sae") == pytest.approx([1 - 4 / 32] * 2, abs=0.01)
-    assert values(folder, "sparsity", features="random_mask") == pytest.approx([1 - 4 / 32] * 2, abs=1e-6)
+    assert values(folder, "sparsity", features="random_mask") == pytest.approx([1 - 4 / 32] * 2, abs=1e-3)
     assert max(values(folder, "sparsity", features="poly")) < 0.01
     assert min(values(folder, "sparsity", features="ncl")) > 0.2
     consistency = {arm: min(values(folder, "semantic_consistency", features=arm)) for arm in ARMS}
