@@ -137,8 +137,8 @@ def notes(run: Run, script: ControlledArguments, cells: Sequence[Cell]) -> str:
         "another scale (ResNet-18, 200 epochs, 16384-2048 projector) unless that is what was run here. Consistency,\n"
         "sparsity and live dimensions are of the clean test images; chance is the consistency with shuffled labels.\n"
         "A consistency means little without the sparsity beside it.\n"
-        f"poly_decay takes the best of {len(script.decays)} weight decays for each column on the test labels themselves,\n"
-        f"which favours it ({decays});\n"
+        f"poly_decay takes the best of {len(script.decays)} weight decays for each column on the test labels\n"
+        f"themselves, which favours it ({decays});\n"
         "poly_unit, random_relu, random_mask: see recipes/_features.py.\n"
         f"SAE on test images: FVU {quality[0]}, L0 {quality[1]}, dead {quality[2]}.\n"
     )

@@ -49,7 +49,7 @@ def fit(
     script: ControlledArguments,
     name: str,
     train: torch.Tensor,
-    labels: ImageSet,
+    of: ImageSet,
     seeds: list[int],
     device: torch.device,
 ) -> Probes:

@@ -8,10 +8,10 @@ scale. The features and the controls are those of recipes/_features.py, and `pol
 weight decay that is best for the noise. The noise is drawn anew for each seed and the same for all features; the
 features of a noisy test set are made once for each kind, scale and seed and shared by all probes.
 
-The paper (pictures only, ImageNet-100): sae and ncl are ahead of poly under noise, the more so the more noise there is.
-As arms differ without noise already, the table also says how the gain changes from there. The default run, about two
-minutes on 2 cores, is of another scale (1,437 digits, a network of three convolutions). Expected there: both gain on
-poly as uniform noise grows, by no more than random_relu does; Gaussian noise of 1 leaves no difference.
+The paper (pictures only, ImageNet-100): sae and ncl are ahead of poly under noise, the more so the more noise there
+is. As arms differ without noise already, the table also says how the gain changes from there. The default run, about
+two minutes on 2 cores, is of another scale (1,437 digits, a network of three convolutions). Expected there: both gain
+on poly as uniform noise grows, by no more than random_relu does; Gaussian noise of 1 leaves no difference.
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ def report(run: Run, script: InputNoiseArguments) -> str:
     """A table for each kind of noise: accuracies with intervals, what the features are, gains, how these grow."""
     text = f"# Linear probes on frozen features under input noise: {script.data}, {script.backbone}\n\n"
     where = "after normalisation" if script.noise_space == "normalised" else "to pixels in [0, 1], then clamped"
-    text += (
-        f"Top-1 accuracy on test images, %, by the scale of the noise; probes of clean images. Noise added {where}.\n"
-    )
+    text += f"Top-1 accuracy on test images, %, by the scale of the noise, added {where}; probes of clean images.\n"
     for noise in script.noises:
         cells = script.cells(noise)
         header = ["features", "none", *(f"{cell['scale']:g}" for cell in cells[1:])]
@@ -126,11 +124,9 @@ def report(run: Run, script: InputNoiseArguments) -> str:
         text += "\nPoints gained over poly, paired by seed:\n\n"
         text += markdown_table(header, gain_lines(run, cells))
         text += "\nBy how much that gain is larger than without noise, paired by seed:\n\n"
-        text += growth_lines(run, ["features", *header[2:]], cells[1:], CLEAN)
-        text += notes(run, script, cells)
-    return (
-        text + "The paper shows these curves as pictures only (ImageNet-100), so no numbers of it stand beside ours.\n"
-    )
+        text += markdown_table(["features", *header[2:]], growth_lines(run, cells[1:], CLEAN))
+    text += notes(run, script, [cell for noise in script.noises for cell in script.cells(noise)])
+    return text + "The paper shows these curves as pictures only (ImageNet-100): no numbers of it stand beside ours.\n"
 
 
 def draw(run: Run, script: InputNoiseArguments) -> None:
@@ -143,7 +139,10 @@ def draw(run: Run, script: InputNoiseArguments) -> None:
     noise, scale = PAPER_BAR
     if noise not in script.noises or scale not in script.scales:
         noise, scale = script.noises[-1], max(script.scales)
-    conditions = {"no noise": CLEAN, f"{noise.replace('_', ' ')} noise {scale:g}": {"noise": noise, "scale": scale}}
+    conditions = {
+        "no noise": CLEAN,
+        f"{noise.replace('_', ' ').capitalize()} noise {scale:g}": {"noise": noise, "scale": scale},
+    }
     drawings["figure_1b"] = figures.accuracy_bars(bars(run, conditions))
     for (name, figure), suffix in itertools.product(drawings.items(), ("png", "pdf")):
         figure.savefig(run.folder / f"{name}.{suffix}", dpi=300)
