@@ -7,8 +7,8 @@ Linear classifiers on frozen features, trained on labels of which a share is wro
 ones. The losses: `ce`, cross entropy; `sce`, symmetric cross entropy, alpha CE + beta reverse CE (Wang et al., 2019);
 and the control `ce_scaled`, alpha CE alone, as a loss that is alpha times as large may train a probe of few steps
 differently by itself. The features and the controls are those of recipes/_features.py, and `poly_decay`, which is poly
-probed with the weight decay that is best for the loss and the rate. All losses, rates and seeds of one kind of features
-are one pass of probes.
+probed with the weight decay that is best for the loss and the rate. All losses, rates and seeds of one kind of
+features are one pass of probes.
 
 The paper (a picture only): sce helps poly and mono features, and mono features help with both losses. alpha 6.0 and
 beta 0.1 are the official setting for 100 classes; Wang et al. take 0.1 and 1.0 for the 10 classes of CIFAR-10.

@@ -507,7 +507,7 @@ def _same_shape(image: torch.Tensor, shape: torch.Size, where: str) -> torch.Ten
 
 
 def resized(images: torch.Tensor, image_size: int | None) -> torch.Tensor:
-    """uint8 (n, 3, h, w) with the shorter side resized, bicubic, and the square at the centre; None changes nothing."""
+    """uint8 (n, 3, h, w) with the shorter side resized, bicubic, then the square at the centre; None: as they are."""
     if image_size is None:
         return images
     from torchvision.transforms.v2 import functional

@@ -149,8 +149,8 @@ def load_corruptions(folder: str | Path, like: ImageSet) -> Corruptions:
     every = _labels_of(folder / LABELS)
     if len(every) % SEVERITIES or not torch.equal(every, every[: len(every) // SEVERITIES].repeat(SEVERITIES)):
         raise ValueError(
-            f"{folder / LABELS} has {len(every)} labels that are not those of the same images {SEVERITIES} times, once "
-            "for each severity."
+            f"{folder / LABELS} has {len(every)} labels, which are not those of the same images {SEVERITIES} times, "
+            "once for each severity."
         )
     files = {path.stem: path for path in sorted(folder.glob("*.npy")) if path.name != LABELS}
     if not files:
