@@ -64,11 +64,9 @@ def test_synthetic_shifts_keep_labels_and_equal_slow_twins():
     np.testing.assert_allclose(changed["rotated"].images[3, 0].numpy(), expected, atol=0.51)
 
     # 8 pixels enlarged to 32, the least value within 2 to each side, means of 4 x 4.
-    fine = np.array(
-        torch.nn.functional.interpolate(digits.images[5:6, :1].float(), size=(32, 32), mode="bilinear")[0, 0]
-    )
+    fine = torch.nn.functional.interpolate(digits.images[5:6, :1].float(), size=(32, 32), mode="bilinear")[0, 0]
     least = np.array(
-        [[fine[max(0, y - 2) : y + 3, max(0, x - 2) : x + 3].min() for x in range(32)] for y in range(32)]
+        [[float(fine[max(0, y - 2) : y + 3, max(0, x - 2) : x + 3].min()) for x in range(32)] for y in range(32)]
     )
     expected = least.reshape(8, 4, 8, 4).mean(axis=(1, 3)).round()
     np.testing.assert_array_equal(changed["thinned"].images[5, 0].numpy(), expected)
@@ -112,7 +110,7 @@ def test_a_saved_hugging_face_set_serves_too(tmp_path):
     datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features=features)}).save_to_disk(tmp_path / "set")
     found = shifts.load_shifted(tmp_path / "set", training_set(), split="train")
     assert found.labels.tolist() == [1, 0, 2]
-    with pytest.raises(ValueError, match="split is 'test'; .* has the splits train"):
+    with pytest.raises(ValueError, match=r"split is 'test'; .* has the splits train"):
         shifts.load_shifted(tmp_path / "set", training_set())
 
 
@@ -124,9 +122,9 @@ def test_classes_that_do_not_fit_are_listed(tmp_path):
         shifts.load_shifted(folder, training_set())
     with pytest.raises(ValueError, match="It has the classes dog, fox; a class_map says which is which"):
         shifts.load_shifted(folder, training_set())
-    with pytest.raises(ValueError, match="1 of the 2 classes .* left without images of .*: cat"):
+    with pytest.raises(ValueError, match=r"1 of the 2 classes .* left without images of .*: cat"):
         shifts.load_shifted(folder, training_set(("cat", "dog")), class_map={"dog": "dog", "fox": "dog"})
-    with pytest.raises(ValueError, match="class_map has the classes wolf; .* has dog, fox"):
+    with pytest.raises(ValueError, match=r"class_map has the classes wolf; .* has dog, fox"):
         shifts.load_shifted(folder, training_set(), class_map={"wolf": "dog"})
     with pytest.raises(ValueError, match="class_map leads to bear; the training set has the classes cat, dog, emu"):
         shifts.load_shifted(folder, training_set(), class_map={"fox": "bear"})
@@ -186,7 +184,7 @@ def test_pickled_arrays_are_refused_and_not_run(tmp_path, monkeypatch):
 
 def test_arrays_that_do_not_fit_are_refused(tmp_path):
     folder = make_corruptions(tmp_path / "c")
-    with pytest.raises(ValueError, match="1 of the 4 classes .* without images of .*: fox"):
+    with pytest.raises(ValueError, match=r"1 of the 4 classes .* without images of .*: fox"):
         shifts.load_corruptions(folder, training_set(tuple(COLOURS)))
     with pytest.raises(ValueError, match="has the labels 2; the training set has 2 classes, 0 to 1"):
         shifts.load_corruptions(folder, training_set(("cat", "dog")))
