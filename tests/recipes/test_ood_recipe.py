@@ -167,8 +167,10 @@ def test_resume_reprint_and_refusal(arrays, sets, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("shifts", "class_map", "message"),
     [
-        (["mirrored"], None, "shifts has 'mirrored'; each is NAME=PLACE or one of rotated, inverted, thinned"),
+        (["mirrored"], None, r"shifts has 'mirrored'; each is NAME=PLACE, .* one of rotated, inverted, thinned"),
         (["drawn="], None, "shifts has 'drawn='"),
+        (["a/b={root}/folders"], None, "shifts has 'a/b="),
+        (["drawn={root}/folders@nowhere"], None, "split is 'nowhere'"),
         (["rotated", "rotated"], None, "shifts takes different names"),
         (["none={root}/folders"], None, "shifts takes different names other than 'none'"),
         (["drawn={root}/folders"], None, r"10 of the 10 classes .* 0, 1, 2.*It has the classes digit-0, digit-1"),
