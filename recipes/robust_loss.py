@@ -12,8 +12,8 @@ features are one pass of probes.
 
 The paper (a picture only): sce helps poly and mono features, and mono features help with both losses. alpha 6.0 and
 beta 0.1 are the official setting for 100 classes; Wang et al. take 0.1 and 1.0 for the 10 classes of CIFAR-10. The
-default run, about two minutes on 2 cores, is of another scale (1,437 digits, a network of three convolutions). Expected
-there: sce no more than half a point apart from ce_scaled, and ncl behind poly under much noise with every loss.
+default run, about two minutes on 2 cores, is of another scale (1,437 digits, a network of three convolutions).
+Expected there: sce at most half a point apart from ce_scaled, and ncl behind poly under much noise with every loss.
 """
 
 from __future__ import annotations
