@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -186,6 +187,93 @@ def phase_diagram(
     axes.flat[0].set_ylabel("sparsity S")
     figure.suptitle("mono $-$ poly, points of accuracy (bold: more than the interval)", size=7)
     return figure
+
+
+class Histogram(NamedTuple):
+    """Of a group of samples in equal bins of [0, 1], with what is marked on it."""
+
+    shares: ArrayLike  # (bins,), of the group's samples
+    mean: float
+    interval: tuple[float, float]  # of the mean
+    chance: float  # the mean with shuffled labels
+
+
+@_styled
+def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]]) -> Figure:
+    """Semantic consistency of right and wrong samples, a panel above the other for each kind of features (Fig. 4c).
+
+    Vertical lines mark the means, with bands of their intervals, and, dotted, their chance levels.
+    """
+    figure, axes = _figure(len(panels), 1, height=1.3 * len(panels) + 0.3)
+    styles = {"right": (COLOURS["mono"], "-"), "wrong": (COLOURS["poly"], "--")}
+    for ax, (name, groups) in zip(axes.flat, panels.items(), strict=True):
+        shares = np.array([np.asarray(one.shares) for one in groups.values()])
+        bins = shares.shape[1]
+        occupied = shares.cumsum(axis=1) < 1 - 5e-3  # a far tail would squeeze the rest
+        last = max(int(occupied.sum(axis=1).max()) + 1, max(int(bins * one.mean) + 2 for one in groups.values()), 3)
+        merged = max(1, last // 40)
+        edges = np.arange(0, last + merged, merged)
+        for group, one in groups.items():
+            colour, line = styles[group]
+            padded = np.pad(np.asarray(one.shares), (0, merged))
+            heights = [100 * padded[low : low + merged].sum() for low in edges[:-1]]
+            ax.stairs(heights, edges / bins, color=colour, linestyle=line, linewidth=1, label=group)
+            ax.stairs(heights, edges / bins, color=colour, fill=True, alpha=0.12)
+            ax.axvline(one.mean, color=colour, linestyle=line, linewidth=0.8)
+            ax.axvspan(*one.interval, color=colour, alpha=0.2, linewidth=0)
+            ax.axvline(one.chance, color=colour, linestyle=":", linewidth=1)
+        ax.set(title=name, ylabel="samples, %", xlim=(0, edges[-1] / bins))
+        ax.set_ylim(bottom=0)
+    axes.flat[-1].set_xlabel("semantic consistency of the most active dimension")
+    _legend(figure, axes.flat[0])
+    return figure
+
+
+class ImageGrid(NamedTuple):
+    """The images that activate a dimension most."""
+
+    title: str
+    images: torch.Tensor  # uint8 (k, 3, h, w)
+    classes: Sequence[str]  # of the images
+
+
+def readable(name: str) -> str:
+    """A class name in a picture: without underscores, and of several names the first."""
+    return name.partition(",")[0].replace("_", " ")
+
+
+@_styled
+def image_grids(blocks: Mapping[str, Sequence[ImageGrid]]) -> Figure:
+    """Grids of images with the names of their classes, a row for each kind of features (Fig. 1a, Fig. 4a, b).
+
+    Images of the grid's most frequent class have a thick blue frame and bold names.
+    """
+    from matplotlib.figure import Figure
+
+    columns = max(len(grids) for grids in blocks.values())
+    side = int(np.ceil(max(len(one.classes) for grids in blocks.values() for one in grids) ** 0.5))
+    figure = Figure(figsize=(WIDTH, len(blocks) * (1.16 * WIDTH / columns + 0.25)), layout="constrained")
+    rows = figure.subfigures(len(blocks), columns, squeeze=False, hspace=0.02, wspace=0.04)
+    for (name, grids), parts in zip(blocks.items(), rows, strict=True):
+        for one, part in zip(grids, parts, strict=False):
+            part.suptitle(f"{name}, {one.title}", size=6)
+            most = max(one.classes, key=list(one.classes).count)
+            places = list(part.subplots(side, side, squeeze=False).flat)
+            for ax in places:
+                ax.set(xticks=[], yticks=[])
+                ax.set_visible(False)
+            for ax, image, label in zip(places, one.images, one.classes, strict=False):
+                ax.set_visible(True)
+                ax.imshow(np.asarray(image).transpose(1, 2, 0), interpolation="nearest")
+                same = label == most
+                ax.set_title(_shortened(readable(label)), size=4.5, weight="bold" if same else "normal", pad=1.5)
+                for spine in ax.spines.values():
+                    spine.set(color=COLOURS["mono"] if same else "#999999", linewidth=1.4 if same else 0.4)
+    return figure
+
+
+def _shortened(name: str, length: int = 14) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def _figure(rows: int, columns: int, height: float, sharex: bool = False) -> tuple[Figure, np.ndarray[Any, Any]]:
