@@ -43,7 +43,7 @@ CONSISTENCY, CHANCE = "salient_consistency", "salient_chance"
 DIFFERENCE, WITHIN_CLASS = "salient_difference", "salient_difference_within_class"
 GROUPS = ("right", "wrong")
 SHUFFLES = 20  # of the labels, for the chance level of single dimensions
-ROUNDING = 1e-6  # dimensions that are active in all samples have the same consistency
+NEGLIGIBLE = 1e-4  # a difference of consistency below it is none
 BINS = 200  # of the histogram, equal parts of [0, 1]
 LIKE_FEATURES = tuple(metric for metric in MEASURED if metric != "live_dimensions")
 
@@ -187,7 +187,7 @@ def verdict(run: Run, name: str) -> str:
         min(low, seeds.mean - (seeds.half_width or 0)),
         max(high, seeds.mean + (seeds.half_width or 0)),
     )
-    if max(abs(low), abs(high)) < ROUNDING:
+    if max(abs(low), abs(high)) < NEGLIGIBLE:
         return "does not: no difference"
     return "replicates" if low > 0 else "does not: the reverse" if high < 0 else "undecided"
 
@@ -216,11 +216,11 @@ def report(run: Run, script: SalientArguments) -> str:
     activation = "|z|" if script.absolute else "z"
     return text + (
         f"\n{script.over} Bootstrap:\n"
-        f"95 % interval from {script.draws} resamples of the dimensions, mean of the seeds' bounds. The claim replicates\n"
-        f"if both intervals are above 0. Activation is {activation} of normalised features. Chance: with shuffled labels.\n"
-        "Within classes: samples of the same class compared. Semantic consistency, its chance and sparsity: of all\n"
-        "dimensions. The paper (ResNet-18, ImageNet-100, 90 % noise) shows right samples far ahead, in a picture\n"
-        "without numbers.\n"
+        f"95 % interval from {script.draws} resamples of the dimensions, mean of the seeds' bounds. The claim\n"
+        f"replicates if both intervals are above 0. Activation is {activation} of normalised features. Chance: with\n"
+        "shuffled labels. Within classes: samples of the same class compared. Semantic consistency, its chance and\n"
+        "sparsity: of all dimensions. The paper (ResNet-18, ImageNet-100, 90 % noise) shows right samples far ahead,\n"
+        "in a picture without numbers.\n"
     )
 
 

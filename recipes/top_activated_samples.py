@@ -187,7 +187,7 @@ def grid(row: dict[str, Any], title: str, images: ImageSet) -> figures.ImageGrid
     config = row["config"]
     classes = [images.class_names[int(images.labels[i])] for i in config["samples_shown"]]
     most, count = Counter(classes).most_common(1)[0]
-    title += f"{count} of {len(classes)} {figures.readable(most)}"
+    title += f"{count} of {len(classes)} are {figures.readable(most)}"
     return figures.ImageGrid(title, images.images[torch.tensor(config["samples_shown"])], classes)
 
 

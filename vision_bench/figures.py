@@ -202,7 +202,7 @@ class Histogram(NamedTuple):
 def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]]) -> Figure:
     """Semantic consistency of right and wrong samples, a panel above the other for each kind of features (Fig. 4c).
 
-    Vertical lines mark the means, with bands of their intervals, and, dotted, their chance levels.
+    Above the bars stand the means with their intervals; dotted lines mark their chance levels.
     """
     figure, axes = _figure(len(panels), 1, height=1.3 * len(panels) + 0.3)
     styles = {"right": (COLOURS["mono"], "-"), "wrong": (COLOURS["poly"], "--")}
@@ -219,11 +219,20 @@ def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]]) -> Fig
             heights = [100 * padded[low : low + merged].sum() for low in edges[:-1]]
             ax.stairs(heights, edges / bins, color=colour, linestyle=line, linewidth=1, label=group)
             ax.stairs(heights, edges / bins, color=colour, fill=True, alpha=0.12)
-            ax.axvline(one.mean, color=colour, linestyle=line, linewidth=0.8)
-            ax.axvspan(*one.interval, color=colour, alpha=0.2, linewidth=0)
-            ax.axvline(one.chance, color=colour, linestyle=":", linewidth=1)
-        ax.set(title=name, ylabel="samples, %", xlim=(0, edges[-1] / bins))
-        ax.set_ylim(bottom=0)
+            errors = [[max(one.mean - one.interval[0], 0)], [max(one.interval[1] - one.mean, 0)]]
+            ax.errorbar(
+                one.mean,
+                {"right": 0.93, "wrong": 0.83}[group],
+                xerr=errors,
+                transform=ax.get_xaxis_transform(),
+                color=colour,
+                marker={"right": "o", "wrong": "s"}[group],
+                markersize=3.5,
+                capsize=2,
+                elinewidth=1,
+            )
+            ax.axvline(one.chance, color="black", linestyle=":", linewidth=0.7, label="chance of the mean")
+        ax.set(title=name, ylabel="samples, %", xlim=(0, edges[-1] / bins), ylim=(0, 1.3 * ax.get_ylim()[1]))
     axes.flat[-1].set_xlabel("semantic consistency of the most active dimension")
     _legend(figure, axes.flat[0])
     return figure
@@ -252,7 +261,8 @@ def image_grids(blocks: Mapping[str, Sequence[ImageGrid]]) -> Figure:
 
     columns = max(len(grids) for grids in blocks.values())
     side = int(np.ceil(max(len(one.classes) for grids in blocks.values() for one in grids) ** 0.5))
-    figure = Figure(figsize=(WIDTH, len(blocks) * (1.16 * WIDTH / columns + 0.25)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, len(blocks) * (1.12 * WIDTH / columns + 0.25)))
+    figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     rows = figure.subfigures(len(blocks), columns, squeeze=False, hspace=0.02, wspace=0.04)
     for (name, grids), parts in zip(blocks.items(), rows, strict=True):
         for one, part in zip(grids, parts, strict=False):
@@ -285,4 +295,5 @@ def _figure(rows: int, columns: int, height: float, sharex: bool = False) -> tup
 
 def _legend(figure: Figure, ax: Axes) -> None:
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3), frameon=False)
+    named = dict(zip(labels, handles, strict=True))  # each once
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=min(len(named), 3), frameon=False)
