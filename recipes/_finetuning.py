@@ -178,7 +178,7 @@ def adapted(
 def drawn(train: ImageSet, fraction: float, seed: int, noise_rate: float = 0.0) -> ImageSet:
     """A share of each class, and then wrong labels at a share of its images."""
     indices = torch.arange(len(train))
-    if fraction < 1:
+    if fraction != 1:
         indices = stratified_fraction(train.labels, fraction, torch.Generator().manual_seed(seed))
     part = train.subset(indices)
     if not noise_rate:
