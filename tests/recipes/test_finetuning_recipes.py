@@ -25,7 +25,18 @@ PRETRAINING = [
     "--projector_out",
     "32",
 ]
-SMALL = [*PRETRAINING, "--seeds", "0", "1", "--finetuning_epochs", "2", "--test_fraction", "0.3"]
+SMALL = [
+    *PRETRAINING,
+    "--seeds",
+    "0",
+    "1",
+    "--finetuning_epochs",
+    "2",
+    "--curve_epochs",
+    "1",
+    "--test_fraction",
+    "0.3",
+]
 SMALL += ["--control_weight_decay", "1"]
 FEW = [*SMALL, "--fractions", "0.05", "0.1"]
 NOISY = [*SMALL, "--fraction", "0.1", "--noise_rates", "0", "0.6", "--methods", "ce", "nce"]
