@@ -23,7 +23,7 @@ VIEWS: dict[str, dict[str, Any]] = {
 }
 # Where and how fast, not what.
 _NO_RESULT = {"output_dir", "checkpoints", "data_root", "memory_gib", "workers", "compile", "report_to"}
-_NO_RESULT |= {"checkpoint_minutes", "monitor_epochs"}
+_NO_RESULT |= {"checkpoint_minutes", "monitor_epochs", "keep_models"}
 
 
 @dataclass
@@ -42,6 +42,9 @@ class PretrainingArguments:
     memory_gib: float = field(default=4.0, metadata={"help": "A larger set is streamed, not held in memory."})
     workers: int = field(default=0, metadata={"help": "Processes that decode a streamed set."})
     backbone: str = field(default="small_conv", metadata={"help": "small_conv or any model of timm."})
+    backbone_options: str | None = field(
+        default=None, metadata={"help": "JSON of further arguments of timm.create_model, such as img_size."}
+    )
     stem: str = field(default="timm", metadata={"help": "timm, or cifar for a ResNet on small images."})
     stem_padding: int = field(default=1, metadata={"help": "Of the CIFAR stem; 2 in the official code."})
     projector_hidden: int = field(default=512, metadata={"help": "16384 in the paper."})
@@ -65,10 +68,12 @@ class PretrainingArguments:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds takes different integers, got {self.seeds}.")
-        try:
-            self.views = json.loads(self.views) if isinstance(self.views, str) else self.views
-        except json.JSONDecodeError as error:
-            raise ValueError(f"views is {self.views!r}, which is not JSON ({error}).") from None
+        for name in ("views", "backbone_options"):
+            text = getattr(self, name)
+            try:
+                setattr(self, name, json.loads(text) if isinstance(text, str) else text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name} is {text!r}, which is not JSON ({error}).") from None
         for method in METHODS:
             self.model_config(method)
             self.pretrain_config(method, 0)
@@ -82,6 +87,7 @@ class PretrainingArguments:
             projector_hidden=self.projector_hidden,
             projector_out=self.projector_out,
             non_negative="none" if method == "simclr" else self.non_negative,
+            backbone_options=self.backbone_options or {},
         )
 
     def pretrain_config(self, method: str, seed: int) -> PretrainConfig:
@@ -169,13 +175,23 @@ def pretrained(
 
 
 @dataclass
-class ProbingArguments(PretrainingArguments):
-    """Pretraining, the sparse autoencoder on SimCLR's features, and linear probes on frozen features."""
+class DownstreamArguments(PretrainingArguments):
+    """Pretraining, and whether the seeds of what follows share it."""
 
     shared_pretraining: bool = field(
         default=False,
-        metadata={"help": "All seeds probe the models of the first; intervals then leave pretraining out."},
+        metadata={"help": "All seeds take the models of the first; intervals then leave pretraining out."},
     )
+
+    def models_of(self) -> dict[int, list[int]]:
+        """The seeds of what follows by the seed of the models that they take."""
+        return {self.seeds[0]: self.seeds} if self.shared_pretraining else {seed: [seed] for seed in self.seeds}
+
+
+@dataclass
+class ProbingArguments(DownstreamArguments):
+    """Pretraining, the sparse autoencoder on SimCLR's features, and linear probes on frozen features."""
+
     layer: str = field(default="output", metadata={"help": f"What is probed: {', '.join(LAYERS)}."})
     sae_latents: int | None = field(default=None, metadata={"help": "By default the width of the features."})
     sae_k: int = field(default=32, metadata={"help": "Active latents; 256 of 2048 in the paper."})
@@ -223,7 +239,3 @@ class ProbingArguments(PretrainingArguments):
             "schedule": self.probe_schedule,
             "standardize": self.standardize,
         }
-
-    def models_of(self) -> dict[int, list[int]]:
-        """The seeds of the probes by the seed of the models that they probe."""
-        return {self.seeds[0]: self.seeds} if self.shared_pretraining else {seed: [seed] for seed in self.seeds}

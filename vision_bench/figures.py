@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -27,6 +28,15 @@ _FEATURES = {  # features of vision models: colour, line, hatch
     "poly_unit": ("#000000", (0, (1, 1)), "----"),
     "random_relu": ("#CC79A7", "-.", "\\\\\\\\"),
     "random_mask": ("#999999", (0, (4, 1, 1, 1, 1, 1)), "xxxx"),
+}
+_FINETUNED = {  # arms of finetuning: colour, line
+    "ce": (COLOURS["poly"], "--"),
+    "nce": (COLOURS["mono"], "-"),
+    "ce+weight_decay": ("#E69F00", ":"),
+    "ce+dropout": ("#000000", (0, (1, 1))),
+    "ce+early_stopping": ("#CC79A7", "-."),
+    "lora": ("#999999", (0, (4, 1, 1, 1, 1, 1))),
+    "monolora": ("#009E73", "-"),
 }
 _STYLE: dict[Any, Any] = {"font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.2}
 
@@ -176,6 +186,44 @@ def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], tuple[
 
 
 @_styled
+def finetuning_curves(
+    levels: Sequence[float],
+    panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]],
+    label: str,
+    logarithmic: bool = False,
+) -> Figure:
+    """Curves of the arms of finetuning with bands of their 95 % intervals, panels above each other (Fig. 3).
+
+    Args:
+        levels: (n,), what the horizontal axis shows: epochs, training images, wrong labels.
+        panels: by the name of the vertical axis, mean (n,) and half-width (n,) of each arm. A panel without the arm
+            "ce" is of differences from it and has a line at 0.
+        label: of the horizontal axis.
+        logarithmic: whether that axis is, with a tick at every level.
+    """
+    figure, axes = _figure(len(panels), 1, height=1.45 * len(panels) + 0.5, sharex=True)
+    for ax, (name, arms) in zip(axes.flat, panels.items(), strict=True):
+        for arm, (mean, half_width) in arms.items():
+            colour, line = _FINETUNED[arm]
+            low, high = np.asarray(mean) - np.asarray(half_width), np.asarray(mean) + np.asarray(half_width)
+            marker = "o" if len(levels) < 20 else ""
+            ax.plot(
+                levels, mean, linestyle=line, marker=marker, markersize=2, color=colour, label=arm.replace("_", " ")
+            )
+            ax.fill_between(levels, low, high, color=colour, alpha=0.15, linewidth=0)
+        ax.set_ylabel(name)
+        if logarithmic:
+            ax.set_xscale("log")
+            ax.set_xticks(levels, [f"{level:g}" for level in levels])
+            ax.minorticks_off()
+        if "ce" not in arms:
+            ax.axhline(0, color="black", linewidth=0.6)
+    axes.flat[-1].set_xlabel(label)
+    _legend(figure, axes.flat[0])
+    return figure
+
+
+@_styled
 def phase_diagram(
     gains: Mapping[str, ArrayLike],
     half_widths: Mapping[str, ArrayLike],
@@ -216,6 +264,142 @@ def phase_diagram(
     return figure
 
 
+@_styled
+def gains_beside_paper(
+    levels: Sequence[float],
+    ours: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    published: Mapping[str, Mapping[str, Mapping[float, float]]],
+    label: str,
+) -> Figure:
+    """Points of accuracy gained over poly against the level of a noise, a panel for each other kind of features.
+
+    Args:
+        levels: (n,), in the unit of the label.
+        ours: mean (n,) and half-width (n,) of each kind of features, drawn as a line with a band.
+        published: by data set, the paper's gains by level of each kind of features, drawn as markers.
+        label: of the noise.
+    """
+    figure, axes = _figure(1, len(ours), height=2.0)
+    for ax, (arm, (mean, half_width)) in zip(axes.flat, ours.items(), strict=True):
+        colour, line, _ = _FEATURES[arm]
+        low, high = np.asarray(mean) - np.asarray(half_width), np.asarray(mean) + np.asarray(half_width)
+        ax.plot(levels, mean, linestyle=line, color=colour, label="ours")
+        ax.fill_between(levels, low, high, color=colour, alpha=0.2, linewidth=0)
+        for marker, (data, arms) in zip("o^sD", published.items(), strict=False):
+            ax.plot(
+                *zip(*sorted(arms[arm].items()), strict=True),
+                linestyle="none",
+                marker=marker,
+                markersize=3.5,
+                markerfacecolor="none",
+                markeredgecolor="black",
+                markeredgewidth=0.7,
+                label=f"paper, {data}",
+            )
+        ax.axhline(0, color="black", linewidth=0.6)
+        ax.set(title=arm, xlabel=label)
+    axes.flat[0].set_ylabel("gain over poly, points")
+    _legend(figure, axes.flat[0])
+    return figure
+
+
+class Histogram(NamedTuple):
+    """Of a group of samples in equal bins from 0 on, with what is marked on it."""
+
+    shares: ArrayLike  # (bins with samples and before), of the group's samples
+    mean: float
+    interval: tuple[float, float]  # of the mean
+    chance: float  # the mean with shuffled labels
+
+
+@_styled
+def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]], bins: int) -> Figure:
+    """Semantic consistency of right and wrong samples, a panel above the other for each kind of features (Fig. 4c).
+
+    `bins` is the number of bins of [0, 1]; neighbours are drawn as one where there are many. Above the bars stand the
+    means with their intervals; dotted lines mark their chance levels.
+    """
+    figure, axes = _figure(len(panels), 1, height=1.3 * len(panels) + 0.3)
+    styles = {"right": (COLOURS["mono"], "-"), "wrong": (COLOURS["poly"], "--")}
+    for ax, (name, groups) in zip(axes.flat, panels.items(), strict=True):
+        ends = [int((np.cumsum(one.shares) < 1 - 5e-3).sum()) for one in groups.values()]  # without a far tail
+        last = max(*ends, *(int(bins * one.interval[1]) + 1 for one in groups.values())) + 1
+        merged = max(1, last // 40)
+        edges = np.arange(0, last + merged, merged)
+        for group, one in groups.items():
+            colour, line = styles[group]
+            padded = np.pad(np.asarray(one.shares), (0, int(edges[-1])))
+            heights = [100 * padded[low : low + merged].sum() for low in edges[:-1]]
+            ax.stairs(heights, edges / bins, color=colour, linestyle=line, linewidth=1, label=group)
+            ax.stairs(heights, edges / bins, color=colour, fill=True, alpha=0.12)
+            errors = [[max(one.mean - one.interval[0], 0)], [max(one.interval[1] - one.mean, 0)]]
+            ax.errorbar(
+                one.mean,
+                {"right": 0.93, "wrong": 0.83}[group],
+                xerr=errors,
+                transform=ax.get_xaxis_transform(),
+                color=colour,
+                marker={"right": "o", "wrong": "s"}[group],
+                markersize=3.5,
+                capsize=2,
+                elinewidth=1,
+            )
+        for one in groups.values():
+            ax.axvline(one.chance, color="black", linestyle=":", linewidth=0.7, label="mean by chance")
+        ax.set(title=name, ylabel="samples, %", xlim=(0, edges[-1] / bins), ylim=(0, 1.3 * ax.get_ylim()[1]))
+    axes.flat[-1].set_xlabel("semantic consistency of the most active dimension")
+    _legend(figure, axes.flat[0])
+    return figure
+
+
+class ImageGrid(NamedTuple):
+    """The images that activate a dimension most."""
+
+    title: str
+    images: torch.Tensor  # uint8 (k, 3, h, w)
+    classes: Sequence[str]  # of the images
+
+
+def readable(name: str) -> str:
+    """A class name in a picture: without underscores, and of several names the first."""
+    return name.partition(",")[0].replace("_", " ")
+
+
+@_styled
+def image_grids(blocks: Mapping[str, Sequence[ImageGrid]]) -> Figure:
+    """Grids of images with the names of their classes, a row for each kind of features (Fig. 1a, Fig. 4a, b).
+
+    Images of the grid's most frequent class have a thick blue frame and bold names.
+    """
+    from matplotlib.figure import Figure
+
+    columns = max(len(grids) for grids in blocks.values())
+    side = int(np.ceil(max(len(one.classes) for grids in blocks.values() for one in grids) ** 0.5))
+    figure = Figure(figsize=(WIDTH, len(blocks) * (1.12 * WIDTH / columns + 0.25)))
+    figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    rows = figure.subfigures(len(blocks), columns, squeeze=False, hspace=0.02, wspace=0.04)
+    for (name, grids), parts in zip(blocks.items(), rows, strict=True):
+        for one, part in zip(grids, parts, strict=False):
+            part.suptitle(f"{name}, {one.title}", size=6)
+            count, most = max((list(one.classes).count(label), label) for label in one.classes)
+            places = list(part.subplots(side, side, squeeze=False).flat)
+            for ax in places:
+                ax.set(xticks=[], yticks=[])
+                ax.set_visible(False)
+            for ax, image, label in zip(places, one.images, one.classes, strict=False):
+                ax.set_visible(True)
+                ax.imshow(np.asarray(image).transpose(1, 2, 0), interpolation="nearest")
+                same = label == most and count > 1
+                ax.set_title(_shortened(readable(label)), size=4.5, weight="bold" if same else "normal", pad=1.5)
+                for spine in ax.spines.values():
+                    spine.set(color=COLOURS["mono"] if same else "#999999", linewidth=1.4 if same else 0.4)
+    return figure
+
+
+def _shortened(name: str, length: int = 14) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
 def _figure(rows: int, columns: int, height: float, sharex: bool = False) -> tuple[Figure, np.ndarray[Any, Any]]:
     from matplotlib.figure import Figure
 
@@ -225,4 +409,5 @@ def _figure(rows: int, columns: int, height: float, sharex: bool = False) -> tup
 
 def _legend(figure: Figure, ax: Axes) -> None:
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3), frameon=False)
+    named = dict(zip(labels, handles, strict=True))  # each once
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=min(len(named), 3), frameon=False)

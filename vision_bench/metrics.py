@@ -29,6 +29,7 @@ class SemanticConsistency(NamedTuple):
     sparsity: float  # share of the values (n, d) that are not active, in [0, 1]
     support: torch.Tensor  # (d,) int64, number of samples that activate a dimension
     chance: float  # `mean` with shuffled labels: what the supports alone give
+    chance_per_dimension: torch.Tensor  # (d,) float64, a mean over the shuffles, NaN as `per_dimension`
 
 
 def semantic_consistency(
@@ -38,6 +39,7 @@ def semantic_consistency(
     min_support: int = 1,
     absolute: bool = True,
     seed: int = 0,
+    shuffles: int | None = None,
 ) -> SemanticConsistency:
     """Among the samples that activate a dimension, the share of the most frequent class (Wang et al., 2024).
 
@@ -54,6 +56,7 @@ def semantic_consistency(
         min_support: dimensions with fewer active samples are left out; 1, the official definition, is the least.
         absolute: whether |z| or z itself must exceed eps; the official code takes |z|.
         seed: of the shuffled labels of the chance level.
+        shuffles: how many, by default as many as the mean over dimensions needs; a single dimension needs more.
 
     Raises:
         TypeError: the features are not floating-point or the labels not integers.
@@ -66,12 +69,14 @@ def semantic_consistency(
         raise ValueError(f"features has {len(features)} rows and labels {len(labels)}; each sample needs one label.")
     if min_support < 1:
         raise ValueError(f"min_support is {min_support}; it must be at least 1.")
+    if shuffles is not None and shuffles < 1:
+        raise ValueError(f"shuffles is {shuffles}; it must be at least 1.")
 
     labels = labels.to(features.device)
     sizes = torch.bincount(labels, minlength=classes).tolist()
     generator = torch.Generator().manual_seed(seed)
     orders = [labels.argsort()]
-    for _ in range(min(64, math.ceil(_CHANCE_PAIRS / features.shape[1]))):
+    for _ in range(shuffles or min(64, math.ceil(_CHANCE_PAIRS / features.shape[1]))):
         shuffled = labels[torch.randperm(len(labels), generator=generator).to(labels.device)]
         orders.append(shuffled.argsort())
     chunks = []
@@ -84,15 +89,44 @@ def semantic_consistency(
     total, most, *by_chance = torch.cat(chunks, dim=1)
     counted = total >= min_support
     consistency = torch.where(counted, most.double() / total, torch.nan)
-    chance = torch.stack(by_chance).double() / total
+    chance = torch.where(counted, torch.stack(by_chance).double().mean(dim=0) / total, torch.nan)
     return SemanticConsistency(
         mean=consistency[counted].mean().item(),
         per_dimension=consistency,
         live_dimensions=int((total > 0).sum()),
         sparsity=1 - total.sum().item() / features.numel(),
         support=total,
-        chance=chance[:, counted].mean().item(),
+        chance=chance[counted].mean().item(),
+        chance_per_dimension=chance,
     )
+
+
+def top_activated(features: torch.Tensor, k: int, eps: float = 1e-5) -> torch.Tensor:
+    """The k samples that activate each dimension most, the strongest first: (n, d) floating-point -> (d, k) int64.
+
+    The largest values of the L2-normalised rows, not the largest absolute ones. A dimension with fewer than k values
+    above eps has -1 in the other places.
+
+    Raises: as `semantic_consistency`; also if k is not in [1, n].
+    """
+    norms = _checked_norms(features, eps)
+    if not 1 <= k <= len(features):
+        raise ValueError(f"k is {k} for {len(features)} samples; it must be in [1, {len(features)}].")
+    found = []
+    for chunk in features.split(max(1, _CHUNK_VALUES // len(features)), dim=1):
+        values, samples = (chunk / norms).topk(k, dim=0)
+        found.append(torch.where(values > eps, samples, -1).T)
+    return torch.cat(found)
+
+
+def purity(samples: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Share of the most frequent class among the samples of each row: (m, k) int64, -1 for none -> (m,) float64.
+
+    NaN for a row without samples. `labels` (n,) are integers of at least 0.
+    """
+    of = torch.where(samples >= 0, labels[samples], -1)
+    same = (of[:, :, None] == of[:, None, :]) & (of >= 0)[:, None, :]
+    return same.sum(dim=2).where(of >= 0, 0).amax(dim=1).double() / (of >= 0).sum(dim=1)
 
 
 def support(features: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
