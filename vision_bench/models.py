@@ -73,6 +73,11 @@ class ModelConfig:
                 + (f"; near it: {', '.join(near)}." if near else ".")
             )
 
+    @property
+    def method(self) -> str:
+        """What pretraining with this output is called: "SimCLR" or "NCL (relu)"."""
+        return "SimCLR" if self.non_negative == "none" else f"NCL ({self.non_negative})"
+
 
 class Features(NamedTuple):
     """What a model makes of n images; `projector` and `output` are equal without a non-negative output."""

@@ -88,7 +88,7 @@ def save(folder: str | Path, model: ContrastiveModel, images: ImageSet, training
         save_for_hf(
             exported,
             whole,
-            model_config={"pretrained_cfg": about, TRAINING: training},
+            model_config={"pretrained_cfg": about, TRAINING: {"method": config.method} | training},
             model_args=arguments,
             safe_serialization=True,
         )
