@@ -7,8 +7,9 @@ continues, and no more than one shard is ever in memory.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,13 +39,19 @@ class InputNoise:
     scale: float
     seed: int = 0
 
-    def on(self, images: torch.Tensor, first: int) -> torch.Tensor:
-        """Images (n, 3, h, w), of which the first is image `first` of its set, with their noise."""
-        noisy = torch.empty_like(images)
-        for i, image in enumerate(images):
-            seed = int(np.random.SeedSequence((self.seed, first + i)).generate_state(1)[0])
-            noisy[i] = add_input_noise(image, self.kind, self.scale, torch.Generator().manual_seed(seed))
-        return noisy
+    def starting_at(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function that adds the noise to batches (b, c, h, w), in their order from the image of that index on."""
+        indices = itertools.count(index)
+
+        def perturb(images: torch.Tensor) -> torch.Tensor:
+            noisy = torch.empty_like(images)
+            for place, image in zip(noisy, images, strict=True):
+                seed = int(np.random.SeedSequence((self.seed, next(indices))).generate_state(1)[0])
+                generator = torch.Generator().manual_seed(seed)
+                place.copy_(add_input_noise(image, self.kind, self.scale, generator))
+            return noisy
+
+        return perturb
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,8 @@ def extract(
     for i in tqdm(mine, desc=f"features of {split}", unit="shard", disable=not (progress and state.is_main_process)):
         first = i * SHARD_ROWS
         rows = images.images[first : first + SHARD_ROWS]
-        made = embed(model, rows, images.mean, images.std, wanted.layers, batch_size, noise, first)
+        perturb = noise.starting_at(first) if noise is not None else None
+        made = embed(model, rows, images.mean, images.std, wanted.layers, batch_size, perturb)
         if normalised:
             made = {layer: F.normalize(values) for layer, values in made.items()}
         storage.save(paths[i], KIND, made, asdict(wanted))
@@ -149,15 +157,14 @@ def embed(
     std: Sequence[float] | torch.Tensor,
     layers: Sequence[str] | None = None,
     batch_size: int = 256,
-    noise: InputNoise | None = None,
-    first: int = 0,
+    perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Features (n, d) float32, on the CPU, of images (n, 3, h, w) uint8, by layer; computed in eval mode.
 
     Args:
-        model, layers, noise: as in `extract`.
+        model, layers: as in `extract`.
         mean, std: of the data set's channels, for images in [0, 1].
-        first: which image of its set the first one is, for the noise.
+        perturb: what becomes of the normalised images (b, 3, h, w) float32, batch after batch in their order.
 
     Raises:
         ValueError: a layer that the model does not have, or features that are not (n, d) with one d.
@@ -170,16 +177,14 @@ def embed(
     try:
         for start in range(0, len(images), batch_size):
             x = normalise(images[start : start + batch_size].to(device), mean, std)
-            if noise is not None:
-                x = noise.on(x, first + start)
-            made = models.outputs(model, x)
+            made = models.outputs(model, x if perturb is None else perturb(x))
             for layer, there in parts.items():
                 shape = (len(x), there[0].shape[1] if there else made[layer].shape[-1])
                 if made[layer].shape != shape:
                     raise ValueError(
                         f"the {layer} of the model gives features of the shape {tuple(made[layer].shape)} for images "
-                        f"of {tuple(x.shape)}; it must be (n, d){f', here {shape}' if there else ''}, of the same d for "
-                        "every batch. Models of timm give that with num_classes=0 and their pooling."
+                        f"of {tuple(x.shape)}; it must be (n, d){f', here {shape}' if there else ''}, of the same d "
+                        "for every batch. Models of timm give that with num_classes=0 and their pooling."
                     )
                 there.append(made[layer].float().cpu())
     finally:

@@ -28,7 +28,9 @@ class Frozen(NamedTuple):
     name: str
     model: nn.Module
     pretrained: str  # in words, what its weights come from
-    statistics: tuple[Statistics, Statistics] | None  # of the channels; None: those of the data set, as in our training
+    statistics: (
+        tuple[Statistics, Statistics] | None
+    )  # of the channels; None: those of the data set, as in our training
     image_size: int | None  # pixels; None: that of the data set
 
 
@@ -71,7 +73,7 @@ def _random(name: str) -> Frozen:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
         model = models.build_backbone(models.ModelConfig(name))
-    return _frozen(f"{name} (random)", model, f"nothing: random initialisation, seed {RANDOM_SEED}")
+    return _frozen(name, model, f"nothing: random initialisation, seed {RANDOM_SEED}")
 
 
 def _with_weights(name: str, architecture: str, file: Path) -> Frozen:
@@ -88,8 +90,8 @@ def _with_weights(name: str, architecture: str, file: Path) -> Frozen:
     if result.missing_keys or unexpected:
         raise ValueError(
             f"{file} does not fit {architecture}: it lacks {len(result.missing_keys)} tensors of the model "
-            f"({', '.join(result.missing_keys[:3])}, ...) and has {len(unexpected)} others ({', '.join(unexpected[:3])}, "
-            "...). Name the model that it is of."
+            f"({', '.join(result.missing_keys[:3])}, ...) and has {len(unexpected)} others "
+            f"({', '.join(unexpected[:3])}, ...). Name the model that it is of."
         )
     return _frozen(name, model, f"weights in {file}, whatever they were trained on")
 
@@ -142,9 +144,9 @@ def _timm(creates: str, pretrained: str, name: str | None = None) -> Frozen:
             raise ValueError(f"{name} cannot be read ({error}).") from error
         raise ValueError(
             f"the weights of {name} cannot be had ({_short(error)}). Offline: fetch them where there is a network "
-            f"(timm.create_model({creates!r}, pretrained=True)) and take along the cache, the folder that HF_HOME names, "
-            "or a folder written with timm.models.save_for_hf(..., safe_serialization=True), and give its path instead "
-            "of the name."
+            f"(timm.create_model({creates!r}, pretrained=True)) and take along the cache, the folder that HF_HOME "
+            "names, or a folder written with timm.models.save_for_hf(..., safe_serialization=True), and give its path "
+            "instead of the name."
         ) from error
     except (RuntimeError, TypeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{name} cannot be built with its weights: {_short(error)}") from error
