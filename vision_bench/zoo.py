@@ -57,7 +57,7 @@ def load(name: str, random: bool = False) -> Frozen:
     path = Path(place if source == "local-dir" else name)
     if path.exists():
         return _local(name, path)
-    if "/" in name or path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+    if source == "local-dir" or "/" in name or path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         hint = "" if source == "local-dir" else f" A model of the hub is written hf-hub:{name}."
         raise ValueError(f"there is no file or folder {path}.{hint}")
     _check_name(name)
