@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data_root", help="folder of the data set's files")
     parser.add_argument("--image_size", type=int, help="pixels; by default what a model of timm was trained at")
-    parser.add_argument("--limit", type=int, help="so many images of the training and of the test set")
+    parser.add_argument("--limit", type=int, help="about so many images of the training and of the test set")
     parser.add_argument(
         "--corruptions", nargs="*", metavar="NAME[=NUMBERS]",
         help="label_noise, few_shots, gaussian, uniform, uniform_centred, rotate, invert, thin, folder=PATH; every "

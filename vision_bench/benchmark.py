@@ -57,7 +57,7 @@ class Settings:
     dataset: str = "digits"  # see `data.load_images`
     data_root: str | None = None
     image_size: int | None = None  # pixels; None: what a model of timm was trained at, else the data set's
-    limit: int | None = None  # images of the training and of the test set, drawn from each class
+    limit: int | None = None  # about so many images of the training and of the test set, drawn from each class
     corruptions: Sequence[str] = ("label_noise", "gaussian", "few_shots")  # see `corruption_sweep.parse`
     features: Sequence[str] = KINDS
     layer: str | None = None  # of models.layers; None: the last one of each model

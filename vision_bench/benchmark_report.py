@@ -124,7 +124,7 @@ def _markdown(
     sweep: Sweep,
 ) -> str:
     tests = list(sweep.tests())
-    limit = f", at most {settings.limit} images of each split" if settings.limit else ""
+    limit = f", about {settings.limit} images of each split" if settings.limit else ""
     text = f"# Robustness and monosemanticity of frozen features: {settings.dataset}{limit}\n\n"
     for subject in subjects:
         size = " x ".join(map(str, subject.image_size))
