@@ -295,8 +295,9 @@ def _check(name: str, random: bool, settings: Settings, sweep: Sweep, data: _Dat
         _check_features(frozen, layer, sets, settings, device)
     train = found.pop("train")
     height, width = sets["train"].images.shape[2:]
+    same = " (the training images here)" if sets["train"].fingerprint in frozen.pretrained else ""
     return Subject(
-        frozen.name, random, frozen.pretrained, layer, (height, width), train, found, sets["train"].num_classes,
+        frozen.name, random, frozen.pretrained + same, layer, (height, width), train, found, sets["train"].num_classes,
         train.folder.name.rpartition("-")[2],
     )  # fmt: skip
 

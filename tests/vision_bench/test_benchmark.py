@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import register_model, save_for_hf
+from torchvision.transforms.v2.functional import to_pil_image
 
 import evals.rows
 from vision_bench import benchmark, features, models, rows
@@ -257,8 +258,8 @@ def odd_negative(pretrained, **kwargs):
         ([*SMALL, "--probe_epochs", "0"], "probe_epochs is 0; it must be at least 1"),
         ([*SMALL, "--dataset", "mnist1"], "name is 'mnist1', which is neither digits"),
         (
-            ["--random_init", "test_vit", "--image_size", "32"],
-            "test_vit gives no features of train images of 32",
+            ["--random_init", "vit_tiny_patch16_224", "--image_size", "32"],
+            "vit_tiny_patch16_224 gives no features of train images of 32 x 32 pixels.*224",
         ),
         (["--random_init", "odd_width_by_batch"], "odd_width_by_batch gives no features .* here"),
         (
@@ -281,14 +282,13 @@ def test_one_model_under_two_names_is_refused(checkpoint, tmp_path):
 
 def photographs(folder, names, size=8):
     """A labelled folder of bright images, four of each class."""
-    from torchvision.io import write_png
-
     for index, name in enumerate(names):
         for i in range(4):
             path = folder / "test" / name / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             generator = torch.Generator().manual_seed(10 * index + i)
-            write_png(torch.randint(128, 256, (3, size, size), generator=generator, dtype=torch.uint8), str(path))
+            image = torch.randint(128, 256, (3, size, size), generator=generator, dtype=torch.uint8)
+            to_pil_image(image).save(path)
     return folder
 
 
