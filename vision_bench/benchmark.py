@@ -209,7 +209,11 @@ def run(settings: Settings) -> tuple[list[Subject], list[rows.Row]]:
     """
     sweep = parse(settings.corruptions)
     # One process may train long while others wait for its rows.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    accelerator = Accelerator(
+        # Said so, because several processes without a GPU would otherwise not know of each other.
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
     main = accelerator.is_main_process
     folder = Path(settings.output_dir)
     done = _begin(folder, settings)

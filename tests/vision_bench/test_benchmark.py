@@ -2,17 +2,18 @@
 
 import csv
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models import register_model, save_for_hf
+from timm.models import register_model
 from torchvision.transforms.v2.functional import to_pil_image
 
 import evals.rows
-from vision_bench import benchmark, features, models, rows
+from vision_bench import benchmark, features, models, rows, timm_models
 from vision_bench.__main__ import main
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import load_images, stratified_fraction
@@ -198,11 +199,11 @@ def test_models_and_kinds_of_features_may_be_added(folder, checkpoint, tmp_path)
     shutil.copytree(folder, grown)
     before = results(grown)
     torch.manual_seed(0)
-    save_for_hf(timm.create_model("test_resnet"), tmp_path / "resnet", safe_serialization=True)
-    # 8 pixels would be 0 after the strides of this network.
+    model = models.ContrastiveModel(models.ModelConfig("test_resnet", projector_hidden=8, projector_out=4))
+    timm_models.save(tmp_path / "resnet", model, load_images("digits", "test", image_size=32), {})
     main([str(tmp_path / "resnet"), "--features", "raw", "--output_dir", str(grown), *QUICK, *CORRUPTIONS, "--resume"])
     assert len(results(grown)) == len(before) + 4 * (2 * 2 * 2 + 4)
-    assert found(grown, model=str(tmp_path / "resnet"))[0]["config"]["image_size"] == [160, 160]
+    assert found(grown, model=str(tmp_path / "resnet"))[0]["config"]["image_size"] == [32, 32]
     assert set(before) < set(results(grown))
 
 
@@ -353,3 +354,16 @@ def test_features_that_are_never_active_have_no_consistency_and_the_json_is_stri
     assert raw["live_dimensions"] == 3 * 8 * 8
     assert (relu["semantic_consistency"], relu["sparsity"], relu["live_dimensions"]) == (None, 1, 0)
     assert "| - | - | 1.000 | 0 of 192 |" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("MONO_TEST_DATA" not in os.environ, reason="MONO_TEST_DATA, real images, is not set")
+def test_real_images_of_a_hundred_classes(tmp_path):
+    root = str(Path(os.environ["MONO_TEST_DATA"]) / "cifar100")
+    command = ["--random_init", "small_conv", "--dataset", "cifar100", "--data_root", root, "--limit", "1000"]
+    command += ["--seeds", "0", "1", "--features", "raw", "sae", "--corruptions", "gaussian=0.5", "--standardize"]
+    main([*command, "--output_dir", str(tmp_path)])
+    clean = found(tmp_path, features="raw", test="clean")
+    assert [row["n"] for row in clean] == [1000, 1000]
+    assert min(row["value"] for row in clean) > 0.02  # chance is 0.01
+    assert "random initialisation" in (tmp_path / "results.md").read_text()
