@@ -32,8 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="about so many images of the training and of the test set")
     parser.add_argument(
         "--corruptions", nargs="*", metavar="NAME[=NUMBERS]",
-        help="label_noise, few_shots, gaussian, uniform, uniform_centred, rotate, invert, thin, folder=PATH; every "
-        "combination is measured; by default label_noise=0.4,0.8 gaussian=0.6 few_shots=0.1",
+        help="label_noise, few_shots, gaussian, uniform, uniform_centred, rotated, inverted, thinned, folder=PATH; "
+        "every combination is measured; by default label_noise=0.4,0.8 gaussian=0.6 few_shots=0.1",
     )  # fmt: skip
     parser.add_argument("--features", nargs="+", metavar="KIND", help="raw, relu, sae (default: all)")
     parser.add_argument("--layer", help="backbone, projector or output; by default the last one that a model has")

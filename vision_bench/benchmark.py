@@ -26,12 +26,12 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from vision_bench import features, models, rows, sae, zoo
-from vision_bench.corruption_sweep import FOLDER, Sweep, parse
+from vision_bench.corruption_sweep import Sweep, parse
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet, load_images, stratified_fraction
 from vision_bench.metrics import semantic_consistency
 from vision_bench.probe import Probes, fit_linear_probes, probe_accuracy
-from vision_bench.shifts import shifted
+from vision_bench.shifts import load_shifted, synthetic
 
 RECIPE = "vision_bench"
 ROWS, CONFIG = "results.jsonl", "config.json"
@@ -161,30 +161,11 @@ class _Data:
             stratified_fraction(train.labels, rate, torch.Generator().manual_seed(0))  # raises where none is left
         sets = {"train": train, "clean": test}
         for shift in self.sweep.shifts:
-            if shift is None:
-                continue
-            if shift.name == FOLDER:
-                sets[str(shift)] = self._folder(str(shift.value), test)
-            else:
-                assert isinstance(shift.value, float)
-                sets[str(shift)] = shifted(test, shift.name, shift.value)
+            if shift is not None and shift.folder:
+                sets[str(shift)] = _limited(load_shifted(shift.folder, train, progress=self.progress), settings.limit)
+            elif shift is not None:
+                sets[str(shift)] = synthetic(shift.name, test)
         return sets
-
-    def _folder(self, path: str, test: ImageSet) -> ImageSet:
-        """The images of a folder with the data set's labels, found by the names of the classes."""
-        if not Path(path).is_dir():
-            raise ValueError(f"corruptions has folder={path}, which is not a folder.")
-        found = load_images(path, "test", image_size=test.images.shape[-1], progress=self.progress)
-        others = [name for name in found.class_names if name not in test.class_names]
-        if others:
-            raise ValueError(
-                f"corruptions has folder={path}, which has classes that {self.settings.dataset} does not have: "
-                f"{', '.join(others[:10])}{', ...' if len(others) > 10 else ''}. Name its folders as those of the "
-                f"data set ({', '.join(test.class_names[:5])}, ...)."
-            )
-        places = torch.tensor([test.class_names.index(name) for name in found.class_names])
-        moved = replace(found, labels=places[found.labels], class_names=test.class_names)
-        return _limited(moved, self.settings.limit)
 
 
 def _limited(images: ImageSet, limit: int | None) -> ImageSet:

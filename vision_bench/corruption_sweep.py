@@ -1,4 +1,4 @@
-"""What a benchmark varies, from words such as "label_noise=0.4,0.8", "gaussian=0.6" and "rotate"."""
+"""What a benchmark varies, from words such as "label_noise=0.4,0.8", "gaussian=0.6" and "rotated"."""
 
 from __future__ import annotations
 
@@ -10,29 +10,26 @@ from typing import NamedTuple
 
 from vision_bench.corruptions import INPUT_NOISES
 from vision_bench.features import InputNoise
-from vision_bench.shifts import SHIFTS
+from vision_bench.shifts import SYNTHETIC
 
 # With the numbers that stand for a word without any.
 NUMBERS: dict[str, tuple[float, ...]] = {
     "label_noise": (0.4, 0.8),
     "few_shots": (0.1,),
     **dict.fromkeys(INPUT_NOISES, (0.6,)),
-    **{name: (number,) for name, (_, number) in SHIFTS.items()},
 }
 FOLDER = "folder"
 CLEAN = "clean"
 
 
 class Shift(NamedTuple):
-    """Other images for the test: the test images after a shift of `SHIFTS`, or those of a labelled folder."""
+    """Other images for the test: the test images after a shift of `SYNTHETIC`, or those of a labelled folder."""
 
     name: str
-    value: float | str  # the shift's number, or the folder's path
+    folder: str | None = None
 
     def __str__(self) -> str:
-        if self.name == "invert":
-            return self.name
-        return f"{self.name} {self.value if isinstance(self.value, str) else format(self.value, 'g')}"
+        return f"{self.name} {self.folder}" if self.folder else self.name
 
 
 class Sweep(NamedTuple):
@@ -44,7 +41,7 @@ class Sweep(NamedTuple):
     shifts: tuple[Shift | None, ...]  # of the test images
 
     def tests(self) -> dict[str, tuple[Shift | None, InputNoise | None]]:
-        """What the probes are tested on, by name: "clean", "gaussian 0.6", "rotate 30 + gaussian 0.6"."""
+        """What the probes are tested on, by name: "clean", "gaussian 0.6", "rotated + gaussian 0.6"."""
         found: dict[str, tuple[Shift | None, InputNoise | None]] = {}
         for shift, noise in itertools.product(self.shifts, self.noises):
             parts = [str(shift)] if shift else []
@@ -64,11 +61,16 @@ def parse(words: Sequence[str]) -> Sweep:
         name, _, values = word.partition("=")
         if name == FOLDER:
             if not values:
-                raise ValueError(f"corruptions has {word!r}; write folder=PATH, with SPLIT/CLASS/ folders or parquet.")
+                raise ValueError(f"corruptions has {word!r}; write folder=PATH, with CLASS/*.jpg in it.")
             shifts.append(Shift(FOLDER, values))
             continue
+        if name in SYNTHETIC:
+            if values:
+                raise ValueError(f"corruptions has {word!r}; {name} takes no number.")
+            shifts.append(Shift(name))
+            continue
         if name not in NUMBERS:
-            known = [*NUMBERS, FOLDER]
+            known = [*NUMBERS, *SYNTHETIC, FOLDER]
             near = difflib.get_close_matches(name, known, n=1)
             raise ValueError(
                 f"corruptions has {word!r}, which is unknown; there are {', '.join(known)}"
@@ -79,10 +81,8 @@ def parse(words: Sequence[str]) -> Sweep:
                 rates.append(number)
             elif name == "few_shots":
                 shots.append(number)
-            elif name in INPUT_NOISES:
-                noises.append(InputNoise(name, number))
             else:
-                shifts.append(Shift(name, number))
+                noises.append(InputNoise(name, number))
     for found in (rates, shots, noises, shifts):
         if len(set(found)) < len(found):
             raise ValueError(f"corruptions is {' '.join(words)}; the same one stands there twice.")
@@ -111,8 +111,4 @@ def _allowed(name: str, number: float) -> str:
         return "in (0, 1), 0.1 for 10 % of the training images"
     if name in INPUT_NOISES and not number > 0:
         return "above 0"
-    if name == "thin" and not (number >= 1 and number == int(number)):
-        return "a whole number of pixels of at least 1"
-    if name == "invert" and number != 1:
-        return "left out: invert takes no number"
     return ""

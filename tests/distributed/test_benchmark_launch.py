@@ -16,7 +16,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 COMMAND = ["-m", "vision_bench", "--random_init", "small_conv", "test_resnet", "--image_size", "16"]
 COMMAND += ["--limit", "400", "--seeds", "0", "1", "--probe_epochs", "20", "--sae_epochs", "10"]
-COMMAND += ["--corruptions", "label_noise=0.4", "gaussian=0.5", "rotate=40", "few_shots=0.5"]
+COMMAND += ["--corruptions", "label_noise=0.4", "gaussian=0.5", "rotated", "few_shots=0.5"]
 
 
 def results(folder: Path) -> list[str]:
