@@ -123,7 +123,7 @@ class Subject(NamedTuple):
     train: Features
     tests: dict[str, Features]  # by the names of Sweep.tests
     num_classes: int
-    id: str  # of the training features: follows from the weights, the layer, and the images as the model gets them
+    id: str  # follows from the weights, the layer, and all images as the model gets them
 
     @property
     def label(self) -> str:
@@ -283,7 +283,7 @@ def _check(name: str, random: bool, settings: Settings, sweep: Sweep, data: _Dat
     same = " (the training images here)" if sets["train"].fingerprint in frozen.pretrained else ""
     return Subject(
         frozen.name, random, frozen.pretrained + same, layer, (height, width), train, found, sets["train"].num_classes,
-        train.folder.name.rpartition("-")[2],
+        _digest([asdict(one.source) for one in (train, *found.values())]),
     )  # fmt: skip
 
 
@@ -308,9 +308,13 @@ def _features(
     cache: Path, frozen: zoo.Frozen, layer: str, images: ImageSet, split: str, noise: features.InputNoise | None
 ) -> Features:
     of = features.source(frozen.model, images, split, [layer], noise=noise)
-    digest = hashlib.sha256(json.dumps(asdict(of), sort_keys=True).encode()).hexdigest()[:12]
     words = re.sub(r"[^\w.]+", "_", f"{Path(frozen.name).name}-{split}".replace("-", "_"))
-    return Features(cache / f"{words[-60:]}-{digest}", of, images.labels)
+    return Features(cache / f"{words[-60:]}-{_digest(asdict(of))}", of, images.labels)
+
+
+def _digest(of: Any) -> str:
+    """12 hexadecimal digits that follow from what can be JSON."""
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _check_features(
@@ -423,17 +427,18 @@ def _autoencoder(
     subject: Subject, raw: torch.Tensor, settings: Settings, device: torch.device, progress: bool
 ) -> sae.TopKAutoencoder:
     """Trained on the L2-normalised training features, without labels; continued or taken from the cache."""
-    rows_ = F.normalize(raw[raw.any(dim=1)])  # a row of zeros has no direction
+    directions = F.normalize(raw[raw.any(dim=1)])  # a row of zeros has none
+    of = subject.train.folder
     k = settings.sae_k or max(1, round(raw.shape[1] / 8))
     return sae.fit(
-        rows_,
+        directions,
         raw.shape[1],
         k,
         epochs=settings.sae_epochs,
-        batch_size=min(256, len(rows_)),
+        batch_size=min(256, len(directions)),
         seed=SAE_SEED,
         device=device,
-        checkpoint_dir=subject.train.folder.parent / f"sae-{subject.id}-k{k}-epochs{settings.sae_epochs}",
+        checkpoint_dir=of.parent / f"sae-{of.name.rpartition('-')[2]}-k{k}-epochs{settings.sae_epochs}",
         progress=progress,
     ).autoencoder
 

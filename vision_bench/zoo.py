@@ -148,7 +148,7 @@ def _timm(creates: str, pretrained: str, name: str | None = None) -> Frozen:
             "names, or a folder written with timm.models.save_for_hf(..., safe_serialization=True), and give its path "
             "instead of the name."
         ) from error
-    except (RuntimeError, TypeError, KeyError, SafetensorError) as error:
+    except (RuntimeError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{name} cannot be built with its weights: {_short(error)}") from error
     return _frozen(name, model, pretrained)
 
