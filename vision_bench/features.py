@@ -7,23 +7,51 @@ continues, and no more than one shard is ever in memory.
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from torch import nn
 from tqdm.auto import tqdm
 
 from vision_bench import models, storage
+from vision_bench.corruptions import add_input_noise
 
 if TYPE_CHECKING:
     from vision_bench.data import Images, ImageSet
 
 KIND = "feature shard"
 SHARD_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class InputNoise:
+    """Noise on normalised images, see `add_input_noise`; that on image i follows from the seed and i alone."""
+
+    kind: str
+    scale: float
+    seed: int = 0
+
+    def starting_at(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function that adds the noise to batches (b, c, h, w), in their order from the image of that index on."""
+        indices = itertools.count(index)
+
+        def perturb(images: torch.Tensor) -> torch.Tensor:
+            noisy = torch.empty_like(images)
+            for place, image in zip(noisy, images, strict=True):
+                seed = int(np.random.SeedSequence((self.seed, next(indices))).generate_state(1)[0])
+                generator = torch.Generator().manual_seed(seed)
+                place.copy_(add_input_noise(image, self.kind, self.scale, generator))
+            return noisy
+
+        return perturb
 
 
 @dataclass(frozen=True)
@@ -36,53 +64,71 @@ class Source:
     count: int  # of images
     layers: tuple[str, ...]  # of models.LAYERS
     normalised: bool  # rows L2-normalised
+    mean: tuple[float, ...]  # of the channels, with which the images were normalised
+    std: tuple[float, ...]
+    noise: str | None  # on the images
 
 
 def source(
-    model: models.ContrastiveModel,
+    model: nn.Module,
     images: ImageSet,
     split: str,
-    layers: Sequence[str] = ("output",),
+    layers: Sequence[str] | None = None,
     normalised: bool = False,
+    noise: InputNoise | None = None,
 ) -> Source:
-    """What the features of `images` under `model` are of. Raises ValueError for a layer that models do not have."""
-    unknown = [layer for layer in layers if layer not in models.LAYERS]
-    if unknown or not layers:
-        raise ValueError(f"layers has {unknown or 'nothing'}; it must be of {', '.join(models.LAYERS)}.")
+    """What the features of `images` under `model` are of; the arguments are those of `extract`.
+
+    Raises:
+        ValueError: a layer that the model does not have.
+    """
     return Source(
-        models.fingerprint(model), images.fingerprint, split, len(images.images), tuple(sorted(layers)), normalised
+        models.fingerprint(model),
+        images.fingerprint,
+        split,
+        len(images.images),
+        tuple(sorted(_layers(model, layers))),
+        normalised,
+        tuple(images.mean),
+        tuple(images.std),
+        None if noise is None else f"{noise.kind} {noise.scale:g} seed {noise.seed}",
     )
 
 
 def extract(
     folder: str | Path,
-    model: models.ContrastiveModel,
+    model: nn.Module,
     images: ImageSet,
     split: str,
-    layers: Sequence[str] = ("output",),
+    layers: Sequence[str] | None = None,
     normalised: bool = False,
     batch_size: int = 256,
     progress: bool = False,
+    noise: InputNoise | None = None,
 ) -> Source:
     """Compute the shards that `folder` lacks, in one pass in eval mode, and return what they are of, for `load`.
 
     The model is moved to this process's device; its weights, buffers and mode are as before.
 
     Args:
+        model: a `ContrastiveModel`, or any backbone that maps images (n, 3, h, w) to (n, d), as timm's with
+            `num_classes=0`.
         images: their order is the order of the features.
         split: name of the split, for the header.
-        layers: of "backbone", "projector", "output".
+        layers: of `models.layers(model)`, by default the last: "output", or "backbone" of a plain backbone.
         normalised: L2-normalise the rows.
         batch_size: of the forward passes.
         progress: show a progress bar in the main process.
+        noise: on the images, after their normalisation.
 
     Raises:
-        ValueError: a layer that models do not have, or the folder holds other features.
+        ValueError: a layer that the model does not have, features that are not (n, d) with one d, or the folder holds
+            other features.
         OSError: a shard cannot be written; those before it stay.
     """
     state = PartialState()
     folder = Path(folder)
-    wanted = source(model, images, split, layers, normalised)
+    wanted = source(model, images, split, layers, normalised, noise)
     model.to(state.device)
     paths = _paths(folder, wanted.count)
     mine = []
@@ -92,8 +138,10 @@ def extract(
         else:
             mine.append(i)
     for i in tqdm(mine, desc=f"features of {split}", unit="shard", disable=not (progress and state.is_main_process)):
-        rows = images.images[i * SHARD_ROWS : (i + 1) * SHARD_ROWS]
-        made = embed(model, rows, images.mean, images.std, wanted.layers, batch_size)
+        first = i * SHARD_ROWS
+        rows = images.images[first : first + SHARD_ROWS]
+        perturb = noise.starting_at(first) if noise is not None else None
+        made = embed(model, rows, images.mean, images.std, wanted.layers, batch_size, perturb)
         if normalised:
             made = {layer: F.normalize(values) for layer, values in made.items()}
         storage.save(paths[i], KIND, made, asdict(wanted))
@@ -103,30 +151,42 @@ def extract(
 
 @torch.no_grad()
 def embed(
-    model: models.ContrastiveModel,
+    model: nn.Module,
     images: Images,
     mean: Sequence[float] | torch.Tensor,
     std: Sequence[float] | torch.Tensor,
-    layers: Sequence[str] = ("output",),
+    layers: Sequence[str] | None = None,
     batch_size: int = 256,
     perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Features (n, d) float32, on the CPU, of images (n, 3, h, w) uint8, by layer; computed in eval mode.
 
     Args:
+        model, layers: as in `extract`.
         mean, std: of the data set's channels, for images in [0, 1].
         perturb: what becomes of the normalised images (b, 3, h, w) float32, batch after batch in their order.
+
+    Raises:
+        ValueError: a layer that the model does not have, or features that are not (n, d) with one d.
     """
+    wanted = _layers(model, layers)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    parts: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
+    parts: dict[str, list[torch.Tensor]] = {layer: [] for layer in wanted}
     try:
         for start in range(0, len(images), batch_size):
-            inputs = normalise(images[start : start + batch_size].to(device), mean, std)
-            made = model(inputs if perturb is None else perturb(inputs))
-            for layer in layers:
-                parts[layer].append(getattr(made, layer).float().cpu())
+            x = normalise(images[start : start + batch_size].to(device), mean, std)
+            made = models.outputs(model, x if perturb is None else perturb(x))
+            for layer, there in parts.items():
+                shape = (len(x), there[0].shape[1] if there else made[layer].shape[-1])
+                if made[layer].shape != shape:
+                    raise ValueError(
+                        f"the {layer} of the model gives features of the shape {tuple(made[layer].shape)} for images "
+                        f"of {tuple(x.shape)}; it must be (n, d){f', here {shape}' if there else ''}, of the same d "
+                        "for every batch. Models of timm give that with num_classes=0 and their pooling."
+                    )
+                there.append(made[layer].float().cpu())
     finally:
         model.train(was_training)
     return {layer: torch.cat(values) for layer, values in parts.items()}
@@ -156,6 +216,19 @@ def shards(folder: str | Path, layer: str, wanted: Source) -> Iterator[torch.Ten
         yield storage.load(path, KIND)[0][layer]
 
 
+def missing(folder: str | Path, wanted: Source) -> bool:
+    """Whether `extract` would have something to compute.
+
+    Raises:
+        ValueError: the folder holds other features than `wanted`.
+    """
+    paths = _paths(Path(folder), wanted.count)
+    for path in paths:
+        if path.exists():
+            _check(path, wanted)
+    return not all(path.exists() for path in paths)
+
+
 def load(folder: str | Path, layer: str, wanted: Source) -> torch.Tensor:
     """The features of one layer as one tensor (count, d) float32; raises as `shards`."""
     result: torch.Tensor | None = None
@@ -163,11 +236,23 @@ def load(folder: str | Path, layer: str, wanted: Source) -> torch.Tensor:
     for part in shards(folder, layer, wanted):
         if result is None:
             result = part.new_empty(wanted.count, part.shape[1])
+        if part.shape[1] != result.shape[1]:
+            raise ValueError(f"{folder} has features of {result.shape[1]} and of {part.shape[1]} dimensions.")
         result[start : start + len(part)] = part
         start += len(part)
     assert result is not None
     assert start == wanted.count
     return result
+
+
+def _layers(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
+    there = models.layers(model)
+    if layers is None:
+        return [there[-1]]
+    unknown = [layer for layer in layers if layer not in there]
+    if unknown or not layers:
+        raise ValueError(f"layers has {unknown or 'nothing'}; it must be of {', '.join(there)}.")
+    return list(layers)
 
 
 def _paths(folder: Path, count: int) -> list[Path]:
@@ -177,7 +262,7 @@ def _paths(folder: Path, count: int) -> list[Path]:
 
 def _check(path: Path, wanted: Source) -> None:
     there: dict[str, Any] = storage.read_header(path, KIND)
-    now = asdict(wanted) | {"layers": list(wanted.layers)}  # as JSON has it
+    now = json.loads(json.dumps(asdict(wanted)))  # as it is read back
     changed = [f"{k}: {there.get(k)!r} there, {now[k]!r} wanted" for k in now if there.get(k) != now[k]]
     if changed:
         raise ValueError(

@@ -352,6 +352,45 @@ def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]], bins: 
     return figure
 
 
+_KINDS = {"raw": ("#D55E00", "o"), "relu": ("#0072B2", "s"), "sae": ("#009E73", "^")}  # colour, marker
+
+
+@_styled
+def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]]) -> Figure:
+    """Accuracy under each corruption, with 95 % intervals, of the kinds of features of several models.
+
+    Args:
+        panels: by model and kind of features ("raw", "relu", "sae"), mean and half-width in percent for each
+            corruption; the corruptions, the clean condition first, are the same in all.
+    """
+    conditions = list(next(iter(next(iter(panels.values())).values())))
+    figure, axes = _figure(len(panels), 1, height=len(panels) * (0.16 * len(conditions) + 0.35) + 0.5, sharex=True)
+    for ax, (model, kinds) in zip(axes.flat, panels.items(), strict=True):
+        for i, (kind, found) in enumerate(kinds.items()):
+            colour, marker = _KINDS[kind]
+            means, errors = zip(*(found[name] for name in conditions), strict=True)
+            places = np.arange(len(conditions)) + 0.22 * (i - (len(kinds) - 1) / 2)
+            ax.errorbar(
+                means,
+                places,
+                xerr=errors,
+                fmt=marker,
+                color=colour,
+                markersize=3,
+                elinewidth=0.8,
+                capsize=1.5,
+                label=kind,
+            )
+        ax.set(title=model, yticks=range(len(conditions)), yticklabels=[name.split("/")[-1] for name in conditions])
+        ax.set_ylim(len(conditions) - 0.5, -0.5)
+        ax.grid(axis="x", linewidth=0.3)
+        ax.set_axisbelow(True)
+    axes.flat[-1].set_xlabel("test accuracy of linear probes, %")
+    axes.flat[-1].set_xlim(left=0)
+    _legend(figure, axes.flat[0])
+    return figure
+
+
 class ImageGrid(NamedTuple):
     """The images that activate a dimension most."""
 

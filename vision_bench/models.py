@@ -73,6 +73,11 @@ class ModelConfig:
                 + (f"; near it: {', '.join(near)}." if near else ".")
             )
 
+    @property
+    def method(self) -> str:
+        """What pretraining with this output is called: "SimCLR" or "NCL (relu)"."""
+        return "SimCLR" if self.non_negative == "none" else f"NCL ({self.non_negative})"
+
 
 class Features(NamedTuple):
     """What a model makes of n images; `projector` and `output` are equal without a non-negative output."""
@@ -86,6 +91,7 @@ class SmallConvNet(nn.Module):
     """Three 3x3 convolutions with batch normalisation and ReLU, two of stride 2, then the mean over all places."""
 
     num_features = 128
+    num_classes = 0  # of the contract of timm's models
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +120,7 @@ class ContrastiveModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = _backbone(config)
+        self.backbone = build_backbone(config)
         # num_features is not the output's width where timm's head has a hidden layer.
         width: Any = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
         self.num_features = int(width)
@@ -132,12 +138,17 @@ class ContrastiveModel(nn.Module):
         return Features(backbone, projected, self.non_negative(projected))
 
 
-def _backbone(config: ModelConfig) -> nn.Module:
+def build_backbone(config: ModelConfig) -> nn.Module:
+    """The backbone alone, of random weights: images (n, 3, h, w) -> (n, d), unless backbone_options ask for a head.
+
+    Raises:
+        ValueError: the stem or the options do not fit the backbone.
+    """
     if config.backbone == SMALL:
         if config.stem != "timm" or config.backbone_options:
             raise ValueError(f"{SMALL} takes no backbone_options and only the stem 'timm' (its own).")
         return SmallConvNet()
-    backbone = timm.create_model(config.backbone, num_classes=0, **config.backbone_options)
+    backbone = timm.create_model(config.backbone, **{"num_classes": 0} | config.backbone_options)
     if config.stem == "cifar":
         _use_cifar_stem(backbone, config)
     return backbone
@@ -191,6 +202,21 @@ def load(path: str | Path) -> tuple[ContrastiveModel, dict[str, Any]]:
     return model.eval(), header["training"]
 
 
-def fingerprint(model: ContrastiveModel) -> str:
-    """Of the model's configuration and all its weights and buffers; on any device, equal after saving and loading."""
-    return f"{model.config.non_negative}-{storage.fingerprint(model.state_dict())}"
+def layers(model: nn.Module) -> tuple[str, ...]:
+    """The layers whose features a model gives: all `LAYERS`, or of one that is a backbone alone the first of them."""
+    return LAYERS if isinstance(model, ContrastiveModel) else LAYERS[:1]
+
+
+def outputs(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a model makes of normalised images (n, 3, h, w), by layer."""
+    made = model(images)
+    return made._asdict() if isinstance(made, Features) else {LAYERS[0]: made}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of what the model is and all its weights and buffers; on any device, equal after saving and loading."""
+    if isinstance(model, ContrastiveModel):
+        kind = model.config.non_negative
+    else:  # timm's say which model they are
+        kind = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    return f"{kind}-{storage.fingerprint(model.state_dict())}"

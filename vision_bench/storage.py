@@ -74,6 +74,15 @@ def read_header(path: str | Path, kind: str) -> dict[str, Any]:
     return header
 
 
+def has_header(path: str | Path) -> bool:
+    """Whether a safetensors file was written by `save`. Raises ValueError if it is not a whole safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return KEY in (file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}).") from None
+
+
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of tensors: equal if and only if the tensors are."""
     digest = hashlib.sha256()

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from vision_bench import features, models
-from vision_bench.features import embed, extract, load, shards
+from vision_bench.corruptions import add_input_noise
+from vision_bench.features import InputNoise, embed, extract, load, missing, normalise, shards
 
 
 @dataclass
@@ -113,3 +115,66 @@ def test_features_of_something_else_are_refused(model, images, tmp_path):
         extract(tmp_path, model, images, "test")
     with pytest.raises(ValueError, match=r"layers has \['head'\]; it must be of backbone, projector, output"):
         extract(tmp_path / "new", model, images, "test", ["head"])
+
+
+def test_a_plain_backbone_has_one_layer_and_no_other(model, images, tmp_path):
+    model.eval()
+    made = extract(tmp_path / "plain", model.backbone, images, "test")
+    assert made.layers == ("backbone",)
+    ours = embed(model, images.images, images.mean, images.std, ["backbone"])["backbone"]
+    assert torch.equal(load(tmp_path / "plain", "backbone", made), ours)
+    assert extract(tmp_path / "ours", model, images, "test").layers == ("output",)
+    with pytest.raises(ValueError, match=r"layers has \['output'\]; it must be of backbone"):
+        extract(tmp_path / "other", model.backbone, images, "test", ["output"])
+
+
+def test_noise_on_an_image_follows_from_the_seed_and_its_place(model, images, tmp_path, small_shards):
+    noise = InputNoise("gaussian", 0.5, seed=3)
+    made = extract(tmp_path, model, images, "test", ["backbone"], batch_size=4, noise=noise)
+    other_batches = noise.starting_at(0)(normalise(images.images, images.mean, images.std))
+    with torch.no_grad():
+        expected = model.eval()(other_batches).backbone
+    torch.testing.assert_close(load(tmp_path, "backbone", made), expected, rtol=1e-5, atol=1e-6)
+    assert made.noise == "gaussian 0.5 seed 3"
+    x = normalise(images.images[7:9], images.mean, images.std)
+    assert torch.equal(noise.starting_at(7)(x), other_batches[7:9])
+    seed = int(np.random.SeedSequence((3, 8)).generate_state(1)[0])
+    assert torch.equal(other_batches[8], add_input_noise(x[1], "gaussian", 0.5, torch.Generator().manual_seed(seed)))
+    with pytest.raises(ValueError, match=r"noise: 'gaussian 0.5 seed 3' there, None wanted"):
+        extract(tmp_path, model, images, "test", ["backbone"])
+
+
+def test_other_statistics_are_other_features(model, images, tmp_path):
+    extract(tmp_path, model, images, "test")
+    with pytest.raises(ValueError, match=r"mean: \[0.4, 0.5, 0.6\] there, \[0.5, 0.5, 0.6\] wanted"):
+        extract(tmp_path, model, replace(images, mean=(0.5, 0.5, 0.6)), "test")
+
+
+def test_what_is_missing_is_known_without_a_pass(model, images, tmp_path, small_shards):
+    wanted = features.source(model, images, "test")
+    assert missing(tmp_path, wanted)
+    extract(tmp_path, model, images, "test")
+    assert not missing(tmp_path, wanted)
+    next(tmp_path.iterdir()).unlink()
+    assert missing(tmp_path, wanted)
+
+
+class ChangingWidth(torch.nn.Module):
+    """A backbone whose features are as many as a batch has images, or are maps."""
+
+    def __init__(self, maps=False):
+        super().__init__()
+        self.weight, self.maps = torch.nn.Parameter(torch.ones(1)), maps
+
+    def forward(self, x):
+        return x * self.weight if self.maps else self.weight.expand(len(x), len(x))
+
+
+def test_features_of_changing_size_are_refused(images, tmp_path, small_shards):
+    with pytest.raises(ValueError, match=r"shape \(3, 3\) for images of \(3, 3, 8, 8\); it must be .*here \(3, 4\)"):
+        embed(ChangingWidth(), images.images[:11], images.mean, images.std, batch_size=4)
+    with pytest.raises(ValueError, match=r"the backbone of the model gives features of the shape \(4, 3, 8, 8\)"):
+        embed(ChangingWidth(maps=True), images.images, images.mean, images.std, batch_size=4)
+    made = extract(tmp_path, ChangingWidth(), images, "test", batch_size=16)  # shards of 10, 10 and 3 images
+    with pytest.raises(ValueError, match="features of 10 and of 3 dimensions"):
+        load(tmp_path, "backbone", made)

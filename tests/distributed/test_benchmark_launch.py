@@ -1,0 +1,76 @@
+"""`python -m vision_bench` in two processes gives the rows of one, and one that was killed continues to them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+COMMAND = ["-m", "vision_bench", "--random_init", "small_conv", "test_resnet", "--image_size", "16"]
+COMMAND += ["--limit", "400", "--seeds", "0", "1", "--probe_epochs", "20", "--sae_epochs", "10"]
+COMMAND += ["--corruptions", "label_noise=0.4", "gaussian=0.5", "rotated", "few_shots=0.5"]
+
+
+def results(folder: Path) -> list[str]:
+    """Every row but for when and how it was measured."""
+    left_out = ("seconds", "time", "device")
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return sorted(json.dumps({k: v for k, v in row.items() if k not in left_out}, sort_keys=True) for row in rows)
+
+
+def run(launcher, folder, *arguments):
+    command = [*launcher, *COMMAND, "--output_dir", str(folder), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one") / "run"
+    run([sys.executable], folder)
+    return folder
+
+
+def test_two_processes_give_the_rows_of_one(one, tmp_path):
+    # Shards of a few images, so that both processes have features to compute.
+    program = (
+        "import sys, accelerate; from vision_bench import features; from vision_bench.__main__ import main; "
+        "features.SHARD_ROWS = 64; main(sys.argv[1:]); "
+        "state = accelerate.PartialState(); print('process', state.process_index, 'of', state.num_processes)"
+    )
+    (tmp_path / "program.py").write_text(program)
+    command = [*TORCHRUN, str(tmp_path / "program.py"), *COMMAND[2:], "--output_dir", str(tmp_path / "two")]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    for process in (0, 1):
+        assert f"process {process} of 2" in result.stdout
+    assert result.stdout.count("# Robustness and monosemanticity") == 1
+    assert results(tmp_path / "two") == results(one)
+    assert (tmp_path / "two" / "results.csv").read_text() == (one / "results.csv").read_text()
+
+
+def test_a_killed_run_continues_to_the_same_rows(one, tmp_path):
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, *COMMAND, "--output_dir", str(folder)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not (folder / "results.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    there = results(folder)
+    assert 0 < len(there) < len(results(one))
+    run([sys.executable], folder, "--resume")
+    assert results(folder) == results(one)
+    assert set(there) <= set(results(folder))

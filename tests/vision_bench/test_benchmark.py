@@ -1,0 +1,361 @@
+"""`python -m vision_bench`: one table of all probes from features made once, and what is refused before any work."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models import register_model
+from torchvision.transforms.v2.functional import to_pil_image
+
+import evals.rows
+from vision_bench import benchmark, features, models, rows, timm_models
+from vision_bench.__main__ import main
+from vision_bench.corruptions import flip_labels
+from vision_bench.data import load_images, stratified_fraction
+from vision_bench.metrics import semantic_consistency
+from vision_bench.probe import fit_linear_probes, probe_accuracy
+from vision_bench.shifts import load_shifted, synthetic
+
+QUICK = ["--limit", "300", "--seeds", "0", "1", "--probe_epochs", "4", "--sae_epochs", "3"]
+CORRUPTIONS = ["--corruptions", "label_noise=0.4", "few_shots=0.5", "gaussian=0.5", "rotated"]
+SMALL = ["--random_init", "small_conv"]
+TESTS = ("clean", "gaussian 0.5", "rotated", "rotated + gaussian 0.5")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The folder of an untrained NCL model, whose output has 16 dimensions."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "ncl"
+    torch.manual_seed(0)
+    config = models.ModelConfig("small_conv", projector_hidden=24, projector_out=16, non_negative="relu")
+    model = models.ContrastiveModel(config)
+    train = load_images("digits", "train")
+    model(features.normalise(train.images[:256], train.mean, train.std))
+    models.save(folder / "model.safetensors", model, {"config": {"epochs": 1, "seed": 0}, "data": "00ff"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, checkpoint):
+    """A finished benchmark of that model and of a random network."""
+    path = tmp_path_factory.mktemp("benchmark") / "run"
+    main([str(checkpoint), "--random_init", "small_conv", "--output_dir", str(path), *QUICK, *CORRUPTIONS])
+    return path
+
+
+def found(folder, metric=benchmark.ACCURACY, **arm):
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    there = [row for row in map(json.loads, lines) if row["metric"] == metric]
+    return [row for row in there if all((row["config"] | {"seed": row["seed"]}).get(k) == v for k, v in arm.items())]
+
+
+def results(folder):
+    """Every row but for when and where it was measured."""
+    left_out = ("seconds", "time", "device", "commit")
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return sorted(json.dumps({k: v for k, v in row.items() if k not in left_out}, sort_keys=True) for row in lines)
+
+
+def test_every_cell_has_a_row_and_kinds_of_features_differ(folder, checkpoint):
+    names = {str(checkpoint): 16, "small_conv": 128}
+    arm = ("model", "features", "few_shots", "label_noise", "test")
+    cells = {(*(row["config"][k] for k in arm), row["seed"]) for row in found(folder)}
+    assert cells == {
+        (model, kind, shots, rate, test, seed)
+        for model in names
+        for kind in benchmark.KINDS
+        for shots in (1, 0.5)
+        for rate in (0, 0.4)
+        for test in TESTS
+        for seed in (0, 1)
+    }
+    assert len(found(folder)) == len(cells)
+    for model, width in names.items():
+        assert {row["config"]["dimensions"] for row in found(folder, model=model)} == {width}
+        assert len({row["value"] for row in found(folder, "sparsity", model=model, test="clean")}) >= 2
+        assert found(folder, "sparsity", model=model, features="sae", test="clean")[0]["value"] == pytest.approx(
+            1 - 1 / 8, abs=0.02
+        )
+        for metric in benchmark.SAE_QUALITY:
+            assert len(found(folder, metric, model=model)) == 1
+    assert {row["config"]["random_init"] for row in found(folder, model="small_conv")} == {True}
+    clean = found(folder, model=str(checkpoint), features="raw", few_shots=1, label_noise=0, test="clean")
+    assert clean[0]["value"] != clean[1]["value"]
+    assert {row["n"] for row in found(folder)} == {301}  # rounded in each class
+
+
+@pytest.mark.parametrize(("kind", "shots", "test"), [("raw", 1, "clean"), ("relu", 0.5, "rotated + gaussian 0.5")])
+def test_a_cell_equals_what_its_parts_give_one_by_one(folder, kind, shots, test):
+    rate, seed = 0.4, 1
+    torch.manual_seed(0)
+    model = models.build_backbone(models.ModelConfig("small_conv"))
+    train, clean = (load_images("digits", split) for split in ("train", "test"))
+    train, clean = (
+        images.subset(stratified_fraction(images.labels, 300 / len(images), torch.Generator().manual_seed(0)))
+        for images in (train, clean)
+    )
+    images = synthetic("rotated", clean) if "rotated" in test else clean
+    noise = features.InputNoise("gaussian", 0.5).starting_at(0) if "gaussian" in test else None
+    x = features.embed(model, train.images, train.mean, train.std)["backbone"]
+    y = features.embed(model, images.images, images.mean, images.std, perturb=noise)["backbone"]
+    if kind == "relu":
+        x, y = F.relu(x), F.relu(y)
+    drawn = stratified_fraction(train.labels, shots, torch.Generator().manual_seed(seed))
+    labels = flip_labels(train.labels[drawn], rate, 10, torch.Generator().manual_seed(seed))
+    settings = {"epochs": round(4 / shots), "batch_size": min(256, len(drawn)), "seeds": seed}
+    probe = fit_linear_probes(x[drawn], labels[None], 10, **settings)
+    arm = {"model": "small_conv", "features": kind, "test": test}
+    (row,) = found(folder, few_shots=shots, label_noise=rate, seed=seed, **arm)
+    assert row["value"] == pytest.approx(probe_accuracy(*probe, y, images.labels, topk=(1,))[1].item(), abs=1e-9)
+    what = semantic_consistency(y, images.labels)
+    for metric, value in (("semantic_consistency", what.mean), ("sparsity", what.sparsity)):
+        assert found(folder, metric, **arm)[0]["value"] == pytest.approx(value, abs=1e-6)
+
+
+def test_the_table_says_what_is_pretrained_on_what_and_agrees_with_the_rows(folder, checkpoint):
+    text = (folder / "results.md").read_text()
+    assert "- **ncl**: output at 8 x 8 pixels. Pretrained: self-supervised, NCL (relu), 1 epochs, seed 0, " in text
+    assert "- **small_conv (random)**: backbone at 8 x 8 pixels. Pretrained: nothing: random initialisation" in text
+    header = next(line for line in text.splitlines() if line.startswith("| model | features"))
+    assert header.endswith("| semantic consistency | chance | sparsity | live |")
+    with (folder / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    cells = json.loads((folder / "results.json").read_text())["table"]
+    assert len(table) == len(cells) == 2 * 3 * 2 * 2 * 4
+    for line, cell in zip(table, cells, strict=True):
+        arm = {k: cell[k] for k in ("features", "few_shots", "label_noise", "test", "features_id")}
+        values = [100 * row["value"] for row in found(folder, **arm)]
+        expected = evals.rows.interval(values)
+        assert float(line["top1"]) == pytest.approx(expected.mean) == cell["top1"]
+        assert cell["top1_half_width"] == pytest.approx(expected.half_width)
+        base = found(folder, **arm | {"features": "raw"})
+        if cell["features"] != "raw":
+            gain = evals.rows.paired_difference(found(folder, **arm), base).scaled(100)
+            assert (cell["gain_over_raw"], cell["gain_half_width"]) == pytest.approx(gain[:2])
+            assert f"{gain.mean:+.1f}" in text
+        assert expected.text(1) in text
+        assert (
+            cell["semantic_consistency"]
+            == found(folder, "semantic_consistency", **{k: arm[k] for k in ("features", "test", "features_id")})[0][
+                "value"
+            ]
+        )
+    assert (folder / "robustness.png").stat().st_size > 5000
+    assert (folder / "robustness.pdf").read_bytes().startswith(b"%PDF")
+
+
+def no_pass(*_):
+    raise AssertionError("a forward pass")
+
+
+def test_a_second_run_with_the_same_features_makes_no_forward_pass(folder, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "outputs", no_pass)
+    command = [str(checkpoint), "--output_dir", str(tmp_path / "b"), *QUICK, "--cache_dir", str(folder / "cache")]
+    main([*command, "--corruptions", "label_noise=0.6", "gaussian=0.5"])
+    assert {row["config"]["label_noise"] for row in found(tmp_path / "b")} == {0, 0.6}
+    arm = {"label_noise": 0, "few_shots": 1, "model": str(checkpoint)}
+    for test in ("clean", "gaussian 0.5"):
+        for kind in benchmark.KINDS:
+            first, second = (found(f, test=test, features=kind, **arm) for f in (folder, tmp_path / "b"))
+            assert [row["value"] for row in first] == [row["value"] for row in second]
+    with pytest.raises(SystemExit, match="a forward pass"):
+        main([*command, "--corruptions", "gaussian=0.7", "--output_dir", str(tmp_path / "c")])
+
+
+def test_a_stopped_run_continues_to_the_same_rows(folder, checkpoint, tmp_path, monkeypatch, capsys):
+    stopped = tmp_path / "run"
+    command = [str(checkpoint), "--random_init", "small_conv", "--output_dir", str(stopped), *QUICK, *CORRUPTIONS]
+    measure, calls = benchmark._measure, []
+
+    def stopping(subject, kind, *rest):
+        calls.append((subject.name, kind))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(subject, kind, *rest)
+
+    monkeypatch.setattr(benchmark, "_measure", stopping)
+    with pytest.raises(SystemExit, match=r"Stopped\. The same command with --resume continues."):
+        main(command)
+    assert 0 < len(results(stopped)) < len(results(folder))
+    with pytest.raises(SystemExit, match=r"holds a benchmark already\. Give --resume to continue it"):
+        main(command)
+    main([*command, "--resume"])
+    assert results(stopped) == results(folder)
+    assert len(calls) == 3 + 4  # two of the six pairs were there
+    assert (stopped / "results.csv").read_text() == (folder / "results.csv").read_text()
+    main([*command, "--resume"])
+    assert len(calls) == 7
+    with pytest.raises(SystemExit, match=r"of other settings \(probe_epochs: 4 there, 5 now\)"):
+        main([*command, "--resume", "--probe_epochs", "5"])
+
+
+def test_models_and_kinds_of_features_may_be_added(folder, checkpoint, tmp_path):
+    grown = tmp_path / "run"
+    shutil.copytree(folder, grown)
+    before = results(grown)
+    torch.manual_seed(0)
+    model = models.ContrastiveModel(models.ModelConfig("test_resnet", projector_hidden=8, projector_out=4))
+    timm_models.save(tmp_path / "resnet", model, load_images("digits", "test", image_size=32), {})
+    main([str(tmp_path / "resnet"), "--features", "raw", "--output_dir", str(grown), *QUICK, *CORRUPTIONS, "--resume"])
+    assert len(results(grown)) == len(before) + 4 * (2 * 2 * 2 + 4)
+    assert found(grown, model=str(tmp_path / "resnet"))[0]["config"]["image_size"] == [32, 32]
+    assert set(before) < set(results(grown))
+
+
+class Odd(torch.nn.Module):
+    """A model that `features` makes of normalised images (n, 3, h, w)."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.weight, self.features = torch.nn.Parameter(torch.ones(1)), features
+
+    def forward(self, x):
+        return self.features(x) * self.weight
+
+
+@register_model
+def odd_width_by_batch(pretrained, **kwargs):
+    return Odd(lambda x: torch.ones(len(x), len(x)))
+
+
+@register_model
+def odd_width_by_image(pretrained, **kwargs):
+    return Odd(lambda x: x.flatten(1)[:, : 40 if x.mean() > 0.5 else 30])
+
+
+@register_model
+def odd_negative(pretrained, **kwargs):
+    return Odd(lambda x: -x.flatten(1).abs() - 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "models is empty; name at least one"),
+        (["resnet19"], "has no model 'resnet19'; near it: resnet18"),
+        (["resnet18"], "the weights of resnet18 cannot be had .* Offline: fetch them"),
+        (["small_conv"], "no pretrained weights of 'small_conv'.*--random_init small_conv"),
+        ([*SMALL, "--corruptions", "gausian=1"], "unknown; there are .* Do you mean gaussian?"),
+        ([*SMALL, "--corruptions", "folder=/nowhere"], "'/nowhere', which is neither digits"),
+        ([*SMALL, "--corruptions", "few_shots=0.001"], "would be left with none"),
+        (
+            ["--random_init", "small_conv", "--features", "pca"],
+            r"features has \['pca'\]; it must be of raw, relu, sae",
+        ),
+        ([*SMALL, "--layer", "output"], "layer is 'output'; small_conv has backbone"),
+        ([*SMALL, "--layer", "head"], "layer is 'head'; it must be one of backbone"),
+        ([*SMALL, "--sae_k", "129"], "sae_k is 129; small_conv has 128 features"),
+        ([*SMALL, "--limit", "3"], "limit is 3 of 1437 images: .* would be left with none"),
+        ([*SMALL, "--seeds", "0", "0"], r"seeds is \[0, 0\]; each may stand there once"),
+        ([*SMALL, "--seeds", "-1"], r"seeds is \[-1\]; it takes integers of at least 0"),
+        ([*SMALL, "--probe_epochs", "0"], "probe_epochs is 0; it must be at least 1"),
+        ([*SMALL, "--dataset", "mnist1"], "name is 'mnist1', which is neither digits"),
+        (
+            ["--random_init", "vit_tiny_patch16_224", "--image_size", "32"],
+            "vit_tiny_patch16_224 gives no features of train images of 32 x 32 pixels.*224",
+        ),
+        (["--random_init", "odd_width_by_batch"], "odd_width_by_batch gives no features .* here"),
+        (
+            ["--random_init", "odd_width_by_image", "--corruptions", "inverted"],
+            "different sizes: {'train': 30, 'clean'",
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(arguments, message, tmp_path):
+    with pytest.raises(SystemExit, match=f"Error: .*{message}"):
+        main([*arguments, "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_model_under_two_names_is_refused(checkpoint, tmp_path):
+    names = [str(checkpoint), str(checkpoint / "model.safetensors")]
+    with pytest.raises(SystemExit, match="one and the same model"):
+        main([*names, "--output_dir", str(tmp_path / "run"), *QUICK])
+
+
+def photographs(folder, names):
+    """A labelled folder of bright images of 20 pixels, four of each class."""
+    for index, name in enumerate(names):
+        for i in range(4):
+            path = folder / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            generator = torch.Generator().manual_seed(10 * index + i)
+            image = torch.randint(128, 256, (3, 20, 20), generator=generator, dtype=torch.uint8)
+            to_pil_image(image).save(path)
+    return folder
+
+
+def test_a_folder_of_other_images_is_matched_by_the_names_of_its_classes(tmp_path):
+    place = photographs(tmp_path / "bright", [*map(str, range(10)), "ten"])
+    command = [*SMALL, "--features", "raw", *QUICK]
+    main([*command, "--corruptions", f"folder={place}", "--output_dir", str(tmp_path / "run")])
+    assert {row["n"] for row in found(tmp_path / "run", test=f"folder {place}")} == {40}
+    train = load_images("digits", "train")
+    other = load_shifted(place, train)
+    torch.manual_seed(0)
+    model = models.build_backbone(models.ModelConfig("small_conv"))
+    z = features.embed(model, other.images, train.mean, train.std)["backbone"]
+    (row,) = found(tmp_path / "run", "semantic_consistency", test=f"folder {place}")
+    assert row["value"] == pytest.approx(semantic_consistency(z, other.labels).mean, abs=1e-6)
+    few = photographs(tmp_path / "few", ["3", "seven"])
+    with pytest.raises(SystemExit, match=r"9 of the 10 classes .* are left without .* classes 3, seven"):
+        main([*command, "--corruptions", f"folder={few}", "--output_dir", str(tmp_path / "new")])
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, folder):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "config.json").write_text(json.dumps({"recipe": "pretrain", "config": {}}))
+    command = ["--random_init", "small_conv", *QUICK]
+    with pytest.raises(SystemExit, match="holds results of the recipe 'pretrain'"):
+        main([*command, "--output_dir", str(tmp_path / "recipe"), "--resume"])
+    (tmp_path / "rows").mkdir()
+    shutil.copy(folder / "results.jsonl", tmp_path / "rows")
+    with pytest.raises(SystemExit, match=r"has a results.jsonl without the config.json it was made with"):
+        main([*command, "--output_dir", str(tmp_path / "rows")])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="which is a file; name a folder"):
+        main([*command, "--output_dir", str(tmp_path / "file")])
+
+
+def test_rows_are_those_of_the_recipes(folder, tmp_path):
+    theirs = evals.rows.Run(tmp_path, "recipe", {}).row("m", 0.5, n=1, seed=0, seconds=0.1, device="cpu")
+    ours = evals.rows.read_rows(folder / "results.jsonl")
+    assert all(row.keys() == theirs.keys() and row["recipe"] == "vision_bench" for row in ours)
+    assert rows.read(folder / "results.jsonl") == ours
+    assert rows.versions().items() <= evals.rows.versions().items()
+    assert rows.commit() == evals.rows.commit()
+    assert rows.device_name(torch.device("cpu")) == evals.rows.device_name("cpu")
+    for values in ([0.25], [0.25, 0.5], [1.0, 2.0, 4.0]):
+        assert rows.interval(values) == evals.rows.interval(values)[:2]
+        assert rows.interval(values).text(2, sign=True) == evals.rows.interval(values).text(2, sign=True)
+
+
+def test_features_that_are_never_active_have_no_consistency_and_the_json_is_strict(tmp_path):
+    command = ["--random_init", "odd_negative", "--features", "raw", "relu", "--corruptions", *QUICK]
+    main([*command, "--output_dir", str(tmp_path)])
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    raw, relu = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)["table"]
+    assert raw["live_dimensions"] == 3 * 8 * 8
+    assert (relu["semantic_consistency"], relu["sparsity"], relu["live_dimensions"]) == (None, 1, 0)
+    assert "| - | - | 1.000 | 0 of 192 |" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("MONO_TEST_DATA" not in os.environ, reason="MONO_TEST_DATA, real images, is not set")
+def test_real_images_of_a_hundred_classes(tmp_path):
+    root = str(Path(os.environ["MONO_TEST_DATA"]) / "cifar100")
+    command = ["--random_init", "small_conv", "--dataset", "cifar100", "--data_root", root, "--limit", "1000"]
+    command += ["--seeds", "0", "1", "--features", "raw", "sae", "--corruptions", "gaussian=0.5", "--standardize"]
+    main([*command, "--output_dir", str(tmp_path)])
+    clean = found(tmp_path, features="raw", test="clean")
+    assert [row["n"] for row in clean] == [1000, 1000]
+    assert min(row["value"] for row in clean) > 0.02  # chance is 0.01
+    assert "random initialisation" in (tmp_path / "results.md").read_text()

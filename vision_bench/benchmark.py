@@ -1,0 +1,483 @@
+"""Robustness and monosemanticity of frozen models: features once, then all probes and all tests on them.
+
+Training images give features, as they are (`raw`), after ReLU (`relu`), or as latents of a top-k sparse autoencoder
+(`sae`). Probes learn from them with a share of wrong labels (`label_noise`) of a share of the images (`few_shots`),
+and are tested on test images with noise and shifts. Every process of a launch computes its share of the features,
+then takes its share of the (model, kind of features) pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from vision_bench import features, models, rows, sae, zoo
+from vision_bench.corruption_sweep import Sweep, parse
+from vision_bench.corruptions import flip_labels
+from vision_bench.data import ImageSet, load_images, stratified_fraction
+from vision_bench.metrics import semantic_consistency
+from vision_bench.probe import Probes, fit_linear_probes, probe_accuracy
+from vision_bench.shifts import load_shifted, synthetic
+
+RECIPE = "vision_bench"
+ROWS, CONFIG = "results.jsonl", "config.json"
+KINDS = ("raw", "relu", "sae")
+ACCURACY = "offline_probe_top1"
+MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
+SAE_QUALITY = ("sae_fvu", "sae_l0", "sae_dead_share")
+SAE_SEED = 0
+CHUNK = 8192  # rows
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A benchmark.
+
+    Raises:
+        ValueError: a field has a value that is not allowed.
+    """
+
+    models: Sequence[str]  # see `zoo.load`
+    output_dir: str
+    random_init: Sequence[str] = ()  # models of timm, or small_conv, with random weights
+    dataset: str = "digits"  # see `data.load_images`
+    data_root: str | None = None
+    image_size: int | None = None  # pixels; None: what a model of timm was trained at, else the data set's
+    limit: int | None = None  # about so many images of the training and of the test set, drawn from each class
+    corruptions: Sequence[str] = ("label_noise", "gaussian", "few_shots")  # see `corruption_sweep.parse`
+    features: Sequence[str] = KINDS
+    layer: str | None = None  # of models.layers; None: the last one of each model
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)  # of label noise, few shots and probes
+    sae_k: int | None = None  # active latents of as many as the features have dimensions; None: an eighth
+    sae_epochs: int = 50
+    probe_epochs: int = 50
+    standardize: bool = False  # each feature before probing
+    batch_size: int = 256  # of the forward passes
+    cache_dir: str | None = None  # of features and autoencoders; None: in output_dir
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.models and not self.random_init:
+            raise ValueError("models is empty; name at least one, or give --random_init NAME.")
+        for name in ("models", "random_init", "seeds", "features"):
+            values = list(getattr(self, name))
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} is {values}; each may stand there once.")
+        unknown = [kind for kind in self.features if kind not in KINDS]
+        if unknown or not self.features:
+            raise ValueError(f"features has {unknown or 'nothing'}; it must be of {', '.join(KINDS)}.")
+        if not self.seeds or min(self.seeds) < 0:
+            raise ValueError(f"seeds is {list(self.seeds)}; it takes integers of at least 0.")
+        if self.layer is not None and self.layer not in models.LAYERS:
+            raise ValueError(f"layer is {self.layer!r}; it must be one of {', '.join(models.LAYERS)}.")
+        for name in ("image_size", "limit", "sae_k", "sae_epochs", "probe_epochs", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+
+    def of_results(self) -> dict[str, Any]:
+        """What must be equal in all rows of a folder, which may hold several models and kinds of features."""
+        left_out = {
+            "models",
+            "random_init",
+            "features",
+            "output_dir",
+            "data_root",
+            "cache_dir",
+            "batch_size",
+            "resume",
+        }
+        return json.loads(json.dumps({k: v for k, v in asdict(self).items() if k not in left_out}))
+
+
+class Features(NamedTuple):
+    """Where features are, and of what."""
+
+    folder: Path
+    source: features.Source
+    labels: torch.Tensor
+
+
+class Subject(NamedTuple):
+    """A model that was found fit to be measured."""
+
+    name: str  # as it was given
+    random: bool
+    pretrained: str  # in words, on what
+    layer: str
+    image_size: tuple[int, int]  # pixels
+    train: Features
+    tests: dict[str, Features]  # by the names of Sweep.tests
+    num_classes: int
+    id: str  # follows from the weights, the layer, and all images as the model gets them
+
+    @property
+    def label(self) -> str:
+        """The name, short and with what must not be overlooked."""
+        path = Path(self.name.removeprefix("local-dir:"))
+        name = self.name
+        if path.exists():
+            name = path.parent.name if path.name == "model.safetensors" else path.name
+        return f"{name} (random)" if self.random else name
+
+
+class _Data:
+    """The images of the settings at one size after another."""
+
+    def __init__(self, settings: Settings, sweep: Sweep, progress: bool) -> None:
+        self.settings, self.sweep, self.progress = settings, sweep, progress
+        self._loaded: dict[int | None, dict[str, ImageSet]] = {}
+
+    def at(self, size: int | None) -> dict[str, ImageSet]:
+        """The training images as "train", the test images as "clean", and each shift by its name."""
+        if size not in self._loaded:
+            self._loaded[size] = self._load(size)
+        return self._loaded[size]
+
+    def _load(self, size: int | None) -> dict[str, ImageSet]:
+        settings = self.settings
+        train, test = (
+            load_images(settings.dataset, split, settings.data_root, image_size=size, progress=self.progress)
+            for split in ("train", "test")
+        )
+        if train.class_names != test.class_names:
+            raise ValueError(f"dataset is {settings.dataset!r}: its splits have other classes, or in another order.")
+        train, test = (_limited(images, settings.limit) for images in (train, test))
+        for rate in self.sweep.few_shots:
+            stratified_fraction(train.labels, rate, torch.Generator().manual_seed(0))  # raises where none is left
+        sets = {"train": train, "clean": test}
+        for shift in self.sweep.shifts:
+            if shift is not None and shift.folder:
+                sets[str(shift)] = _limited(load_shifted(shift.folder, train, progress=self.progress), settings.limit)
+            elif shift is not None:
+                sets[str(shift)] = synthetic(shift.name, test)
+        return sets
+
+
+def _limited(images: ImageSet, limit: int | None) -> ImageSet:
+    if limit is None or limit >= len(images):
+        return images
+    try:
+        drawn = stratified_fraction(images.labels, limit / len(images), torch.Generator().manual_seed(0))
+    except ValueError as error:
+        raise ValueError(f"limit is {limit} of {len(images)} images: {error}") from None
+    return images.subset(drawn)
+
+
+def run(settings: Settings) -> tuple[list[Subject], list[rows.Row]]:
+    """Measure what the output folder has no rows of; every process of a launch calls this.
+
+    Returns:
+        The models, and all rows of the folder.
+
+    Raises:
+        ValueError: a model, a corruption, a data set or the folder is not as it must be; before long work.
+        OSError: a file cannot be written.
+    """
+    sweep = parse(settings.corruptions)
+    # One process may train long while others wait for its rows.
+    accelerator = Accelerator(
+        # Said so, because several processes without a GPU would otherwise not know of each other.
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+    main = accelerator.is_main_process
+    folder = Path(settings.output_dir)
+    done = _begin(folder, settings)
+    data = _Data(settings, sweep, main)
+    subjects = [
+        _check(name, random, settings, sweep, data, accelerator.device)
+        for random, names in ((False, settings.models), (True, settings.random_init))
+        for name in names
+    ]
+    by_id: dict[str, Subject] = {}
+    for subject in subjects:
+        if by_id.setdefault(subject.id, subject) is not subject:
+            raise ValueError(f"models has {by_id[subject.id].name} and {subject.name}: one and the same model.")
+    accelerator.wait_for_everyone()  # all have read what there is
+    if main:
+        rows.write_text(folder / CONFIG, json.dumps({"recipe": RECIPE, "config": settings.of_results()}, indent=2))
+        for subject in subjects:
+            print(
+                f"{subject.label}: {subject.layer} at {subject.image_size[0]} x {subject.image_size[1]} pixels, "
+                f"pretrained: {subject.pretrained}"
+            )
+    for subject in subjects:
+        _extract(subject, settings, sweep, data)
+
+    units = [
+        (subject, kind)
+        for subject, kind in itertools.product(subjects, settings.features)
+        if not _complete(done, subject, kind, settings, sweep)
+    ]
+    processes = accelerator.num_processes
+    for first in tqdm(range(0, len(units), processes), desc="kinds of features", disable=not main or not units):
+        made: list[rows.Row] = []
+        if first + accelerator.process_index < len(units):
+            subject, kind = units[first + accelerator.process_index]
+            made = _measure(subject, kind, settings, sweep, accelerator.device, main)
+        done += gather_object(made)
+        if main:
+            rows.write_text(folder / ROWS, "".join(json.dumps(row) + "\n" for row in done))
+    return subjects, done
+
+
+def _begin(folder: Path, settings: Settings) -> list[rows.Row]:
+    """The rows of the folder, if it may be used."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir is {folder}, which is a file; name a folder.")
+    there = rows.read(folder / ROWS)
+    if (folder / CONFIG).exists():
+        before = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if before["recipe"] != RECIPE:
+            raise ValueError(f"{folder} holds results of the recipe {before['recipe']!r}; choose another output_dir.")
+        if not settings.resume:
+            raise ValueError(
+                f"{folder} holds a benchmark already. Give --resume to continue it, or choose another --output_dir "
+                "(with its cache as --cache_dir, features are not computed again)."
+            )
+        now = settings.of_results()
+        changed = [
+            f"{k}: {before['config'].get(k)!r} there, {now[k]!r} now" for k in now if before["config"].get(k) != now[k]
+        ]
+        if changed:
+            raise ValueError(
+                f"{folder} holds a benchmark of other settings ({'; '.join(changed)}). Choose another --output_dir, "
+                "or repeat the old settings. Models and kinds of features may be added."
+            )
+    elif there:
+        raise ValueError(f"{folder} has a {ROWS} without the {CONFIG} it was made with; choose another output_dir.")
+    return there
+
+
+def _check(name: str, random: bool, settings: Settings, sweep: Sweep, data: _Data, device: torch.device) -> Subject:
+    """A model that gives features of one size for the images, or an error."""
+    frozen = zoo.load(name, random)
+    layer = settings.layer or models.layers(frozen.model)[-1]
+    if layer not in models.layers(frozen.model):
+        raise ValueError(f"layer is {layer!r}; {frozen.name} has {', '.join(models.layers(frozen.model))}.")
+    sets = _sets(frozen, settings, data)
+    cache = Path(settings.cache_dir or Path(settings.output_dir) / "cache")
+    found = {
+        test: _features(cache, frozen, layer, sets[of], test if test == "train" else f"test, {test}", noise)
+        for test, of, noise in _passes(sweep)
+    }
+    if any(features.missing(one.folder, one.source) for one in found.values()):
+        _check_features(frozen, layer, sets, settings, device)
+    train = found.pop("train")
+    height, width = sets["train"].images.shape[2:]
+    same = " (the training images here)" if sets["train"].fingerprint in frozen.pretrained else ""
+    return Subject(
+        frozen.name, random, frozen.pretrained + same, layer, (height, width), train, found, sets["train"].num_classes,
+        _digest([asdict(one.source) for one in (train, *found.values())]),
+    )  # fmt: skip
+
+
+def _passes(sweep: Sweep) -> list[tuple[str, str, features.InputNoise | None]]:
+    """Every pass over images: its name, the set of `_Data.at`, and the noise."""
+    tests = ((test, str(shift or "clean"), noise) for test, (shift, noise) in sweep.tests().items())
+    return [("train", "train", None), *tests]
+
+
+def _sets(frozen: zoo.Frozen, settings: Settings, data: _Data) -> dict[str, ImageSet]:
+    """The images as a model wants them."""
+    sets = data.at(settings.image_size or frozen.image_size)
+    if frozen.statistics is None:
+        # A folder of other images is normalised as the images that the model was trained on.
+        mean, std = sets["train"].mean, sets["train"].std
+    else:
+        mean, std = frozen.statistics
+    return {name: replace(images, mean=mean, std=std) for name, images in sets.items()}
+
+
+def _features(
+    cache: Path, frozen: zoo.Frozen, layer: str, images: ImageSet, split: str, noise: features.InputNoise | None
+) -> Features:
+    of = features.source(frozen.model, images, split, [layer], noise=noise)
+    words = re.sub(r"[^\w.]+", "_", f"{Path(frozen.name).name}-{split}".replace("-", "_"))
+    return Features(cache / f"{words[-60:]}-{_digest(asdict(of))}", of, images.labels)
+
+
+def _digest(of: Any) -> str:
+    """12 hexadecimal digits that follow from what can be JSON."""
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _check_features(
+    frozen: zoo.Frozen, layer: str, sets: dict[str, ImageSet], settings: Settings, device: torch.device
+) -> None:
+    """Raise ValueError if the features of some images are not (n, d) with one d for all, or too few for the SAE."""
+    widths = {}
+    frozen.model.to(device)
+    for name, images in sets.items():
+        try:
+            few = images.images[: min(3, len(images))]
+            made = features.embed(frozen.model, few, images.mean, images.std, [layer], batch_size=2)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{frozen.name} gives no features of {name} images of {' x '.join(map(str, images.images.shape[2:]))} "
+                f"pixels: {error} (--image_size sets the pixels.)"
+            ) from None
+        widths[name] = made[layer].shape[1]
+    if len(set(widths.values())) > 1:
+        raise ValueError(f"{frozen.name} gives features of different sizes: {widths}; they must be of one.")
+    width = widths["train"]
+    if settings.sae_k is not None and settings.sae_k > width and "sae" in settings.features:
+        raise ValueError(
+            f"sae_k is {settings.sae_k}; {frozen.name} has {width} features, and it must not exceed them."
+        )
+
+
+def _extract(subject: Subject, settings: Settings, sweep: Sweep, data: _Data) -> None:
+    """Compute the features that the cache lacks, which takes the model only if there are any."""
+    wanted = {"train": subject.train, **subject.tests}
+    if not any(features.missing(one.folder, one.source) for one in wanted.values()):
+        return
+    frozen = zoo.load(subject.name, subject.random)
+    sets = _sets(frozen, settings, data)
+    for name, of, noise in _passes(sweep):
+        one = wanted[name]
+        features.extract(
+            one.folder,
+            frozen.model,
+            sets[of],
+            one.source.split,
+            [subject.layer],
+            batch_size=settings.batch_size,
+            progress=True,
+            noise=noise,
+        )
+
+
+def _complete(done: list[rows.Row], subject: Subject, kind: str, settings: Settings, sweep: Sweep) -> bool:
+    """Whether there is every row of a kind of features of a model; they are written together."""
+    there = [row for row in done if row["config"]["features_id"] == subject.id and row["config"]["features"] == kind]
+    tests = len(sweep.tests())
+    probes = len(sweep.label_noise) * len(sweep.few_shots) * len(settings.seeds)
+    return len(there) == tests * (probes + len(MEASURED)) + (len(SAE_QUALITY) if kind == "sae" else 0)
+
+
+def _measure(
+    subject: Subject, kind: str, settings: Settings, sweep: Sweep, device: torch.device, progress: bool
+) -> list[rows.Row]:
+    """All rows of one kind of features of one model."""
+    start = time.monotonic()
+    raw = _load(subject.train, subject)
+    encoder = _autoencoder(subject, raw, settings, device, progress) if kind == "sae" else None
+    train = _of_kind(raw, kind, encoder)
+    cells, probes = _probes(subject, train, settings, sweep, device, progress)
+    found: list[tuple[str, float, int | None, int, dict[str, Any]]] = []  # metric, value, seed, n, arm
+    for test, one in subject.tests.items():
+        given = _load(one, subject)
+        if given.shape[1] != raw.shape[1]:
+            raise ValueError(
+                f"{subject.name} gives {raw.shape[1]} features of the training images and {given.shape[1]} of the "
+                f"test images ({test}); they must be as many."
+            )
+        if encoder is not None and test == "clean":
+            quality = sae.evaluate(encoder, F.normalize(given))
+            found += [(name, v, None, len(given), {}) for name, v in zip(SAE_QUALITY, quality, strict=True)]
+        z = _of_kind(given, kind, encoder)
+        accuracy = probe_accuracy(*probes, z, one.labels, topk=(1,))[1].tolist()
+        for (shots, rate, seed), value in zip(cells, accuracy, strict=True):
+            found.append((ACCURACY, value, seed, len(z), {"test": test, "few_shots": shots, "label_noise": rate}))
+        what = semantic_consistency(z, one.labels)
+        values = (what.mean, what.chance, what.sparsity, float(what.live_dimensions))
+        found += [(name, v, None, len(z), {"test": test}) for name, v in zip(MEASURED, values, strict=True)]
+    common = settings.of_results() | {
+        "model": subject.name,
+        "pretrained": subject.pretrained,
+        "random_init": subject.random,
+        "layer": subject.layer,
+        "image_size": list(subject.image_size),
+        "dimensions": raw.shape[1],
+        "training_images": len(raw),
+        "features": kind,
+        "features_id": subject.id,
+    }
+    seconds = time.monotonic() - start
+    return [
+        rows.row(
+            RECIPE, metric, value, n=n, seed=seed, config=common | arm, seconds=seconds,
+            device=rows.device_name(device),
+        )
+        for metric, value, seed, n, arm in found
+    ]  # fmt: skip
+
+
+def _load(one: Features, subject: Subject) -> torch.Tensor:
+    return features.load(one.folder, subject.layer, one.source)
+
+
+def _autoencoder(
+    subject: Subject, raw: torch.Tensor, settings: Settings, device: torch.device, progress: bool
+) -> sae.TopKAutoencoder:
+    """Trained on the L2-normalised training features, without labels; continued or taken from the cache."""
+    directions = F.normalize(raw[raw.any(dim=1)])  # a row of zeros has none
+    of = subject.train.folder
+    k = settings.sae_k or max(1, round(raw.shape[1] / 8))
+    return sae.fit(
+        directions,
+        raw.shape[1],
+        k,
+        epochs=settings.sae_epochs,
+        batch_size=min(256, len(directions)),
+        seed=SAE_SEED,
+        device=device,
+        checkpoint_dir=of.parent / f"sae-{of.name.rpartition('-')[2]}-k{k}-epochs{settings.sae_epochs}",
+        progress=progress,
+    ).autoencoder
+
+
+@torch.no_grad()
+def _of_kind(raw: torch.Tensor, kind: str, encoder: sae.TopKAutoencoder | None) -> torch.Tensor:
+    """Features (n, d) of a kind, on the CPU."""
+    if encoder is not None:
+        return torch.cat([encoder.encode(F.normalize(part).to(encoder.decoder)).cpu() for part in raw.split(CHUNK)])
+    return F.relu(raw) if kind == "relu" else raw
+
+
+def _probes(
+    subject: Subject, train: torch.Tensor, settings: Settings, sweep: Sweep, device: torch.device, progress: bool
+) -> tuple[list[tuple[float, float, int]], Probes]:
+    """A probe for every (share of the images, share of wrong labels, seed), trained in one pass for each draw."""
+    cells, fitted = list[tuple[float, float, int]](), list[Probes]()
+    labels = subject.train.labels
+    for shots in sweep.few_shots:
+        # All seeds see all images, or each its own draw of them.
+        for seeds in [list(settings.seeds)] if shots == 1 else [[seed] for seed in settings.seeds]:
+            drawn = stratified_fraction(labels, shots, torch.Generator().manual_seed(seeds[0]))
+            wanted = list(itertools.product(seeds, sweep.label_noise))
+            noisy = [
+                flip_labels(labels[drawn], rate, subject.num_classes, torch.Generator().manual_seed(seed))
+                for seed, rate in wanted
+            ]
+            fitted.append(
+                fit_linear_probes(
+                    (train if shots == 1 else train[drawn]).to(device),
+                    torch.stack(noisy),
+                    subject.num_classes,
+                    epochs=round(settings.probe_epochs / shots),  # as many steps as with all images
+                    batch_size=min(256, len(drawn)),
+                    standardize=settings.standardize,
+                    seeds=[seed for seed, _ in wanted],
+                    device=device,
+                    progress=progress,
+                )
+            )
+            cells += [(shots, rate, seed) for seed, rate in wanted]
+    return cells, Probes(*(torch.cat(parts) for parts in zip(*fitted, strict=True)))
