@@ -179,7 +179,7 @@ class LineAppender:
     """Appends JSON objects to a file, each call's lines whole and on the disk when it returns; a context manager.
 
     A cut last line is cleared away when it opens, since nothing could be appended to it. Only one process may append
-    to a file, see `evals.rows.locked`.
+    to a file, see `result_rows.locked`.
 
     Raises:
         ValueError: a complete line of it cannot be read.

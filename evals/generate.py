@@ -32,7 +32,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from evals.completions import Completion, LineAppender, read_completions
 from evals.embedded import embedded_model
 from evals.models import DTYPES, Adapter, attached, check_adapter, check_base, load_base, method_and_seed
-from evals.rows import Run, device_name, locked
+from result_rows import Run, device_name, locked
 
 COMPLETIONS = "completions.jsonl"
 EMBEDDED = "embedded"  # --model embedded: the offline model, built where it is not cached

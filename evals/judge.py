@@ -15,9 +15,9 @@ from evals.completions import Completion, LineAppender, read_completions
 from evals.generate import COMPLETIONS
 from evals.judges import Judge, Judgement, NoAnswerError, make_judge
 from evals.models import DTYPES
-from evals.rows import CONFIG, Run, device_name, locked
 from evals.scores import add_scores
 from evals.verdicts import VERDICTS, Verdict, belonging, read_verdicts, text_checksum
+from result_rows import CONFIG, Run, device_name, locked
 
 
 def judge(

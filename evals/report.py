@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from scipy import stats
 
 from evals.figures import Panel, Point, safety_against_performance
-from evals.rows import Run, interval, markdown_table, paired_difference
+from result_rows import Run, interval, markdown_table, paired_difference
 
 TABLE, CSV, FIGURE = "results.md", "results.csv", "safety.png"
 

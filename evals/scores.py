@@ -16,8 +16,8 @@ import numpy as np
 from scipy import stats
 
 from evals.models import method_and_seed
-from evals.rows import Run
 from evals.verdicts import Verdict
+from result_rows import Run
 
 RESAMPLES = 2000
 Arm = tuple[str, str | None]  # model, adapter

@@ -1,6 +1,6 @@
-"""A recipe's run: the folder, its rows, their statistics and tables. They live in `evals`, which writes rows too."""
+"""A recipe's run: the folder, its rows, their statistics and tables; `result_rows`, as the packages write rows too."""
 
-from evals.rows import (
+from result_rows import (
     Interval,
     Run,
     commit,

@@ -25,7 +25,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from vision_bench import features, models, rows, sae, zoo
+from result_rows import CONFIG, Run, device_name
+from vision_bench import features, models, sae, zoo
 from vision_bench.corruption_sweep import Sweep, parse
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet, load_images, stratified_fraction
@@ -34,7 +35,6 @@ from vision_bench.probe import Probes, fit_linear_probes, probe_accuracy
 from vision_bench.shifts import load_shifted, synthetic
 
 RECIPE = "vision_bench"
-ROWS, CONFIG = "results.jsonl", "config.json"
 KINDS = ("raw", "relu", "sae")
 ACCURACY = "offline_probe_top1"
 MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
@@ -178,7 +178,7 @@ def _limited(images: ImageSet, limit: int | None) -> ImageSet:
     return images.subset(drawn)
 
 
-def run(settings: Settings) -> tuple[list[Subject], list[rows.Row]]:
+def run(settings: Settings) -> tuple[list[Subject], list[dict[str, Any]]]:
     """Measure what the output folder has no rows of; every process of a launch calls this.
 
     Returns:
@@ -196,8 +196,7 @@ def run(settings: Settings) -> tuple[list[Subject], list[rows.Row]]:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
     main = accelerator.is_main_process
-    folder = Path(settings.output_dir)
-    done = _begin(folder, settings)
+    results = _begin(settings, main)
     data = _Data(settings, sweep, main)
     subjects = [
         _check(name, random, settings, sweep, data, accelerator.device)
@@ -209,8 +208,8 @@ def run(settings: Settings) -> tuple[list[Subject], list[rows.Row]]:
         if by_id.setdefault(subject.id, subject) is not subject:
             raise ValueError(f"models has {by_id[subject.id].name} and {subject.name}: one and the same model.")
     accelerator.wait_for_everyone()  # all have read what there is
+    results.bind()
     if main:
-        rows.write_text(folder / CONFIG, json.dumps({"recipe": RECIPE, "config": settings.of_results()}, indent=2))
         for subject in subjects:
             print(
                 f"{subject.label}: {subject.layer} at {subject.image_size[0]} x {subject.image_size[1]} pixels, "
@@ -222,46 +221,28 @@ def run(settings: Settings) -> tuple[list[Subject], list[rows.Row]]:
     units = [
         (subject, kind)
         for subject, kind in itertools.product(subjects, settings.features)
-        if not _complete(done, subject, kind, settings, sweep)
+        if not _complete(results.rows, subject, kind, settings, sweep)
     ]
     processes = accelerator.num_processes
     for first in tqdm(range(0, len(units), processes), desc="kinds of features", disable=not main or not units):
-        made: list[rows.Row] = []
+        made: list[dict[str, Any]] = []
         if first + accelerator.process_index < len(units):
             subject, kind = units[first + accelerator.process_index]
-            made = _measure(subject, kind, settings, sweep, accelerator.device, main)
-        done += gather_object(made)
-        if main:
-            rows.write_text(folder / ROWS, "".join(json.dumps(row) + "\n" for row in done))
-    return subjects, done
+            made = _measure(results, subject, kind, settings, sweep, accelerator.device, main)
+        results.replace([*results.rows, *gather_object(made)])
+    return subjects, results.rows
 
 
-def _begin(folder: Path, settings: Settings) -> list[rows.Row]:
+def _begin(settings: Settings, is_main: bool) -> Run:
     """The rows of the folder, if it may be used."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir is {folder}, which is a file; name a folder.")
-    there = rows.read(folder / ROWS)
-    if (folder / CONFIG).exists():
-        before = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if before["recipe"] != RECIPE:
-            raise ValueError(f"{folder} holds results of the recipe {before['recipe']!r}; choose another output_dir.")
-        if not settings.resume:
-            raise ValueError(
-                f"{folder} holds a benchmark already. Give --resume to continue it, or choose another --output_dir "
-                "(with its cache as --cache_dir, features are not computed again)."
-            )
-        now = settings.of_results()
-        changed = [
-            f"{k}: {before['config'].get(k)!r} there, {now[k]!r} now" for k in now if before["config"].get(k) != now[k]
-        ]
-        if changed:
-            raise ValueError(
-                f"{folder} holds a benchmark of other settings ({'; '.join(changed)}). Choose another --output_dir, "
-                "or repeat the old settings. Models and kinds of features may be added."
-            )
-    elif there:
-        raise ValueError(f"{folder} has a {ROWS} without the {CONFIG} it was made with; choose another output_dir.")
-    return there
+    results = Run(settings.output_dir, RECIPE, settings.of_results(), is_main)
+    if (results.folder / CONFIG).exists() and not settings.resume:
+        raise ValueError(
+            f"{results.folder} holds a benchmark already. Give --resume to continue it, also with more models "
+            "or features, or choose another --output_dir (with its cache as --cache_dir, features are not computed "
+            "again)."
+        )
+    return results
 
 
 def _check(name: str, random: bool, settings: Settings, sweep: Sweep, data: _Data, device: torch.device) -> Subject:
@@ -363,7 +344,7 @@ def _extract(subject: Subject, settings: Settings, sweep: Sweep, data: _Data) ->
         )
 
 
-def _complete(done: list[rows.Row], subject: Subject, kind: str, settings: Settings, sweep: Sweep) -> bool:
+def _complete(done: list[dict[str, Any]], subject: Subject, kind: str, settings: Settings, sweep: Sweep) -> bool:
     """Whether there is every row of a kind of features of a model; they are written together."""
     there = [row for row in done if row["config"]["features_id"] == subject.id and row["config"]["features"] == kind]
     tests = len(sweep.tests())
@@ -372,8 +353,8 @@ def _complete(done: list[rows.Row], subject: Subject, kind: str, settings: Setti
 
 
 def _measure(
-    subject: Subject, kind: str, settings: Settings, sweep: Sweep, device: torch.device, progress: bool
-) -> list[rows.Row]:
+    results: Run, subject: Subject, kind: str, settings: Settings, sweep: Sweep, device: torch.device, progress: bool
+) -> list[dict[str, Any]]:
     """All rows of one kind of features of one model."""
     start = time.monotonic()
     raw = _load(subject.train, subject)
@@ -398,7 +379,7 @@ def _measure(
         what = semantic_consistency(z, one.labels)
         values = (what.mean, what.chance, what.sparsity, float(what.live_dimensions))
         found += [(name, v, None, len(z), {"test": test}) for name, v in zip(MEASURED, values, strict=True)]
-    common = settings.of_results() | {
+    common = {
         "model": subject.name,
         "pretrained": subject.pretrained,
         "random_init": subject.random,
@@ -411,12 +392,9 @@ def _measure(
     }
     seconds = time.monotonic() - start
     return [
-        rows.row(
-            RECIPE, metric, value, n=n, seed=seed, config=common | arm, seconds=seconds,
-            device=rows.device_name(device),
-        )
+        results.row(metric, value, n=n, seed=seed, seconds=seconds, device=device_name(device), **common, **arm)
         for metric, value, seed, n, arm in found
-    ]  # fmt: skip
+    ]
 
 
 def _load(one: Features, subject: Subject) -> torch.Tensor:

@@ -11,10 +11,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from result_rows import Interval, interval, write_atomic
 from vision_bench import figures
 from vision_bench.benchmark import ACCURACY, KINDS, MEASURED, SAE_QUALITY, Settings, Subject
 from vision_bench.corruption_sweep import CLEAN, Sweep, parse
-from vision_bench.rows import Interval, Row, interval, write_text
+
+Row = dict[str, Any]
 
 TEXT, TABLE, DATA, FIGURE = "results.md", "results.csv", "results.json", "robustness"
 
@@ -34,9 +36,9 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
         for cell in _cells(subject, labels[subject.id], kind, rows, sweep)
     ]
     text = _markdown(subjects, labels, kinds, cells, rows, settings, sweep)
-    write_text(folder / TEXT, text)
-    write_text(folder / TABLE, _csv(cells))
-    write_text(folder / DATA, _json(cells, settings))
+    write_atomic(folder / TEXT, text)
+    write_atomic(folder / TABLE, _csv(cells))
+    write_atomic(folder / DATA, _json(cells, settings))
     panels = {
         labels[subject.id]: {
             kind: _one_at_a_time(
@@ -69,7 +71,7 @@ def _cells(subject: Subject, label: str, kind: str, rows: Sequence[Row], sweep: 
         accuracy = interval([100 * row["value"] for row in found])
         base = {row["seed"]: row["value"] for row in _find(raw, ACCURACY, **arm)}
         gains = [100 * (row["value"] - base[row["seed"]]) for row in found if row["seed"] in base]
-        gain = interval(gains) if gains and kind != "raw" else Interval(math.nan, None)
+        gain = interval(gains) if gains and kind != "raw" else Interval(math.nan, None, 0)
         cells.append(
             {
                 "model": label,
@@ -123,7 +125,7 @@ def _markdown(
     settings: Settings,
     sweep: Sweep,
 ) -> str:
-    tests = list(sweep.tests())
+    tests, seeds = list(sweep.tests()), len(settings.seeds)
     limit = f", about {settings.limit} images of each split" if settings.limit else ""
     text = f"# Robustness and monosemanticity of frozen features: {settings.dataset}{limit}\n\n"
     for subject in subjects:
@@ -144,18 +146,18 @@ def _markdown(
         start = [labels[subject.id], kind, f"{100 * shots:g} %", f"{100 * rate:g} %"]
         consistency, chance, sparsity, live = (mine[CLEAN][name] for name in MEASURED)
         found = [_shown(consistency), _shown(chance), _shown(sparsity), f"{live:.0f} of {mine[CLEAN]['dimensions']}"]
-        values.append(start + [Interval(mine[t]["top1"], mine[t]["top1_half_width"]).text() for t in tests] + found)
+        top1 = [Interval(mine[t]["top1"], mine[t]["top1_half_width"], seeds).text(1) for t in tests]
+        values.append(start + top1 + found)
         if kind != "raw" and mine[CLEAN]["gain_over_raw"] is not None:
-            gains.append(
-                start + [Interval(mine[t]["gain_over_raw"], mine[t]["gain_half_width"]).text(sign=True) for t in tests]
-            )
+            over = [Interval(mine[t]["gain_over_raw"], mine[t]["gain_half_width"], seeds) for t in tests]
+            gains.append(start + [one.text(1, sign=True) for one in over])
     text += _table([*head, *tests, *what], values)
     if gains:
         text += "\nPoints over the raw features of the same model, paired by seed.\n\n"
         text += _table([*head, *tests], gains)
     scaled = "standardised" if settings.standardize else "unscaled"
     text += (
-        f"\nMean ± half-width of the 95 % interval over {len(settings.seeds)} seeds of probes, wrong labels and\n"
+        f"\nMean ± half-width of the 95 % interval over {seeds} seeds of probes, wrong labels and\n"
         "drawn images; the models, the autoencoder and the noise on the images are the same for all seeds. Probes:\n"
         f"{settings.probe_epochs} epochs, LARS 0.4, {scaled} features; of few images as many steps as of all.\n"
         "Consistency, chance, sparsity and live dimensions are of the clean test images; chance is the consistency\n"

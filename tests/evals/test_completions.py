@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evals.completions import Completion, LineAppender, read_completions, read_lines
-from evals.rows import locked
+from result_rows import locked
 
 
 def completion(prompt_id="0", **changes):

@@ -12,9 +12,9 @@ from evals.completions import read_completions
 from evals.embedded_grammar import REFUSAL_OPENINGS
 from evals.embedded_judge import cases, embedded_judge
 from evals.judges import POLICIES, ShieldGemma
-from evals.rows import read_rows
 from evals.verdicts import read_verdicts
 from recipes import sst2_monolora
+from result_rows import read_rows
 
 
 def test_it_knows_held_out_conversations():

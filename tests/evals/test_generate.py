@@ -22,7 +22,7 @@ from evals.completions import LineAppender, read_completions
 from evals.generate import GenerateSettings, generate
 from evals.models import Adapter
 from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt
-from evals.rows import read_rows
+from result_rows import read_rows
 
 NEW_TOKENS = 16
 

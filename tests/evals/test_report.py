@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from evals.report import PAPER, bounds, figure_panels, table, write_report
-from evals.rows import Run
+from result_rows import Run
 
 
 def add(run, metric, value, task, adapter=None, method="base", seed=None, n=200, **arm):

@@ -1,4 +1,7 @@
-"""The folder of a run, the rows of results in it, and the statistics and tables made from rows."""
+"""The folder of a run, the rows of results in it, and the statistics and tables made from rows.
+
+The one row format of everything here: `evals`, `vision_bench` and the recipes write it and read it.
+"""
 
 from __future__ import annotations
 
