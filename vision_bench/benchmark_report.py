@@ -162,7 +162,8 @@ def _markdown(
         f"{settings.probe_epochs} epochs, LARS 0.4, {scaled} features; of few images as many steps as of all.\n"
         "Consistency, chance, sparsity and live dimensions are of the clean test images; chance is the consistency\n"
         "with shuffled labels. A consistency means little without the sparsity beside it. Accuracies of models that\n"
-        "were pretrained on other images, or with labels, are no comparison of methods. results.csv has all numbers,\n"
+        "were pretrained on other images, or with labels, are no comparison of methods, nor are those of features of\n"
+        "another scale, which decides how fast such a probe learns: see --standardize. results.csv has all numbers,\n"
         "also what the features are under noise and shifts.\n"
     )
     if "sae" in kinds:
