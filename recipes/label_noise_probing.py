@@ -18,20 +18,24 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
-import _features
 import torch
-from _features import FEATURES, MEASURED, SAE_QUALITY, describe, frozen_models
-from _run import Interval, Run, device_name, interval, markdown_table, paired_difference
-from _settings import parse
-from _vision import (
-    SPLITS,
-    ProbingArguments,
-    load_splits,
-    results_config,
-    start_accelerator,
+from _features import FEATURES, MEASURED, describe, frozen_models
+from _probes import (
+    ACCURACY,
+    ARMS,
+    ControlledArguments,
+    accuracy_lines,
+    bars,
+    curves,
+    gain_lines,
+    kind_of,
+    measured_header,
+    notes,
 )
+from _run import Run, device_name, markdown_table
+from _settings import parse
+from _vision import SPLITS, load_splits, results_config, start_accelerator
 from accelerate import Accelerator
 
 from vision_bench import figures
@@ -39,8 +43,6 @@ from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet
 from vision_bench.probe import fit_linear_probes, probe_accuracy
 
-CONTROLS = ("poly_decay", *_features.CONTROLS)
-ACCURACY = "offline_probe_top1"
 PAPER = {  # Table 1, top-1 % at the noise rates 0, 0.1 ... 0.9
     "CIFAR-100": {
         "poly": (54.5, 53.4, 52.8, 52.1, 51.2, 49.9, 49.5, 48.0, 45.0, 35.7),
@@ -57,14 +59,11 @@ PAPER_RATES = tuple(i / 10 for i in range(10))
 
 
 @dataclass
-class LabelNoiseArguments(ProbingArguments):
+class LabelNoiseArguments(ControlledArguments):
     """Settings of this recipe."""
 
     noise_rates: list[float] = field(
         default_factory=lambda: [i / 10 for i in range(10)], metadata={"help": "Shares of wrong training labels."}
-    )
-    decays: list[float] = field(
-        default_factory=lambda: [1e-4, 1e-3, 1e-2, 1e-1], metadata={"help": "Weight decays that poly_decay may take."}
     )
 
     def __post_init__(self) -> None:
@@ -74,8 +73,6 @@ class LabelNoiseArguments(ProbingArguments):
                 raise ValueError(f"noise_rates has {rate}; each must be in [0, 1], 0.9 for 90 % of the labels.")
         if not self.noise_rates or len(set(self.noise_rates)) < len(self.noise_rates):
             raise ValueError(f"noise_rates takes different numbers, got {self.noise_rates}.")
-        if not self.decays or min(self.decays) < 0:
-            raise ValueError(f"decays is {self.decays}; it takes weight decays of at least 0.")
 
 
 def probe_arm(
@@ -91,8 +88,7 @@ def probe_arm(
     """Rows of one kind of features: accuracy for every seed, rate (and weight decay), and what the features are."""
     start = time.monotonic()
     labels, num_classes = splits["train"].labels, splits["train"].num_classes
-    decays = script.decays if name == "poly_decay" else [0.0]
-    cells = list(itertools.product(decays, seeds, script.noise_rates))
+    cells = list(itertools.product(script.decays_of(name), seeds, script.noise_rates))
     noisy = {
         (seed, rate): flip_labels(labels, rate, num_classes, torch.Generator().manual_seed(seed))
         for seed in seeds
@@ -119,7 +115,7 @@ def probe_arm(
 
 def is_complete(run: Run, script: LabelNoiseArguments, name: str, seeds: list[int]) -> bool:
     """Whether the folder has every row of one kind of features."""
-    decays = len(script.decays) if name == "poly_decay" else 1
+    decays = len(script.decays_of(name))
     return all(
         len(run.find(ACCURACY, features=name, seed=seed)) == decays * len(script.noise_rates)
         and all(run.find(metric, features=name, seed=seed) for metric in MEASURED)
@@ -132,91 +128,41 @@ def measure(
 ) -> None:
     """Rows of the models of one pretraining seed that the folder lacks."""
     seeds = script.models_of()[seed]
-    missing = [name for name in (*FEATURES, *CONTROLS) if not is_complete(run, script, name, seeds)]
+    missing = [name for name in ARMS if not is_complete(run, script, name, seeds)]
     if not missing:
         return
     models, made = frozen_models(run, script, seed, splits, accelerator)
     if not accelerator.is_main_process:
         return
     for name in missing:
-        kind = "poly" if name == "poly_decay" else name
-        train, test = (models.features(kind, made[split]) for split in SPLITS)
+        train, test = (models.features(kind_of(name), made[split]) for split in SPLITS)
         probe_arm(run, script, name, train, test, splits, seeds, accelerator.device)
-
-
-def best_decay(run: Run, rate: float) -> float:
-    """The weight decay of poly_decay whose mean accuracy over seeds on the test set itself is the highest."""
-    rows = run.find(ACCURACY, features="poly_decay", noise_rate=rate)
-    by_decay: dict[float, list[float]] = {}
-    for row in rows:
-        by_decay.setdefault(row["config"]["probe_weight_decay"], []).append(row["value"])
-    return max(by_decay, key=lambda decay: interval(by_decay[decay]).mean)
-
-
-def accuracies(run: Run, name: str, rate: float) -> list[dict[str, Any]]:
-    """A row in percent for every seed."""
-    found = run.find(ACCURACY, features=name, noise_rate=rate)
-    if name == "poly_decay":
-        best = best_decay(run, rate)
-        found = [row for row in found if row["config"]["probe_weight_decay"] == best]
-    return [row | {"value": 100 * row["value"]} for row in found]
-
-
-def mean(run: Run, name: str, rate: float) -> Interval:
-    """Accuracy in percent."""
-    return interval([row["value"] for row in accuracies(run, name, rate)])
-
-
-def gain(run: Run, name: str, rate: float, over: str = "poly") -> Interval:
-    """Points of accuracy over other features, paired by seed."""
-    found = paired_difference(accuracies(run, name, rate), accuracies(run, over, rate))
-    assert found is not None
-    return found
 
 
 def report(run: Run, script: LabelNoiseArguments, num_classes: int) -> str:
     """Table 1 with intervals, gains, what the features are, and the paper's numbers beside ours, as Markdown."""
     rates = script.noise_rates
+    cells = [{"noise_rate": rate} for rate in rates]
     text = f"# Linear probes on frozen features under label noise: {script.data}, {script.backbone}\n\n"
     text += "Top-1 accuracy on clean test labels, %, by the share of wrong training labels.\n\n"
-    header = ["features", *(f"{100 * rate:g} %" for rate in rates), *(name.replace("_", " ") for name in MEASURED)]
-    lines = []
-    for name in (*FEATURES, *CONTROLS):
-        what = [
-            interval([row["value"] for row in run.find(metric, features=name)]).text(0 if "live" in metric else 3)
-            for metric in MEASURED
-        ]
-        lines.append([name, *(mean(run, name, rate).text(1) for rate in rates), *what])
+    header = ["features", *(f"{100 * rate:g} %" for rate in rates)]
+    lines = accuracy_lines(run, cells)
     for (data, table), name in itertools.product(PAPER.items(), FEATURES):
         values = dict(zip(PAPER_RATES, table[name], strict=True))
         known = [f"{values[rate]:g}" if rate in values else "-" for rate in rates]
         lines.append([f"{name}, the paper, {data}", *known, *["-"] * len(MEASURED)])
-    text += markdown_table(header, lines)
+    text += markdown_table([*header, *measured_header()], lines)
     text += "\n## Points gained over poly, paired by seed\n\n"
-    lines = [
-        [name, *(gain(run, name, rate).text(1, sign=True) for rate in rates)] for name in (*FEATURES[1:], *CONTROLS)
-    ]
-    for name, over in itertools.product(FEATURES[1:], CONTROLS[1:3]):
-        gains = [gain(run, name, rate, over).text(1, sign=True) for rate in rates]
-        lines.append([f"{name} over {over}", *gains])
+    lines = gain_lines(run, cells)
     for (data, table), name in itertools.product(PAPER.items(), FEATURES[1:]):
         published = [round(a - b, 1) for a, b in zip(table[name], table["poly"], strict=True)]
         values = dict(zip(PAPER_RATES, published, strict=True))
         known = [f"{values[rate]:+g}" if rate in values else "-" for rate in rates]
         lines.append([f"{name}, the paper, {data}", *known])
-    text += markdown_table(header[: 1 + len(rates)], lines)
-    quality = [interval([row["value"] for row in run.find(metric)]).text(3) for metric in SAE_QUALITY]
-    decays = ", ".join(f"{best_decay(run, rate):g}" for rate in rates)
-    of = "probes and noise, the models are the same" if script.shared_pretraining else "pretraining, noise and probes"
-    return text + (
-        f"\nMean ± half-width of the 95 % interval over {len(script.seeds)} seeds ({of}). The paper's numbers are of\n"
-        "another scale (ResNet-18, 200 epochs, 16384-2048 projector) unless that is what was run here. Consistency,\n"
-        "sparsity and live dimensions are of the test images; chance is the consistency with shuffled labels. A\n"
-        "consistency means little without the sparsity beside it.\n"
-        f"With {num_classes} classes, no signal is left at a rate of {100 * (num_classes - 1) / num_classes:g} %.\n"
-        f"poly_decay takes the best of {len(script.decays)} weight decays for each rate on the test labels\n"
-        f"themselves, which favours it ({decays}); poly_unit, random_relu, random_mask: see the recipe.\n"
-        f"SAE on test images: FVU {quality[0]}, L0 {quality[1]}, dead {quality[2]}.\n"
+    text += markdown_table(header, lines)
+    limit = 100 * (num_classes - 1) / num_classes
+    return (
+        text + notes(run, script, cells) + f"With {num_classes} classes, no signal is left at a rate of {limit:g} %.\n"
     )
 
 
@@ -224,25 +170,11 @@ def draw(run: Run, script: LabelNoiseArguments, num_classes: int) -> None:
     """The label noise of Fig. 1(b), at the highest rate that leaves a signal, and the curves over all rates."""
     rates = sorted(script.noise_rates)
     highest = max((rate for rate in rates if rate < (num_classes - 1) / num_classes - 1e-9), default=rates[-1])
-    bars = {
-        f"{100 * rate:g} % wrong labels": {
-            name: (one.mean, one.half_width or 0.0) for name in FEATURES if (one := mean(run, name, rate))
-        }
-        for rate in dict.fromkeys((rates[0], highest))
-    }
-    panels = {}
-    for label, of, names in (
-        ("accuracy, %", mean, (*FEATURES, *CONTROLS)),
-        ("gain over poly, points", gain, (*FEATURES[1:], *CONTROLS)),
-    ):
-        panels[label] = {}
-        for name in names:
-            found = [of(run, name, rate) for rate in rates]
-            panels[label][name] = [one.mean for one in found], [one.half_width or 0.0 for one in found]
-    levels = [100 * rate for rate in rates]
+    conditions = {f"{100 * rate:g} % wrong labels": {"noise_rate": rate} for rate in (rates[0], highest)}
+    panels = curves(run, [{"noise_rate": rate} for rate in rates])
     drawings = {
-        "figure_1b": figures.accuracy_bars(bars),
-        "all_rates": figures.noise_curves(levels, panels, "share of wrong training labels, %"),
+        "figure_1b": figures.accuracy_bars(bars(run, conditions)),
+        "all_rates": figures.noise_curves([100 * rate for rate in rates], panels, "share of wrong training labels, %"),
     }
     for (name, figure), suffix in itertools.product(drawings.items(), ("png", "pdf")):
         figure.savefig(run.folder / f"{name}.{suffix}", dpi=300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -97,3 +98,29 @@ def add_input_noise(images: torch.Tensor, kind: str, scale: float, generator: to
     if kind == "uniform_centred":
         noise = 2 * noise - 1
     return images + (scale * noise).to(images.device, images.dtype)
+
+
+def add_pixel_noise(
+    images: torch.Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    kind: str,
+    scale: float,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Noise on the pixels that normalised images were made of: values in [0, 1], to which they are clamped afterwards.
+
+    Args:
+        images: (n, channels, h, w) floating-point, (pixels - mean) / std.
+        mean, std: of each channel.
+        kind, scale, generator: as in `add_input_noise`; the scale is in units of the pixels.
+
+    Returns:
+        The noisy pixels, normalised again: a new tensor of the shape, dtype and device of `images`.
+
+    Raises:
+        TypeError, ValueError: as `add_input_noise`.
+    """
+    shift, spread = (torch.as_tensor(v, dtype=images.dtype, device=images.device).view(-1, 1, 1) for v in (mean, std))
+    pixels = add_input_noise(images * spread + shift, kind, scale, generator)
+    return (pixels.clamp(0, 1) - shift) / spread

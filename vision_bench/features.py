@@ -7,7 +7,7 @@ continues, and no more than one shard is ever in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,11 +109,13 @@ def embed(
     std: Sequence[float] | torch.Tensor,
     layers: Sequence[str] = ("output",),
     batch_size: int = 256,
+    perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Features (n, d) float32, on the CPU, of images (n, 3, h, w) uint8, by layer; computed in eval mode.
 
     Args:
         mean, std: of the data set's channels, for images in [0, 1].
+        perturb: what becomes of the normalised images (b, 3, h, w) float32, batch after batch in their order.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -121,7 +123,8 @@ def embed(
     parts: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
     try:
         for start in range(0, len(images), batch_size):
-            made = model(normalise(images[start : start + batch_size].to(device), mean, std))
+            inputs = normalise(images[start : start + batch_size].to(device), mean, std)
+            made = model(inputs if perturb is None else perturb(inputs))
             for layer in layers:
                 parts[layer].append(getattr(made, layer).float().cpu())
     finally:

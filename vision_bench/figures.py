@@ -126,7 +126,7 @@ def noise_curves(
     """Curves with bands of their 95 % intervals against the level of a noise, panels above each other.
 
     Args:
-        levels: (n,), in percent.
+        levels: (n,), in the unit of the label.
         panels: by the name of the vertical axis, mean (n,) and half-width (n,) of each kind of features. The first
             panel is of accuracies, the others of differences, with a line at 0.
         label: of the noise.

@@ -1,0 +1,134 @@
+"""Probes of clean images tested on other ones: what input_noise_probing.py and ood_probing.py share.
+
+The features of the images of a trial are made once and shared by all probes that the trial tests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from _features import MEASURED, FrozenModels, describe, frozen_models
+from _probes import ACCURACY, ARMS, ControlledArguments, kind_of
+from _run import Run, device_name
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from vision_bench.data import ImageSet
+from vision_bench.features import embed
+from vision_bench.probe import Probes, fit_linear_probes, probe_accuracy
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Images that probes are tested on.
+
+    Args:
+        arm: what distinguishes its rows.
+        seeds: of the probes that are tested.
+        images: gives the images, labelled with the classes of the training set.
+        perturb: gives a function of normalised images, such as noise; it is asked anew for each model, so that all
+            models see the same noise.
+    """
+
+    arm: dict[str, Any]
+    seeds: Sequence[int]
+    images: Callable[[], ImageSet]
+    perturb: Callable[[], Callable[[torch.Tensor], torch.Tensor]] | None = None
+
+
+def probes_of(script: ControlledArguments, name: str, seeds: Sequence[int]) -> list[tuple[float, int]]:
+    """(weight decay, seed) of the probes of a kind of features, in the order of `fit`."""
+    return [(decay, seed) for decay in script.decays_of(name) for seed in seeds]
+
+
+def fit(
+    script: ControlledArguments,
+    name: str,
+    train: torch.Tensor,
+    of: ImageSet,
+    seeds: list[int],
+    device: torch.device,
+) -> Probes:
+    """The probes of a kind of features on clean training images, in one pass."""
+    wanted = probes_of(script, name, seeds)
+    return fit_linear_probes(
+        train.to(device),
+        of.labels.expand(len(wanted), -1),
+        of.num_classes,
+        weight_decay=[decay for decay, _ in wanted],
+        seeds=[seed for _, seed in wanted],
+        device=device,
+        progress=True,
+        **script.probe_settings(),
+    )
+
+
+def test(
+    run: Run,
+    script: ControlledArguments,
+    trial: Trial,
+    models: FrozenModels,
+    probes: dict[str, Probes],
+    seeds: list[int],
+) -> None:
+    """Add the rows of a trial: the accuracy of the probes, fitted for `seeds`, of all arms."""
+    start = time.monotonic()
+    images = trial.images()
+    shifted = {
+        method: embed(
+            model,
+            images.images,
+            images.mean,
+            images.std,
+            [script.layer],
+            perturb=trial.perturb() if trial.perturb else None,
+        )[script.layer]
+        for method, model in models.contrastive.items()
+    }
+    found = []
+    for name in ARMS:
+        accuracy = probe_accuracy(*probes[name], models.features(kind_of(name), shifted), images.labels, topk=(1,))[1]
+        for (decay, seed), value in zip(probes_of(script, name, seeds), accuracy.tolist(), strict=True):
+            if seed in trial.seeds:
+                found.append((value, seed, {"features": name, "probe_weight_decay": decay}))
+    measured = {
+        "n": len(images),
+        "seconds": time.monotonic() - start,
+        "device": device_name(probes[ARMS[0]].weights.device),
+    }
+    run.replace([*run.rows, *(run.row(ACCURACY, v, seed=s, **measured, **trial.arm, **arm) for v, s, arm in found)])
+
+
+def measure(
+    run: Run,
+    script: ControlledArguments,
+    seed: int,
+    splits: dict[str, ImageSet],
+    accelerator: Accelerator,
+    trials: list[Trial],
+) -> None:
+    """Rows of the trials, with the models of one pretraining seed, that the folder lacks.
+
+    All processes train the models and extract the clean features; the main one does the rest.
+    """
+    seeds = script.models_of()[seed]
+    missing = [trial for trial in trials if not all(run.find(ACCURACY, seed=s, **trial.arm) for s in trial.seeds)]
+    described = all(run.find(metric, features=name, seed=s) for metric in MEASURED for name in ARMS for s in seeds)
+    if described and not missing:
+        return
+    models, made = frozen_models(run, script, seed, splits, accelerator)
+    if not accelerator.is_main_process:
+        return
+    probes = {}
+    for name in ARMS:
+        describe(
+            run, name, models.features(kind_of(name), made["test"]), splits["test"].labels, seeds, accelerator.device
+        )
+        train = models.features(kind_of(name), made["train"])
+        probes[name] = fit(script, name, train, splits["train"], seeds, accelerator.device)
+    for trial in tqdm(missing, desc="shifted images", unit="set"):
+        test(run, script, trial, models, probes, seeds)
