@@ -189,6 +189,45 @@ def phase_diagram(
     return figure
 
 
+@_styled
+def gains_beside_paper(
+    levels: Sequence[float],
+    ours: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    published: Mapping[str, Mapping[str, Mapping[float, float]]],
+    label: str,
+) -> Figure:
+    """Points of accuracy gained over poly against the level of a noise, a panel for each other kind of features.
+
+    Args:
+        levels: (n,), in the unit of the label.
+        ours: mean (n,) and half-width (n,) of each kind of features, drawn as a line with a band.
+        published: by data set, the paper's gains by level of each kind of features, drawn as markers.
+        label: of the noise.
+    """
+    figure, axes = _figure(1, len(ours), height=2.0)
+    for ax, (arm, (mean, half_width)) in zip(axes.flat, ours.items(), strict=True):
+        colour, line, _ = _FEATURES[arm]
+        low, high = np.asarray(mean) - np.asarray(half_width), np.asarray(mean) + np.asarray(half_width)
+        ax.plot(levels, mean, linestyle=line, color=colour, label="ours")
+        ax.fill_between(levels, low, high, color=colour, alpha=0.2, linewidth=0)
+        for marker, (data, arms) in zip("o^sD", published.items(), strict=False):
+            ax.plot(
+                *zip(*sorted(arms[arm].items()), strict=True),
+                linestyle="none",
+                marker=marker,
+                markersize=3.5,
+                markerfacecolor="none",
+                markeredgecolor="black",
+                markeredgewidth=0.7,
+                label=f"paper, {data}",
+            )
+        ax.axhline(0, color="black", linewidth=0.6)
+        ax.set(title=arm, xlabel=label)
+    axes.flat[0].set_ylabel("gain over poly, points")
+    _legend(figure, axes.flat[0])
+    return figure
+
+
 class Histogram(NamedTuple):
     """Of a group of samples in equal bins of [0, 1], with what is marked on it."""
 

@@ -1,0 +1,276 @@
+"""Which recipe makes which table and figure of the paper, what the paper says there, and how rows become them."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from _run import Run
+
+from vision_bench import figures
+
+PROBED = ("poly", "sae", "ncl")
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet100": 100}
+ACCURACY = "offline_probe_top1"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a recipe shows of the paper.
+
+    Args:
+        recipe: its file, and what its rows say they are from.
+        items: the paper's tables and figures that it has a part in, as `--only` takes them.
+        title, claim: of the section; the claim is the paper's, with its numbers where it prints them. Markdown.
+        metric: of the rows without which there is nothing to show.
+        cells: what distinguishes those rows beside the seed, from the configuration: a dict for each.
+        pictures: names of the drawings, without suffix, and their captions, in the order of the page.
+        render: draws into the run's folder and returns tables as Markdown. Also takes the folder the rows are from.
+        own: settings that rows replace by values of their own, so that they do not tell configurations apart.
+    """
+
+    recipe: str
+    items: tuple[str, ...]
+    title: str
+    claim: str
+    metric: str
+    cells: Callable[[dict[str, Any]], list[dict[str, Any]]]
+    pictures: Mapping[str, str]
+    render: Callable[[Run, Path], str]
+    own: frozenset[str] = frozenset()
+
+    @property
+    def command(self) -> str:
+        """What makes the rows."""
+        return f"python recipes/{self.recipe}.py --output_dir runs/{self.recipe}"
+
+    def missing(self, run: Run) -> str | None:
+        """What a stopped run lacks, or None."""
+        lacking = []
+        for arm in self.cells(run.config):
+            found = {row["seed"] for row in run.find(self.metric, **arm)}
+            # what does not depend on a seed has None instead
+            lacking += [arm | {"seed": seed} for seed in run.config["seeds"] if not found & {seed, None}]
+        if not lacking:
+            return None
+        first = ", ".join(f"{name} {value}" for name, value in lacking[0].items())
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        return f"rows of the metric {self.metric} ({first}{more})"
+
+
+def crossed(**axes: Sequence[Any]) -> list[dict[str, Any]]:
+    """Every combination of values."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def settings_of(run: Run, settings: type[Any]) -> Any:
+    """The dataclass of a recipe's settings as the run's configuration has them.
+
+    Raises:
+        ValueError: it has settings that this version of the recipe does not have.
+    """
+    known = {f.name for f in fields(settings)}
+    unknown = sorted(run.config.keys() - known)
+    if unknown:
+        raise ValueError(
+            f"rows of {run.recipe} have the settings {', '.join(unknown)}, which recipes/{run.recipe}.py lacks; use "
+            "the version that made them, or run it again."
+        )
+    return settings(**{"output_dir": str(run.folder)} | run.config)
+
+
+def drawn_by_recipe(
+    settings: str, arguments: Callable[[Any], tuple[Any, ...]] = lambda script: ()
+) -> Callable[[Run, Path], str]:
+    """Rendering by the recipe's own `draw` and `report`, which take the run, its settings and `arguments` of them."""
+
+    def render(run: Run, source: Path) -> str:
+        recipe = importlib.import_module(run.recipe)
+        script = settings_of(run, getattr(recipe, settings))
+        recipe.draw(run, script, *arguments(script))
+        return str(recipe.report(run, script, *arguments(script)))
+
+    return render
+
+
+def label_noise(run: Run, source: Path) -> str:
+    """Table 1 and Fig. 1(b) by the recipe, and the gains beside the paper's."""
+    recipe = importlib.import_module(run.recipe)
+    script = settings_of(run, recipe.LabelNoiseArguments)
+    if script.data not in CLASSES:
+        raise ValueError(
+            f"the number of classes of data {script.data!r} is not in the rows of {source}; see its results.md."
+        )
+    text = drawn_by_recipe("LabelNoiseArguments", lambda script: (CLASSES[script.data],))(run, source)
+    rates = sorted(script.noise_rates)
+    ours = {}
+    for name in PROBED[1:]:
+        gains = [recipe.gain(run, name, noise_rate=rate) for rate in rates]
+        ours[name] = [one.mean for one in gains], [one.half_width or 0.0 for one in gains]
+    published = {
+        data: {
+            name: {
+                100 * rate: a - b for rate, a, b in zip(recipe.PAPER_RATES, table[name], table["poly"], strict=True)
+            }
+            for name in ours
+        }
+        for data, table in recipe.PAPER.items()
+    }
+    figure = figures.gains_beside_paper([100 * rate for rate in rates], ours, published, "wrong labels, %")
+    save(figure, run.folder / "gains_beside_paper")
+    return text
+
+
+def separability(run: Run, source: Path) -> str:
+    """The theorems."""
+    recipe = importlib.import_module(run.recipe)
+    script = settings_of(run, recipe.SeparabilityArguments)
+    recipe.draw(script, run.folder)
+    return str(recipe.report(run, script))
+
+
+def top_activated(run: Run, source: Path) -> str:
+    """The tables from the rows; the pictures are those of the run, as their images are in no row."""
+    recipe = importlib.import_module(run.recipe)
+    for name in ("figure_1a", "figure_4ab"):
+        if (source / f"{name}.png").exists():
+            shutil.copyfile(source / f"{name}.png", run.folder / f"{name}.png")
+    return str(recipe.report(run, settings_of(run, recipe.TopActivatedArguments)))
+
+
+def table_2(task: str) -> Callable[[Run, Path], str]:
+    """A half of Table 2; `task` is the class of its recipe."""
+
+    def render(run: Run, source: Path) -> str:
+        report: ModuleType = importlib.import_module("_table2_report")
+        of = getattr(importlib.import_module(run.recipe), task)
+        config = run.config
+        trained = [method for method in config["methods"] if method != "base"]
+        demonstration = not config["model"].get("model_name_or_path")
+        return str(report.write_report(run, of.paper, of.performance, trained, config["judges"], demonstration))
+
+    return render
+
+
+def save(figure: Any, path: Path) -> None:
+    """As PNG and PDF."""
+    for suffix in ("png", "pdf"):
+        figure.savefig(path.with_suffix(f".{suffix}"), dpi=300)
+
+
+EXPERIMENTS = (
+    Experiment(
+        recipe="top_activated_samples",
+        items=("figure_1a", "figure_4ab"),
+        title="Figures 1(a), 4(a), 4(b): the images that activate a dimension most",
+        claim="The paper: images of one class for a monosemantic dimension, of several for a polysemantic one; under "
+        "90 % label noise the best class relies on a dimension that shows one class, the worst on one that does not "
+        "(boathouse and jeans of ImageNet-100; pictures, no numbers).",
+        metric=ACCURACY,
+        cells=lambda config: crossed(features=PROBED),
+        pictures={
+            "figure_1a": "Figure 1(a): random dimensions",
+            "figure_4ab": "Figure 4(a, b): the dimension with the largest weight of the worst and of the best class",
+        },
+        render=top_activated,
+    ),
+    Experiment(
+        recipe="label_noise_probing",
+        items=("table_1", "figure_1b"),
+        title="Table 1 and Figure 1(b): linear probes under label noise",
+        claim="The paper: the gain over polysemantic features grows with the noise; at 90 % on CIFAR-100 +3.4 points "
+        "for SAE and +9.2 for NCL, on ImageNet-100 +11.5 and +13.7.",
+        metric=ACCURACY,
+        cells=lambda config: crossed(features=PROBED, noise_rate=config["noise_rates"]),
+        pictures={
+            "figure_1b": "Figure 1(b), label noise: ours",
+            "gains_beside_paper": "Table 1 as gains: ours (line, 95 % band) and the paper's (markers)",
+            "all_rates": "Table 1, ours: all features and controls",
+        },
+        render=label_noise,
+    ),
+    Experiment(
+        recipe="input_noise_probing",
+        items=("figure_2ab", "figure_1b"),
+        title="Figures 2(a), 2(b) and 1(b): input noise",
+        claim="The paper: SAE and NCL are ahead under uniform and Gaussian noise, the more the noise (ImageNet-100; "
+        "curves without numbers).",
+        metric=ACCURACY,
+        cells=lambda config: crossed(
+            features=PROBED, noise=config["noises"], scale=[s for s in config["scales"] if s]
+        ),
+        pictures={
+            "figure_2_uniform": "Figure 2(a): uniform noise, ours",
+            "figure_2_gaussian": "Figure 2(b): Gaussian noise, ours",
+            "figure_2_uniform_centred": "Uniform noise around zero, ours",
+            "figure_1b": "Figure 1(b), input noise: ours",
+        },
+        render=drawn_by_recipe("InputNoiseArguments"),
+    ),
+    Experiment(
+        recipe="sst2_monolora",
+        items=("table_2", "table_2_sst2"),
+        title="Table 2, SST-2: MonoLoRA",
+        claim="The paper (Llama-2-7b-chat, one run): accuracy 92.78 % with LoRA and 94.84 % with MonoLoRA; "
+        "ShieldGemma's average score, lower is safer, 7.90 and 3.53, of the base 4.83.",
+        metric="accuracy",
+        cells=lambda config: crossed(method=config["methods"]),
+        pictures={"safety": "Safety against task performance: ours, and the paper's"},
+        render=table_2("Sst2"),
+    ),
+    Experiment(
+        recipe="dolly_monolora",
+        items=("table_2", "table_2_dolly"),
+        title="Table 2, Dolly: MonoLoRA",
+        claim="The paper (Llama-2-7b-chat, one run): task performance 14.08 with LoRA and 14.48 with MonoLoRA; "
+        "ShieldGemma's average score 6.12 and 6.04, of the base 4.83.",
+        metric="answer_nll",
+        cells=lambda config: crossed(method=config["methods"]),
+        pictures={"safety": "Safety against task performance: ours, and the paper's"},
+        render=table_2("Dolly"),
+    ),
+    Experiment(
+        recipe="salient_features",
+        items=("figure_4c",),
+        title="Figure 4(c): semantic consistency of salient dimensions",
+        claim="The paper: under 90 % label noise the most active dimension of samples that are classified rightly is "
+        "much more consistent than that of others (ImageNet-100; a histogram without numbers).",
+        metric=ACCURACY,
+        cells=lambda config: crossed(features=PROBED),
+        pictures={"figure_4c": "Figure 4(c): ours"},
+        render=drawn_by_recipe("SalientArguments"),
+    ),
+    Experiment(
+        recipe="superposition",
+        items=("figure_5",),
+        title="Figure 5: the toy model of superposition",
+        claim="The paper: with superposition (poly) the toy model classifies better without noise, without it (mono) "
+        "better under 90 % label noise and under input noise (bars without numbers).",
+        metric="superposition",
+        cells=lambda config: crossed(size=config["sizes"], features=("mono", "poly")),
+        pictures={
+            "gram": "Figure 5(a): ours",
+            "accuracy": "Figure 5(b): ours",
+            "phase": "Where the ordering holds",
+        },
+        render=drawn_by_recipe("SuperpositionArguments"),
+        own=frozenset({"sparsity", "samples", "flips"}),
+    ),
+    Experiment(
+        recipe="separability",
+        items=("theorems",),
+        title="Theorems 4.1, 4.2 and B.1 to B.9: separability",
+        claim="The paper: poly separates better without noise, mono from a label noise of 25 % on.",
+        metric="claim",
+        cells=lambda config: crossed(ties=("zero", "one", "coin", "drop")),
+        pictures={"criterion": "The criterion against label and input noise"},
+        render=separability,
+        own=frozenset({"ties", "kind"}),
+    ),
+)

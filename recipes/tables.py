@@ -1,0 +1,218 @@
+"""Every table and figure of the paper with ours beside it, from the rows of other recipes, and one page of them all.
+
+    python recipes/tables.py --runs runs --output_dir tables
+    python recipes/tables.py --runs runs --output_dir tables --only table_1 figure_4c
+    python recipes/tables.py --runs runs --output_dir tables --split
+
+Reads every `results.jsonl` below `--runs` and computes nothing anew but what the pictures need. The output folder gets
+a folder for each run with its table and pictures (PNG and PDF), `results.md` with all tables, and `index.html`, one
+self-contained page to open from disk or to send: pictures within, no script, no network.
+
+Rows of two configurations of a recipe never share a table: they are refused, or with `--split` shown one after the
+other. What the paper has and no row is about stands on the page with the command that makes the rows; asked for by
+`--only` it is an error. A run that was stopped is not shown as if it were whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from _experiments import EXPERIMENTS, Experiment
+from _page import Section, lowered, page
+from _run import Run, read_rows, write_atomic
+from _settings import parse
+
+ITEMS = tuple(dict.fromkeys(item for experiment in EXPERIMENTS for item in experiment.items))
+ROWS, CONFIG = "results.jsonl", "config.json"
+TITLE = "Beyond Interpretability: the paper's tables and figures, and ours"
+
+
+@dataclass
+class TablesArguments:
+    """Where the rows are, and what is made of them."""
+
+    output_dir: str = field(metadata={"help": "Folder of the page, the tables and the pictures."})
+    runs: str = field(default="runs", metadata={"help": f"Folder below which every {ROWS} is read."})
+    only: list[str] = field(default_factory=list, metadata={"help": f"Of {', '.join(ITEMS)}; by default all."})
+    split: bool = field(default=False, metadata={"help": "Show several configurations of a recipe, each by itself."})
+
+    def __post_init__(self) -> None:
+        unknown = [item for item in self.only if item not in ITEMS]
+        if unknown:
+            raise ValueError(f"only has {unknown[0]!r}; it takes {', '.join(ITEMS)}.")
+
+
+class Source(NamedTuple):
+    """Rows of one configuration of a recipe."""
+
+    folder: Path
+    recipe: str
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def read(folder: Path, output: Path) -> list[Source]:
+    """The rows below a folder, by configuration; a file with rows of several gives several.
+
+    Raises:
+        ValueError: there are none, a file of rows is broken or without its configuration, or one is below `output`.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"runs is {folder}, which is no folder; name the one that holds the output folders of recipes."
+        )
+    own = {experiment.recipe: experiment.own for experiment in EXPERIMENTS}
+    found = []
+    for path in sorted(folder.rglob(ROWS)):
+        if output.resolve() in path.resolve().parents:
+            raise ValueError(f"output_dir is {output}, which holds the run {path.parent}; choose another folder.")
+        if not (path.parent / CONFIG).exists():
+            raise ValueError(f"{path} has no {CONFIG} beside it, which says what the rows are of; copy it along.")
+        described = json.loads((path.parent / CONFIG).read_text(encoding="utf-8"))
+        recipe, settings = described["recipe"], described["config"]
+        by_configuration: dict[str, list[dict[str, Any]]] = {}
+        for row in read_rows(path):
+            # what rows replace by values of their own does not tell configurations apart
+            config = {
+                k: settings[k] if k in own.get(recipe, ()) else row["config"].get(k, settings[k]) for k in settings
+            }
+            by_configuration.setdefault(json.dumps([row["recipe"], config], sort_keys=True), []).append(row)
+        for key, rows in by_configuration.items():
+            found.append(Source(path.parent, *json.loads(key), rows))
+    if not found:
+        raise ValueError(f"there is no {ROWS} below {folder}; run a recipe, such as `{EXPERIMENTS[1].command}`.")
+    return found
+
+
+def different(sources: Iterable[Source]) -> str:
+    """Where the configurations of sources are, and in what they differ."""
+    sources = list(sources)
+    names = dict.fromkeys(name for source in sources for name in source.config)
+    values = {name: [source.config.get(name) for source in sources] for name in names}
+    apart = {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+    where = ", ".join(dict.fromkeys(str(source.folder) for source in sources))
+    what = "; ".join(f"{name}: {' / '.join(map(repr, found))}" for name, found in apart.items())
+    return f"{where} ({what or 'the same settings'})"
+
+
+def chosen(script: TablesArguments, sources: list[Source]) -> list[tuple[Experiment, list[Source]]]:
+    """The experiments to show, each with its rows.
+
+    Raises:
+        ValueError: one has rows of several configurations and they are not to be split, or one that was asked for has
+            no rows.
+    """
+    wanted = [e for e in EXPERIMENTS if not script.only or set(e.items) & set(script.only)]
+    found = [(experiment, [s for s in sources if s.recipe == experiment.recipe]) for experiment in wanted]
+    for experiment, of in found:
+        if len(of) > 1 and not script.split:
+            raise ValueError(
+                f"rows of {len(of)} configurations of {experiment.recipe} cannot share a table: {different(of)}. "
+                "Name a folder with one of them, or give --split to show each by itself."
+            )
+    for item in script.only:
+        makers = [(experiment, of) for experiment, of in found if item in experiment.items]
+        if not any(row["metric"] == e.metric for e, of in makers for source in of for row in source.rows):
+            metrics = " or ".join(dict.fromkeys(repr(experiment.metric) for experiment, _ in makers))
+            commands = " or ".join(f"`{experiment.command}`" for experiment, _ in makers)
+            raise ValueError(
+                f"{item} needs rows of the metric {metrics}, and {script.runs} has none: {commands} makes them."
+            )
+    return found
+
+
+def provenance(source: Source, seeds: list[int]) -> str:
+    """Where rows are from, when, and on what they were made."""
+
+    def values(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[name]) for row in source.rows if row[name]))
+
+    days = sorted({row["time"][:10] for row in source.rows})
+    torch = ", ".join(dict.fromkeys(row["versions"].get("torch", "?") for row in source.rows))
+    commits = ", ".join(dict.fromkeys(str(row["commit"])[:7] for row in source.rows if row["commit"]))
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
+    return (
+        f"Ours: `{source.folder}`, {len(source.rows)} rows, {len(seeds)} seed{'s' * (len(seeds) != 1)}, "
+        f"{values('device')}, torch {torch}, commit {commits or 'unknown'}, {when}."
+    )
+
+
+def section(experiment: Experiment, source: Source, name: str, output: Path, asked: bool) -> Section:
+    """A run's table and pictures, in a folder of their own; without them if the run was stopped.
+
+    Raises:
+        ValueError: the run was stopped, and what it shows was asked for.
+    """
+    run = Run(output / name, source.recipe, source.config)
+    run.rows = source.rows
+    missing = experiment.missing(run)
+    if missing is not None:
+        said = f"{source.folder} lacks {missing}: the same command of recipes/{source.recipe}.py again makes them."
+        if asked:
+            raise ValueError(said)
+        return Section(name, experiment.title, experiment.claim, f"Not whole: {said}", settings=source.config)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    text = experiment.render(run, source.folder)
+    run.write("results.md", text)
+    paths = {stem: run.folder / f"{stem}.png" for stem in experiment.pictures}
+    pictures = [(path, experiment.pictures[stem]) for stem, path in paths.items() if path.exists()]
+    said = provenance(source, source.config["seeds"])
+    return Section(name, experiment.title, experiment.claim, said, text, pictures, source.config)
+
+
+def sections(script: TablesArguments, found: list[tuple[Experiment, list[Source]]]) -> list[Section]:
+    """A section for each configuration, or one that says what makes the rows."""
+    made = []
+    for experiment, of in found:
+        if not of:
+            nothing = f"Ours: no rows below `{script.runs}`; this makes them: `{experiment.command}`."
+            made.append(Section(experiment.recipe, experiment.title, experiment.claim, nothing))
+        for i, source in enumerate(of, 1):
+            name = experiment.recipe if len(of) == 1 else f"{experiment.recipe}-{i}"
+            made.append(section(experiment, source, name, Path(script.output_dir), bool(script.only)))
+    return made
+
+
+def introduction(made: list[Section], sources: list[Source]) -> str:
+    """What the page is, and its contents, as Markdown."""
+    text = (
+        "The tables and figures of the ICLR 2025 paper "
+        "[Beyond Interpretability: The Gains of Feature Monosemanticity on Model Robustness]"
+        "(https://openreview.net/forum?id=g6Qc3p7JH5), what it says there, and what was measured here, with 95 % "
+        "intervals. The scale of each run stands in its settings; unless they are the paper's, its numbers are of "
+        "another scale.\n\n"
+    )
+    for one in made:
+        state = "" if one.markdown is not None else " (not whole)" if one.settings else " (no rows)"
+        text += f"- [{one.title}](#{one.name}){state}\n"
+    others = sorted({s.recipe for s in sources} - {experiment.recipe for experiment in EXPERIMENTS})
+    return text + (
+        f"\nRows that are of no table or figure of the paper were left out: {', '.join(others)}.\n" * bool(others)
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the rows, draw, and write the tables and the page."""
+    script = parse(TablesArguments, arguments)
+    output = Path(script.output_dir)
+    sources = read(Path(script.runs), output)
+    found = chosen(script, sources)
+    made = sections(script, found)
+    text = introduction(made, sources)
+    output.mkdir(parents=True, exist_ok=True)
+    tables = f"# {TITLE}\n\n{text}"
+    for one in made:
+        tables += f'\n<a id="{one.name}"></a>\n\n## {one.title}\n\n{one.claim}\n\n{one.source}\n\n'
+        tables += "".join(f"![{caption}]({path.relative_to(output)})\n" for path, caption in one.pictures)
+        tables += "\n" + lowered(one.markdown or "")
+    write_atomic(output / "results.md", tables)
+    write_atomic(output / "index.html", page(TITLE, text, made))
+    print(text + f"\n{output / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()
