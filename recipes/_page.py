@@ -24,12 +24,15 @@ h2 { font-size: 1.35rem; line-height: 1.25; margin: 3rem 0 .5rem; padding-top: .
      border-top: 2px solid var(--line); }
 h3 { font-size: 1.1rem; margin: 1.6rem 0 .4rem; } h4 { font-size: 1rem; margin: 1.3rem 0 .4rem; }
 a { color: var(--link); } p, li { max-width: 78ch; } .soft { color: var(--soft); font-size: .875rem; }
+.claim p, .missing p { margin: .4rem 0; }
 .claim { border-left: 4px solid #0072b2; padding: .1rem 0 .1rem .8rem; }
 .missing { border-left: 4px solid #d55e00; padding: .1rem 0 .1rem .8rem; }
-.wide { overflow-x: auto; margin: .8rem 0; border: 1px solid var(--line); border-radius: 6px; max-width: 100%; }
+.wide { overflow-x: auto; margin: .8rem 0; border: 1px solid var(--line); border-radius: 6px;
+        width: fit-content; max-width: 100%; }
 .wide:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+td { white-space: nowrap; } td:first-child, .settings td { white-space: normal; }
 th { background: var(--shade); } tr:last-child td { border-bottom: 0; }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--shade); max-width: 45vw; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.2rem; align-items: flex-start; margin: 1rem 0; }
@@ -97,7 +100,7 @@ def _section(section: Section) -> str:
     if section.settings:
         cells = ((html.escape(name), html.escape(str(value))) for name, value in sorted(section.settings.items()))
         lines = "".join(f"<tr><td>{name}</td><td><code>{value}</code></td></tr>" for name, value in cells)
-        table = f'<div class="wide" tabindex="0"><table>{lines}</table></div>'
+        table = f'<div class="wide settings" tabindex="0"><table>{lines}</table></div>'
         parts.append(f"<details><summary>Settings of this run</summary>{table}</details>")
     return "\n".join([*parts, "</section>"])
 

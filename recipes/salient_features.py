@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +45,7 @@ DIFFERENCE, WITHIN_CLASS = "salient_difference", "salient_difference_within_clas
 GROUPS = ("right", "wrong")
 SHUFFLES = 20  # of the labels, for the chance level of single dimensions
 NEGLIGIBLE = 1e-4  # a difference of consistency below it is none
-BINS = 200  # of the histogram, equal parts of [0, 1]
+BINS = 1000  # of the histogram, equal parts of [0, 1]
 LIKE_FEATURES = tuple(metric for metric in MEASURED if metric != "live_dimensions")
 
 
@@ -135,7 +136,7 @@ def add_seed(
     for (column, group), chosen in zip(enumerate(GROUPS), (right, ~right), strict=True):
         low, high = np.nanquantile(drawn[:, column], (0.025, 0.975))
         bins = torch.histc(salient.consistency[chosen].float(), BINS, 0, 1) / int(chosen.sum())
-        histogram = [round(share, 6) for share in bins.tolist()]
+        histogram = [round(share, 6) for share in bins[: int(bins.nonzero().max()) + 1].tolist()]
         mean, chance = salient.consistency[chosen].mean().item(), salient.chance[chosen].mean().item()
         add(CHANCE, chance, int(chosen.sum()), group=group)
         add(CONSISTENCY, mean, int(chosen.sum()), group=group, low=low, high=high, histogram=histogram)
@@ -232,12 +233,12 @@ def draw(run: Run, script: SalientArguments) -> None:
         for group in GROUPS:
             rows = run.find(CONSISTENCY, features=name, group=group)
             panels[name][group] = figures.Histogram(
-                shares=np.mean([row["config"]["histogram"] for row in rows], axis=0),
+                shares=np.mean(list(zip_longest(*(row["config"]["histogram"] for row in rows), fillvalue=0)), axis=1),
                 mean=over_seeds(run, CONSISTENCY, name, group=group).mean,
                 interval=bounds(run, CONSISTENCY, name, group=group),
                 chance=over_seeds(run, CHANCE, name, group=group).mean,
             )
-    figure = figures.consistency_histograms(panels)
+    figure = figures.consistency_histograms(panels, BINS)
     for suffix in ("png", "pdf"):
         figure.savefig(run.folder / f"figure_4c.{suffix}", dpi=300)
 

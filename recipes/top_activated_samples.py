@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,8 +185,8 @@ def grid(row: dict[str, Any], title: str, images: ImageSet) -> figures.ImageGrid
     """What a row's dimension shows."""
     config = row["config"]
     classes = [images.class_names[int(images.labels[i])] for i in config["samples_shown"]]
-    most, count = Counter(classes).most_common(1)[0]
-    title += f"{count} of {len(classes)} are {figures.readable(most)}"
+    count, most = max((classes.count(name), name) for name in classes)
+    title += f"{count} of {len(classes)} are {figures.readable(most)}" if count > 1 else "no two of a class"
     return figures.ImageGrid(title, images.images[torch.tensor(config["samples_shown"])], classes)
 
 

@@ -229,32 +229,31 @@ def gains_beside_paper(
 
 
 class Histogram(NamedTuple):
-    """Of a group of samples in equal bins of [0, 1], with what is marked on it."""
+    """Of a group of samples in equal bins from 0 on, with what is marked on it."""
 
-    shares: ArrayLike  # (bins,), of the group's samples
+    shares: ArrayLike  # (bins with samples and before), of the group's samples
     mean: float
     interval: tuple[float, float]  # of the mean
     chance: float  # the mean with shuffled labels
 
 
 @_styled
-def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]]) -> Figure:
+def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]], bins: int) -> Figure:
     """Semantic consistency of right and wrong samples, a panel above the other for each kind of features (Fig. 4c).
 
-    Above the bars stand the means with their intervals; dotted lines mark their chance levels.
+    `bins` is the number of bins of [0, 1]; neighbours are drawn as one where there are many. Above the bars stand the
+    means with their intervals; dotted lines mark their chance levels.
     """
     figure, axes = _figure(len(panels), 1, height=1.3 * len(panels) + 0.3)
     styles = {"right": (COLOURS["mono"], "-"), "wrong": (COLOURS["poly"], "--")}
     for ax, (name, groups) in zip(axes.flat, panels.items(), strict=True):
-        shares = np.array([np.asarray(one.shares) for one in groups.values()])
-        bins = shares.shape[1]
-        occupied = shares.cumsum(axis=1) < 1 - 5e-3  # a far tail would squeeze the rest
-        last = max(int(occupied.sum(axis=1).max()) + 1, max(int(bins * one.mean) + 2 for one in groups.values()), 3)
+        ends = [int((np.cumsum(one.shares) < 1 - 5e-3).sum()) for one in groups.values()]  # without a far tail
+        last = max(*ends, *(int(bins * one.interval[1]) + 1 for one in groups.values())) + 1
         merged = max(1, last // 40)
         edges = np.arange(0, last + merged, merged)
         for group, one in groups.items():
             colour, line = styles[group]
-            padded = np.pad(np.asarray(one.shares), (0, merged))
+            padded = np.pad(np.asarray(one.shares), (0, int(edges[-1])))
             heights = [100 * padded[low : low + merged].sum() for low in edges[:-1]]
             ax.stairs(heights, edges / bins, color=colour, linestyle=line, linewidth=1, label=group)
             ax.stairs(heights, edges / bins, color=colour, fill=True, alpha=0.12)
@@ -270,7 +269,8 @@ def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]]) -> Fig
                 capsize=2,
                 elinewidth=1,
             )
-            ax.axvline(one.chance, color="black", linestyle=":", linewidth=0.7, label="chance of the mean")
+        for one in groups.values():
+            ax.axvline(one.chance, color="black", linestyle=":", linewidth=0.7, label="mean by chance")
         ax.set(title=name, ylabel="samples, %", xlim=(0, edges[-1] / bins), ylim=(0, 1.3 * ax.get_ylim()[1]))
     axes.flat[-1].set_xlabel("semantic consistency of the most active dimension")
     _legend(figure, axes.flat[0])
@@ -306,7 +306,7 @@ def image_grids(blocks: Mapping[str, Sequence[ImageGrid]]) -> Figure:
     for (name, grids), parts in zip(blocks.items(), rows, strict=True):
         for one, part in zip(grids, parts, strict=False):
             part.suptitle(f"{name}, {one.title}", size=6)
-            most = max(one.classes, key=list(one.classes).count)
+            count, most = max((list(one.classes).count(label), label) for label in one.classes)
             places = list(part.subplots(side, side, squeeze=False).flat)
             for ax in places:
                 ax.set(xticks=[], yticks=[])
@@ -314,7 +314,7 @@ def image_grids(blocks: Mapping[str, Sequence[ImageGrid]]) -> Figure:
             for ax, image, label in zip(places, one.images, one.classes, strict=False):
                 ax.set_visible(True)
                 ax.imshow(np.asarray(image).transpose(1, 2, 0), interpolation="nearest")
-                same = label == most
+                same = label == most and count > 1
                 ax.set_title(_shortened(readable(label)), size=4.5, weight="bold" if same else "normal", pad=1.5)
                 for spine in ax.spines.values():
                     spine.set(color=COLOURS["mono"] if same else "#999999", linewidth=1.4 if same else 0.4)
