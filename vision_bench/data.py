@@ -217,7 +217,8 @@ def load_images(
     Args:
         name: "digits", "cifar10", "cifar100", "imagenet100", a folder, or a name on the Hugging Face hub.
         split: "train" or "test", for which a split or folder called val, validation or valid serves too, and the
-            other way round; or any split that the data set has.
+            other way round; or any split that the data set has; or "." for a folder that holds the folders of the
+            classes itself.
         root: folder that holds the named set; without it "cifar10", "cifar100" and other names are the hub's, through
             the cache of `datasets`. Required for "imagenet100".
         image_size: resize the shorter side of every image to it, bicubic, and crop the square at the centre. None
@@ -248,7 +249,7 @@ def load_images(
 
     if folder is not None and any(folder.glob("cifar-10*-*")):
         images, labels, names = _torchvision_cifar(folder, name, split)
-        return ImageSet.of(_resized(images, image_size), labels, names, statistics)
+        return ImageSet.of(resized(images, image_size), labels, names, statistics)
     source: _Encoded
     if folder is None:
         source, labels, names = _hugging_face(HUB_NAMES.get(name, name), split, label_column)
@@ -310,7 +311,7 @@ def _digits(split: str, image_size: int | None) -> ImageSet:
     grey, targets = load_digits(return_X_y=True)
     part = slice(None, DIGITS_TRAIN) if split == "train" else slice(DIGITS_TRAIN, None)
     pixels = torch.from_numpy(np.rint(grey[part] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
-    images = _resized(pixels.repeat(1, 3, 1, 1), image_size)
+    images = resized(pixels.repeat(1, 3, 1, 1), image_size)
     labels = torch.from_numpy(targets[part].astype(np.int64))
     return ImageSet.of(images, labels, [str(digit) for digit in range(10)], STATISTICS["digits"])
 
@@ -395,7 +396,7 @@ def _class_folders(folder: Path, split: str, classes: Sequence[str] | None) -> t
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     there = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    place = folder / _of_these(_names_of(split), there, f"{folder} has the folders")
+    place = folder / (split if split == "." else _of_these(_names_of(split), there, f"{folder} has the folders"))
     found = sorted(path.name for path in place.iterdir() if path.is_dir())
     names = sorted(classes) if classes is not None else found
     missing = [name for name in names if name not in found]
@@ -505,8 +506,8 @@ def _same_shape(image: torch.Tensor, shape: torch.Size, where: str) -> torch.Ten
     return image
 
 
-def _resized(images: torch.Tensor, image_size: int | None) -> torch.Tensor:
-    """As `_decode` resizes, for a uint8 tensor (n, 3, h, w)."""
+def resized(images: torch.Tensor, image_size: int | None) -> torch.Tensor:
+    """uint8 (n, 3, h, w) with the shorter side resized, bicubic, then the square at the centre; None: as they are."""
     if image_size is None:
         return images
     from torchvision.transforms.v2 import functional

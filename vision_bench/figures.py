@@ -149,6 +149,32 @@ def noise_curves(
 
 
 @_styled
+def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], tuple[ArrayLike, ArrayLike]]) -> Figure:
+    """Accuracy against the label noise for kinds of features (colour) with two losses (dashed, solid; Fig. 6).
+
+    Args:
+        levels: (n,), shares of wrong labels in percent.
+        curves: by (features, loss), mean (n,) and half-width (n,) of the interval, in percent; the loss that comes
+            first is dashed.
+    """
+    figure, axes = _figure(1, 1, height=2.4)
+    ax = axes.flat[0]
+    losses = list(dict.fromkeys(loss for _, loss in curves))
+    for (arm, loss), (mean, half_width) in curves.items():
+        colour, _, _ = _FEATURES[arm]
+        low, high = np.asarray(mean) - np.asarray(half_width), np.asarray(mean) + np.asarray(half_width)
+        line = ("--", "-")[losses.index(loss)]
+        ax.plot(levels, mean, linestyle=line, color=colour, label=f"{arm.replace('_', ' ')}, {loss}")
+        ax.fill_between(levels, low, high, color=colour, alpha=0.15, linewidth=0)
+    ax.set(xlabel="share of wrong training labels, %", ylabel="test accuracy, %")
+    if len(levels) > 1:
+        ax.set_xlim(levels[0], levels[-1])
+    ax.set_ylim(bottom=max(0, ax.get_ylim()[0]))
+    _legend(figure, ax)
+    return figure
+
+
+@_styled
 def phase_diagram(
     gains: Mapping[str, ArrayLike],
     half_widths: Mapping[str, ArrayLike],
