@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from _run import Run
 
 from vision_bench import figures
@@ -99,15 +100,25 @@ def drawn_by_recipe(
     return render
 
 
-def label_noise(run: Run, source: Path) -> str:
-    """Table 1 and Fig. 1(b) by the recipe, and the gains beside the paper's."""
-    recipe = importlib.import_module(run.recipe)
-    script = settings_of(run, recipe.LabelNoiseArguments)
+def classes(script: Any) -> tuple[int]:
+    """The number of classes of the data, which is in no row.
+
+    Raises:
+        ValueError: it is not known by the data's name.
+    """
     if script.data not in CLASSES:
         raise ValueError(
-            f"the number of classes of data {script.data!r} is not in the rows of {source}; see its results.md."
+            f"data is {script.data!r}, and how many classes it has stands in no row: {', '.join(CLASSES)} are known. "
+            "The recipe's own results.md in the folder of the run has the table."
         )
-    text = drawn_by_recipe("LabelNoiseArguments", lambda script: (CLASSES[script.data],))(run, source)
+    return (CLASSES[script.data],)
+
+
+def label_noise(run: Run, source: Path) -> str:
+    """Table 1 and Fig. 1(b) by the recipe, and the gains beside the paper's."""
+    text = drawn_by_recipe("LabelNoiseArguments", classes)(run, source)
+    recipe = importlib.import_module(run.recipe)
+    script = settings_of(run, recipe.LabelNoiseArguments)
     rates = sorted(script.noise_rates)
     ours = {}
     for name in PROBED[1:]:
@@ -125,6 +136,22 @@ def label_noise(run: Run, source: Path) -> str:
     figure = figures.gains_beside_paper([100 * rate for rate in rates], ours, published, "wrong labels, %")
     save(figure, run.folder / "gains_beside_paper")
     return text
+
+
+def shifted(run: Run, source: Path) -> str:
+    """Fig. 2(c), with the names of the shifts and the corruptions from the rows in place of their images."""
+    recipe = importlib.import_module(run.recipe)
+    places = [name if name in recipe.SYNTHETIC else f"{name}=as in the rows" for name in run.config["shifts"]]
+    named = Run(run.folder, run.recipe, run.config | {"shifts": places})
+    named.rows = run.rows
+    shifts = {}
+    for name, fingerprint in run.config["shifts"].items():
+        corruptions = [row["config"].get("corruption") for row in run.find(ACCURACY, shift=name)]
+        files = {one: Path(one) for one in dict.fromkeys(corruptions) if one}
+        # the recipe asks such an object for the names of its files only
+        shifts[name] = recipe.Corruptions(files, torch.zeros(0), None, fingerprint) if files else None
+    recipe.draw(named, shifts)
+    return str(recipe.report(named, settings_of(named, recipe.OodArguments), shifts))
 
 
 def separability(run: Run, source: Path) -> str:
@@ -214,6 +241,17 @@ EXPERIMENTS = (
         render=drawn_by_recipe("InputNoiseArguments"),
     ),
     Experiment(
+        recipe="ood_probing",
+        items=("figure_2c",),
+        title="Figure 2(c): distribution shifts",
+        claim="The paper: SAE and NCL are ahead on ImageNet-Sketch and ImageNet-Stylized (ImageNet-100; bars without "
+        "numbers).",
+        metric=ACCURACY,
+        cells=lambda config: crossed(features=PROBED, shift=["none", *config["shifts"]]),
+        pictures={"figure_2c": "Figure 2(c): ours"},
+        render=shifted,
+    ),
+    Experiment(
         recipe="sst2_monolora",
         items=("table_2", "table_2_sst2"),
         title="Table 2, SST-2: MonoLoRA",
@@ -272,5 +310,16 @@ EXPERIMENTS = (
         pictures={"criterion": "The criterion against label and input noise"},
         render=separability,
         own=frozenset({"ties", "kind"}),
+    ),
+    Experiment(
+        recipe="robust_loss",
+        items=("figure_6",),
+        title="Figure 6: a robust loss under label noise",
+        claim="The paper: symmetric cross entropy helps polysemantic and monosemantic features, and monosemantic "
+        "features help with either loss (a picture without numbers).",
+        metric=ACCURACY,
+        cells=lambda config: crossed(features=PROBED, loss=("ce", "sce"), noise_rate=config["noise_rates"]),
+        pictures={"figure_6": "Figure 6: ours", "all_rates": "All rates, ours"},
+        render=drawn_by_recipe("RobustLossArguments", classes),
     ),
 )
