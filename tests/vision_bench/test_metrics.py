@@ -212,3 +212,53 @@ def test_nan_features_are_refused_by_every_metric():
     for metric in (metrics.sparsity, metrics.dead_share, metrics.effective_rank, metrics.orthogonality):
         with pytest.raises(ValueError, match="NaN"):
             metric(bad(1, float("nan")))
+
+
+def test_the_chance_of_each_dimension_is_a_mean_over_shuffles():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(60, 6, generator=generator) * (torch.rand(60, 6, generator=generator) < 0.3)
+    features[:, 5] = 0
+    labels = torch.arange(60) % 3
+    found = metrics.semantic_consistency(features, labels, shuffles=400)
+    assert found.chance_per_dimension[5].isnan()
+    assert found.chance == pytest.approx(found.chance_per_dimension[:5].mean().item())
+    by_hand = torch.zeros(5)
+    for seed in range(400):
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
+        by_hand += consistency_by_loop(features, labels[order], 1e-5)[:5] / 400
+    assert found.chance_per_dimension[:5].tolist() == pytest.approx(by_hand.tolist(), abs=0.015)
+    with pytest.raises(ValueError, match="shuffles is 0; it must be at least 1"):
+        metrics.semantic_consistency(features, labels, shuffles=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 30), d=st.integers(1, 8), k=st.integers(1, 9), zeros=st.floats(0, 1), seed=st.integers(0, 2**31)
+)
+def test_top_activated_equals_sorting_each_dimension(n, d, k, zeros, seed):
+    k = min(n, k)
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(n, d, generator=generator) * (torch.rand(n, d, generator=generator) >= zeros)
+    labels = torch.randint(4, (n,), generator=generator)
+    found = metrics.top_activated(features, k)
+    pure = metrics.purity(found, labels)
+    normalised = torch.nn.functional.normalize(features, dim=1)
+    for dimension in range(d):
+        values = normalised[:, dimension].tolist()
+        expected = sorted((i for i in range(n) if values[i] > 1e-5), key=lambda i: -values[i])[:k]
+        kept = [i for i in found[dimension].tolist() if i >= 0]
+        assert [values[i] for i in kept] == pytest.approx([values[i] for i in expected])
+        assert found[dimension].tolist()[len(kept) :] == [-1] * (k - len(kept))
+        shown = [int(labels[i]) for i in kept]
+        share = max(shown.count(label) for label in shown) / len(shown) if shown else float("nan")
+        assert pure[dimension].item() == pytest.approx(share, nan_ok=True)
+
+
+def test_top_activated_in_chunks_is_the_same_and_k_has_a_range(monkeypatch):
+    features = torch.randn(40, 21, generator=torch.Generator().manual_seed(0))
+    whole = metrics.top_activated(features, 5)
+    monkeypatch.setattr(metrics, "_CHUNK_VALUES", 40 * 4)
+    assert torch.equal(metrics.top_activated(features, 5), whole)
+    for k in (0, 41):
+        with pytest.raises(ValueError, match=rf"k is {k} for 40 samples; it must be in \[1, 40\]"):
+            metrics.top_activated(features, k)

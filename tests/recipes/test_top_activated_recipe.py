@@ -1,0 +1,132 @@
+"""The recipe of Fig. 1(a) and 4(a, b): what it shows is what the features say, continuation and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import top_activated_samples
+import torch
+from top_activated_samples import class_accuracies, main
+
+from vision_bench import figures
+from vision_bench.data import load_images
+
+SMALL = ["--seeds", "0", "1", "--pretraining_epochs", "2", "--warmup_epochs", "1", "--projector_hidden", "32"]
+SMALL += ["--projector_out", "32", "--sae_k", "8", "--sae_epochs", "4", "--probe_epochs", "4", "--samples", "4"]
+SMALL += ["--dimensions", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("top")
+    main(["--output_dir", str(path), *SMALL])
+    return path
+
+
+def rows(folder, metric):
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["metric"] == metric]
+
+
+def test_class_accuracies():
+    predicted, labels = torch.tensor([0, 1, 1, 1, 3]), torch.tensor([0, 0, 1, 1, 3])
+    found = class_accuracies(predicted, labels, 4)
+    assert found[[0, 1, 3]].tolist() == [0.5, 1, 1]
+    assert found[2].isnan()
+
+
+def test_rows_name_the_images_and_their_purity(folder):
+    test = load_images("digits", "test")
+    for metric, count in (("random_dimension_purity", 3 * 2), ("class_dimension_purity", 3 * 2 * 2)):
+        found = rows(folder, metric)
+        assert len(found) == count
+        for row in found:
+            samples = row["config"]["samples_shown"]
+            assert len(set(samples)) == row["n"] == 4
+            shown = test.labels[samples].tolist()
+            assert row["value"] == pytest.approx(max(map(shown.count, shown)) / 4)
+    for row in rows(folder, "top_purity"):
+        assert 0.1 < row["value"] <= 1
+    by_chance = {(r["config"]["features"], r["seed"]): r["value"] for r in rows(folder, "chance_top_purity")}
+    assert all(row["value"] > by_chance[row["config"]["features"], row["seed"]] for row in rows(folder, "top_purity"))
+    for row in rows(folder, "class_dimension_purity"):
+        others = rows(folder, "class_dimension_purity")
+        best = [r for r in others if r["config"]["rank"] == "best" and r["seed"] == row["seed"]]
+        best = [r for r in best if r["config"]["features"] == row["config"]["features"]]
+        assert row["config"]["class_accuracy"] <= best[0]["config"]["class_accuracy"]
+
+
+def test_the_images_are_those_with_the_largest_values(folder):
+    """From the cached features, without the recipe's code."""
+    from safetensors.torch import load_file
+
+    shards = sorted((folder / "features" / "ncl-0-test").glob("*.safetensors"))
+    features = torch.cat([load_file(shard)["output"] for shard in shards]).float()
+    normalised = features / features.norm(dim=1, keepdim=True)
+    checked = 0
+    for row in rows(folder, "random_dimension_purity"):
+        if row["config"]["features"] == "ncl" and row["seed"] == 0:
+            values = normalised[:, row["config"]["dimension"]]
+            least = values[row["config"]["samples_shown"]].min()
+            assert int((values > least).sum()) <= 3
+            checked += 1
+    assert checked == 1
+
+
+def test_table_and_pictures(folder):
+    text = (folder / "results.md").read_text()
+    assert "| ncl, best class |" in text
+    assert "correlation of accuracy and purity" in text
+    for name in ("figure_1a", "figure_4ab"):
+        assert (folder / f"{name}.png").stat().st_size > 20_000
+        assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_grid_names_classes_and_marks_the_most_frequent():
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    one = figures.ImageGrid("dimension 1", images, ["maple_tree", "sea", "sea", "a_very_long_name_of_a_class"])
+    figure = figures.image_grids({"poly": [one]})
+    axes = [ax for ax in figure.subfigs[0].axes if ax.get_visible()]
+    assert [ax.get_title() for ax in axes] == ["maple tree", "sea", "sea", "a very long n…"]
+    assert [ax.spines["top"].get_linewidth() > 1 for ax in axes] == [False, True, True, False]
+    assert figures.readable("tench, Tinca tinca") == "tench"
+
+
+def test_a_stopped_run_continues_to_the_same_rows(folder, tmp_path):
+    stopped = tmp_path / "stopped"
+    shutil.copytree(folder, stopped)
+    whole = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "results.jsonl").write_text("".join(whole[: len(whole) * 2 // 3]))
+    main(["--output_dir", str(stopped), *SMALL])
+
+    def found(path):
+        lines = map(json.loads, (path / "results.jsonl").read_text().splitlines())
+        return {(json.dumps(row["config"]), row["seed"], row["metric"], row["value"]) for row in lines}
+
+    assert found(stopped) == found(folder)
+    assert len((stopped / "results.jsonl").read_text().splitlines()) == len(whole)
+
+
+def test_same_settings_reprint_and_others_are_refused(folder, monkeypatch, capsys):
+    before = (folder / "results.jsonl").read_bytes()
+    monkeypatch.setattr(top_activated_samples, "frozen_models", None)  # nothing is measured again
+    main(["--output_dir", str(folder), *SMALL])
+    assert "purity" in capsys.readouterr().out
+    assert (folder / "results.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match=r"another configuration .*samples: 4 there, 5 now"):
+        main(["--output_dir", str(folder), *SMALL, "--samples", "5"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", "1"], "samples is 1; the purity of fewer than 2 images"),
+        (["--samples", "361"], "samples is 361 for 360 test images"),
+        (["--dimensions", "0"], "dimensions is 0; it must be at least 1"),
+        (["--noise_rate", "-1"], r"noise_rate is -1.0; it must be in \[0, 1\]"),
+    ],
+)
+def test_bad_settings_are_named_before_training(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        main(["--output_dir", str(tmp_path / "bad"), *SMALL, *arguments])
+    assert not (tmp_path / "bad").exists()
