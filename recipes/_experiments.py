@@ -117,12 +117,12 @@ def classes(script: Any) -> tuple[int]:
 def label_noise(run: Run, source: Path) -> str:
     """Table 1 and Fig. 1(b) by the recipe, and the gains beside the paper's."""
     text = drawn_by_recipe("LabelNoiseArguments", classes)(run, source)
-    recipe = importlib.import_module(run.recipe)
+    recipe, probes = importlib.import_module(run.recipe), importlib.import_module("_probes")
     script = settings_of(run, recipe.LabelNoiseArguments)
     rates = sorted(script.noise_rates)
     ours = {}
     for name in PROBED[1:]:
-        gains = [recipe.gain(run, name, noise_rate=rate) for rate in rates]
+        gains = [probes.gain(run, name, noise_rate=rate) for rate in rates]
         ours[name] = [one.mean for one in gains], [one.half_width or 0.0 for one in gains]
     published = {
         data: {

@@ -38,7 +38,7 @@ td:first-child, th:first-child { position: sticky; left: 0; background: var(--sh
 .pictures { display: flex; flex-wrap: wrap; gap: 1.2rem; align-items: flex-start; margin: 1rem 0; }
 figure { margin: 0; flex: 0 1 480px; min-width: 0; } img { display: block; width: 100%; height: auto; }
 figcaption { font-size: .875rem; color: var(--soft); margin-top: .3rem; }
-code { font-size: .85em; background: var(--shade); padding: .1em .3em; border-radius: 4px; }
+code { font-size: .9em; background: var(--shade); padding: .1em .3em; border-radius: 4px; }
 pre { overflow-x: auto; background: var(--shade); padding: .6rem; border-radius: 6px; } pre code { padding: 0; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--link); }
 """

@@ -1,0 +1,336 @@
+"""All rows to one page: what stands on it, what is refused, and how it looks in a browser."""
+
+import itertools
+import json
+import re
+import shutil
+
+import _experiments
+import pytest
+import tables
+from _experiments import EXPERIMENTS
+from _run import Run
+from tables import main
+
+ARMS = ("poly", "sae", "ncl", "poly_decay", "poly_unit", "random_relu", "random_mask")
+MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
+BY = {experiment.recipe: experiment for experiment in EXPERIMENTS}
+SEEDS = [0, 1]
+
+
+def write(folder, recipe, config, rows):
+    """A run of (metric, value, arm) for every seed; the second seed has 0.02 more."""
+    run = Run(folder, recipe, {"seeds": SEEDS} | config)
+    of = {"n": 360, "seconds": 1.0, "device": "cpu (1 threads)"}
+    run.replace([run.row(m, v + 0.02 * s, seed=s, **of, **arm) for m, v, arm in rows for s in SEEDS])
+    return folder
+
+
+def probed(metric="offline_probe_top1", **axes):
+    """Rows of probes and of what the features are; NCL is 0.1 above poly, and each cell 0.01 below the one before."""
+    start = {name: 0.6 + 0.1 * (name == "ncl") for name in ARMS}
+    cells = list(itertools.product(*axes.values()))
+    rows = [
+        (
+            metric,
+            start[name] - 0.01 * i,
+            {"features": name, "probe_weight_decay": 0.1} | dict(zip(axes, cell, strict=True)),
+        )
+        for name in ARMS
+        for i, cell in enumerate(cells)
+    ]
+    rows += [(measured, 0.2, {"features": name}) for measured in MEASURED for name in ARMS]
+    return rows + [(quality, 0.1, {}) for quality in ("sae_fvu", "sae_l0", "sae_dead_share")]
+
+
+def label_noise(folder, rates=(0.0, 0.5, 0.8), **config):
+    known = {"data": "digits", "backbone": "small_conv", "noise_rates": list(rates), "decays": [0.1]} | config
+    return write(folder, "label_noise_probing", known, probed(noise_rate=rates))
+
+
+def salient(folder, **config):
+    rows = [("offline_probe_top1", 0.5, {"features": name}) for name in ARMS[:3]]
+    rows += [(metric, 0.3, {"features": name}) for metric in MEASURED for name in ARMS[:3]]
+    of_group = {"low": 0.1, "high": 0.4, "histogram": [0.0, 0.5, 0.5]}
+    for name in ARMS[:3]:
+        rows.append(("salient_difference", 0.1, {"features": name, "low": 0.05, "high": 0.2}))
+        rows.append(("salient_difference_within_class", 0.05, {"features": name}))
+        for group in ("right", "wrong"):
+            rows.append(("salient_consistency", 0.3, {"features": name, "group": group} | of_group))
+            rows.append(("salient_chance", 0.1, {"features": name, "group": group}))
+    return write(folder, "salient_features", {"noise_rate": 0.8, "data": "digits"} | config, rows)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    label_noise(folder / "label_noise")
+    salient(folder / "deep" / "salient")
+    write(folder / "pretraining", "pretrain", {}, [("sparsity", 0.5, {})])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(runs):
+    output = runs.parent / "tables"
+    main(["--runs", str(runs), "--output_dir", str(output)])
+    return output
+
+
+def test_ours_stands_beside_the_papers(made):
+    page = (made / "index.html").read_text()
+    text = (made / "results.md").read_text()
+    # mean of 0.7 and 0.72, half-width 12.7 * 0.01
+    assert "| ncl | 71.0 ± 12.7 |" in text
+    assert '<td>ncl</td>\n<td style="text-align:right">71.0 ± 12.7</td>' in page
+    assert "<td>ncl, the paper, CIFAR-100</td>" in page
+    assert "+9.2 for NCL" in page
+    assert "Linear probes on frozen features under label noise: digits, small_conv" in page
+    assert "2 seeds, cpu (1 threads), torch" in page
+    assert "left out: pretrain" in page
+    for name in (
+        "label_noise_probing/gains_beside_paper",
+        "label_noise_probing/figure_1b",
+        "salient_features/figure_4c",
+    ):
+        assert (made / f"{name}.png").stat().st_size > 5000
+        assert (made / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert f"]({name}.png)" in text
+    assert (made / "label_noise_probing" / "results.md").read_text().startswith("# Linear probes")
+
+
+def test_what_has_no_rows_is_on_the_page_with_its_command(made):
+    page = (made / "index.html").read_text()
+    for recipe, experiment in BY.items():
+        assert f'<section id="{recipe}">' in page
+        assert f'href="#{recipe}"' in page
+        assert (experiment.command in page) == (recipe not in ("label_noise_probing", "salient_features"))
+
+
+def test_the_page_needs_nothing_else(made):
+    page = (made / "index.html").read_text()
+    sources = re.findall(r"(?:src|<link[^>]*href)=\"([^\"]{0,30})", page)
+    assert len(sources) == 5
+    assert all(source.startswith("data:") for source in sources)
+    assert "<script" not in page
+    assert all(re.findall(r'<img alt="([^"]+)"', page))
+
+
+def test_names_in_rows_are_text_on_the_page(tmp_path):
+    salient(tmp_path / "runs", data="<img src=x onerror=alert(1)>", image_size="`<b>`|*")
+    main(["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out"), "--only", "figure_4c"])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<img src=x" not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+
+
+def test_only_what_is_asked_for(runs, tmp_path):
+    main(["--runs", str(runs), "--output_dir", str(tmp_path), "--only", "figure_4c"])
+    page = (tmp_path / "index.html").read_text()
+    assert re.findall(r'<section id="(\w+)">', page) == ["salient_features"]
+    assert not (tmp_path / "label_noise_probing").exists()
+    # Fig. 1(b) has parts by two recipes, of which one was run
+    main(["--runs", str(runs), "--output_dir", str(tmp_path), "--only", "figure_1b"])
+    assert 'id="input_noise_probing"' in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("figure_6", r"figure_6 needs rows of the metric 'offline_probe_top1', .*`python recipes/robust_loss.py"),
+        ("figure_5", r"figure_5 needs rows of the metric 'superposition', .*`python recipes/superposition.py"),
+        ("table_2", r"'accuracy' or 'answer_nll', .*recipes/sst2_monolora.py .* or `python recipes/dolly_monolora.py"),
+        ("figure_7", r"only has 'figure_7'; it takes figure_1a, figure_4ab, table_1"),
+    ],
+)
+def test_a_figure_without_rows_is_an_error_if_asked_for(item, message, runs, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        main(["--runs", str(runs), "--output_dir", str(tmp_path / "out"), "--only", item])
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_configurations_share_no_table(runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    label_noise(tmp_path / "runs" / "more", sae_k=16, batch_size=64)
+    arguments = ["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"2 configurations of label_noise_probing .*sae_k: None / 16.*--split"):
+        main(arguments)
+    assert not (tmp_path / "out").exists()
+    main([*arguments, "--only", "figure_4c"])  # they are not on this page
+    main([*arguments, "--split"])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert '<section id="label_noise_probing-1">' in page
+    assert '<section id="label_noise_probing-2">' in page
+    assert (tmp_path / "out" / "label_noise_probing-2" / "figure_1b.png").exists()
+
+
+def test_rows_of_two_configurations_in_one_file(tmp_path):
+    one, other = label_noise(tmp_path / "runs" / "a", sae_k=8), label_noise(tmp_path / "b", sae_k=16)
+    with (one / "results.jsonl").open("a") as file:
+        file.write((other / "results.jsonl").read_text())
+    arguments = ["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"2 configurations .*/runs/a \(sae_k: 8 / 16\)"):
+        main(arguments)
+    main([*arguments, "--split"])
+    assert (tmp_path / "out" / "label_noise_probing-2" / "results.md").exists()
+
+
+def test_the_same_run_twice_is_not_counted_twice(runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs" / "first")
+    shutil.copytree(runs, tmp_path / "runs" / "copy")
+    with pytest.raises(ValueError, match=r"copy/label_noise, .*first/label_noise \(the same settings\)"):
+        main(["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")])
+
+
+def test_a_stopped_run_is_not_shown_as_whole(runs, tmp_path):
+    folder = label_noise(tmp_path / "runs" / "label_noise")
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    kept = [r for r in rows if not (r["config"].get("features") == "ncl" and r["seed"] == 1)]
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    lacks = "lacks rows of the metric offline_probe_top1 (features ncl, noise_rate 0.0, seed 1 and 2 more)"
+    main(["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")])
+    assert lacks in (tmp_path / "out" / "results.md").read_text()
+    assert not (tmp_path / "out" / "label_noise_probing").exists()
+    with pytest.raises(ValueError, match=re.escape(lacks)):
+        main(["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out"), "--only", "table_1"])
+
+
+def test_folders_that_cannot_be_read(runs, tmp_path):
+    out = ["--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="which is no folder"):
+        main(["--runs", str(tmp_path / "none"), *out])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"there is no results.jsonl below .*empty; run a recipe"):
+        main(["--runs", str(tmp_path / "empty"), *out])
+    shutil.copytree(runs / "label_noise", tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"bare/results.jsonl has no config.json beside it"):
+        main(["--runs", str(tmp_path / "bare"), *out])
+    with pytest.raises(ValueError, match=r"output_dir is .*runs0, which holds the run"):
+        main(["--runs", str(runs), "--output_dir", str(runs)])
+    broken = salient(tmp_path / "broken")
+    (broken / "results.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match=r"broken/results.jsonl, line 1 is not JSON"):
+        main(["--runs", str(broken), *out])
+    label_noise(tmp_path / "other_version", no_such_setting=1)
+    with pytest.raises(
+        ValueError, match=r"have the settings no_such_setting, which recipes/label_noise_probing.py lacks"
+    ):
+        main(["--runs", str(tmp_path / "other_version"), *out])
+    label_noise(tmp_path / "own_data", data="my_images")
+    with pytest.raises(ValueError, match="data is 'my_images', and how many classes it has stands in no row"):
+        main(["--runs", str(tmp_path / "own_data"), *out])
+
+
+def test_the_other_probing_recipes(tmp_path):
+    runs = tmp_path / "runs"
+    rows = probed(noise=["gaussian"], scale=[0.5, 1.0])
+    rows += [
+        ("offline_probe_top1", 0.9, {"features": n, "probe_weight_decay": 0.1, "noise": "none", "scale": 0.0})
+        for n in ARMS
+    ]
+    config = {"data": "digits", "decays": [0.1]}
+    write(runs / "2ab", "input_noise_probing", config | {"noises": ["gaussian"], "scales": [0.0, 0.5, 1.0]}, rows)
+    rows = probed(shift=["none", "rotated", "sketch"])
+    for name in ARMS:
+        corrupted = {"features": name, "probe_weight_decay": 0.1, "shift": "c", "extra": False}
+        for severity in range(1, 6):
+            rows.append(("offline_probe_top1", 0.5, corrupted | {"corruption": "fog", "severity": severity}))
+    write(
+        runs / "2c",
+        "ood_probing",
+        config | {"shifts": {"rotated": "1", "sketch": "2", "c": "3"}, "class_map": None},
+        rows,
+    )
+    rows = probed(loss=["ce", "sce", "ce_scaled"], noise_rate=[0.0, 0.8])
+    write(runs / "6", "robust_loss", config | {"noise_rates": [0.0, 0.8]}, rows)
+    main(["--runs", str(runs), "--output_dir", str(tmp_path / "out"), "--only", "figure_2ab", "figure_2c", "figure_6"])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count("<img ") == 5
+    assert "c: error in %" in page
+    assert "Synthetic shifts, made from the test images: rotated." in page
+    assert "Points that the loss adds" in page
+
+
+def test_image_grids_are_taken_from_the_run(tmp_path):
+    arm = [{"features": name} for name in ARMS[:3]]
+    metrics = (
+        "offline_probe_top1",
+        "top_purity",
+        "chance_top_purity",
+        "shown_dimensions",
+        "accuracy_purity_correlation",
+    )
+    rows = [(metric, 0.5, one) for metric in (*metrics, *MEASURED) for one in arm]
+    shown = {"class_name": "cat", "class_accuracy": 0.5, "consistency": 0.1, "dimension": 3}
+    rows += [
+        ("class_dimension_purity", 0.5, one | shown | {"rank": rank}) for one in arm for rank in ("worst", "best")
+    ]
+    run = write(tmp_path / "runs", "top_activated_samples", {"noise_rate": 0.9}, rows)
+    arguments = ["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out"), "--only", "figure_4ab"]
+    main(arguments)
+    assert "<img" not in (tmp_path / "out" / "index.html").read_text()  # rows alone have no images
+    from PIL import Image
+
+    Image.new("RGB", (40, 40)).save(run / "figure_4ab.png")
+    main(arguments)
+    assert (tmp_path / "out" / "index.html").read_text().count("<img ") == 1
+
+
+def test_table_2(tmp_path):
+    arm = {"task": None, "judge": None, "step": None}
+    rows = [("accuracy", 0.9, {"method": "base"} | arm), ("accuracy", 0.91, {"method": "lora"} | arm)]
+    rows += [("accuracy", 0.95, {"method": "monolora"} | arm), ("task_sparsity", 0.4, {"method": "monolora"} | arm)]
+    config = {"methods": ["base", "lora", "monolora"], "judges": [], "model": {}}
+    write(tmp_path / "runs", "sst2_monolora", config, rows)
+    main(["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out"), "--only", "table_2_sst2"])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "MonoLoRA - LoRA, paired by seed: +4.00 ± 0.00 points of accuracy" in page
+    assert ">94.84</td>" in page
+
+
+def test_every_recipe_with_a_table_or_figure_is_known():
+    folder = tables.Path(tables.__file__).parent
+    recipes = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} - {"tables", "pretrain"}
+    assert set(BY) == recipes
+    assert len(BY) == len(_experiments.EXPERIMENTS)
+
+
+@pytest.mark.parametrize("width", [360, 1400])
+def test_in_a_browser(made, width, tmp_path):
+    """No error, no request but the file itself, every picture loaded, no part wider than the screen."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("there is no Chromium on this machine")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=quiet)
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        said, asked = [], []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        url = (made / "index.html").as_uri()
+        page.goto(url)
+        images = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth])")
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        inside, outside = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+        smallest = page.evaluate(
+            "Math.min(...[...document.querySelectorAll('p, td, th, li, figcaption, code')]"
+            ".map(e => parseFloat(getComputedStyle(e).fontSize)))"
+        )
+        page.get_by_role("link", name=re.compile("Figure 4\\(c\\)")).click()
+        top = page.evaluate("document.getElementById('salient_features').getBoundingClientRect().top")
+        page.wait_for_timeout(800)  # it scrolls there
+        after = page.evaluate("document.getElementById('salient_features').getBoundingClientRect().top")
+        browser.close()
+    assert said == []
+    assert [one for one in asked if not one.startswith("data:")] == [url]
+    assert len(images) == 4
+    assert all(
+        complete and natural > 500 and min(width - 60, 400) < shown <= width for complete, natural, shown in images
+    )
+    assert inside <= outside == width
+    assert smallest >= 12
+    assert abs(after) < 5 < top + 5
