@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 _STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --shade: #f6f8fa; --link: #0550ae; }
 * { box-sizing: border-box; }
-html { scroll-behavior: smooth; -webkit-text-size-adjust: 100%; }
+html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: #fff;
        overflow-wrap: anywhere; }
 main, header { max-width: 1240px; margin: 0 auto; padding: 0 16px; }

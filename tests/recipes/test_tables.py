@@ -322,7 +322,6 @@ def test_in_a_browser(made, width, tmp_path):
         )
         page.get_by_role("link", name=re.compile("Figure 4\\(c\\)")).click()
         top = page.evaluate("document.getElementById('salient_features').getBoundingClientRect().top")
-        page.wait_for_timeout(800)  # it scrolls there
         after = page.evaluate("document.getElementById('salient_features').getBoundingClientRect().top")
         browser.close()
     assert said == []
