@@ -15,7 +15,8 @@ of the dimension with its largest weight, which the paper's reading expects to b
 images activate than are shown are left out.
 
 The default run, about two minutes on 2 cores, is of another scale: 1,437 digits, a network of three convolutions, and
-80 % wrong labels, since 90 % leave 10 classes no signal.
+80 % wrong labels, since 90 % leave 10 classes no signal. Expected there: a purity of 0.75 for poly, 0.79 for sae and
+0.81 for ncl, by chance 0.28, and no correlation.
 """
 
 from __future__ import annotations
