@@ -93,8 +93,9 @@ def test(
     for name in ARMS:
         accuracy = probe_accuracy(*probes[name], models.features(kind_of(name), shifted), images.labels, topk=(1,))[1]
         for (decay, seed), value in zip(probes_of(script, name, seeds), accuracy.tolist(), strict=True):
-            if seed in trial.seeds:
-                found.append((value, seed, {"features": name, "probe_weight_decay": decay}))
+            arm = {"features": name, "probe_weight_decay": decay}
+            if seed in trial.seeds and not run.find(ACCURACY, seed=seed, **trial.arm, **arm):
+                found.append((value, seed, arm))
     measured = {
         "n": len(images),
         "seconds": time.monotonic() - start,
@@ -116,7 +117,8 @@ def measure(
     All processes train the models and extract the clean features; the main one does the rest.
     """
     seeds = script.models_of()[seed]
-    missing = [trial for trial in trials if not all(run.find(ACCURACY, seed=s, **trial.arm) for s in trial.seeds)]
+    probed = sum(len(script.decays_of(name)) for name in ARMS)
+    missing = [t for t in trials if any(len(run.find(ACCURACY, seed=s, **t.arm)) < probed for s in t.seeds)]
     described = all(run.find(metric, features=name, seed=s) for metric in MEASURED for name in ARMS for s in seeds)
     if described and not missing:
         return

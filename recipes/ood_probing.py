@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,8 +89,12 @@ class OodArguments(ControlledArguments):
         super().__post_init__()
         for shift in self.shifts:
             name, sign, place = shift.partition("=")
-            if (sign and not (name and place)) or (not sign and shift not in SYNTHETIC):
-                raise ValueError(f"shifts has {shift!r}; each is NAME=PLACE or one of {', '.join(SYNTHETIC)}.")
+            named = re.fullmatch(r"[\w.-]+", name) and place if sign else shift in SYNTHETIC
+            if not named:
+                raise ValueError(
+                    f"shifts has {shift!r}; each is NAME=PLACE, with a name of letters, digits, '_', '.' and '-', or "
+                    f"one of {', '.join(SYNTHETIC)}."
+                )
         names = list(self.places())
         if not names or len(names) < len(self.shifts) or CLEAN["shift"] in names:
             raise ValueError(f"shifts takes different names other than {CLEAN['shift']!r}, got {names}.")

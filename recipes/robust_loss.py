@@ -115,9 +115,20 @@ def probe_arm(
     rows = []
     for (loss, decay, seed, rate), value in zip(probed, accuracy.tolist(), strict=True):
         arm = {"features": name, "loss": loss, "noise_rate": rate, "probe_weight_decay": decay}
-        rows.append(run.row(ACCURACY, value, seed=seed, **measured, **arm))
+        if not run.find(ACCURACY, seed=seed, **arm):
+            rows.append(run.row(ACCURACY, value, seed=seed, **measured, **arm))
     run.replace([*run.rows, *rows])
     describe(run, name, test, splits["test"].labels, seeds, device)
+
+
+def is_complete(run: Run, script: RobustLossArguments, name: str, seeds: list[int]) -> bool:
+    """Whether the folder has every row of one kind of features."""
+    probes = len(LOSSES) * len(script.noise_rates) * len(script.decays_of(name))
+    return all(
+        len(run.find(ACCURACY, features=name, seed=seed)) == probes
+        and all(run.find(metric, features=name, seed=seed) for metric in MEASURED)
+        for seed in seeds
+    )
 
 
 def measure(
@@ -125,12 +136,7 @@ def measure(
 ) -> None:
     """Rows of the models of one pretraining seed that the folder lacks."""
     seeds = script.models_of()[seed]
-    probed = [name for name in ARMS if all(run.find(ACCURACY, features=name, seed=s) for s in seeds)]
-    missing = [
-        name
-        for name in ARMS
-        if name not in probed or not all(run.find(what, features=name, seed=s) for what in MEASURED for s in seeds)
-    ]
+    missing = [name for name in ARMS if not is_complete(run, script, name, seeds)]
     if not missing:
         return
     models, made = frozen_models(run, script, seed, splits, accelerator)
@@ -138,10 +144,7 @@ def measure(
         return
     for name in missing:
         train, test = (models.features(kind_of(name), made[split]) for split in SPLITS)
-        if name in probed:  # stopped between the two
-            describe(run, name, test, splits["test"].labels, seeds, accelerator.device)
-        else:
-            probe_arm(run, script, name, train, test, splits, seeds, accelerator.device)
+        probe_arm(run, script, name, train, test, splits, seeds, accelerator.device)
 
 
 def difference(run: Run, name: str, first: Cell, second: Cell) -> Interval:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vision_bench.corruptions import add_input_noise, flip_labels
+from vision_bench.corruptions import add_input_noise, add_pixel_noise, flip_labels
 
 
 def seeded(seed=0):
@@ -114,3 +114,19 @@ def test_input_noise_has_the_distribution_it_names(kind, mean, std, low, high):
 def test_bad_input_noise_is_refused(images, kind, scale, error, words):
     with pytest.raises(error, match=words):
         add_input_noise(images, kind, scale, seeded())
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "uniform"])
+def test_pixel_noise_is_added_to_clamped_pixels(kind):
+    pixels = torch.rand(4, 3, 5, 6, generator=seeded(1))
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    normalised = torch.stack([(pixels[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
+    before = normalised.clone()
+    noisy = add_pixel_noise(normalised, mean, std, kind, 0.6, seeded())
+    draw = torch.randn if kind == "gaussian" else torch.rand
+    expected = (pixels + 0.6 * draw(pixels.shape, generator=seeded())).clamp(0, 1)
+    back = torch.stack([noisy[:, c] * std[c] + mean[c] for c in range(3)], dim=1)
+    torch.testing.assert_close(back, expected, rtol=0, atol=1e-6)
+    assert bool((back.min() >= -1e-6) & (back.max() <= 1 + 1e-6))
+    assert torch.equal(normalised, before)
+    torch.testing.assert_close(add_pixel_noise(normalised, mean, std, kind, 0.0, seeded()), normalised)

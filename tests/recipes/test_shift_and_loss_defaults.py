@@ -1,0 +1,69 @@
+"""The recipes of Fig. 2 and Fig. 6 as processes: their default runs, and one that is killed and continued."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PICTURES = {
+    "input_noise_probing": ("figure_1b", "figure_2_uniform", "figure_2_gaussian"),
+    "ood_probing": ("figure_2c",),
+    "robust_loss": ("figure_6", "all_rates"),
+}
+SMALL = ["--pretraining_epochs", "2", "--warmup_epochs", "1", "--projector_hidden", "32", "--projector_out", "32"]
+SMALL += ["--sae_k", "4", "--sae_epochs", "4", "--probe_epochs", "4"]
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", PICTURES)
+def test_the_default_run(recipe, tmp_path):
+    command = [sys.executable, str(RECIPES / f"{recipe}.py"), "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [row for row in rows(tmp_path) if row["metric"] == "offline_probe_top1"]
+    assert all(math.isfinite(row["value"]) for row in rows(tmp_path))
+    by_seed = {seed: [row["value"] for row in found if row["seed"] == seed] for seed in range(5)}
+    assert len({len(values) for values in by_seed.values()}) == 1
+    assert len({tuple(values) for values in by_seed.values()}) == 5
+    assert (tmp_path / "results.md").read_text() in done.stdout
+    for name in PICTURES[recipe]:
+        assert (tmp_path / f"{name}.png").exists()
+        assert (tmp_path / f"{name}.pdf").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", PICTURES)
+def test_a_killed_run_continues_to_the_rows_of_a_whole_one(recipe, tmp_path):
+    def command(name):
+        return [sys.executable, str(RECIPES / f"{recipe}.py"), "--output_dir", str(tmp_path / name), *SMALL]
+
+    subprocess.run(command("whole"), check=True, capture_output=True, timeout=500)
+    process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    results = tmp_path / "killed" / "results.jsonl"
+    for _ in range(6000):
+        if results.exists() and len(results.read_text().splitlines()) > 40:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stopped = len(rows(tmp_path / "killed"))
+    subprocess.run(command("killed"), check=True, capture_output=True, timeout=500)
+
+    def found(name):
+        return sorted(
+            (json.dumps(r["config"], sort_keys=True), r["seed"], r["metric"], r["value"])
+            for r in rows(tmp_path / name)
+        )
+
+    assert stopped < len(found("whole"))
+    assert found("killed") == found("whole")
