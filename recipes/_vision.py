@@ -23,7 +23,7 @@ VIEWS: dict[str, dict[str, Any]] = {
 }
 # Where and how fast, not what.
 _NO_RESULT = {"output_dir", "checkpoints", "data_root", "memory_gib", "workers", "compile", "report_to"}
-_NO_RESULT |= {"checkpoint_minutes", "monitor_epochs"}
+_NO_RESULT |= {"checkpoint_minutes", "monitor_epochs", "keep_models"}
 
 
 @dataclass
@@ -169,13 +169,23 @@ def pretrained(
 
 
 @dataclass
-class ProbingArguments(PretrainingArguments):
-    """Pretraining, the sparse autoencoder on SimCLR's features, and linear probes on frozen features."""
+class DownstreamArguments(PretrainingArguments):
+    """Pretraining, and whether the seeds of what follows share it."""
 
     shared_pretraining: bool = field(
         default=False,
-        metadata={"help": "All seeds probe the models of the first; intervals then leave pretraining out."},
+        metadata={"help": "All seeds take the models of the first; intervals then leave pretraining out."},
     )
+
+    def models_of(self) -> dict[int, list[int]]:
+        """The seeds of what follows by the seed of the models that they take."""
+        return {self.seeds[0]: self.seeds} if self.shared_pretraining else {seed: [seed] for seed in self.seeds}
+
+
+@dataclass
+class ProbingArguments(DownstreamArguments):
+    """Pretraining, the sparse autoencoder on SimCLR's features, and linear probes on frozen features."""
+
     layer: str = field(default="output", metadata={"help": f"What is probed: {', '.join(LAYERS)}."})
     sae_latents: int | None = field(default=None, metadata={"help": "By default the width of the features."})
     sae_k: int = field(default=32, metadata={"help": "Active latents; 256 of 2048 in the paper."})
@@ -223,7 +233,3 @@ class ProbingArguments(PretrainingArguments):
             "schedule": self.probe_schedule,
             "standardize": self.standardize,
         }
-
-    def models_of(self) -> dict[int, list[int]]:
-        """The seeds of the probes by the seed of the models that they probe."""
-        return {self.seeds[0]: self.seeds} if self.shared_pretraining else {seed: [seed] for seed in self.seeds}

@@ -29,6 +29,15 @@ _FEATURES = {  # features of vision models: colour, line, hatch
     "random_relu": ("#CC79A7", "-.", "\\\\\\\\"),
     "random_mask": ("#999999", (0, (4, 1, 1, 1, 1, 1)), "xxxx"),
 }
+_FINETUNED = {  # arms of finetuning: colour, line
+    "ce": (COLOURS["poly"], "--"),
+    "nce": (COLOURS["mono"], "-"),
+    "ce+weight_decay": ("#E69F00", ":"),
+    "ce+dropout": ("#000000", (0, (1, 1))),
+    "ce+early_stopping": ("#CC79A7", "-."),
+    "lora": ("#999999", (0, (4, 1, 1, 1, 1, 1))),
+    "monolora": ("#009E73", "-"),
+}
 _STYLE: dict[Any, Any] = {"font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.2}
 
 
@@ -171,6 +180,44 @@ def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], tuple[
         ax.set_xlim(levels[0], levels[-1])
     ax.set_ylim(bottom=max(0, ax.get_ylim()[0]))
     _legend(figure, ax)
+    return figure
+
+
+@_styled
+def finetuning_curves(
+    levels: Sequence[float],
+    panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]],
+    label: str,
+    logarithmic: bool = False,
+) -> Figure:
+    """Curves of the arms of finetuning with bands of their 95 % intervals, panels above each other (Fig. 3).
+
+    Args:
+        levels: (n,), what the horizontal axis shows: epochs, training images, wrong labels.
+        panels: by the name of the vertical axis, mean (n,) and half-width (n,) of each arm. A panel without the arm
+            "ce" is of differences from it and has a line at 0.
+        label: of the horizontal axis.
+        logarithmic: whether that axis is, with a tick at every level.
+    """
+    figure, axes = _figure(len(panels), 1, height=1.45 * len(panels) + 0.5, sharex=True)
+    for ax, (name, arms) in zip(axes.flat, panels.items(), strict=True):
+        for arm, (mean, half_width) in arms.items():
+            colour, line = _FINETUNED[arm]
+            low, high = np.asarray(mean) - np.asarray(half_width), np.asarray(mean) + np.asarray(half_width)
+            marker = "o" if len(levels) < 20 else ""
+            ax.plot(
+                levels, mean, linestyle=line, marker=marker, markersize=2, color=colour, label=arm.replace("_", " ")
+            )
+            ax.fill_between(levels, low, high, color=colour, alpha=0.15, linewidth=0)
+        ax.set_ylabel(name)
+        if logarithmic:
+            ax.set_xscale("log")
+            ax.set_xticks(levels, [f"{level:g}" for level in levels])
+            ax.minorticks_off()
+        if "ce" not in arms:
+            ax.axhline(0, color="black", linewidth=0.6)
+    axes.flat[-1].set_xlabel(label)
+    _legend(figure, axes.flat[0])
     return figure
 
 

@@ -21,7 +21,7 @@ def main(folder: Path, stop: int | None) -> None:
     step = pretrain._Run._step
 
     def stopping(run, *batch):
-        if run.step == stop:
+        if run.step_number == stop:
             sys.exit(0)
         step(run, *batch)
 

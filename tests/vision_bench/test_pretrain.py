@@ -43,7 +43,7 @@ def stop_at(monkeypatch, step):
     real = pretrain._Run._step
 
     def limited(self, *batch):
-        if self.step == step:
+        if self.step_number == step:
             raise Stopped
         real(self, *batch)
 

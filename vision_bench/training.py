@@ -1,0 +1,262 @@
+"""What the trainings of images share: batches, the loop, and a state on disk that continues it to the same bits.
+
+Every random number of a step comes from the seed and the step's number, so nothing about the past decides a step but
+the tensors that the state holds (with the same number of processes, on the CPU or with deterministic GPU kernels).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from vision_bench import storage
+
+if TYPE_CHECKING:
+    from vision_bench.data import ImageSet
+
+STATE = "training.safetensors"
+MODEL = "model.safetensors"
+LOG = "log.jsonl"
+STATE_KIND = "training state"
+PRECISIONS = ("no", "bf16")
+ORDER, STEP = 0, 1  # streams of random numbers under one seed
+
+
+class Config(Protocol):
+    """What the loop reads of a training's configuration."""
+
+    @property
+    def epochs(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+def check(config: Config, images: int, accelerator: Accelerator) -> None:
+    """Raise ValueError unless `images` and the processes can share the batches, in a precision that is supported."""
+    if images < config.batch_size:
+        raise ValueError(f"batch_size is {config.batch_size} for {images} images; it must not exceed them.")
+    if config.batch_size % accelerator.num_processes:
+        raise ValueError(f"batch_size is {config.batch_size}; {accelerator.num_processes} processes cannot share it.")
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise ValueError(f"precision is {accelerator.mixed_precision!r}; it must be one of {', '.join(PRECISIONS)}.")
+
+
+def refuse_another(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError that names the differences between what `path` was trained with and what is asked for now."""
+
+    def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+        leaves: dict[str, Any] = {}
+        for key, value in tree.items():
+            leaves |= flat(value) if isinstance(value, Mapping) and value else {key: value}
+        return leaves
+
+    old, new = flat(json.loads(json.dumps(there))), flat(json.loads(json.dumps(now)))
+    changed = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old.keys() | new.keys())
+               if old.get(k) != new.get(k)]  # fmt: skip
+    if changed:
+        raise ValueError(f"{path} is of another training ({'; '.join(changed)}). Choose another folder, or delete it.")
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The whole entries of a folder's log, none if it has no log."""
+    path = folder / LOG
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill can cut the last one
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class Training:
+    """One training: the tensors that change, and the loop over the steps that change them.
+
+    A subclass defines `step`, `end_epoch` and `save_model`, and, if its state has more than the module, the optimiser
+    and `sums`, `more_state` and `set_more_state`. The folder's state, if there is one, is loaded here.
+
+    Args:
+        what: everything that decides the result, JSON-serialisable; a folder of another training is refused.
+        data: at least a batch of images; what an epoch leaves over of the last batch waits for another one.
+        module: with all weights and buffers of the state, on the accelerator's device.
+        schedule: of timm, updated by the step's number.
+        sums: number of figures that the steps of an epoch add up.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        what: Mapping[str, Any],
+        config: Config,
+        data: ImageSet,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Scheduler,
+        accelerator: Accelerator,
+        sums: int,
+        compile_model: bool,
+        workers: int,
+    ) -> None:
+        self.folder, self.what, self.accelerator = folder, what, accelerator
+        self.epochs, self.batch_size, self.seed = config.epochs, config.batch_size, config.seed
+        self.data, self.raw, self.optimizer, self.schedule = data, module, optimizer, schedule
+        self.steps_per_epoch = len(data) // config.batch_size
+        self.total = config.epochs * self.steps_per_epoch
+        self.sums = torch.zeros(sums, dtype=torch.float64, device=accelerator.device)
+        self.step_number = 0
+        self.log: list[dict[str, Any]] = []
+        if (folder / STATE).exists():
+            self._load_state()
+        elif accelerator.is_main_process:  # a training that was stopped before its first state may have left one
+            (folder / LOG).unlink(missing_ok=True)
+        # The optimiser is not prepared: without gradient accumulation or scaling accelerate adds nothing to it.
+        prepared = accelerator.prepare_model(module)
+        self.module = torch.compile(prepared) if compile_model else prepared
+        device = accelerator.device
+        self.images = data.images.to(device) if isinstance(data.images, torch.Tensor) else data.images
+        self.labels = data.labels.to(device)
+        self.workers = workers
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> None:
+        """Train on uint8 images and their labels, which are this process's share of a batch, and add to `sums`."""
+        raise NotImplementedError
+
+    def end_epoch(self, epoch: int, sums: list[float]) -> dict[str, Any]:
+        """The log entry of an epoch, from the sums over its steps and all processes."""
+        raise NotImplementedError
+
+    def save_model(self) -> None:
+        """Write the folder's `MODEL`; called in the main process when the training has ended."""
+        raise NotImplementedError
+
+    def more_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Further tensors and JSON-serialisable values of the state."""
+        return {}, {}
+
+    def set_more_state(self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+        """Take over what `more_state` gave."""
+
+    def run(self, checkpoint_minutes: float, name: str, progress: bool) -> None:
+        """Take the steps that are left, save the model, and remove the state."""
+        saved = time.monotonic()
+        started, images = time.monotonic(), 0
+        shown = progress and self.accelerator.is_main_process
+        with tqdm(total=self.total, initial=self.step_number, desc=name, unit="step", disable=not shown) as bar:
+            for batch, pixels in self._batches():
+                self._step(batch, pixels)
+                images += self.batch_size
+                bar.update()
+                if self.step_number % self.steps_per_epoch == 0:
+                    entry = self._end_epoch(started, images)
+                    self._write_log(entry, name)
+                    bar.set_postfix({k: f"{v:.3g}" for k, v in entry.items() if k in ("loss", "images_per_second")})
+                    started, images = time.monotonic(), 0
+                if time.monotonic() - saved >= 60 * checkpoint_minutes and self.step_number < self.total:
+                    self._save_state()
+                    saved = time.monotonic()
+        if self.accelerator.is_main_process:
+            self.save_model()
+            (self.folder / STATE).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()
+
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(indices, uint8 images) of this process for every step that is left."""
+        share = self.batch_size // self.accelerator.num_processes
+        first = self.accelerator.process_index * share
+        start_epoch, start = divmod(self.step_number, self.steps_per_epoch)
+        for epoch in range(start_epoch, self.epochs):
+            order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(len(self.labels))
+            order = order[: self.steps_per_epoch * self.batch_size].reshape(-1, self.batch_size)
+            batches = torch.from_numpy(order[start if epoch == start_epoch else 0 :, first : first + share].copy())
+            if isinstance(self.images, torch.Tensor):
+                batches = batches.to(self.images.device)
+                yield from ((batch, self.images[batch]) for batch in batches)
+            else:
+                streamed: Any = self.images
+                pinned = self.accelerator.device.type == "cuda"
+                loader = DataLoader(
+                    streamed, batch_size=None, sampler=list(batches), num_workers=self.workers, pin_memory=pinned
+                )
+                yield from zip(batches, loader, strict=True)
+
+    def _step(self, batch: torch.Tensor, images: torch.Tensor) -> None:
+        device = self.accelerator.device
+        seed = seed_of(self.seed, STEP, self.step_number, self.accelerator.process_index)
+        torch.manual_seed(seed)  # dropout and stochastic depth, where a backbone has them
+        generator = torch.Generator(device).manual_seed(seed)
+        self.schedule.step_update(self.step_number)
+        self.raw.train()
+        self.step(images.to(device, non_blocking=True), self.labels[batch.to(device)], generator)
+        self.step_number += 1
+
+    def _end_epoch(self, started: float, images: int) -> dict[str, Any]:
+        sums = self.accelerator.reduce(self.sums, "sum").tolist()  # reading them waits for the device
+        ended = time.monotonic()
+        self.sums.zero_()
+        epoch = self.step_number // self.steps_per_epoch
+        entry = {"epoch": epoch, "step": self.step_number, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        # What end_epoch measures is not counted in the speed.
+        return entry | self.end_epoch(epoch, sums) | {"images_per_second": images / (ended - started)}
+
+    def _write_log(self, entry: dict[str, Any], name: str) -> None:
+        self.log.append(entry)
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        self.accelerator.log({f"{name}/{k}": v for k, v in entry.items() if k != "step"}, step=entry["step"])
+
+    def _save_state(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {f"trainee.{name}": tensor for name, tensor in self.raw.state_dict().items()}
+        for number, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in values.items()}
+        tensors["sums"] = self.sums
+        more, header = self.more_state()
+        storage.save(
+            self.folder / STATE,
+            STATE_KIND,
+            tensors | {f"more.{name}": tensor for name, tensor in more.items()},
+            {"what": self.what, "step": self.step_number, "more": header},
+        )
+
+    def _load_state(self) -> None:
+        tensors, header = storage.load(self.folder / STATE, STATE_KIND)
+        refuse_another(self.folder / STATE, header["what"], self.what)
+
+        def named(prefix: str) -> dict[str, torch.Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.raw.load_state_dict(named("trainee."))
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in named("optimizer.").items():
+            number, name = key.split(".", 1)
+            state.setdefault(int(number), {})[name] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.set_more_state(named("more."), header.get("more", {}))
+        self.step_number = header["step"]
+        if self.accelerator.is_main_process:
+            self.sums.copy_(tensors["sums"])
+            # Epochs that ended after the state was saved are trained again.
+            self.log = [entry for entry in read_log(self.folder) if entry["step"] <= self.step_number]
+            text = "".join(json.dumps(entry) + "\n" for entry in self.log)
+            (self.folder / LOG).write_text(text, encoding="utf-8")
