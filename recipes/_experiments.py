@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,8 +17,13 @@ from _run import Run
 from vision_bench import figures
 
 PROBED = ("poly", "sae", "ncl")
+ARMS = (*PROBED, "poly_decay", "poly_unit", "random_relu", "random_mask")
+MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet100": 100}
 ACCURACY, FINETUNED = "offline_probe_top1", "finetuned_validation_top1"
+
+
+Need = tuple[str, dict[str, Any], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Experiment:
         items: the paper's tables and figures that it has a part in, as `--only` takes them.
         title, claim: of the section; the claim is the paper's, with its numbers where it prints them. Markdown.
         metric: of the rows without which there is nothing to show.
-        cells: what distinguishes those rows beside the seed, from the configuration: a dict for each.
+        needs: from the configuration, the metric, what distinguishes the rows beside the seed, and the seeds of all
+            rows that a whole run has, as far as `render` asks for them.
         pictures: names of the drawings, without suffix, and their captions, in the order of the page.
         render: draws into the run's folder and returns tables as Markdown. Also takes the folder the rows are from.
         own: settings that rows replace by values of their own, so that they do not tell configurations apart.
@@ -41,7 +47,7 @@ class Experiment:
     title: str
     claim: str
     metric: str
-    cells: Callable[[dict[str, Any]], list[dict[str, Any]]]
+    needs: Callable[[dict[str, Any]], Iterable[Need]]
     pictures: Mapping[str, str]
     render: Callable[[Run, Path], str]
     own: frozenset[str] = frozenset()
@@ -54,20 +60,54 @@ class Experiment:
     def missing(self, run: Run) -> str | None:
         """What a stopped run lacks, or None."""
         lacking = []
-        for arm in self.cells(run.config):
-            found = {row["seed"] for row in run.find(self.metric, **arm)}
+        for metric, arm, seeds in self.needs(run.config):
+            found = {row["seed"] for row in run.find(metric, **arm)}
             # what does not depend on a seed has None instead
-            lacking += [arm | {"seed": seed} for seed in run.config["seeds"] if not found & {seed, None}]
+            lacking += [(metric, arm | {"seed": seed}) for seed in seeds if not found & {seed, None}]
         if not lacking:
             return None
-        first = ", ".join(f"{name} {value}" for name, value in lacking[0].items())
+        metric, arm = lacking[0]
+        first = ", ".join(f"{name} {value}" for name, value in arm.items())
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        return f"rows of the metric {self.metric} ({first}{more})"
+        return f"rows of the metric {metric} ({first}{more})"
 
 
-def crossed(**axes: Sequence[Any]) -> list[dict[str, Any]]:
-    """Every combination of values."""
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+def crossed(metric: str, config: dict[str, Any], **axes: Sequence[Any]) -> list[Need]:
+    """Every combination of values, for all seeds of the run."""
+    return [(metric, dict(zip(axes, values, strict=True)), config["seeds"]) for values in product(*axes.values())]
+
+
+def probed(config: dict[str, Any], features: Sequence[str] = ARMS, **axes: Sequence[Any]) -> list[Need]:
+    """Accuracies of probes, and what the features are."""
+    what = [need for metric in MEASURED for need in crossed(metric, config, features=features)]
+    return crossed(ACCURACY, config, features=features, **axes) + what
+
+
+def input_noise_needs(config: dict[str, Any]) -> list[Need]:
+    """Of all noises and scales; without noise there is one set of rows."""
+    noisy = probed(config, noise=config["noises"], scale=[scale for scale in config["scales"] if scale])
+    return noisy + crossed(ACCURACY, config, features=ARMS, noise=["none"])
+
+
+def superposition_needs(config: dict[str, Any]) -> list[Need]:
+    """Of the window for all seeds, of its neighbours for the first few."""
+    window = {name: [config[name]] for name in ("sparsity", "samples")}
+    axes = {"sparsity": config["sparsities"], "samples": config["sample_sizes"]}
+    few = config | {"seeds": config["seeds"][: config["neighbour_seeds"]]}
+    noises = [("clean", 0.0), ("label", config["noise_rate"]), *(("input", level) for level in config["input_noises"])]
+    found = crossed("superposition", config, size=config["sizes"], features=("mono", "poly"))
+    for noise, level in noises:
+        arm = {"noise": [noise], "level": [level], "features": ("mono", "poly")}
+        first = {"size": config["sizes"][:1], "flips": config["flips"][:1]}
+        found += crossed("accuracy", config, **first, **window, **arm)
+        found += crossed("accuracy", few, size=config["sizes"], flips=config["flips"], **axes, **arm)
+    return found
+
+
+def separability_needs(config: dict[str, Any]) -> list[Need]:
+    """Of the simulation, which comes after the closed forms, and of the claims."""
+    values = crossed("value", config, source=["simulation"], sparsity=config["sparsities"])
+    return values + crossed("claim", config, ties=["zero", "one", "coin", "drop"], kind=[None, "fisher", "difference"])
 
 
 def settings_of(run: Run, settings: type[Any]) -> Any:
@@ -200,7 +240,7 @@ EXPERIMENTS = (
         "90 % label noise the best class relies on a dimension that shows one class, the worst on one that does not "
         "(boathouse and jeans of ImageNet-100; pictures, no numbers).",
         metric=ACCURACY,
-        cells=lambda config: crossed(features=PROBED),
+        needs=lambda config: probed(config, PROBED),
         pictures={
             "figure_1a": "Figure 1(a): random dimensions",
             "figure_4ab": "Figure 4(a, b): the dimension with the largest weight of the worst and of the best class",
@@ -214,7 +254,7 @@ EXPERIMENTS = (
         claim="The paper: the gain over polysemantic features grows with the noise; at 90 % on CIFAR-100 +3.4 points "
         "for SAE and +9.2 for NCL, on ImageNet-100 +11.5 and +13.7.",
         metric=ACCURACY,
-        cells=lambda config: crossed(features=PROBED, noise_rate=config["noise_rates"]),
+        needs=lambda config: probed(config, noise_rate=config["noise_rates"]),
         pictures={
             "figure_1b": "Figure 1(b), label noise: ours",
             "gains_beside_paper": "Table 1 as gains: ours (line, 95 % band) and the paper's (markers)",
@@ -229,9 +269,7 @@ EXPERIMENTS = (
         claim="The paper: SAE and NCL are ahead under uniform and Gaussian noise, the more the noise (ImageNet-100; "
         "curves without numbers).",
         metric=ACCURACY,
-        cells=lambda config: crossed(
-            features=PROBED, noise=config["noises"], scale=[s for s in config["scales"] if s]
-        ),
+        needs=input_noise_needs,
         pictures={
             "figure_2_uniform": "Figure 2(a): uniform noise, ours",
             "figure_2_gaussian": "Figure 2(b): Gaussian noise, ours",
@@ -247,7 +285,7 @@ EXPERIMENTS = (
         claim="The paper: SAE and NCL are ahead on ImageNet-Sketch and ImageNet-Stylized (ImageNet-100; bars without "
         "numbers).",
         metric=ACCURACY,
-        cells=lambda config: crossed(features=PROBED, shift=["none", *config["shifts"]]),
+        needs=lambda config: probed(config, shift=["none", *config["shifts"]]),
         pictures={"figure_2c": "Figure 2(c): ours"},
         render=shifted,
     ),
@@ -255,10 +293,10 @@ EXPERIMENTS = (
         recipe="few_shot_finetuning",
         items=("figure_3ab",),
         title="Figures 3(a), 3(b): finetuning on few labels",
-        claim="The paper: non-negative tuning (NCE) has the lower training and the higher validation accuracy, the more "
-        "the fewer the labels, up to +3.9 points at 10 % of ImageNet-100.",
+        claim="The paper: non-negative tuning (NCE) has the lower training and the higher validation accuracy, the "
+        "more the fewer the labels, up to +3.9 points at 10 % of ImageNet-100.",
         metric=FINETUNED,
-        cells=lambda config: crossed(method=config["methods"], fraction=config["fractions"]),
+        needs=lambda config: crossed(FINETUNED, config, method=config["methods"], fraction=config["fractions"]),
         pictures={"figure_3ab": "Figure 3(a, b): ours", "epochs": "Accuracy per epoch at the smallest fraction, ours"},
         render=drawn_by_recipe("FewShotArguments"),
     ),
@@ -269,7 +307,7 @@ EXPERIMENTS = (
         claim="The paper: the gain of non-negative tuning (NCE) grows with the label noise, up to +11.9 points on "
         "ImageNet-100.",
         metric=FINETUNED,
-        cells=lambda config: crossed(method=config["methods"], noise_rate=config["noise_rates"]),
+        needs=lambda config: crossed(FINETUNED, config, method=config["methods"], noise_rate=config["noise_rates"]),
         pictures={"figure_3c": "Figure 3(c): ours", "epochs": "Accuracy per epoch at the highest rate, ours"},
         render=drawn_by_recipe("NoisyArguments"),
     ),
@@ -280,7 +318,7 @@ EXPERIMENTS = (
         claim="The paper (Llama-2-7b-chat, one run): accuracy 92.78 % with LoRA and 94.84 % with MonoLoRA; "
         "ShieldGemma's average score, lower is safer, 7.90 and 3.53, of the base 4.83.",
         metric="accuracy",
-        cells=lambda config: crossed(method=config["methods"]),
+        needs=lambda config: crossed("accuracy", config, method=config["methods"]),
         pictures={"safety": "Safety against task performance: ours, and the paper's"},
         render=table_2("Sst2"),
     ),
@@ -291,7 +329,7 @@ EXPERIMENTS = (
         claim="The paper (Llama-2-7b-chat, one run): task performance 14.08 with LoRA and 14.48 with MonoLoRA; "
         "ShieldGemma's average score 6.12 and 6.04, of the base 4.83.",
         metric="answer_nll",
-        cells=lambda config: crossed(method=config["methods"]),
+        needs=lambda config: crossed("answer_nll", config, method=config["methods"]),
         pictures={"safety": "Safety against task performance: ours, and the paper's"},
         render=table_2("Dolly"),
     ),
@@ -302,7 +340,7 @@ EXPERIMENTS = (
         claim="The paper: under 90 % label noise the most active dimension of samples that are classified rightly is "
         "much more consistent than that of others (ImageNet-100; a histogram without numbers).",
         metric=ACCURACY,
-        cells=lambda config: crossed(features=PROBED),
+        needs=lambda config: probed(config, PROBED),
         pictures={"figure_4c": "Figure 4(c): ours"},
         render=drawn_by_recipe("SalientArguments"),
     ),
@@ -313,7 +351,7 @@ EXPERIMENTS = (
         claim="The paper: with superposition (poly) the toy model classifies better without noise, without it (mono) "
         "better under 90 % label noise and under input noise (bars without numbers).",
         metric="superposition",
-        cells=lambda config: crossed(size=config["sizes"], features=("mono", "poly")),
+        needs=superposition_needs,
         pictures={
             "gram": "Figure 5(a): ours",
             "accuracy": "Figure 5(b): ours",
@@ -328,7 +366,7 @@ EXPERIMENTS = (
         title="Theorems 4.1, 4.2 and B.1 to B.9: separability",
         claim="The paper: poly separates better without noise, mono from a label noise of 25 % on.",
         metric="claim",
-        cells=lambda config: crossed(ties=("zero", "one", "coin", "drop")),
+        needs=separability_needs,
         pictures={"criterion": "The criterion against label and input noise"},
         render=separability,
         own=frozenset({"ties", "kind"}),
@@ -340,7 +378,7 @@ EXPERIMENTS = (
         claim="The paper: symmetric cross entropy helps polysemantic and monosemantic features, and monosemantic "
         "features help with either loss (a picture without numbers).",
         metric=ACCURACY,
-        cells=lambda config: crossed(features=PROBED, loss=("ce", "sce"), noise_rate=config["noise_rates"]),
+        needs=lambda config: probed(config, loss=("ce", "sce", "ce_scaled"), noise_rate=config["noise_rates"]),
         pictures={"figure_6": "Figure 6: ours", "all_rates": "All rates, ours"},
         render=drawn_by_recipe("RobustLossArguments", classes),
     ),
