@@ -72,6 +72,7 @@ class FinetuningArguments(DownstreamArguments):
     finetuning_views: str | None = field(
         default=None, metadata={"help": "JSON of settings of SimCLRViews; by default crops and flips alone."}
     )
+    test_fraction: float = field(default=1.0, metadata={"help": "Of the test images, drawn from each class."})
     curve_epochs: int = field(default=1, metadata={"help": "Accuracies so often, also those of early stopping."})
     control_weight_decay: float = field(default=0.01, metadata={"help": "Of ce+weight_decay; all others have none."})
     control_dropout: float = field(default=0.5, metadata={"help": "Of ce+dropout."})
@@ -373,6 +374,7 @@ def start(
     """Settings, images by split, processes and the folder of a recipe; raises ValueError for what cannot work."""
     script = parse(settings, arguments, shared_with=ProbingArguments)
     splits = dict(zip(SPLITS, load_splits(script), strict=True))
+    splits["test"] = drawn(splits["test"], script.test_fraction, seed=0)
     script.check(splits["train"])
     accelerator = start_accelerator(script, recipe)
     run = Run(script.output_dir, recipe, results_config(script), is_main=accelerator.is_main_process)

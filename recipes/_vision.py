@@ -42,6 +42,9 @@ class PretrainingArguments:
     memory_gib: float = field(default=4.0, metadata={"help": "A larger set is streamed, not held in memory."})
     workers: int = field(default=0, metadata={"help": "Processes that decode a streamed set."})
     backbone: str = field(default="small_conv", metadata={"help": "small_conv or any model of timm."})
+    backbone_options: str | None = field(
+        default=None, metadata={"help": "JSON of further arguments of timm.create_model, such as img_size."}
+    )
     stem: str = field(default="timm", metadata={"help": "timm, or cifar for a ResNet on small images."})
     stem_padding: int = field(default=1, metadata={"help": "Of the CIFAR stem; 2 in the official code."})
     projector_hidden: int = field(default=512, metadata={"help": "16384 in the paper."})
@@ -65,10 +68,12 @@ class PretrainingArguments:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds takes different integers, got {self.seeds}.")
-        try:
-            self.views = json.loads(self.views) if isinstance(self.views, str) else self.views
-        except json.JSONDecodeError as error:
-            raise ValueError(f"views is {self.views!r}, which is not JSON ({error}).") from None
+        for name in ("views", "backbone_options"):
+            text = getattr(self, name)
+            try:
+                setattr(self, name, json.loads(text) if isinstance(text, str) else text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name} is {text!r}, which is not JSON ({error}).") from None
         for method in METHODS:
             self.model_config(method)
             self.pretrain_config(method, 0)
@@ -82,6 +87,7 @@ class PretrainingArguments:
             projector_hidden=self.projector_hidden,
             projector_out=self.projector_out,
             non_negative="none" if method == "simclr" else self.non_negative,
+            backbone_options=self.backbone_options or {},
         )
 
     def pretrain_config(self, method: str, seed: int) -> PretrainConfig:

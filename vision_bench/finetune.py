@@ -242,7 +242,7 @@ class _Run(training.Training):
             classifier, config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay
         )
         total = config.epochs * (len(train) // config.batch_size)
-        steps = [round(share * total) for share in config.milestones]
+        steps = [1 + round(share * total) for share in config.milestones]  # timm lowers the rate a step before each
         schedule = MultiStepLRScheduler(optimizer, decay_t=steps, decay_rate=0.1, t_in_epochs=False)
         # What the log of an epoch sums up over its images: loss, right answers, one.
         super().__init__(
