@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from markdown_it import MarkdownIt
+from PIL import Image
+
+BROAD = 1200  # pixels; pictures of one column are 1020 wide
 
 # Wide tables scroll by themselves, with their first column in place: the page never grows wider than the screen.
 _STYLE = """
@@ -37,6 +40,7 @@ th { background: var(--shade); } tr:last-child td { border-bottom: 0; }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--shade); max-width: 45vw; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.2rem; align-items: flex-start; margin: 1rem 0; }
 figure { margin: 0; flex: 0 1 480px; min-width: 0; } img { display: block; width: 100%; height: auto; }
+.broad { overflow-x: auto; } .broad img { min-width: 640px; } figure:has(.broad) { flex-basis: 900px; }
 figcaption { font-size: .875rem; color: var(--soft); margin-top: .3rem; }
 code { font-size: .9em; background: var(--shade); padding: .1em .3em; border-radius: 4px; }
 pre { overflow-x: auto; background: var(--shade); padding: .6rem; border-radius: 6px; } pre code { padding: 0; }
@@ -108,5 +112,8 @@ def _section(section: Section) -> str:
 def _picture(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     text = html.escape(caption)
-    source = f"data:image/png;base64,{data}"
-    return f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>'
+    image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
+    with Image.open(path) as opened:
+        if opened.width > BROAD:  # its letters would be too small on a telephone: it scrolls
+            image = f'<div class="broad" tabindex="0">{image}</div>'
+    return f"<figure>{image}<figcaption>{text}</figcaption></figure>"

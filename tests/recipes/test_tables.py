@@ -187,7 +187,7 @@ def test_a_stopped_run_is_not_shown_as_whole(runs, tmp_path):
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     kept = [r for r in rows if not (r["config"].get("features") == "ncl" and r["seed"] == 1)]
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    lacks = "lacks rows of the metric offline_probe_top1 (features ncl, noise_rate 0.0, seed 1 and 2 more)"
+    lacks = "lacks rows of the metric offline_probe_top1 (features ncl, noise_rate 0.0, seed 1 and 6 more)"
     main(["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")])
     assert lacks in (tmp_path / "out" / "results.md").read_text()
     assert not (tmp_path / "out" / "label_noise_probing").exists()
@@ -250,6 +250,52 @@ def test_the_other_probing_recipes(tmp_path):
     assert "c: error in %" in page
     assert "Synthetic shifts, made from the test images: rotated." in page
     assert "Points that the loss adds" in page
+
+
+def test_finetuning(tmp_path):
+    config = {"data": "digits", "methods": ["ce", "nce"], "finetuning_epochs": 2}
+    for name, recipe, conditions, own in (
+        ("3ab", "few_shot_finetuning", [(0.1, 0.0), (1.0, 0.0)], {"fractions": [0.1, 1.0]}),
+        ("3c", "noisy_finetuning", [(0.5, 0.0), (0.5, 0.8)], {"noise_rates": [0.0, 0.8], "fraction": 0.5}),
+    ):
+        rows = []
+        for method, (fraction, rate) in itertools.product(config["methods"], conditions):
+            arm = {"method": method, "fraction": fraction, "noise_rate": rate}
+            value = 0.7 if method == "nce" else 0.6
+            for metric in ("train_top1", "validation_top1"):
+                rows.append((f"finetuned_{metric}", value, arm | {"epoch": 2}))
+                rows += [(metric, value, arm | {"epoch": epoch}) for epoch in (1, 2)]
+            rows += [(metric, 0.2, arm) for metric in MEASURED]
+        write(tmp_path / "runs" / name, recipe, config | own, rows)
+    main(
+        ["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out"), "--only", "figure_3ab", "figure_3c"]
+    )
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count("<img ") == 4
+    assert ">+10.0 ± 0.0</td>" in page
+    assert ">+3.9 at most</td>" in page
+
+
+@pytest.mark.slow
+def test_rows_that_the_recipes_of_the_theory_made(tmp_path):
+    import separability
+    import superposition
+
+    small = ["--sizes", "12x3", "--samples", "400", "--sample_sizes", "200", "400", "--sparsities", "0.5", "0.8"]
+    small += ["--sparsity", "0.8", "--noise_rate", "0.6", "--input_noises", "0.2", "--steps", "150", "--epochs", "2"]
+    small += ["--seeds", "0", "1", "2", "--neighbour_seeds", "2"]
+    runs = tmp_path / "runs"
+    superposition.main(["--output_dir", str(runs / "toy"), *small])
+    separability.main(["--output_dir", str(runs / "theorems"), "--draws", "100000", "--sparsities", "0.55"])
+    only = ["--only", "figure_5", "theorems"]
+    main(["--runs", str(runs), "--output_dir", str(tmp_path / "out"), *only])
+    for recipe, folder in (("superposition", "toy"), ("separability", "theorems")):
+        assert (tmp_path / "out" / recipe / "results.md").read_text() == (runs / folder / "results.md").read_text()
+    assert (tmp_path / "out" / "index.html").read_text().count("<img ") == 4
+    lines = (runs / "toy" / "results.jsonl").read_text().splitlines(keepends=True)
+    (runs / "toy" / "results.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match=r"toy lacks rows of the metric accuracy \(size 12x3, .*: the same command"):
+        main(["--runs", str(runs), "--output_dir", str(tmp_path / "out"), *only])
 
 
 def test_image_grids_are_taken_from_the_run(tmp_path):
@@ -320,9 +366,10 @@ def test_in_a_browser(made, width, tmp_path):
             "Math.min(...[...document.querySelectorAll('p, td, th, li, figcaption, code')]"
             ".map(e => parseFloat(getComputedStyle(e).fontSize)))"
         )
+        where = "document.getElementById('salient_features').getBoundingClientRect().top"
+        before = page.evaluate(where)
         page.get_by_role("link", name=re.compile("Figure 4\\(c\\)")).click()
-        top = page.evaluate("document.getElementById('salient_features').getBoundingClientRect().top")
-        after = page.evaluate("document.getElementById('salient_features').getBoundingClientRect().top")
+        after = page.evaluate(where)
         browser.close()
     assert said == []
     assert [one for one in asked if not one.startswith("data:")] == [url]
@@ -332,4 +379,4 @@ def test_in_a_browser(made, width, tmp_path):
     )
     assert inside <= outside == width
     assert smallest >= 12
-    assert abs(after) < 5 < top + 5
+    assert abs(after) < 5 < 500 < before
