@@ -12,7 +12,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from PIL import Image
 
-BROAD = 1200  # pixels; pictures of one column are 1020 wide
+BROAD = 1030  # pixels; pictures of one column are 1020 wide
 
 # Wide tables scroll by themselves, with their first column in place: the page never grows wider than the screen.
 _STYLE = """

@@ -141,7 +141,7 @@ def provenance(source: Source, seeds: list[int]) -> str:
     )
 
 
-def section(experiment: Experiment, source: Source, name: str, output: Path, asked: bool) -> Section:
+def section(experiment: Experiment, source: Source, name: str, title: str, output: Path, asked: bool) -> Section:
     """A run's table and pictures, in a folder of their own; without them if the run was stopped.
 
     Raises:
@@ -149,19 +149,21 @@ def section(experiment: Experiment, source: Source, name: str, output: Path, ask
     """
     run = Run(output / name, source.recipe, source.config)
     run.rows = source.rows
+    for stale in ("results.md", *(f"{stem}.png" for stem in experiment.pictures)):
+        (run.folder / stale).unlink(missing_ok=True)  # of another run that was shown here
     missing = experiment.missing(run)
     if missing is not None:
         said = f"{source.folder} lacks {missing}: the same command of recipes/{source.recipe}.py again makes them."
         if asked:
             raise ValueError(said)
-        return Section(name, experiment.title, experiment.claim, f"Not whole: {said}", settings=source.config)
+        return Section(name, title, experiment.claim, f"Not whole: {said}", settings=source.config)
     run.folder.mkdir(parents=True, exist_ok=True)
     text = experiment.render(run, source.folder)
     run.write("results.md", text)
     paths = {stem: run.folder / f"{stem}.png" for stem in experiment.pictures}
     pictures = [(path, experiment.pictures[stem]) for stem, path in paths.items() if path.exists()]
     said = provenance(source, source.config["seeds"])
-    return Section(name, experiment.title, experiment.claim, said, text, pictures, source.config)
+    return Section(name, title, experiment.claim, said, text, pictures, source.config)
 
 
 def sections(script: TablesArguments, found: list[tuple[Experiment, list[Source]]]) -> list[Section]:
@@ -172,8 +174,10 @@ def sections(script: TablesArguments, found: list[tuple[Experiment, list[Source]
             nothing = f"Ours: no rows below `{script.runs}`; this makes them: `{experiment.command}`."
             made.append(Section(experiment.recipe, experiment.title, experiment.claim, nothing))
         for i, source in enumerate(of, 1):
-            name = experiment.recipe if len(of) == 1 else f"{experiment.recipe}-{i}"
-            made.append(section(experiment, source, name, Path(script.output_dir), bool(script.only)))
+            name, title = experiment.recipe, experiment.title
+            if len(of) > 1:
+                name, title = f"{name}-{i}", f"{title} ({i}: {source.folder.name})"
+            made.append(section(experiment, source, name, title, Path(script.output_dir), bool(script.only)))
     return made
 
 

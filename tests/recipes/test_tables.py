@@ -161,6 +161,7 @@ def test_two_configurations_share_no_table(runs, tmp_path):
     page = (tmp_path / "out" / "index.html").read_text()
     assert '<section id="label_noise_probing-1">' in page
     assert '<section id="label_noise_probing-2">' in page
+    assert "(2: more)</h2>" in page
     assert (tmp_path / "out" / "label_noise_probing-2" / "figure_1b.png").exists()
 
 
@@ -321,6 +322,9 @@ def test_image_grids_are_taken_from_the_run(tmp_path):
     Image.new("RGB", (40, 40)).save(run / "figure_4ab.png")
     main(arguments)
     assert (tmp_path / "out" / "index.html").read_text().count("<img ") == 1
+    (run / "figure_4ab.png").unlink()
+    main(arguments)  # the picture in the output folder is of an older run
+    assert "<img" not in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_table_2(tmp_path):
