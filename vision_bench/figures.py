@@ -149,7 +149,8 @@ def noise_curves(
             ax.fill_between(levels, low, high, color=colour, alpha=0.2, linewidth=0)
         ax.set(ylabel=name, xlim=(levels[0], levels[-1]) if len(levels) > 1 else None)
         if ax is axes.flat[0]:
-            ax.set_ylim(bottom=max(0, ax.get_ylim()[0]))  # a share, whatever its interval
+            low, high = ax.get_ylim()
+            ax.set_ylim(max(0, low), min(high, 100))  # a share, whatever its interval
         else:
             ax.axhline(0, color="black", linewidth=0.6)
     axes.flat[-1].set_xlabel(label)
@@ -178,7 +179,8 @@ def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], tuple[
     ax.set(xlabel="share of wrong training labels, %", ylabel="test accuracy, %")
     if len(levels) > 1:
         ax.set_xlim(levels[0], levels[-1])
-    ax.set_ylim(bottom=max(0, ax.get_ylim()[0]))
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(max(0, bottom), min(top, 100))
     _legend(figure, ax)
     return figure
 

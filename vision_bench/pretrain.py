@@ -153,7 +153,8 @@ def pretrain(
         folder, model_config, config, train, validation, accelerator, monitor_epochs, compile_model, workers, what
     )
     run.run(checkpoint_minutes, name, progress)
-    run.model.to("cpu").eval()
+    # as a loaded model is: convolutions round otherwise in the layout of training
+    run.model.to("cpu").to(memory_format=torch.contiguous_format).eval()
     if accelerator.num_processes > 1:  # the statistics of batch normalisation may differ between them
         run.model, _ = models.load(folder / training.MODEL)
     return Pretrained(run.model, run.log)
