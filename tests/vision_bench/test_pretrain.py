@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vision_bench import models, pretrain, storage
+from vision_bench import features, models, pretrain, storage
 from vision_bench.data import load_images
 from vision_bench.models import ModelConfig
 from vision_bench.pretrain import PretrainConfig
@@ -67,6 +67,9 @@ def test_training_lowers_the_loss_and_logs_accuracies_apart(digits, tmp_path):
     assert not model.training
     loaded, training = models.load(tmp_path / "model.safetensors")
     assert models.fingerprint(loaded) == models.fingerprint(model)
+    images = digits[1]
+    made = [features.embed(one, images.images, images.mean, images.std)["output"] for one in (model, loaded)]
+    assert torch.equal(*made)  # a run that was stopped between training and features has the same rows
     assert training["config"]["epochs"] == 8
     assert training["data"] == digits[0].fingerprint
 

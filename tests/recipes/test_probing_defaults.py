@@ -1,4 +1,4 @@
-"""The recipes of Fig. 2 and Fig. 6 as processes: their default runs, and one that is killed and continued."""
+"""The recipes of Fig. 1, 2, 4 and 6 as processes: their default runs, and one that is killed and continued."""
 
 import json
 import math
@@ -15,6 +15,8 @@ PICTURES = {
     "input_noise_probing": ("figure_1b", "figure_2_uniform", "figure_2_gaussian"),
     "ood_probing": ("figure_2c",),
     "robust_loss": ("figure_6", "all_rates"),
+    "salient_features": ("figure_4c",),
+    "top_activated_samples": ("figure_1a", "figure_4ab"),
 }
 SMALL = ["--pretraining_epochs", "2", "--warmup_epochs", "1", "--projector_hidden", "32", "--projector_out", "32"]
 SMALL += ["--sae_k", "4", "--sae_epochs", "4", "--probe_epochs", "4"]
