@@ -12,18 +12,20 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from _features import FEATURES, MEASURED
+from _probes import ACCURACY, ARMS, gain
 from _run import Run
 
 from vision_bench import figures
 
-PROBED = ("poly", "sae", "ncl")
-ARMS = (*PROBED, "poly_decay", "poly_unit", "random_relu", "random_mask")
-MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet100": 100}
-ACCURACY, FINETUNED = "offline_probe_top1", "finetuned_validation_top1"
-
+FINETUNED = "finetuned_validation_top1"
 
 Need = tuple[str, dict[str, Any], Sequence[int]]
+
+
+class CannotShow(ValueError):
+    """Rows that are whole but cannot be made a table here."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,12 @@ def settings_of(run: Run, settings: type[Any]) -> Any:
     """The dataclass of a recipe's settings as the run's configuration has them.
 
     Raises:
-        ValueError: it has settings that this version of the recipe does not have.
+        CannotShow: it has settings that this version of the recipe does not have.
     """
     known = {f.name for f in fields(settings)}
     unknown = sorted(run.config.keys() - known)
     if unknown:
-        raise ValueError(
+        raise CannotShow(
             f"rows of {run.recipe} have the settings {', '.join(unknown)}, which recipes/{run.recipe}.py lacks; use "
             "the version that made them, or run it again."
         )
@@ -144,10 +146,10 @@ def classes(script: Any) -> tuple[int]:
     """The number of classes of the data, which is in no row.
 
     Raises:
-        ValueError: it is not known by the data's name.
+        CannotShow: it is not known by the data's name.
     """
     if script.data not in CLASSES:
-        raise ValueError(
+        raise CannotShow(
             f"data is {script.data!r}, and how many classes it has stands in no row: {', '.join(CLASSES)} are known. "
             "The recipe's own results.md in the folder of the run has the table."
         )
@@ -157,12 +159,12 @@ def classes(script: Any) -> tuple[int]:
 def label_noise(run: Run, source: Path) -> str:
     """Table 1 and Fig. 1(b) by the recipe, and the gains beside the paper's."""
     text = drawn_by_recipe("LabelNoiseArguments", classes)(run, source)
-    recipe, probes = importlib.import_module(run.recipe), importlib.import_module("_probes")
+    recipe = importlib.import_module(run.recipe)
     script = settings_of(run, recipe.LabelNoiseArguments)
     rates = sorted(script.noise_rates)
     ours = {}
-    for name in PROBED[1:]:
-        gains = [probes.gain(run, name, noise_rate=rate) for rate in rates]
+    for name in FEATURES[1:]:
+        gains = [gain(run, name, noise_rate=rate) for rate in rates]
         ours[name] = [one.mean for one in gains], [one.half_width or 0.0 for one in gains]
     published = {
         data: {
@@ -240,7 +242,7 @@ EXPERIMENTS = (
         "90 % label noise the best class relies on a dimension that shows one class, the worst on one that does not "
         "(boathouse and jeans of ImageNet-100; pictures, no numbers).",
         metric=ACCURACY,
-        needs=lambda config: probed(config, PROBED),
+        needs=lambda config: probed(config, FEATURES),
         pictures={
             "figure_1a": "Figure 1(a): random dimensions",
             "figure_4ab": "Figure 4(a, b): the dimension with the largest weight of the worst and of the best class",
@@ -340,7 +342,7 @@ EXPERIMENTS = (
         claim="The paper: under 90 % label noise the most active dimension of samples that are classified rightly is "
         "much more consistent than that of others (ImageNet-100; a histogram without numbers).",
         metric=ACCURACY,
-        needs=lambda config: probed(config, PROBED),
+        needs=lambda config: probed(config, FEATURES),
         pictures={"figure_4c": "Figure 4(c): ours"},
         render=drawn_by_recipe("SalientArguments"),
     ),

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _experiments import EXPERIMENTS, Experiment
+from _experiments import EXPERIMENTS, CannotShow, Experiment
 from _page import Section, lowered, page
 from _run import Run, read_rows, write_atomic
 from _settings import parse
@@ -142,10 +142,10 @@ def provenance(source: Source, seeds: list[int]) -> str:
 
 
 def section(experiment: Experiment, source: Source, name: str, title: str, output: Path, asked: bool) -> Section:
-    """A run's table and pictures, in a folder of their own; without them if the run was stopped.
+    """A run's table and pictures, in a folder of their own; without them if it was stopped or cannot be shown.
 
     Raises:
-        ValueError: the run was stopped, and what it shows was asked for.
+        ValueError: it was stopped or cannot be shown, and was asked for.
     """
     run = Run(output / name, source.recipe, source.config)
     run.rows = source.rows
@@ -158,7 +158,12 @@ def section(experiment: Experiment, source: Source, name: str, title: str, outpu
             raise ValueError(said)
         return Section(name, title, experiment.claim, f"Not whole: {said}", settings=source.config)
     run.folder.mkdir(parents=True, exist_ok=True)
-    text = experiment.render(run, source.folder)
+    try:
+        text = experiment.render(run, source.folder)
+    except CannotShow as error:
+        if asked:
+            raise
+        return Section(name, title, experiment.claim, f"Not shown: {error}", settings=source.config)
     run.write("results.md", text)
     paths = {stem: run.folder / f"{stem}.png" for stem in experiment.pictures}
     pictures = [(path, experiment.pictures[stem]) for stem, path in paths.items() if path.exists()]
@@ -191,7 +196,7 @@ def introduction(made: list[Section], sources: list[Source]) -> str:
         "another scale.\n\n"
     )
     for one in made:
-        state = "" if one.markdown is not None else " (not whole)" if one.settings else " (no rows)"
+        state = "" if one.markdown is not None else " (not shown)" if one.settings else " (no rows)"
         text += f"- [{one.title}](#{one.name}){state}\n"
     others = sorted({s.recipe for s in sources} - {experiment.recipe for experiment in EXPERIMENTS})
     return text + (

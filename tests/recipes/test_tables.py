@@ -217,10 +217,12 @@ def test_folders_that_cannot_be_read(runs, tmp_path):
     with pytest.raises(
         ValueError, match=r"have the settings no_such_setting, which recipes/label_noise_probing.py lacks"
     ):
-        main(["--runs", str(tmp_path / "other_version"), *out])
+        main(["--runs", str(tmp_path / "other_version"), *out, "--only", "table_1"])
     label_noise(tmp_path / "own_data", data="my_images")
     with pytest.raises(ValueError, match="data is 'my_images', and how many classes it has stands in no row"):
-        main(["--runs", str(tmp_path / "own_data"), *out])
+        main(["--runs", str(tmp_path / "own_data"), *out, "--only", "table_1"])
+    main(["--runs", str(tmp_path / "own_data"), *out])
+    assert "Not shown: data is 'my_images', and how many" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_the_other_probing_recipes(tmp_path):
