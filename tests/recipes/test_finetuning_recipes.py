@@ -1,0 +1,267 @@
+"""The recipes of Fig. 3 at a size of seconds: rows, table, pictures, adapters, continuation and what they refuse."""
+
+import json
+import re
+import shutil
+
+import _finetuning
+import few_shot_finetuning
+import noisy_finetuning
+import pytest
+import torch
+from _finetuning import adapted, drawn
+
+from vision_bench import models
+from vision_bench.data import load_images
+from vision_bench.finetune import finetune
+
+PRETRAINING = [
+    "--pretraining_epochs",
+    "2",
+    "--warmup_epochs",
+    "1",
+    "--projector_hidden",
+    "32",
+    "--projector_out",
+    "32",
+]
+SMALL = [
+    *PRETRAINING,
+    "--seeds",
+    "0",
+    "1",
+    "--finetuning_epochs",
+    "2",
+    "--curve_epochs",
+    "1",
+    "--test_fraction",
+    "0.3",
+]
+SMALL += ["--control_weight_decay", "1"]
+FEW = [*SMALL, "--fractions", "0.05", "0.1"]
+NOISY = [*SMALL, "--fraction", "0.1", "--noise_rates", "0", "0.6", "--methods", "ce", "nce"]
+ARMS = {"ce", "nce", "ce+weight_decay", "ce+dropout", "ce+early_stopping"}
+VIT = ["--backbone", "test_vit", "--backbone_options", '{"img_size": 8, "patch_size": 4}', "--layer", "backbone"]
+VIT += [*PRETRAINING, "--seeds", "0", "--train_fraction", "0.1", "--batch_size", "64", "--finetuning_epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("few_shot")
+    few_shot_finetuning.main(["--output_dir", str(path), *FEW])
+    return path
+
+
+def rows(folder, metric=None, **arm):
+    found = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
+    return [
+        row
+        for row in found
+        if metric in (None, row["metric"]) and all((row["config"] | row).get(k) == v for k, v in arm.items())
+    ]
+
+
+def test_every_cell_has_rows_and_the_arms_differ(folder):
+    final = rows(folder, "finetuned_validation_top1")
+    found = {(row["config"]["method"], row["config"]["fraction"], row["seed"]) for row in final}
+    assert found == {(arm, fraction, seed) for arm in ARMS for fraction in (0.05, 0.1) for seed in (0, 1)}
+    assert len(final) == len(found)
+    assert {row["n"] for row in final} == {107}
+    assert {row["n"] for row in rows(folder, "finetuned_train_top1", fraction=0.1)} == {143}
+    by_arm = {arm: tuple(row["value"] for row in rows(folder, "online_train_top1", method=arm)) for arm in ARMS}
+    assert len(set(by_arm.values())) == len(ARMS)
+    one, other = (rows(folder, "online_train_top1", seed=seed, method="ce") for seed in (0, 1))
+    assert [row["value"] for row in one] != [row["value"] for row in other]
+
+
+def test_accuracies_per_epoch_and_what_the_features_are_stand_in_the_rows(folder):
+    for metric in ("train_top1", "validation_top1", "online_train_top1"):
+        epochs = [row["config"]["epoch"] for row in rows(folder, metric, method="nce", fraction=0.1, seed=0)]
+        assert epochs == [1, 2]
+    last = rows(folder, "validation_top1", method="ce", fraction=0.1, seed=1, epoch=2)[0]["value"]
+    assert rows(folder, "finetuned_validation_top1", method="ce", fraction=0.1, seed=1)[0]["value"] == last
+    assert min(row["value"] for row in rows(folder, "sparsity", method="nce")) > 0.1
+    assert max(row["value"] for row in rows(folder, "sparsity", method="ce")) < 0.01
+    assert {row["metric"] for row in rows(folder)} > {"semantic_consistency", "chance_consistency", "live_dimensions"}
+
+
+def test_table_and_pictures_are_left_and_no_models(folder):
+    table = (folder / "results.md").read_text()
+    assert "| 5 % | nce | " in table
+    assert re.search(r"\| nce - ce\+early_stopping \| [+-]\d", table)
+    assert "| nce - ce, the paper, ImageNet-100 | - | +3.9 at most |" in table
+    for name in ("figure_3ab", "epochs"):
+        assert (folder / f"{name}.png").stat().st_size > 5000
+        assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    assert not list((folder / "finetuned").iterdir())
+
+
+def test_a_stopped_run_continues_to_the_same_rows(folder, tmp_path, monkeypatch):
+    stopped = tmp_path / "stopped"
+    shutil.copytree(folder, stopped)
+    whole = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    cut = next(i for i, line in enumerate(whole) if json.loads(line)["seed"] == 1) + 12  # one cell of seed 1 is whole
+    cells = [i for i in range(cut) if json.loads(whole[i])["metric"] == "finetuned_validation_top1"]
+    (stopped / "results.jsonl").write_text("".join(whole[: cells[-1] + 1]))
+    trained = []
+
+    def counted(folder, *rest, **settings):
+        trained.append(folder.name)
+        return finetune(folder, *rest, **settings)
+
+    monkeypatch.setattr(_finetuning, "finetune", counted)
+    few_shot_finetuning.main(["--output_dir", str(stopped), *FEW])
+    assert len(trained) == 20 - len(cells)
+
+    def found(path):
+        return {(json.dumps(row["config"], sort_keys=True), row["seed"], row["metric"], row["value"])
+                for row in rows(path)}  # fmt: skip
+
+    assert found(stopped) == found(folder)
+
+
+def test_same_settings_reprint_and_others_are_refused(folder, monkeypatch, capsys):
+    before = (folder / "results.jsonl").read_bytes()
+    monkeypatch.setattr(_finetuning, "finetune_cell", lambda *rest: pytest.fail("nothing is left to do"))
+    few_shot_finetuning.main(["--output_dir", str(folder), *FEW])
+    assert "points of test accuracy" in capsys.readouterr().out
+    assert (folder / "results.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match="another configuration"):
+        few_shot_finetuning.main(["--output_dir", str(folder), *FEW, "--control_dropout", "0.4"])
+    with pytest.raises(ValueError, match="recipe 'few_shot_finetuning'"):
+        noisy_finetuning.main(["--output_dir", str(folder), *NOISY])
+
+
+def test_noisy_finetuning_leaves_rows_table_and_pictures(folder, tmp_path):
+    models = str(folder / "models")
+    noisy_finetuning.main(["--output_dir", str(tmp_path), *NOISY, "--checkpoints", models, "--keep_models"])
+    found = {(row["config"]["method"], row["config"]["noise_rate"]) for row in rows(tmp_path, "train_top1")}
+    assert found == {(arm, rate) for arm in ("ce", "nce") for rate in (0, 0.6)}
+    clean = [row["value"] for row in rows(tmp_path, "finetuned_validation_top1", noise_rate=0)]
+    noisy = [row["value"] for row in rows(tmp_path, "finetuned_validation_top1", noise_rate=0.6)]
+    assert sum(clean) > sum(noisy)
+    few = rows(folder, "finetuned_validation_top1", fraction=0.1, method="nce", seed=1)[0]["value"]
+    assert rows(tmp_path, "finetuned_validation_top1", noise_rate=0, method="nce", seed=1)[0]["value"] == few
+    assert "+11.9 at most" in (tmp_path / "results.md").read_text()
+    for name in ("figure_3c", "epochs"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    assert (tmp_path / "finetuned" / "nce-0.1-0.6-1" / "model.safetensors").exists()
+
+
+def test_wrong_labels_are_drawn_after_the_images_and_the_same_for_all_arms():
+    train = load_images("digits", "train")
+    clean, noisy, again = drawn(train, 0.2, 3), drawn(train, 0.2, 3, 0.5), drawn(train, 0.2, 3, 0.5)
+    assert torch.equal(clean.images, noisy.images)
+    assert (clean.labels != noisy.labels).sum() == round(0.5 * len(clean))
+    assert noisy.fingerprint == again.fingerprint != clean.fingerprint
+    counts = torch.bincount(clean.labels).tolist()
+    assert counts == [round(0.2 * count) for count in torch.bincount(train.labels).tolist()]
+    assert not torch.equal(clean.images, drawn(train, 0.2, 4).images)
+
+
+def test_adapters_of_a_vision_transformer_train_and_its_backbone_does_not(tmp_path):
+    methods = ["ce", "nce", "lora", "monolora"]
+    few_shot_finetuning.main(
+        ["--output_dir", str(tmp_path), *VIT, "--fractions", "0.5", "--methods", *methods, "--keep_models"]
+    )
+    assert {row["config"]["method"] for row in rows(tmp_path, "finetuned_validation_top1")} == set(methods)
+    zeros = rows(tmp_path, "adapter_sparsity")
+    assert [row["config"]["method"] for row in zeros] == ["monolora"]
+    assert 0 < zeros[0]["value"] < 1
+    assert "| monolora - lora |" in (tmp_path / "results.md").read_text()
+
+    from vision_bench import finetune, storage
+
+    start, _ = models.load(tmp_path / "models" / "simclr-0" / "model.safetensors")
+    pretrained = start.backbone.state_dict()
+    for method, prefix in (("lora", "lora_"), ("monolora", "monolora_")):
+        path = tmp_path / "finetuned" / f"{method}-0.5-0-0" / "model.safetensors"
+        weights, header = storage.load(path, finetune.KIND)
+        assert header["what"]["adapter"]["method"] == method
+        adapters = {name: tensor for name, tensor in weights.items() if f".{prefix}" in name}
+        seconds = [t for name, t in adapters.items() if "lora_B" in name or "decoder" in name]
+        assert len(seconds) == 6  # one of each block
+        assert all(tensor.abs().sum() > 0 for tensor in seconds)  # they started at zero
+        base = {
+            name: tensor for name, tensor in weights.items() if name.startswith("backbone.") and name not in adapters
+        }
+        assert len(base) == len(pretrained)
+        for name, tensor in base.items():
+            plain = name.removeprefix("backbone.base_model.model.").replace(".base_layer", "")
+            assert torch.equal(tensor, pretrained[plain])
+
+
+def test_adapters_leave_the_features_as_they_are_at_first():
+    script = few_shot_finetuning.FewShotArguments(output_dir="unused", methods=["ce", "lora", "monolora"])
+    torch.manual_seed(0)
+    options = {"img_size": 8, "patch_size": 4}
+    model = models.ContrastiveModel(models.ModelConfig(backbone="test_vit", backbone_options=options)).eval()
+    images = torch.randn(2, 3, 8, 8)
+    for method in ("lora", "monolora"):
+        made, settings = adapted(model, method, script, 0)
+        assert torch.equal(made.eval()(images).backbone, model(images).backbone)
+        assert settings["r"] == 8
+        trained = [name for name, parameter in made.named_parameters() if parameter.requires_grad]
+        assert len(trained) == 12
+        assert all("lora" in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fractions", "10"], r"fractions has 10.0; each must be in \(0, 1\]"),
+        (["--fractions", "0.1", "0.1"], "fractions takes different numbers"),
+        (["--fractions", "0.001"], "would be left with none"),
+        (["--fractions", "0.02"], "finetuning_batch_size is 32, and a fraction of 0.02 leaves"),
+        (["--methods", "ce", "sgd"], "methods is .*; it takes different names of ce, nce"),
+        (["--methods", "nce", "ce"], "the first must be ce"),
+        (["--methods", "ce", "lora"], "adapter_targets has qkv; small_conv has these linear layers: none"),
+        (
+            [*VIT, "--fractions", "0.5", "--methods", "ce", "lora", "--adapter_targets", "q_proj"],
+            "adapter_targets has q_proj; test_vit has",
+        ),
+        (["--layer", "backbone"], "features of small_conv are never negative: nce would be ce"),
+        (["--layer", "output"], "layer is 'output'; it must be one of projector, backbone"),
+        (["--held_out", "0"], r"held_out is 0.0; it must be in \(0, 1\)"),
+        (["--adapter_r", "0"], "adapter_r is 0"),
+        (["--finetuning_learning_rate", "0"], "learning_rate is 0.0; it must be above 0"),
+        (["--finetuning_views", "{"], "finetuning_views is '{', which is not JSON"),
+        (["--backbone_options", "["], "backbone_options is '\\[', which is not JSON"),
+        (["--batch_size", "9999"], "batch_size is 9999 for 1437 images"),
+        (["--test_fraction", "2"], "fraction is 2.0; it must be in"),
+    ],
+)
+def test_bad_settings_are_named_before_training(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        few_shot_finetuning.main(["--output_dir", str(tmp_path / "bad"), *FEW, *arguments])
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--noise_rates", "90"], "noise_rates has 90.0; each must be in"),
+        (["--noise_rates", "0.1", "0.1"], "noise_rates takes different numbers"),
+        (["--fraction", "0"], r"fraction is 0.0; it must be in \(0, 1\]"),
+    ],
+)
+def test_bad_settings_of_noisy_finetuning_are_named(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        noisy_finetuning.main(["--output_dir", str(tmp_path / "bad"), *NOISY, *arguments])
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("recipe", [few_shot_finetuning, noisy_finetuning])
+def test_the_configuration_of_the_paper_is_read(recipe, monkeypatch, tmp_path):
+    seen = {}
+
+    def stop(script):
+        seen["script"] = script
+        raise InterruptedError
+
+    monkeypatch.setattr(_finetuning, "load_splits", stop)
+    with pytest.raises(InterruptedError):
+        recipe.main(["--output_dir", str(tmp_path), "--config", "recipes/configs/finetuning_imagenet100.yaml"])
+    config = seen["script"].finetune_config("nce", 0)
+    assert (config.epochs, config.batch_size, config.learning_rate, config.optimizer) == (100, 256, 1.5, "momentum")
+    assert (config.milestones, config.weight_decay, config.layer, config.loss) == ((0.6, 0.8), 0, "projector", "nce")
