@@ -36,6 +36,7 @@ def rows_of(folder, metric="accuracy"):
     }
 
 
+@pytest.mark.timeout(1500)  # four minutes on two free cores
 def test_the_embedded_default_as_a_new_user_launches_it(tmp_path):
     """No option: the recipe builds its model and data; both adapters learn the task, which the base half knows."""
     command = [*LAUNCH, RECIPE, "--output_dir", str(tmp_path / "out")]
