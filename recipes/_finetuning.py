@@ -238,7 +238,8 @@ def finetune_cell(
         what = semantic_consistency(features, test.labels)
         measured = {"seed": seed, "seconds": time.monotonic() - start, "device": device_name(accelerator.device)}
         arm = {"method": method, **condition}
-        counts = {"train_top1": len(train), "online_train_top1": len(train), "validation_top1": len(test)}
+        kept = len(train) - round(script.finetune_config(method, seed).held_out * len(train))
+        counts = {"train_top1": kept, "online_train_top1": kept, "validation_top1": len(test)}
         rows = [
             run.row(metric, entry[metric], n=counts[metric], epoch=entry["epoch"], **measured, **arm)
             for entry, metric in itertools.product(found.log, counts)

@@ -7,9 +7,9 @@
 SimCLR's model is finetuned on labels of which a share is wrong, with every arm of recipes/_finetuning.py. Held-out
 images of early stopping have wrong labels too.
 
-The paper: the gain of NCE grows with the rate, to +11.9 points at most (ImageNet-100). The default run, two to four
-minutes on 2 cores, is of another scale: a quarter of 1,437 digits, a network of three convolutions, 10 epochs; with 10
-classes a rate of 90 % leaves no signal. Expected there: no gain of NCE beyond the intervals.
+The paper: the gain of NCE grows with the rate, to +11.9 points at most (ImageNet-100). The default run, about two
+minutes of one core, is of another scale: a quarter of 1,437 digits, a network of three convolutions, 10 epochs; with
+10 classes a rate of 90 % leaves no signal.
 """
 
 from __future__ import annotations

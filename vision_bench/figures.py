@@ -210,8 +210,11 @@ def finetuning_curves(
             ax.plot(
                 levels, mean, linestyle=line, marker=marker, markersize=2, color=colour, label=arm.replace("_", " ")
             )
-            ax.fill_between(levels, low, high, color=colour, alpha=0.15, linewidth=0)
+            # Bands of the controls are fainter: five of them hide each other.
+            ax.fill_between(levels, low, high, color=colour, alpha=0.07 if "+" in arm else 0.2, linewidth=0)
         ax.set_ylabel(name)
+        if "ce" in arms:
+            ax.set_ylim(max(-1, ax.get_ylim()[0]), min(101, ax.get_ylim()[1]))  # a share, whatever its interval
         if logarithmic:
             ax.set_xscale("log")
             ax.set_xticks(levels, [f"{level:g}" for level in levels])
