@@ -141,7 +141,10 @@ def load_splits(script: PretrainingArguments) -> tuple[ImageSet, ImageSet]:
 def start_accelerator(script: PretrainingArguments, recipe: str) -> Accelerator:
     """Processes, devices, precision and trackers; `end_training` closes the trackers."""
     accelerator = Accelerator(
-        mixed_precision=script.precision, log_with=script.report_to or None, project_dir=script.output_dir
+        cpu=not torch.accelerator.is_available(),  # unless it is told, every process of a launch would be alone
+        mixed_precision=script.precision,
+        log_with=script.report_to or None,
+        project_dir=script.output_dir,
     )
     if script.report_to:
         accelerator.init_trackers(recipe, {k: str(v) for k, v in asdict(script).items()})

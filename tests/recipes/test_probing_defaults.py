@@ -44,6 +44,27 @@ def test_the_default_run(recipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_share_the_pretraining_and_one_tests(tmp_path):
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(RECIPES / "accelerate/ddp.yaml"),
+    ]
+    command = [*launch, str(RECIPES / "ood_probing.py"), "--output_dir", str(tmp_path), *SMALL, "--seeds", "0", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("# Linear probes on frozen features under a shift") == 1
+    found = [row for row in rows(tmp_path) if row["metric"] == "offline_probe_top1"]
+    cells = {
+        (row["config"]["features"], row["config"]["probe_weight_decay"], row["config"]["shift"], row["seed"])
+        for row in found
+    }
+    assert len(found) == len(cells) == 10 * 4 * 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", PICTURES)
 def test_a_killed_run_continues_to_the_rows_of_a_whole_one(recipe, tmp_path):
     def command(name):
