@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -108,6 +109,8 @@ def fit_linear_probes(
         raise ValueError(
             f"seeds has {len(seeds)} values for {k} rows of label_sets; give one for each row or a number."
         )
+    if min([*seeds, order_seed or 0], default=0) < 0:
+        raise ValueError(f"seeds are {seeds}, order_seed {order_seed}; they must be at least 0.")
     _one_of("optimizer", optimizer, OPTIMIZERS)
     _one_of("schedule", schedule, SCHEDULES)
     if epochs < 1:
@@ -129,7 +132,7 @@ def fit_linear_probes(
     groups = []
     for key in dict.fromkeys(keys):
         members = [i for i in range(k) if keys[i] == key]
-        generator = torch.Generator().manual_seed(key)
+        generator = torch.Generator().manual_seed(order_stream(key))
         vectors = {name: value[members].to(device, dtype) for name, value in settings.items()}
         start = _initial([seeds[i] for i in members], num_classes, d, dtype, device)
         groups.append((generator, _Group(start, labels[members].to(device), optimizer, momentum, **vectors), members))
@@ -163,6 +166,14 @@ def fit_linear_probes(
         weights *= moments[1]
         biases -= weights @ moments[0]
     return Probes(weights, biases)
+
+
+def order_stream(seed: int) -> int:
+    """The seed of the order in which probes of a seed see the samples.
+
+    Wrong labels drawn with the same seed would otherwise come from the same permutation, and all of them first.
+    """
+    return int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
 
 
 class _Group:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vision_bench import probe
+from vision_bench.corruptions import flip_labels
 from vision_bench.losses import symmetric_cross_entropy
 from vision_bench.probe import fit_linear_probes, knn_accuracy, probe_accuracy
 
@@ -47,7 +48,7 @@ def fit_plainly(
         stock = Lars(groups, lr=rate, momentum=momentum, trust_coeff=0.02, trust_clip=True)
     else:
         stock = torch.optim.SGD(groups, lr=rate, momentum=momentum)
-    order = torch.Generator().manual_seed(seed if order_seed is None else order_seed)
+    order = torch.Generator().manual_seed(probe.order_stream(seed if order_seed is None else order_seed))
     steps = n // batch_size
     for epoch in range(epochs):
         permutation, drawn = torch.randperm(n, generator=order), torch.randint(len(views), (n,), generator=order)
@@ -110,6 +111,22 @@ def test_a_probe_does_not_depend_on_what_it_is_trained_beside():
     for i in range(6):
         alone = fit_linear_probes(x, y[i : i + 1], 5, epochs=10, batch_size=16, learning_rate=rates[i], seeds=seeds[i])
         torch.testing.assert_close(together.weights[i], alone.weights[0], rtol=1e-5, atol=1e-5)
+
+
+def test_wrong_labels_of_the_same_seed_do_not_come_first(monkeypatch):
+    """One epoch over 2,000 samples of which 1,000 have wrong labels: each half of the steps sees about 500 of them."""
+    features, labels = torch.zeros(2000, 3), torch.zeros(2000, dtype=torch.int64)
+    noisy = flip_labels(labels, 0.5, 4, torch.Generator().manual_seed(7))
+    seen, step = [], probe._Group.step
+
+    def recorded(self, x, samples, factor):
+        seen.append(int((noisy[samples] != 0).sum()))
+        step(self, x, samples, factor)
+
+    monkeypatch.setattr(probe._Group, "step", recorded)
+    fit_linear_probes(features, noisy[None], 4, epochs=1, batch_size=100, seeds=7)
+    assert sum(seen) == 1000
+    assert 430 < sum(seen[:10]) < 570  # 500 +- 5 standard deviations are 56
 
 
 def test_the_loss_is_that_of_the_losses_module():
