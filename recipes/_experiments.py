@@ -17,9 +17,11 @@ from _probes import ACCURACY, ARMS, gain
 from _run import Run
 
 from vision_bench import figures
+from vision_bench.shifts import SEVERITIES
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet100": 100}
 FINETUNED = "finetuned_validation_top1"
+SUFFIXES = ("png", "pdf")
 
 Need = tuple[str, dict[str, Any], Sequence[int]]
 
@@ -39,7 +41,8 @@ class Experiment:
         metric: of the rows without which there is nothing to show.
         needs: from the configuration, the metric, what distinguishes the rows beside the seed, and the seeds of all
             rows that a whole run has, as far as `render` asks for them.
-        pictures: names of the drawings, without suffix, and their captions, in the order of the page.
+        pictures: names of the drawings, without suffix, and their captions, in the order of the page. A name may end
+            with *, for which the caption has {}.
         render: draws into the run's folder and returns tables as Markdown. Also takes the folder the rows are from.
         own: settings that rows replace by values of their own, so that they do not tell configurations apart.
     """
@@ -58,6 +61,14 @@ class Experiment:
     def command(self) -> str:
         """What makes the rows."""
         return f"python recipes/{self.recipe}.py --output_dir runs/{self.recipe}"
+
+    def drawn(self, folder: Path) -> list[tuple[Path, str]]:
+        """The pictures that a folder has, with their captions."""
+        return [
+            (path, caption.format(path.stem.removeprefix(name.rstrip("*"))))
+            for name, caption in self.pictures.items()
+            for path in sorted(folder.glob(f"{name}.png"))
+        ]
 
     def missing(self, run: Run) -> str | None:
         """What a stopped run lacks, or None."""
@@ -89,6 +100,16 @@ def input_noise_needs(config: dict[str, Any]) -> list[Need]:
     """Of all noises and scales; without noise there is one set of rows."""
     noisy = probed(config, noise=config["noises"], scale=[scale for scale in config["scales"] if scale])
     return noisy + crossed(ACCURACY, config, features=ARMS, noise=["none"])
+
+
+def shifted_needs(config: dict[str, Any]) -> list[Need]:
+    """Of all shifts, of CIFAR-C those of all its corruptions at all severities."""
+    corruptions = config.get("corruptions", {})
+    found = probed(config, shift=["none", *(shift for shift in config["shifts"] if shift not in corruptions)])
+    for shift, names in corruptions.items():
+        axes = {"shift": [shift], "corruption": names, "severity": range(1, SEVERITIES + 1)}
+        found += crossed(ACCURACY, config, features=ARMS, **axes)
+    return found
 
 
 def superposition_needs(config: dict[str, Any]) -> list[Need]:
@@ -181,15 +202,25 @@ def label_noise(run: Run, source: Path) -> str:
 
 
 def shifted(run: Run, source: Path) -> str:
-    """Fig. 2(c), with the names of the shifts and the corruptions from the rows in place of their images."""
+    """Fig. 2(c), with the names of the shifts and the corruptions from the settings in place of their images.
+
+    Raises:
+        CannotShow: rows are of corruptions that the settings do not name, so that some may be missing.
+    """
     recipe = importlib.import_module(run.recipe)
-    places = [name if name in recipe.SYNTHETIC else f"{name}=as in the rows" for name in run.config["shifts"]]
-    named = Run(run.folder, run.recipe, run.config | {"shifts": places})
+    config = dict(run.config)
+    corruptions = config.pop("corruptions", {})
+    places = [name if name in recipe.SYNTHETIC else f"{name}=as in the rows" for name in config["shifts"]]
+    named = Run(run.folder, run.recipe, config | {"shifts": places})
     named.rows = run.rows
     shifts = {}
-    for name, fingerprint in run.config["shifts"].items():
-        corruptions = [row["config"].get("corruption") for row in run.find(ACCURACY, shift=name)]
-        files = {one: Path(one) for one in dict.fromkeys(corruptions) if one}
+    for name, fingerprint in config["shifts"].items():
+        if name not in corruptions and any("corruption" in row["config"] for row in run.find(ACCURACY, shift=name)):
+            raise CannotShow(
+                f"the settings of this run do not say which corruptions of {name} there were, so whether all have "
+                "rows is not known: they are of an older version of recipes/ood_probing.py; run it again."
+            )
+        files = {corruption: Path(corruption) for corruption in corruptions.get(name, ())}
         # the recipe asks such an object for the names of its files only
         shifts[name] = recipe.Corruptions(files, torch.zeros(0), None, fingerprint) if files else None
     recipe.draw(named, shifts)
@@ -207,9 +238,9 @@ def separability(run: Run, source: Path) -> str:
 def top_activated(run: Run, source: Path) -> str:
     """The tables from the rows; the pictures are those of the run, as their images are in no row."""
     recipe = importlib.import_module(run.recipe)
-    for name in ("figure_1a", "figure_4ab"):
-        if (source / f"{name}.png").exists():
-            shutil.copyfile(source / f"{name}.png", run.folder / f"{name}.png")
+    for name, suffix in product(("figure_1a", "figure_4ab"), SUFFIXES):
+        if (source / f"{name}.{suffix}").exists():
+            shutil.copyfile(source / f"{name}.{suffix}", run.folder / f"{name}.{suffix}")
     return str(recipe.report(run, settings_of(run, recipe.TopActivatedArguments)))
 
 
@@ -229,7 +260,7 @@ def table_2(task: str) -> Callable[[Run, Path], str]:
 
 def save(figure: Any, path: Path) -> None:
     """As PNG and PDF."""
-    for suffix in ("png", "pdf"):
+    for suffix in SUFFIXES:
         figure.savefig(path.with_suffix(f".{suffix}"), dpi=300)
 
 
@@ -287,8 +318,11 @@ EXPERIMENTS = (
         claim="The paper: SAE and NCL are ahead on ImageNet-Sketch and ImageNet-Stylized (ImageNet-100; bars without "
         "numbers).",
         metric=ACCURACY,
-        needs=lambda config: probed(config, shift=["none", *config["shifts"]]),
-        pictures={"figure_2c": "Figure 2(c): ours"},
+        needs=shifted_needs,
+        pictures={
+            "figure_2c": "Figure 2(c): ours",
+            "severities_*": "Accuracy by severity of the corruptions of {}: ours",
+        },
         render=shifted,
     ),
     Experiment(

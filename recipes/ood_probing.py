@@ -154,9 +154,11 @@ def load_shifts(script: OodArguments, train: ImageSet, test: ImageSet) -> dict[s
 
 
 def config(script: OodArguments, shifts: Mapping[str, ImageSet | Corruptions]) -> dict[str, Any]:
-    """What decides the results: the images of the shifts, not where they are."""
+    """What decides the results: the images of the shifts, not where they are; and which corruptions CIFAR-C has."""
     fingerprints = {name: images.fingerprint for name, images in shifts.items()}
-    return results_config(script) | {"shifts": fingerprints, "class_map": None}
+    found = results_config(script) | {"shifts": fingerprints, "class_map": None}
+    corruptions = {name: list(images.files) for name, images in shifts.items() if isinstance(images, Corruptions)}
+    return found | ({"corruptions": corruptions} if corruptions else {})
 
 
 def trials(shifts: Mapping[str, ImageSet | Corruptions], test: ImageSet, seeds: list[int]) -> list[Trial]:

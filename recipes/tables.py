@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _experiments import EXPERIMENTS, CannotShow, Experiment
+from _experiments import EXPERIMENTS, SUFFIXES, CannotShow, Experiment
 from _page import Section, lowered, page
 from _run import Run, read_rows, write_atomic
 from _settings import parse
@@ -149,8 +149,9 @@ def section(experiment: Experiment, source: Source, name: str, title: str, outpu
     """
     run = Run(output / name, source.recipe, source.config)
     run.rows = source.rows
-    for stale in ("results.md", *(f"{stem}.png" for stem in experiment.pictures)):
-        (run.folder / stale).unlink(missing_ok=True)  # of another run that was shown here
+    for pattern in ("results.md", *(f"{stem}.{suffix}" for stem in experiment.pictures for suffix in SUFFIXES)):
+        for stale in run.folder.glob(pattern):
+            stale.unlink()  # of another run that was shown here
     missing = experiment.missing(run)
     if missing is not None:
         said = f"{source.folder} lacks {missing}: the same command of recipes/{source.recipe}.py again makes them."
@@ -165,10 +166,8 @@ def section(experiment: Experiment, source: Source, name: str, title: str, outpu
             raise
         return Section(name, title, experiment.claim, f"Not shown: {error}", settings=source.config)
     run.write("results.md", text)
-    paths = {stem: run.folder / f"{stem}.png" for stem in experiment.pictures}
-    pictures = [(path, experiment.pictures[stem]) for stem, path in paths.items() if path.exists()]
     said = provenance(source, source.config["seeds"])
-    return Section(name, title, experiment.claim, said, text, pictures, source.config)
+    return Section(name, title, experiment.claim, said, text, experiment.drawn(run.folder), source.config)
 
 
 def sections(script: TablesArguments, found: list[tuple[Experiment, list[Source]]]) -> list[Section]:

@@ -139,6 +139,8 @@ def test_all_corruptions_and_severities_and_the_mean_corruption_error(arrays):
     assert accuracy[4].strip().split(" ")[0] == f"{100 - both.mean():.1f}"
     assert (arrays[0] / "severities_digits_c.png").stat().st_size > 5000
     assert "digits-c" not in (arrays[0] / "results.jsonl").read_text()  # names and fingerprints, no paths
+    settings = json.loads((arrays[0] / "config.json").read_text())["config"]
+    assert settings["corruptions"] == {"digits_c": list(names)}
 
 
 def test_resume_reprint_and_refusal(arrays, sets, tmp_path, monkeypatch, capsys):

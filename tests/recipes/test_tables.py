@@ -48,6 +48,17 @@ def label_noise(folder, rates=(0.0, 0.5, 0.8), **config):
     return write(folder, "label_noise_probing", known, probed(noise_rate=rates))
 
 
+def shifted(folder, **config):
+    """Of two shifts, and of two corruptions at all severities."""
+    rows = probed(shift=["none", "rotated", "sketch"])
+    for name, corruption, severity in itertools.product(ARMS, ("fog", "snow"), range(1, 6)):
+        arm = {"features": name, "probe_weight_decay": 0.1, "shift": "c", "extra": False}
+        rows.append(("offline_probe_top1", 0.5, arm | {"corruption": corruption, "severity": severity}))
+    shifts = {"rotated": "1", "sketch": "2", "c": "3"}
+    known = {"data": "digits", "decays": [0.1], "class_map": None, "shifts": shifts}
+    return write(folder, "ood_probing", known | config, rows)
+
+
 def salient(folder, **config):
     rows = [("offline_probe_top1", 0.5, {"features": name}) for name in ARMS[:3]]
     rows += [(metric, 0.3, {"features": name}) for metric in MEASURED for name in ARMS[:3]]
@@ -196,6 +207,41 @@ def test_a_stopped_run_is_not_shown_as_whole(runs, tmp_path):
         main(["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out"), "--only", "table_1"])
 
 
+@pytest.mark.parametrize(
+    ("left_out", "lacks"),
+    [
+        ({"corruption": "snow", "severity": 5, "seed": 1}, "corruption snow, severity 5, seed 1 and 6 more"),
+        ({"corruption": "snow"}, "corruption snow, severity 1, seed 0 and 69 more"),
+    ],
+)
+def test_corruptions_that_were_not_reached_are_missed(left_out, lacks, tmp_path):
+    folder = shifted(tmp_path / "runs", corruptions={"c": ["fog", "snow"]})
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    kept = [r for r in rows if any((r["config"] | {"seed": r["seed"]}).get(k) != v for k, v in left_out.items())]
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    arguments = ["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out"), "--only", "figure_2c"]
+    with pytest.raises(ValueError, match=rf"offline_probe_top1 \(features poly, shift c, {lacks}\)"):
+        main(arguments)
+
+
+def test_pictures_of_the_severities_of_an_older_run_go(tmp_path):
+    shifted(tmp_path / "runs", corruptions={"c": ["fog", "snow"]})
+    stale = [tmp_path / "out" / "ood_probing" / f"severities_old.{suffix}" for suffix in ("png", "pdf")]
+    stale[0].parent.mkdir(parents=True)
+    for path in stale:
+        path.write_bytes(b"")
+    main(["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out"), "--only", "figure_2c"])
+    assert sorted(path.stem for path in stale[0].parent.glob("*.pdf")) == ["figure_2c", "severities_c"]
+    assert not stale[0].exists()
+
+
+def test_corruptions_that_the_configuration_does_not_name_are_not_averaged(tmp_path):
+    shifted(tmp_path / "runs")
+    arguments = ["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out"), "--only", "figure_2c"]
+    with pytest.raises(ValueError, match="do not say which corruptions of c there were"):
+        main(arguments)
+
+
 def test_folders_that_cannot_be_read(runs, tmp_path):
     out = ["--output_dir", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="which is no folder"):
@@ -234,22 +280,13 @@ def test_the_other_probing_recipes(tmp_path):
     ]
     config = {"data": "digits", "decays": [0.1]}
     write(runs / "2ab", "input_noise_probing", config | {"noises": ["gaussian"], "scales": [0.0, 0.5, 1.0]}, rows)
-    rows = probed(shift=["none", "rotated", "sketch"])
-    for name in ARMS:
-        corrupted = {"features": name, "probe_weight_decay": 0.1, "shift": "c", "extra": False}
-        for severity in range(1, 6):
-            rows.append(("offline_probe_top1", 0.5, corrupted | {"corruption": "fog", "severity": severity}))
-    write(
-        runs / "2c",
-        "ood_probing",
-        config | {"shifts": {"rotated": "1", "sketch": "2", "c": "3"}, "class_map": None},
-        rows,
-    )
+    shifted(runs / "2c", corruptions={"c": ["fog", "snow"]})
     rows = probed(loss=["ce", "sce", "ce_scaled"], noise_rate=[0.0, 0.8])
     write(runs / "6", "robust_loss", config | {"noise_rates": [0.0, 0.8]}, rows)
     main(["--runs", str(runs), "--output_dir", str(tmp_path / "out"), "--only", "figure_2ab", "figure_2c", "figure_6"])
     page = (tmp_path / "out" / "index.html").read_text()
-    assert page.count("<img ") == 5
+    assert page.count("<img ") == 6
+    assert "<figcaption>Accuracy by severity of the corruptions of c: ours</figcaption>" in page
     assert "c: error in %" in page
     assert "Synthetic shifts, made from the test images: rotated." in page
     assert "Points that the loss adds" in page
@@ -321,12 +358,17 @@ def test_image_grids_are_taken_from_the_run(tmp_path):
     assert "<img" not in (tmp_path / "out" / "index.html").read_text()  # rows alone have no images
     from PIL import Image
 
-    Image.new("RGB", (40, 40)).save(run / "figure_4ab.png")
+    for suffix in ("png", "pdf"):
+        Image.new("RGB", (40, 40)).save(run / f"figure_4ab.{suffix}")
     main(arguments)
     assert (tmp_path / "out" / "index.html").read_text().count("<img ") == 1
-    (run / "figure_4ab.png").unlink()
-    main(arguments)  # the picture in the output folder is of an older run
+    copied = tmp_path / "out" / "top_activated_samples" / "figure_4ab.pdf"
+    assert copied.read_bytes() == (run / "figure_4ab.pdf").read_bytes()
+    for suffix in ("png", "pdf"):
+        (run / f"figure_4ab.{suffix}").unlink()
+    main(arguments)  # the pictures in the output folder are of an older run
     assert "<img" not in (tmp_path / "out" / "index.html").read_text()
+    assert not copied.exists()
 
 
 def test_table_2(tmp_path):
