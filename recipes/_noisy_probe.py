@@ -89,3 +89,12 @@ def is_complete(run: Run, name: str, seeds: Sequence[int]) -> bool:
 def over_seeds(run: Run, metric: str, name: str, **arm: Any) -> Interval:
     """Mean of one kind of features over seeds."""
     return interval([row["value"] for row in run.find(metric, features=name, **arm)])
+
+
+def where_there_is_one(run: Run, script: NoisyProbeArguments, metric: str, name: str, digits: int) -> str:
+    """As `over_seeds`, signed, of a metric that a seed may have no value of: "-" if none has, else how many have."""
+    found = run.find(metric, features=name)
+    if not found:
+        return "-"
+    few = f" ({len(found)} of {len(script.seeds)} seeds)" if len(found) < len(script.seeds) else ""
+    return over_seeds(run, metric, name).text(digits, sign=True) + few

@@ -22,6 +22,7 @@ samples and so have the same consistency.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -31,7 +32,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _features import FEATURES, MEASURED, describe, frozen_models
-from _noisy_probe import ACCURACY, NoisyProbeArguments, is_complete, noisy_probes, over_seeds, predictions
+from _noisy_probe import (
+    ACCURACY,
+    NoisyProbeArguments,
+    is_complete,
+    noisy_probes,
+    over_seeds,
+    predictions,
+    where_there_is_one,
+)
 from _run import Run, device_name, markdown_table
 from _settings import parse
 from _vision import SPLITS, load_splits, results_config, start_accelerator
@@ -120,6 +129,8 @@ def add_seed(
 ) -> None:  # fmt: skip
     """The rows of one kind of features and one seed that the run lacks.
 
+    There is none of the difference within classes if no class has both right and wrong samples.
+
     Raises:
         ValueError: all samples are right, or all are wrong.
     """
@@ -143,7 +154,9 @@ def add_seed(
         add(CONSISTENCY, mean, int(chosen.sum()), group=group, low=low, high=high, histogram=histogram)
     low, high = np.nanquantile(drawn[:, 0] - drawn[:, 1], (0.025, 0.975))
     difference = (salient.consistency[right].mean() - salient.consistency[~right].mean()).item()
-    add(WITHIN_CLASS, within_class(salient.consistency, right, labels), len(right))
+    within = within_class(salient.consistency, right, labels)
+    if not math.isnan(within):
+        add(WITHIN_CLASS, within, len(right))
     add(DIFFERENCE, difference, len(right), low=low, high=high)
     if not run.find(ACCURACY, seed=seed, features=name):
         run.add(ACCURACY, right.double().mean().item(), n=len(right), seed=seed, features=name, **measured)
@@ -209,7 +222,7 @@ def report(run: Run, script: SalientArguments) -> str:
         lines.append([*line, verdict(run, name)])
         chance = [over_seeds(run, CHANCE, name, group=group) for group in GROUPS]
         line = [name, *(one.text(3) for one in chance), f"{chance[0].mean - chance[1].mean:+.4f}"]
-        line += [over_seeds(run, WITHIN_CLASS, name).text(4, sign=True)]
+        line += [where_there_is_one(run, script, WITHIN_CLASS, name, 4)]
         controls.append([*line, *(over_seeds(run, metric, name).text(3) for metric in LIKE_FEATURES)])
     text += markdown_table(header, lines)
     text += "\n## What it must be held against\n\n"
@@ -220,9 +233,9 @@ def report(run: Run, script: SalientArguments) -> str:
         f"\n{script.over} Bootstrap:\n"
         f"95 % interval from {script.draws} resamples of the dimensions, mean of the seeds' bounds. The claim\n"
         f"replicates if both intervals are above 0. Activation is {activation} of normalised features. Chance: with\n"
-        "shuffled labels. Within classes: samples of the same class compared. Semantic consistency, its chance and\n"
-        "sparsity: of all dimensions. The paper (ResNet-18, ImageNet-100, 90 % noise) shows right samples far ahead,\n"
-        "in a picture without numbers.\n"
+        "shuffled labels. Within classes: samples of the same class compared; -: no class has right and wrong ones.\n"
+        "Semantic consistency, its chance and sparsity: of all dimensions. The paper (ResNet-18, ImageNet-100, 90 %\n"
+        "noise) shows right samples far ahead, in a picture without numbers.\n"
     )
 
 

@@ -28,7 +28,15 @@ from typing import Any
 
 import torch
 from _features import FEATURES, MEASURED, describe, frozen_models
-from _noisy_probe import ACCURACY, NoisyProbeArguments, is_complete, noisy_probes, over_seeds, predictions
+from _noisy_probe import (
+    ACCURACY,
+    NoisyProbeArguments,
+    is_complete,
+    noisy_probes,
+    over_seeds,
+    predictions,
+    where_there_is_one,
+)
 from _run import Run, device_name, interval, markdown_table
 from _settings import parse
 from _vision import SPLITS, load_splits, results_config, start_accelerator
@@ -77,6 +85,8 @@ def add_seed(
 ) -> None:  # fmt: skip
     """The rows of one kind of features and one seed that the run lacks.
 
+    There is none of the correlation if all classes have the same accuracy, or their dimensions the same purity.
+
     Args:
         test: features (n, d) of the test images.
         weights: (num_classes, d) of the classifier.
@@ -116,7 +126,9 @@ def add_seed(
     add(PURITY, pure[shown].mean().item(), len(shown))
     add(PURITY_CHANCE, purity(top[shown], shuffled).mean().item(), len(shown))
     add(SHOWN, float(len(shown)), len(test))
-    add(CORRELATION, spearmanr(accuracy[known], pure[dimension_of[known]]).statistic, len(known))
+    both = accuracy[known], pure[dimension_of[known]]
+    if all(len(values.unique()) > 1 for values in both):  # there is no correlation with a constant
+        add(CORRELATION, spearmanr(*both).statistic, len(known))
     add(ACCURACY, accuracy[images.labels].mean().item(), len(test))
 
 
@@ -157,7 +169,7 @@ def report(run: Run, script: TopActivatedArguments) -> str:
             *(over_seeds(run, metric, name).text(3) for metric in (PURITY, PURITY_CHANCE)),
             over_seeds(run, SHOWN, name).text(0),
             over_seeds(run, ACCURACY, name).scaled(100).text(1),
-            over_seeds(run, CORRELATION, name).text(2, sign=True),
+            where_there_is_one(run, script, CORRELATION, name, 2),
             *(over_seeds(run, metric, name).text(0 if "live" in metric else 3) for metric in MEASURED),
         ]
         for name in FEATURES
@@ -177,7 +189,8 @@ def report(run: Run, script: TopActivatedArguments) -> str:
     return text + (
         f"\n{script.over} Purity:\n"
         "the share of the most frequent class among the images shown; by chance: with shuffled labels. Of classes\n"
-        "with equal accuracy the first is the worst and the last the best. Correlation: Spearman's, over classes.\n"
+        "with equal accuracy the first is the worst and the last the best. Correlation: Spearman's, over classes;\n"
+        "-: there is none, as all accuracies or all purities are equal.\n"
         "The paper shows one class of each kind (jeans, boathouse; ResNet-18, ImageNet-100, 90 % noise), no number.\n"
     )
 

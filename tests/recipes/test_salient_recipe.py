@@ -1,5 +1,6 @@
 """The recipe of Fig. 4(c): its statistics against loops, a run of seconds, continuation and what it refuses."""
 
+import itertools
 import json
 import shutil
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import salient_features
 import torch
-from salient_features import bootstrap, main, salient_dimensions, within_class
+from _run import Run
+from salient_features import SalientArguments, bootstrap, main, salient_dimensions, within_class
 
 SMALL = ["--seeds", "0", "1", "--pretraining_epochs", "2", "--warmup_epochs", "1", "--projector_hidden", "32"]
 SMALL += ["--projector_out", "32", "--sae_k", "4", "--sae_epochs", "4", "--probe_epochs", "4", "--draws", "200"]
@@ -142,6 +144,26 @@ def test_bad_settings_are_named_before_training(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         main(["--output_dir", str(tmp_path / "bad"), *SMALL, *arguments])
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_difference_within_classes_that_there_is_not_has_no_row(tmp_path):
+    """Of each class all samples are right, or all are wrong."""
+    script = SalientArguments(output_dir=str(tmp_path), seeds=[0, 1], draws=100, noise_rate=0.8)
+    run = Run(tmp_path, "salient_features", {})
+    labels = torch.arange(40) % 2
+    salient = salient_features.Salient(torch.arange(40), torch.rand(40).double(), torch.rand(40).double())
+    measured = {"seconds": 0.0, "device": "cpu"}
+    for name, seed in itertools.product(("poly", "sae", "ncl"), (0, 1)):
+        salient_features.add_seed(run, script, name, salient, labels == 0, labels, seed, measured)
+        for metric in ("semantic_consistency", "chance_consistency", "sparsity"):
+            run.add(metric, 0.5, n=40, seed=seed, features=name, **measured)
+    assert not run.find("salient_difference_within_class")
+    assert len(run.find("offline_probe_top1")) == 6
+    assert "NaN" not in (tmp_path / "results.jsonl").read_text()
+    run.add("salient_difference_within_class", 0.25, n=40, seed=1, features="sae", **measured)
+    held_against = salient_features.report(run, script).split("## What it must be held against")[1]
+    lines = [line for line in held_against.splitlines() if line.startswith(("| poly |", "| sae |"))]
+    assert [line.split(" | ")[4] for line in lines] == ["-", "+0.2500 (1 of 2 seeds)"]
 
 
 def test_nothing_to_compare_is_said(folder):

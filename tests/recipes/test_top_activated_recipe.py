@@ -1,15 +1,17 @@
 """The recipe of Fig. 1(a) and 4(a, b): what it shows is what the features say, continuation and what it refuses."""
 
+import itertools
 import json
 import shutil
 
 import pytest
 import top_activated_samples
 import torch
-from top_activated_samples import class_accuracies, main
+from _run import Run
+from top_activated_samples import TopActivatedArguments, add_seed, class_accuracies, main, report
 
 from vision_bench import figures
-from vision_bench.data import load_images
+from vision_bench.data import ImageSet, load_images
 
 SMALL = ["--seeds", "0", "1", "--pretraining_epochs", "2", "--warmup_epochs", "1", "--projector_hidden", "32"]
 SMALL += ["--projector_out", "32", "--sae_k", "8", "--sae_epochs", "4", "--probe_epochs", "4", "--samples", "4"]
@@ -71,6 +73,27 @@ def test_the_images_are_those_with_the_largest_values(folder):
             assert int((values > least).sum()) <= 3
             checked += 1
     assert checked == 1
+
+
+def test_a_correlation_that_there_is_not_has_no_row(tmp_path, recwarn):
+    """All classes as accurate and their dimensions as pure as each other, in one of two seeds or in both."""
+    script = TopActivatedArguments(output_dir=str(tmp_path), seeds=[0, 1], samples=2, dimensions=1, noise_rate=0.8)
+    run = Run(tmp_path, "top_activated_samples", {})
+    labels = torch.arange(6) % 3
+    images = ImageSet.of(torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8), labels, ("a", "b", "c"))
+    features, measured = torch.eye(3)[labels] + 0.1, {"seconds": 0.0, "device": "cpu"}
+    for name, seed in itertools.product(("poly", "sae", "ncl"), (0, 1)):
+        accuracy = torch.tensor([0.5, 0.5, 0.5 + (name == "ncl")], dtype=torch.float64)
+        add_seed(run, script, name, features, images, torch.eye(3), accuracy, seed, measured)
+        for metric in ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions"):
+            run.add(metric, 0.5, n=6, seed=seed, features=name, **measured)
+    assert not run.find("accuracy_purity_correlation")
+    assert len(run.find("offline_probe_top1")) == 6  # the row that says that the kind of features is complete
+    assert "NaN" not in (tmp_path / "results.jsonl").read_text()
+    assert not recwarn.list
+    run.add("accuracy_purity_correlation", 0.25, n=3, seed=1, features="sae", **measured)
+    lines = [line for line in report(run, script).splitlines() if line.startswith(("| poly |", "| sae |"))]
+    assert [line.split(" | ")[5] for line in lines] == ["-", "+0.25 (1 of 2 seeds)"]
 
 
 def test_table_and_pictures(folder):
