@@ -1,9 +1,9 @@
 """Fig. 3(a, b): does non-negative tuning overfit less when there are few labels?
 
     python recipes/few_shot_finetuning.py --output_dir runs/few_shot
-    accelerate launch recipes/few_shot_finetuning.py --config recipes/configs/finetuning_imagenet100.yaml \
-        --output_dir runs/figure_3ab --fractions 0.1 0.2 0.5 1
-    python recipes/few_shot_finetuning.py --output_dir runs/adapters --backbone test_vit \
+    accelerate launch recipes/few_shot_finetuning.py --config recipes/configs/few_shot_imagenet100.yaml \\
+        --data_root /data/imagenet --output_dir runs/figure_3ab
+    python recipes/few_shot_finetuning.py --output_dir runs/adapters --backbone test_vit \\
         --backbone_options '{"img_size": 8, "patch_size": 2}' --methods ce nce lora monolora
 
 SimCLR's model is finetuned on class-stratified shares of the training set with every arm of recipes/_finetuning.py.

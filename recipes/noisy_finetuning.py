@@ -1,8 +1,8 @@
 """Fig. 3(c): does non-negative tuning bear wrong labels?
 
     python recipes/noisy_finetuning.py --output_dir runs/noisy
-    accelerate launch recipes/noisy_finetuning.py --config recipes/configs/finetuning_imagenet100.yaml \
-        --output_dir runs/figure_3c --noise_rates 0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 --fraction 1
+    accelerate launch recipes/noisy_finetuning.py --config recipes/configs/noisy_finetuning_imagenet100.yaml \\
+        --data_root /data/imagenet --output_dir runs/figure_3c
 
 SimCLR's model is finetuned on labels of which a share is wrong, with every arm of recipes/_finetuning.py. Held-out
 images of early stopping have wrong labels too.

@@ -3,18 +3,21 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import _finetuning
 import few_shot_finetuning
 import noisy_finetuning
 import pytest
 import torch
+import yaml
 from _finetuning import adapted, drawn
 
 from vision_bench import models
 from vision_bench.data import load_images
 from vision_bench.finetune import finetune
 
+CONFIGS = Path("recipes/configs")
 PRETRAINING = [
     "--pretraining_epochs",
     "2",
@@ -253,8 +256,14 @@ def test_bad_settings_of_noisy_finetuning_are_named(arguments, message, tmp_path
     assert not (tmp_path / "bad").exists()
 
 
-@pytest.mark.parametrize("recipe", [few_shot_finetuning, noisy_finetuning])
-def test_the_configuration_of_the_paper_is_read(recipe, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "name", "axes"),
+    [
+        (few_shot_finetuning, "few_shot", {"fractions": [0.1, 0.2, 0.5, 1.0]}),
+        (noisy_finetuning, "noisy_finetuning", {"fraction": 1.0, "noise_rates": [i / 10 for i in range(10)]}),
+    ],
+)
+def test_the_configuration_of_the_paper_is_read(recipe, name, axes, monkeypatch, tmp_path):
     seen = {}
 
     def stop(script):
@@ -262,8 +271,19 @@ def test_the_configuration_of_the_paper_is_read(recipe, monkeypatch, tmp_path):
         raise InterruptedError
 
     monkeypatch.setattr(_finetuning, "load_splits", stop)
+    path = CONFIGS / f"{name}_imagenet100.yaml"
     with pytest.raises(InterruptedError):
-        recipe.main(["--output_dir", str(tmp_path), "--config", "recipes/configs/finetuning_imagenet100.yaml"])
-    config = seen["script"].finetune_config("nce", 0)
+        recipe.main(["--output_dir", str(tmp_path), "--config", str(path)])
+    script = seen["script"]
+    config = script.finetune_config("nce", 0)
     assert (config.epochs, config.batch_size, config.learning_rate, config.optimizer) == (100, 256, 1.5, "momentum")
     assert (config.milestones, config.weight_decay, config.layer, config.loss) == ((0.6, 0.8), 0, "projector", "nce")
+    assert {axis: getattr(script, axis) for axis in axes} == axes
+    # all but the axes is the same in both, and what pretrains the model as in the other recipes
+    settings = yaml.safe_load(path.read_text())
+    for other in (*CONFIGS.glob("*_imagenet100.yaml"), CONFIGS / "imagenet100.yaml"):
+        read = yaml.safe_load(other.read_text())
+        shared = [key for key in settings.keys() & read.keys() if key not in axes]
+        assert {key: settings[key] for key in shared} == {key: read[key] for key in shared}
+        if other.stem != "imagenet100":
+            assert settings.keys() - axes.keys() <= read.keys()
