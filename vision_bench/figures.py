@@ -191,6 +191,7 @@ def finetuning_curves(
     panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]],
     label: str,
     logarithmic: bool = False,
+    published: Mapping[float | None, float] | None = None,
 ) -> Figure:
     """Curves of the arms of finetuning with bands of their 95 % intervals, panels above each other (Fig. 3).
 
@@ -200,6 +201,8 @@ def finetuning_curves(
             "ce" is of differences from it and has a line at 0.
         label: of the horizontal axis.
         logarithmic: whether that axis is, with a tick at every level.
+        published: the paper's largest differences, in the panels of differences, by level: a hollow marker, or a thin
+            line under None, where the paper does not say at which level.
     """
     figure, axes = _figure(len(panels), 1, height=1.45 * len(panels) + 0.5, sharex=True)
     for ax, (name, arms) in zip(axes.flat, panels.items(), strict=True):
@@ -221,9 +224,24 @@ def finetuning_curves(
             ax.minorticks_off()
         if "ce" not in arms:
             ax.axhline(0, color="black", linewidth=0.6)
+            for level, most in (published or {}).items():
+                _published(ax, level, most, leftwards=level == max(levels))
     axes.flat[-1].set_xlabel(label)
     _legend(figure, axes.flat[0])
     return figure
+
+
+def _published(ax: Axes, level: float | None, most: float, leftwards: bool) -> None:
+    """The paper's largest difference, at a level, with its name on one side, or at none."""
+    text = f"paper, ImageNet-100: {most:+g} at most"
+    if level is None:
+        ax.axhline(most, color="black", linestyle=":", linewidth=0.7)
+        ax.annotate(text, (0, most), (3, -2), ax.get_yaxis_transform(), "offset points", va="top", size=6)
+    else:
+        ax.plot(level, most, "o", color="black", markersize=3.5, markerfacecolor="none", markeredgewidth=0.7)
+        side, offset = ("right", -5) if leftwards else ("left", 5)
+        ax.annotate(text, (level, most), (offset, 0), textcoords="offset points", ha=side, va="center", size=6)
+    ax.margins(y=0.15)
 
 
 @_styled

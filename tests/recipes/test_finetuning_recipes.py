@@ -1,5 +1,6 @@
 """The recipes of Fig. 3 at a size of seconds: rows, table, pictures, adapters, continuation and what they refuse."""
 
+import itertools
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from _finetuning import adapted, drawn
+from _run import Run
 
 from vision_bench import models
 from vision_bench.data import load_images
@@ -46,6 +48,16 @@ NOISY = [*SMALL, "--fraction", "0.1", "--noise_rates", "0", "0.6", "--methods", 
 ARMS = {"ce", "nce", "ce+weight_decay", "ce+dropout", "ce+early_stopping"}
 VIT = ["--backbone", "test_vit", "--backbone_options", '{"img_size": 8, "patch_size": 4}', "--layer", "backbone"]
 VIT += [*PRETRAINING, "--seeds", "0", "--train_fraction", "0.1", "--batch_size", "64", "--finetuning_epochs", "1"]
+
+
+def recording(draw, figures):
+    """The same function, which also keeps what it returns."""
+
+    def recorded(*arguments, **named):
+        figures.append(draw(*arguments, **named))
+        return figures[-1]
+
+    return recorded
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +266,41 @@ def test_bad_settings_of_noisy_finetuning_are_named(arguments, message, tmp_path
     with pytest.raises(ValueError, match=message):
         noisy_finetuning.main(["--output_dir", str(tmp_path / "bad"), *NOISY, *arguments])
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "level"),
+    [
+        (few_shot_finetuning, {"fractions": [0.1, 0.2]}, 10),
+        (few_shot_finetuning, {"fractions": [0.2, 0.5]}, None),
+        (noisy_finetuning, {"noise_rates": [0.0, 0.5], "fraction": 0.1}, 0),
+    ],
+)
+def test_the_papers_gain_stands_in_the_panel_of_gains(recipe, settings, level, tmp_path, monkeypatch):
+    drawn_with = []
+    monkeypatch.setattr(recipe.figures, "finetuning_curves", recording(recipe.figures.finetuning_curves, drawn_with))
+    run = Run(tmp_path, recipe.__name__, {})
+    arguments = {"output_dir": str(tmp_path), "seeds": [0], "methods": ["ce", "nce"]} | settings
+    script = {few_shot_finetuning: "FewShotArguments", noisy_finetuning: "NoisyArguments"}[recipe]
+    script = getattr(recipe, script)(**arguments)
+    measured = {"n": 9, "seed": 0, "seconds": 0.0, "device": "cpu", "epoch": 1}
+    for condition, method in itertools.product(script.conditions(), script.methods):
+        for metric in ("train_top1", "validation_top1", "finetuned_train_top1", "finetuned_validation_top1"):
+            run.add(metric, 0.6 if method == "ce" else 0.61, method=method, **measured, **condition)
+    recipe.draw(run, script)
+    levels, epochs = drawn_with
+    assert not [text for ax in (*levels.axes[:-1], *epochs.axes) for text in ax.texts]
+    gains = levels.axes[-1]
+    said = [text.get_text() for text in gains.texts]
+    if level is None:
+        assert said == []
+        return
+    most = {few_shot_finetuning: 3.9, noisy_finetuning: 11.9}[recipe]
+    assert said == [f"paper, ImageNet-100: +{most} at most"]
+    found = [line for line in gains.lines if line.get_ydata()[0] == most]
+    assert len(found) == 1
+    assert found[0].get_xdata()[0] == level
+    assert gains.get_ylim()[1] > most
 
 
 @pytest.mark.parametrize(
