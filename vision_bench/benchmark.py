@@ -40,6 +40,7 @@ ACCURACY = "offline_probe_top1"
 MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
 SAE_QUALITY = ("sae_fvu", "sae_l0", "sae_dead_share")
 SAE_SEED = 0
+PROBE_BATCH = 256  # images, or all where there are fewer
 CHUNK = 8192  # rows
 
 
@@ -435,10 +436,12 @@ def _probes(
     """A probe for every (share of the images, share of wrong labels, seed), trained in one pass for each draw."""
     cells, fitted = list[tuple[float, float, int]](), list[Probes]()
     labels = subject.train.labels
+    steps = settings.probe_epochs * (len(labels) // min(PROBE_BATCH, len(labels)))
     for shots in sweep.few_shots:
         # All seeds see all images, or each its own draw of them.
         for seeds in [list(settings.seeds)] if shots == 1 else [[seed] for seed in settings.seeds]:
             drawn = stratified_fraction(labels, shots, torch.Generator().manual_seed(seeds[0]))
+            batch = min(PROBE_BATCH, len(drawn))
             wanted = list(itertools.product(seeds, sweep.label_noise))
             noisy = [
                 flip_labels(labels[drawn], rate, subject.num_classes, torch.Generator().manual_seed(seed))
@@ -449,8 +452,8 @@ def _probes(
                     (train if shots == 1 else train[drawn]).to(device),
                     torch.stack(noisy),
                     subject.num_classes,
-                    epochs=round(settings.probe_epochs / shots),  # as many steps as with all images
-                    batch_size=min(256, len(drawn)),
+                    epochs=max(1, round(steps / (len(drawn) // batch))),  # an incomplete batch is no step
+                    batch_size=batch,
                     standardize=settings.standardize,
                     seeds=[seed for seed, _ in wanted],
                     device=device,

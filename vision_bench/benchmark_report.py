@@ -159,7 +159,8 @@ def _markdown(
     text += (
         f"\nMean ± half-width of the 95 % interval over {seeds} seeds of probes, wrong labels and\n"
         "drawn images; the models, the autoencoder and the noise on the images are the same for all seeds. Probes:\n"
-        f"{settings.probe_epochs} epochs, LARS 0.4, {scaled} features; of few images as many steps as of all.\n"
+        f"{settings.probe_epochs} epochs, LARS 0.4, {scaled} features; of few images as many steps as of all, up to\n"
+        "whole epochs.\n"
         "Consistency, chance, sparsity and live dimensions are of the clean test images; chance is the consistency\n"
         "with shuffled labels. A consistency means little without the sparsity beside it. Accuracies of models that\n"
         "were pretrained on other images, or with labels, are no comparison of methods, nor are those of features of\n"

@@ -13,7 +13,7 @@ from timm.models import register_model
 from torchvision.transforms.v2.functional import to_pil_image
 
 from result_rows import interval, paired_difference
-from vision_bench import benchmark, features, models, timm_models
+from vision_bench import benchmark, features, models, probe, timm_models
 from vision_bench.__main__ import main
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import load_images, stratified_fraction
@@ -107,14 +107,29 @@ def test_a_cell_equals_what_its_parts_give_one_by_one(folder, kind, shots, test)
         x, y = F.relu(x), F.relu(y)
     drawn = stratified_fraction(train.labels, shots, torch.Generator().manual_seed(seed))
     labels = flip_labels(train.labels[drawn], rate, 10, torch.Generator().manual_seed(seed))
-    settings = {"epochs": round(4 / shots), "batch_size": min(256, len(drawn)), "seeds": seed}
-    probe = fit_linear_probes(x[drawn], labels[None], 10, **settings)
+    # 4 epochs of all 302 images are 4 steps, and so are 4 of the half: 151 images are less than one batch of 256
+    fitted = fit_linear_probes(x[drawn], labels[None], 10, epochs=4, batch_size=min(256, len(drawn)), seeds=seed)
     arm = {"model": "small_conv", "features": kind, "test": test}
     (row,) = found(folder, few_shots=shots, label_noise=rate, seed=seed, **arm)
-    assert row["value"] == pytest.approx(probe_accuracy(*probe, y, images.labels, topk=(1,))[1].item(), abs=1e-9)
+    assert row["value"] == pytest.approx(probe_accuracy(*fitted, y, images.labels, topk=(1,))[1].item(), abs=1e-9)
     what = semantic_consistency(y, images.labels)
     for metric, value in (("semantic_consistency", what.mean), ("sparsity", what.sparsity)):
         assert found(folder, metric, **arm)[0]["value"] == pytest.approx(value, abs=1e-6)
+
+
+def test_probes_on_few_images_take_the_steps_of_all_up_to_whole_epochs(tmp_path, monkeypatch):
+    steps, step = [], probe._Group.step
+
+    def counted(group, x, *rest):
+        steps.append(len(group.labels[0]))
+        return step(group, x, *rest)
+
+    monkeypatch.setattr(probe._Group, "step", counted)
+    command = [*SMALL, "--features", "raw", "--seeds", "0", "--corruptions", "few_shots=0.6,0.1"]
+    main([*command, "--output_dir", str(tmp_path)])
+    # 1,437 images: 50 epochs of 5 steps; of about 862, 83 epochs of 3 steps; of about 144, 250 epochs of one step
+    assert sorted(steps.count(images) for images in set(steps)) == [249, 250, 250]
+    assert min(steps) < 150
 
 
 def test_the_table_says_what_is_pretrained_on_what_and_agrees_with_the_rows(folder, checkpoint):
