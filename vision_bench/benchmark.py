@@ -142,12 +142,25 @@ class _Data:
     def __init__(self, settings: Settings, sweep: Sweep, progress: bool) -> None:
         self.settings, self.sweep, self.progress = settings, sweep, progress
         self._loaded: dict[int | None, dict[str, ImageSet]] = {}
+        self._whole: dict[int | None, str] = {}  # fingerprints of all training images
 
     def at(self, size: int | None) -> dict[str, ImageSet]:
         """The training images as "train", the test images as "clean", and each shift by its name."""
         if size not in self._loaded:
             self._loaded[size] = self._load(size)
         return self._loaded[size]
+
+    def overlap(self, frozen: zoo.Frozen) -> str:
+        """Whether a model was pretrained on the training images, in words to follow `Frozen.pretrained`."""
+        size = self.settings.image_size or frozen.image_size
+        if zoo.FINGERPRINT not in frozen.pretrained:
+            return ""
+        if self.at(size)["train"].fingerprint in frozen.pretrained:
+            return " (the training images here)"
+        if self._whole[size] in frozen.pretrained:
+            return " (all training images, of which those here are a part)"
+        # A part of the set, or the same images at another size, has a fingerprint of its own.
+        return " (not the training images here, but some images may be in both)"
 
     def _load(self, size: int | None) -> dict[str, ImageSet]:
         settings = self.settings
@@ -157,6 +170,7 @@ class _Data:
         )
         if train.class_names != test.class_names:
             raise ValueError(f"dataset is {settings.dataset!r}: its splits have other classes, or in another order.")
+        self._whole[size] = train.fingerprint
         train, test = (_limited(images, settings.limit) for images in (train, test))
         for rate in self.sweep.few_shots:
             stratified_fraction(train.labels, rate, torch.Generator().manual_seed(0))  # raises where none is left
@@ -258,13 +272,20 @@ def _check(name: str, random: bool, settings: Settings, sweep: Sweep, data: _Dat
         test: _features(cache, frozen, layer, sets[of], test if test == "train" else f"test, {test}", noise)
         for test, of, noise in _passes(sweep)
     }
+    train = found["train"]
     if any(features.missing(one.folder, one.source) for one in found.values()):
-        _check_features(frozen, layer, sets, settings, device)
-    train = found.pop("train")
+        width = _check_features(frozen, layer, sets, device)
+    else:
+        width = next(features.shards(train.folder, layer, train.source)).shape[1]
+    if settings.sae_k is not None and settings.sae_k > width and "sae" in settings.features:
+        raise ValueError(
+            f"sae_k is {settings.sae_k}; {frozen.name} has {width} features, and it must not exceed them."
+        )
+    del found["train"]
     height, width = sets["train"].images.shape[2:]
-    same = " (the training images here)" if sets["train"].fingerprint in frozen.pretrained else ""
+    pretrained = frozen.pretrained + data.overlap(frozen)
     return Subject(
-        frozen.name, random, frozen.pretrained + same, layer, (height, width), train, found, sets["train"].num_classes,
+        frozen.name, random, pretrained, layer, (height, width), train, found, sets["train"].num_classes,
         _digest([asdict(one.source) for one in (train, *found.values())]),
     )  # fmt: skip
 
@@ -299,10 +320,8 @@ def _digest(of: Any) -> str:
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _check_features(
-    frozen: zoo.Frozen, layer: str, sets: dict[str, ImageSet], settings: Settings, device: torch.device
-) -> None:
-    """Raise ValueError if the features of some images are not (n, d) with one d for all, or too few for the SAE."""
+def _check_features(frozen: zoo.Frozen, layer: str, sets: dict[str, ImageSet], device: torch.device) -> int:
+    """The d of features (n, d). Raises ValueError if those of some images are not so, or d is not one for all."""
     widths = {}
     frozen.model.to(device)
     for name, images in sets.items():
@@ -317,11 +336,7 @@ def _check_features(
         widths[name] = made[layer].shape[1]
     if len(set(widths.values())) > 1:
         raise ValueError(f"{frozen.name} gives features of different sizes: {widths}; they must be of one.")
-    width = widths["train"]
-    if settings.sae_k is not None and settings.sae_k > width and "sae" in settings.features:
-        raise ValueError(
-            f"sae_k is {settings.sae_k}; {frozen.name} has {width} features, and it must not exceed them."
-        )
+    return widths["train"]
 
 
 def _extract(subject: Subject, settings: Settings, sweep: Sweep, data: _Data) -> None:

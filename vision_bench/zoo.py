@@ -19,6 +19,7 @@ from vision_bench import models, storage
 from vision_bench.data import Statistics
 from vision_bench.timm_models import TRAINING
 
+FINGERPRINT = "images of the fingerprint"  # in Frozen.pretrained where they are known
 RANDOM_SEED = 0  # of weights that nothing was trained on
 
 
@@ -127,7 +128,7 @@ def _training(training: dict[str, Any]) -> str:
     parts += [f"{config['epochs']} epochs"] if "epochs" in config else []
     parts += [f"seed {config['seed']}"] if "seed" in config else []
     if "data" in training:
-        parts.append(f"without labels on images of the fingerprint {training['data']}")
+        parts.append(f"without labels on {FINGERPRINT} {training['data']}")
     return "self-supervised, " + (", ".join(parts) or "settings unknown")
 
 

@@ -107,7 +107,7 @@ def test_a_cell_equals_what_its_parts_give_one_by_one(folder, kind, shots, test)
         x, y = F.relu(x), F.relu(y)
     drawn = stratified_fraction(train.labels, shots, torch.Generator().manual_seed(seed))
     labels = flip_labels(train.labels[drawn], rate, 10, torch.Generator().manual_seed(seed))
-    # 4 epochs of all 302 images are 4 steps, and so are 4 of the half: 151 images are less than one batch of 256
+    # 4 epochs of all 299 images are 4 steps, and so are 4 of the half: 149 images are less than one batch of 256
     fitted = fit_linear_probes(x[drawn], labels[None], 10, epochs=4, batch_size=min(256, len(drawn)), seeds=seed)
     arm = {"model": "small_conv", "features": kind, "test": test}
     (row,) = found(folder, few_shots=shots, label_noise=rate, seed=seed, **arm)
@@ -164,6 +164,28 @@ def test_the_table_says_what_is_pretrained_on_what_and_agrees_with_the_rows(fold
     assert (folder / "robustness.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_the_table_says_whether_models_were_pretrained_on_the_images_here(tmp_path):
+    train = load_images("digits", "train")
+    part = train.subset(stratified_fraction(train.labels, 300 / len(train), torch.Generator().manual_seed(0)))
+    expected = {
+        "part": (part.fingerprint, " (the training images here)"),
+        "whole": (train.fingerprint, " (all training images, of which those here are a part)"),
+        "other": ("00ff", " (not the training images here, but some images may be in both)"),
+    }
+    for seed, (name, (fingerprint, _)) in enumerate(expected.items()):
+        torch.manual_seed(seed)
+        model = models.ContrastiveModel(models.ModelConfig("small_conv", projector_hidden=8, projector_out=4))
+        models.save(tmp_path / name / "model.safetensors", model, {"data": fingerprint})
+    command = [*(str(tmp_path / name) for name in expected), *SMALL, "--features", "raw", "--corruptions", *QUICK]
+    main([*command, "--output_dir", str(tmp_path / "run")])
+    text = (tmp_path / "run" / "results.md").read_text()
+    for name, (fingerprint, words) in expected.items():
+        (row,) = found(tmp_path / "run", "sparsity", model=str(tmp_path / name))
+        assert row["config"]["pretrained"].endswith(f"images of the fingerprint {fingerprint}{words}")
+        assert f"fingerprint {fingerprint}{words}.\n" in text
+    assert "Pretrained: nothing: random initialisation, seed 0.\n" in text
+
+
 def no_pass(*_):
     raise AssertionError("a forward pass")
 
@@ -180,6 +202,14 @@ def test_a_second_run_with_the_same_features_makes_no_forward_pass(folder, check
             assert [row["value"] for row in first] == [row["value"] for row in second]
     with pytest.raises(SystemExit, match="a forward pass"):
         main([*command, "--corruptions", "gaussian=0.7", "--output_dir", str(tmp_path / "c")])
+
+
+def test_too_many_active_latents_are_refused_also_where_features_are_cached(folder, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "outputs", no_pass)
+    command = [str(checkpoint), "--output_dir", str(tmp_path / "run"), *QUICK, *CORRUPTIONS, "--sae_k", "17"]
+    with pytest.raises(SystemExit, match=r"Error: sae_k is 17; .* has 16 features"):
+        main([*command, "--cache_dir", str(folder / "cache")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stopped_run_continues_to_the_same_rows(folder, checkpoint, tmp_path, monkeypatch, capsys):
