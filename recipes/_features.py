@@ -9,7 +9,6 @@ latents).
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,14 +117,34 @@ def frozen_models(
     return FrozenModels(seed, contrastive, encoder, kept), made
 
 
+def seed_of(seeds: Sequence[int]) -> int | None:
+    """The seed of a row that depends on the models alone: none where several seeds share them."""
+    return seeds[0] if len(seeds) == 1 else None
+
+
+def is_described(run: Run, name: str, seeds: Sequence[int]) -> bool:
+    """Whether the run has the rows of `describe`; one of each seed, as there were for shared models, will do."""
+    return all(
+        run.find(metric, features=name, seed=seed_of(seeds))
+        or all(run.find(metric, features=name, seed=seed) for seed in seeds)
+        for metric in MEASURED
+    )
+
+
 def describe(
     run: Run, name: str, test: torch.Tensor, labels: torch.Tensor, seeds: Sequence[int], device: torch.device
 ) -> None:
-    """Add the rows that say what features are: `MEASURED` on the test images, for each seed that lacks them."""
+    """Add the rows that say what features are, if the run lacks them: `MEASURED` on the test images.
+
+    Models that several seeds share are measured once: copies for each seed would pass for an interval of no width.
+    """
+    if is_described(run, name, seeds):
+        return
     start = time.monotonic()
     found = semantic_consistency(test, labels)
     values = (found.mean, found.chance, found.sparsity, found.live_dimensions)
     measured = {"n": len(test), "seconds": time.monotonic() - start, "device": device_name(device)}
-    for (metric, value), seed in itertools.product(zip(MEASURED, values, strict=True), seeds):
+    seed = seed_of(seeds)
+    for metric, value in zip(MEASURED, values, strict=True):
         if not run.find(metric, seed=seed, features=name):
             run.add(metric, float(value), seed=seed, **measured, features=name)

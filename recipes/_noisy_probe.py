@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _features import MEASURED
+from _features import is_described
 from _run import Interval, Run, interval
 from _vision import ProbingArguments
 
@@ -83,7 +83,7 @@ def predictions(probes: Probes, test: torch.Tensor) -> torch.Tensor:
 
 def is_complete(run: Run, name: str, seeds: Sequence[int]) -> bool:
     """Whether the folder has the rows that are written last of one kind of features."""
-    return all(run.find(metric, features=name, seed=seed) for metric in (ACCURACY, *MEASURED) for seed in seeds)
+    return is_described(run, name, seeds) and all(run.find(ACCURACY, features=name, seed=seed) for seed in seeds)
 
 
 def over_seeds(run: Run, metric: str, name: str, **arm: Any) -> Interval:

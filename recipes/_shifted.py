@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _features import MEASURED, FrozenModels, describe, frozen_models
+from _features import FrozenModels, describe, frozen_models, is_described
 from _probes import ACCURACY, ARMS, ControlledArguments, kind_of
 from _run import Run, device_name
 from accelerate import Accelerator
@@ -91,10 +91,12 @@ def test(
     }
     found = []
     for name in ARMS:
-        accuracy = probe_accuracy(*probes[name], models.features(kind_of(name), shifted), images.labels, topk=(1,))[1]
-        for (decay, seed), value in zip(probes_of(script, name, seeds), accuracy.tolist(), strict=True):
+        wanted = {i: of for i, of in enumerate(probes_of(script, name, seeds)) if of[1] in trial.seeds}
+        mine = [part[list(wanted)] for part in probes[name]]
+        accuracy = probe_accuracy(*mine, models.features(kind_of(name), shifted), images.labels, topk=(1,))[1]
+        for (decay, seed), value in zip(wanted.values(), accuracy.tolist(), strict=True):
             arm = {"features": name, "probe_weight_decay": decay}
-            if seed in trial.seeds and not run.find(ACCURACY, seed=seed, **trial.arm, **arm):
+            if not run.find(ACCURACY, seed=seed, **trial.arm, **arm):
                 found.append((value, seed, arm))
     measured = {
         "n": len(images),
@@ -119,8 +121,7 @@ def measure(
     seeds = script.models_of()[seed]
     probed = sum(len(script.decays_of(name)) for name in ARMS)
     missing = [t for t in trials if any(len(run.find(ACCURACY, seed=s, **t.arm)) < probed for s in t.seeds)]
-    described = all(run.find(metric, features=name, seed=s) for metric in MEASURED for name in ARMS for s in seeds)
-    if described and not missing:
+    if not missing and all(is_described(run, name, seeds) for name in ARMS):
         return
     models, made = frozen_models(run, script, seed, splits, accelerator)
     if not accelerator.is_main_process:

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from _features import FEATURES, MEASURED, describe, frozen_models
+from _features import FEATURES, MEASURED, describe, frozen_models, is_described
 from _probes import (
     ACCURACY,
     ARMS,
@@ -116,10 +116,8 @@ def probe_arm(
 def is_complete(run: Run, script: LabelNoiseArguments, name: str, seeds: list[int]) -> bool:
     """Whether the folder has every row of one kind of features."""
     decays = len(script.decays_of(name))
-    return all(
-        len(run.find(ACCURACY, features=name, seed=seed)) == decays * len(script.noise_rates)
-        and all(run.find(metric, features=name, seed=seed) for metric in MEASURED)
-        for seed in seeds
+    return is_described(run, name, seeds) and all(
+        len(run.find(ACCURACY, features=name, seed=seed)) == decays * len(script.noise_rates) for seed in seeds
     )
 
 

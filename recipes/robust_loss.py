@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from _features import FEATURES, MEASURED, describe, frozen_models
+from _features import FEATURES, describe, frozen_models, is_described
 from _probes import (
     ACCURACY,
     ARMS,
@@ -126,10 +126,8 @@ def probe_arm(
 def is_complete(run: Run, script: RobustLossArguments, name: str, seeds: list[int]) -> bool:
     """Whether the folder has every row of one kind of features."""
     probes = len(LOSSES) * len(script.noise_rates) * len(script.decays_of(name))
-    return all(
-        len(run.find(ACCURACY, features=name, seed=seed)) == probes
-        and all(run.find(metric, features=name, seed=seed) for metric in MEASURED)
-        for seed in seeds
+    return is_described(run, name, seeds) and all(
+        len(run.find(ACCURACY, features=name, seed=seed)) == probes for seed in seeds
     )
 
 

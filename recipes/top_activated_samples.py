@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _features import FEATURES, MEASURED, describe, frozen_models
+from _features import FEATURES, MEASURED, describe, frozen_models, seed_of
 from _noisy_probe import (
     ACCURACY,
     NoisyProbeArguments,
@@ -81,13 +81,14 @@ def class_accuracies(predicted: torch.Tensor, labels: torch.Tensor, num_classes:
 
 def add_seed(
     run: Run, script: TopActivatedArguments, name: str, test: torch.Tensor, images: ImageSet, weights: torch.Tensor,
-    accuracy: torch.Tensor, seed: int, measured: dict[str, Any],
+    accuracy: torch.Tensor, seed: int, of_models: int | None, measured: dict[str, Any],
 ) -> None:  # fmt: skip
     """The rows of one kind of features and one seed that the run lacks.
 
     There is none of the correlation if all classes have the same accuracy, or their dimensions the same purity.
 
     Args:
+        of_models: the seed of rows that depend on the models alone, as of `seed_of`.
         test: features (n, d) of the test images.
         weights: (num_classes, d) of the classifier.
         accuracy: (num_classes,) of the classifier.
@@ -109,7 +110,7 @@ def add_seed(
     known = accuracy.isfinite().nonzero().squeeze(1)
     dimension_of = shown[weights.cpu()[:, shown].argmax(dim=1)]  # of each class
 
-    def add(metric: str, value: float, n: int, **arm: Any) -> None:
+    def add(metric: str, value: float, n: int, seed: int | None = seed, **arm: Any) -> None:
         if not run.find(metric, seed=seed, features=name, **arm):
             run.add(metric, value, n=n, seed=seed, features=name, **measured, **arm)
 
@@ -123,9 +124,9 @@ def add_seed(
     for rank, label in zip(RANKS, (ranked[0], ranked[-1]), strict=True):
         of = {"class_name": images.class_names[label], "class_accuracy": accuracy[label].item()}
         add_dimension(OF_CLASS, int(dimension_of[label]), rank=rank, **of)
-    add(PURITY, pure[shown].mean().item(), len(shown))
+    add(PURITY, pure[shown].mean().item(), len(shown), of_models)
     add(PURITY_CHANCE, purity(top[shown], shuffled).mean().item(), len(shown))
-    add(SHOWN, float(len(shown)), len(test))
+    add(SHOWN, float(len(shown)), len(test), of_models)
     both = accuracy[known], pure[dimension_of[known]]
     if all(len(values.unique()) > 1 for values in both):  # there is no correlation with a constant
         add(CORRELATION, spearmanr(*both).statistic, len(known))
@@ -151,7 +152,7 @@ def measure(
         measured = {"seconds": time.monotonic() - start, "device": device_name(device)}
         for one, weights, predicted in zip(seeds, probes.weights, predictions(probes, test), strict=True):
             accuracy = class_accuracies(predicted, images.labels, images.num_classes)
-            add_seed(run, script, name, test, images, weights, accuracy, one, measured)
+            add_seed(run, script, name, test, images, weights, accuracy, one, seed_of(seeds), measured)
         describe(run, name, test, images.labels, seeds, device)
 
 

@@ -17,6 +17,8 @@ SMALL = ["--seeds", "0", "1", "--pretraining_epochs", "2", "--warmup_epochs", "1
 SMALL += ["--projector_out", "32", "--sae_k", "4", "--sae_epochs", "4", "--probe_epochs", "4"]
 SMALL += ["--decays", "1e-3", "0.1"]
 NOISE = ["--scales", "0.5", "2"]
+SHARED = [*SMALL, "--noises", "gaussian", "--scales", "0.5", "--shared_pretraining"]
+MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
 ARMS = {"poly", "sae", "ncl", "poly_decay", "poly_unit", "random_relu", "random_mask"}
 
 
@@ -55,10 +57,10 @@ def test_every_cell_has_a_row_and_noise_costs_accuracy(folder):
     assert value(folder, features="poly", noise="none", seed=0) != value(folder, features="poly", noise="none", seed=1)
 
 
-@pytest.mark.parametrize(("arm", "method"), [("poly", "simclr"), ("ncl", "ncl")])
-def test_rows_equal_noise_added_and_probed_by_hand(folder, arm, method):
+def by_hand(folder, model_name, seed):
+    """Accuracy under Gaussian noise of 0.5, of the noise and the probe of a seed."""
     train, test = load_images("digits", "train"), load_images("digits", "test")
-    model, _ = models.load(folder / "models" / f"{method}-1" / "model.safetensors")
+    model, _ = models.load(folder / "models" / model_name / "model.safetensors")
     model.eval()
 
     def normalised(images):
@@ -67,13 +69,62 @@ def test_rows_equal_noise_added_and_probed_by_hand(folder, arm, method):
 
     with torch.no_grad():
         clean = model(normalised(train)).output
-        noise = torch.Generator().manual_seed(1)
+        noise = torch.Generator().manual_seed(seed)
         parts = [x + 0.5 * torch.randn(x.shape, generator=noise) for x in normalised(test).split(256)]
         noisy = torch.cat([model(x).output for x in parts])
-    weights, biases = fit_linear_probes(clean, train.labels[None], 10, epochs=4, seeds=1)
+    weights, biases = fit_linear_probes(clean, train.labels[None], 10, epochs=4, seeds=seed)
     right = (noisy @ weights[0].T + biases[0]).argmax(dim=1) == test.labels
+    return pytest.approx(right.double().mean().item(), abs=1.1 / 360)  # an image may lie on the border
+
+
+@pytest.mark.parametrize(("arm", "method"), [("poly", "simclr"), ("ncl", "ncl")])
+def test_rows_equal_noise_added_and_probed_by_hand(folder, arm, method):
     found = value(folder, features=arm, noise="gaussian", scale=0.5, seed=1)
-    assert found == pytest.approx(right.double().mean().item(), abs=1.1 / 360)  # an image may lie on the border
+    assert found == by_hand(folder, f"{method}-1", 1)
+
+
+@pytest.fixture(scope="module")
+def shared(folder, tmp_path_factory):
+    """A run whose seeds share the models of the first, and how many probes were tested at a time."""
+    path, tested, accuracy = tmp_path_factory.mktemp("shared"), [], _shifted.probe_accuracy
+
+    def counted(weights, *rest, **more):
+        tested.append(len(weights))
+        return accuracy(weights, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_shifted, "probe_accuracy", counted)
+        main(["--output_dir", str(path), *SHARED, "--checkpoints", str(folder / "models")])
+    return path, tested
+
+
+def test_seeds_that_share_models_are_tested_each_with_its_own_noise(folder, shared):
+    path, tested = shared
+    for arm, method in (("poly", "simclr"), ("ncl", "ncl")):
+        for seed in (0, 1):
+            assert value(path, features=arm, noise="gaussian", seed=seed) == by_hand(folder, f"{method}-0", seed)
+    # Without noise both seeds at once, with it one; poly_decay has two weight decays.
+    assert sorted(tested) == sorted([2] * 6 + [4] + 2 * ([1] * 6 + [2]))
+
+
+def test_what_shared_models_make_is_measured_once_and_has_no_interval(shared, tmp_path, monkeypatch):
+    path, _ = shared
+    for metric in MEASURED:
+        assert sorted((r["config"]["features"], r["seed"]) for r in rows(path, metric)) == sorted(
+            (arm, None) for arm in ARMS
+        )
+    lines = [line for line in (path / "results.md").read_text().splitlines() if line.startswith("| ncl |")]
+    assert ["±" in cell for cell in lines[0].split("|")[2:-1]] == [True, True, False, False, False, False]
+    monkeypatch.setattr(_shifted, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
+    main(["--output_dir", str(path), *SHARED])
+    # A row of each seed, as there were before, is whole too.
+    old = tmp_path / "old"
+    shutil.copytree(path, old)
+    there = [json.loads(line) for line in (path / "results.jsonl").read_text().splitlines()]
+    there = [r | {"seed": s} for r in there for s in ((0, 1) if r["seed"] is None else (r["seed"],))]
+    (old / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in there))
+    main(["--output_dir", str(old), *SHARED])
+    assert len(rows(old, "sparsity")) == len(ARMS) * 2
 
 
 def test_the_table_has_gains_growth_and_what_the_features_are(folder):
@@ -95,7 +146,7 @@ def test_the_table_has_gains_growth_and_what_the_features_are(folder):
     assert gain_line.split("|")[4].split("±")[0].strip() == f"{sum(gains) / 2:+.1f}"
     assert growth_line.split("|")[3].split("±")[0].strip() == f"{sum(growth) / 2:+.1f}"
     assert "| ncl over random_relu |" in table
-    for metric in ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions"):
+    for metric in MEASURED:
         assert len(rows(folder, metric)) == len(ARMS) * 2
     assert "| features | none | 0.5 | 2 | semantic consistency |" in table
 

@@ -5,6 +5,7 @@ import shutil
 
 import label_noise_probing
 import pytest
+import tables
 from label_noise_probing import main
 
 SMALL = ["--seeds", "0", "1", "--noise_rates", "0", "0.6", "--pretraining_epochs", "2", "--warmup_epochs", "1"]
@@ -98,12 +99,20 @@ def test_same_settings_reprint_and_others_are_refused(folder, monkeypatch, capsy
         main(["--output_dir", str(folder), *SMALL, "--sae_k", "5"])
 
 
-def test_shared_pretraining_probes_one_model_with_every_seed(folder, tmp_path):
+def test_shared_pretraining_probes_one_model_with_every_seed(folder, tmp_path, monkeypatch):
     main(["--output_dir", str(tmp_path), *SMALL, "--shared_pretraining", "--checkpoints", str(folder / "models")])
     assert not (tmp_path / "models").exists()
     assert values(tmp_path, seed=0, features="poly") == values(folder, seed=0, features="poly")
     assert values(tmp_path, seed=1, features="poly") != values(folder, seed=1, features="poly")
-    assert len(set(values(tmp_path, "sparsity", features="ncl"))) == 1
+    assert [row["seed"] for row in rows(tmp_path, "sparsity")] == [None] * len(ARMS)
+    before = (tmp_path / "results.jsonl").read_bytes()
+    monkeypatch.setattr(label_noise_probing, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
+    main(["--output_dir", str(tmp_path), *SMALL, "--shared_pretraining"])
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    tables.main(["--runs", str(tmp_path), "--output_dir", str(tmp_path.parent / "tables"), "--only", "figure_1b"])
+    table = (tmp_path.parent / "tables" / "label_noise_probing" / "results.md").read_text()
+    line = next(line for line in table.splitlines() if line.startswith("| ncl |"))
+    assert ["±" in cell for cell in line.split("|")[2:-1]] == [True, True, False, False, False, False]
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,19 @@ def test_same_settings_reprint_and_others_are_refused(folder, monkeypatch, capsy
         main(["--output_dir", str(folder), *SMALL, "--samples", "5"])
 
 
+def test_what_shared_models_show_is_measured_once_and_has_no_interval(folder, tmp_path, monkeypatch):
+    command = ["--output_dir", str(tmp_path), *SMALL, "--shared_pretraining"]
+    main([*command, "--checkpoints", str(folder / "models")])
+    for metric in ("top_purity", "shown_dimensions", "semantic_consistency"):
+        assert [row["seed"] for row in rows(tmp_path, metric)] == [None] * 3
+    for metric in ("chance_top_purity", "offline_probe_top1"):  # of shuffled labels, and of probes
+        assert {row["seed"] for row in rows(tmp_path, metric)} == {0, 1}
+    line = next(line for line in (tmp_path / "results.md").read_text().splitlines() if line.startswith("| ncl |"))
+    assert ["±" in cell for cell in line.split("|")[2:-1]] == [False, True, False, True, True] + [False] * 4
+    monkeypatch.setattr(top_activated_samples, "frozen_models", None)  # nothing is measured again
+    main(command)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
