@@ -78,7 +78,7 @@ def test_every_shift_has_a_row_of_every_arm(folder):
     assert found == {(arm, shift, seed) for arm in ARMS for shift in shifts for seed in (0, 1)}
     for arm in ("poly", "sae", "ncl"):
         values = [value(folder, features=arm, shift=shift, seed=0) for shift in shifts]
-        assert values[0] == max(values)
+        assert values[0] > values[2] + 0.1  # negatives are another world
         assert len(set(values)) > 2
     assert len(rows(folder, "semantic_consistency")) == len(ARMS) * 2
     table = (folder / "results.md").read_text()

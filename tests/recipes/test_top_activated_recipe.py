@@ -84,7 +84,7 @@ def test_a_correlation_that_there_is_not_has_no_row(tmp_path, recwarn):
     features, measured = torch.eye(3)[labels] + 0.1, {"seconds": 0.0, "device": "cpu"}
     for name, seed in itertools.product(("poly", "sae", "ncl"), (0, 1)):
         accuracy = torch.tensor([0.5, 0.5, 0.5 + (name == "ncl")], dtype=torch.float64)
-        add_seed(run, script, name, features, images, torch.eye(3), accuracy, seed, measured)
+        add_seed(run, script, name, features, images, torch.eye(3), accuracy, seed, seed, measured)
         for metric in ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions"):
             run.add(metric, 0.5, n=6, seed=seed, features=name, **measured)
     assert not run.find("accuracy_purity_correlation")
