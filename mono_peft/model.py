@@ -336,13 +336,17 @@ def _check_tensor_names(model: nn.Module, adapter_name: str, tensors: Iterable[s
         )
 
 
+class DivergedError(ValueError):
+    """An adapter's weights, or what it computes, are NaN or infinite: its training diverged."""
+
+
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError if an adapter's tensor holds NaN or infinity."""
+    """Raise DivergedError if an adapter's tensor holds NaN or infinity."""
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise ValueError(
-            f"{len(broken)} tensors of this adapter hold NaN or infinity ({_listed(broken)}): the training that saved "
-            "it diverged, or the file is damaged. Load an earlier checkpoint."
+        raise DivergedError(
+            f"{len(broken)} tensors of this adapter hold NaN or infinity ({_listed(broken)}): its training diverged, "
+            "or the file is damaged. Load an earlier checkpoint."
         )
 
 
