@@ -69,7 +69,10 @@ class MonoLoraModel(BaseTuner):
         setattr(model, "model_tags", sorted({*tags, MODEL_TAG}))  # noqa: B010, mypy reads it as a submodule
 
     def unload(self) -> nn.Module:
-        """The base model without adapters, and without their tag."""
+        """The base model without adapters, and without their tag.
+
+        As with every method of PEFT, the trained copies of `modules_to_save` and trained biases stay in it.
+        """
         model = super().unload()
         model.model_tags = [tag for tag in model.model_tags or [] if tag != MODEL_TAG] or None
         return model
@@ -120,6 +123,10 @@ class MonoLoraModel(BaseTuner):
             raise ValueError(
                 f"`bias={config.bias!r}` needs peft >= 0.21: older versions would train the biases and not save them."
             )
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT would also copy the child's weight, which of trainable tokens is no parameter but the trained table.
+        setattr(parent, child_name, new_module)
 
     def _create_and_replace(
         self,
@@ -232,13 +239,34 @@ class MonoLoraModel(BaseTuner):
         tensors = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        _check_tensor_names(model, adapter_name, tensors)
+        names = list(model.state_dict())
+        # As when saving: layers inside an FSDP wrapper.
+        saved = {cls._remove_adapter_name_from_key(n, adapter_name): n for n in _adapter_names(names, adapter_name)}
+        tensors = {saved.get(name, name): tensor for name, tensor in tensors.items()}
+        _check_tensor_names(names, adapter_name, tensors)
         check_finite(tensors)
+        _check_prefix(model, names)
         return tensors
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        tensors = super()._get_adapter_state_dict(*args, **kwargs)
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MonoLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # By the names of tensors, not of modules: inside an FSDP wrapper they differ. PEFT adds `modules_to_save`.
+        names = [n for n in state_dict if ".modules_to_save." not in n and ".original_module." not in n]
+        weights = _adapter_names(names, adapter_name)
+        biases: Iterable[str] = ()
+        if config.bias == "all":
+            biases = (name for name in names if name == "bias" or name.endswith(".bias"))
+        elif config.bias == "monolora_only":
+            layers = {name.partition(f".{PREFIX}")[0] for name in weights}
+            biases = (name for name in names if name.removesuffix(".base_layer.bias") in layers)
+        tensors = {name: state_dict[name] for name in (*weights, *biases)}
         empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
         if empty:
             raise ValueError(
@@ -252,12 +280,27 @@ def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-def _check_tensor_names(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
-    """Raise ValueError unless `tensors` names every weight of the adapter in `model` and nothing unknown to it."""
+def _adapter_names(names: Iterable[str], adapter_name: str) -> list[str]:
+    """Those of `names` that are weights of the adapter."""
+    return [name for name in names if (match := _ADAPTER_TENSOR.search(name)) and match["adapter"] == adapter_name]
+
+
+def _check_prefix(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise ValueError where PEFT would take the prefix off the tensors' names although the model has it."""
+    parameters = (name for name, _ in model.named_parameters())
+    if any(n.startswith(_PEFT_PREFIX) for n in names) and not any(n.startswith(_PEFT_PREFIX) for n in parameters):
+        raise ValueError(
+            f"PEFT cannot load an adapter into a model inside a {type(model).__name__}: it would silently leave all "
+            "weights as they are. Load into the model inside it, or before wrapping, or use FSDP2 (`fully_shard`)."
+        )
+
+
+def _check_tensor_names(names: Iterable[str], adapter_name: str, tensors: Iterable[str]) -> None:
+    """Raise ValueError unless `tensors` has every weight of the adapter in a model of these `names` and no unknown."""
     # Where layers were injected without PeftModel, files have its prefix and the model has not.
     given = {name.removeprefix(_PEFT_PREFIX) for name in tensors}
-    known = {name.removeprefix(_PEFT_PREFIX) for name in model.state_dict()}
-    wanted = {name for name in known if (match := _ADAPTER_TENSOR.search(name)) and match["adapter"] == adapter_name}
+    known = {name.removeprefix(_PEFT_PREFIX) for name in names}
+    wanted = set(_adapter_names(known, adapter_name))
     unknown, missing = given - known, wanted - given
     problem = None
     if any(".lora_A." in name for name in unknown):
