@@ -136,9 +136,9 @@ def notes(run: Run, script: ControlledArguments, cells: Sequence[Cell]) -> str:
     decays = ", ".join(f"{best_decay(run, **cell):g}" for cell in cells)
     return (
         f"\nMean ± half-width of the 95 % interval over {len(script.seeds)} seeds ({script.varied}).\n"
-        "The paper's numbers are of another scale (ResNet-18, 200 epochs, 16384-2048 projector) unless that is what was run here. Consistency,\n"
-        "sparsity and live dimensions are of the clean test images; chance is the consistency with shuffled labels.\n"
-        "A consistency means little without the sparsity beside it.\n"
+        "The paper's numbers are of another scale (ResNet-18, 200 epochs, 16384-2048 projector) unless that is what\n"
+        "was run here. Consistency, sparsity and live dimensions are of the clean test images; chance is the\n"
+        "consistency with shuffled labels. A consistency means little without the sparsity beside it.\n"
         f"poly_decay takes the best of {len(script.decays)} weight decays for each column on the test labels\n"
         f"themselves, which favours it ({decays});\n"
         "poly_unit, random_relu, random_mask: see recipes/_features.py.\n"
