@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from _run import Run, device_name, interval, markdown_table
+from _run import Run, device_name, interval, markdown_table, run_as_program
 from _settings import parse
 from _vision import (
     METHODS,
@@ -91,4 +91,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)
