@@ -53,6 +53,7 @@ class Run:
         self.config = json.loads(json.dumps(config))  # as it will be read back
         self.is_main = is_main
         self._held = ExitStack()  # the lock and the open file of rows, from `bind` on
+        self._bound = False
         self._appender: LineAppender | None = None
         self._load()
 
@@ -152,7 +153,9 @@ class Run:
         if not rows:
             return
         self.bind()
-        if self._appender is not None:
+        if self.is_main:
+            if self._appender is None:
+                self._appender = self._held.enter_context(LineAppender(self.folder / ROWS))
             self._appender.append(rows)
         self.rows.extend(rows)
         for row in rows:
@@ -169,7 +172,7 @@ class Run:
             ValueError: another process holds the folder, it has got another configuration meanwhile, or nothing can
                 be written to it.
         """
-        if self._appender is not None or not self.is_main:
+        if self._bound or not self.is_main:
             return
         try:
             self._held.enter_context(locked(self.folder))
@@ -181,9 +184,13 @@ class Run:
             if not (self.folder / CONFIG).exists():
                 described = {"recipe": self.recipe, "config": self.config}
                 self.write(CONFIG, json.dumps(described, indent=2, sort_keys=True) + "\n")
-            self._appender = self._held.enter_context(LineAppender(self.folder / ROWS))
         except OSError as error:
+            self._held.close()
             raise ValueError(f"--output_dir {self.folder} cannot be written to ({error}); choose another.") from None
+        except BaseException:
+            self._held.close()
+            raise
+        self._bound = True
 
     def replace(self, rows: list[dict[str, Any]]) -> None:
         """Let the run have `rows` and no others, on the disk too; to append rows, `add_rows` is cheaper."""

@@ -110,7 +110,9 @@ def is_complete(run: Run, script: SuperpositionArguments, cell: dict[str, Any]) 
 def check(script: SuperpositionArguments) -> None:
     """Raise ValueError for settings that would fail later, before the encoders are trained."""
     for cell in cells(script):
-        n, _ = size_of(cell["size"])
+        n, m = size_of(cell["size"])
+        if m > n:
+            raise ValueError(f"sizes has {cell['size']!r}: n_dims is {m}; it must not exceed the {n} features.")
         if cell["samples"] < n:
             raise ValueError(f"samples is {cell['samples']} for {n} classes; give at least one for each class.")
         if not 0 <= cell["sparsity"] < 1:
