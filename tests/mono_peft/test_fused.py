@@ -127,7 +127,7 @@ def test_the_share_of_dropped_elements(dropout):
     assert neighbours == pytest.approx((1 - dropout) ** 2, abs=4 / n**0.5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     dropout=st.one_of(
         st.floats(0, 1, exclude_max=True),
