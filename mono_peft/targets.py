@@ -144,8 +144,8 @@ def _own_forward_obstacle(module: nn.Module) -> str | None:
     in_features, out_features = _get_in_out_features(module)
     assert in_features is not None
     if kind is nn.Embedding:
-        last = in_features - 1
-        x = torch.tensor([[0, last, 0], [last, 0, last]])
+        ids = [i for i in range(min(in_features, 3)) if i != module.padding_idx] or [0]
+        x = torch.tensor([[ids[0], ids[-1], ids[0]], [ids[-1], ids[0], ids[-1]]])
         numbers = torch.arange(in_features, dtype=weight.dtype)[:, None]  # the vector of id i is i, i, ...
     else:
         x = torch.zeros(2, 3, in_features, dtype=weight.dtype)
@@ -160,9 +160,7 @@ def _own_forward_obstacle(module: nn.Module) -> str | None:
         return f"{own} returns a {type(result).__name__} and not a tensor"
     if tuple(result.shape) != expected:
         return f"{own} makes the shape {tuple(result.shape)} of {tuple(x.shape)}, where an adapter makes {expected}"
-    if kind is nn.Embedding and not (
-        torch.equal(result[0, 0], result[1, 1]) and torch.equal(result[0, 1], result[1, 0])
-    ):
+    if kind is nn.Embedding and any((result[x == i] != result[x == i][0]).any() for i in (ids[0], ids[-1])):
         return f"{own} gives an id other vectors at other places, as tables of positions do"
     return None
 

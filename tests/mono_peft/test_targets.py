@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import BartConfig, BartModel, Llama4ForCausalLM, Llama4TextConfig, PhimoeConfig, PhimoeForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.fsmt.modeling_fsmt import SinusoidalPositionalEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.idefics.modeling_idefics import IdeficsDecoupledLinear
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
@@ -74,6 +75,7 @@ class Positions(nn.Embedding):
         (TwoInputs(6, 4), r"fails on an input of shape \(2, 3, 6\) \(TypeError: .*gate"),
         (IdeficsDecoupledLinear(6, 4, 2), r"makes the shape \(2, 3, 6\)"),
         (Positions(8, 4), "gives an id other vectors at other places, as tables of positions do"),
+        (SinusoidalPositionalEmbedding(8, 4, 0), "gives an id other vectors at other places"),
         (OPTLearnedPositionalEmbedding(8, 4), "OPTLearnedPositionalEmbedding has a forward of its own, which"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
