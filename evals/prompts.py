@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -143,7 +142,7 @@ def answer_opening(tokenizer: PreTrainedTokenizerBase, thinking: str = "off") ->
     if tokenizer.chat_template is None:
         return "", ""
     written = written_answer(tokenizer, "question", "answer", thinking)
-    shared = len(os.path.commonprefix([written.generation_prompt, written.opening]))
+    shared = _shared_length(written.generation_prompt, written.opening)
     return written.generation_prompt[shared:], written.opening[shared:]
 
 
@@ -172,7 +171,7 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) 
     return EncodedAnswer(input_ids, [0] * border + [1] * (len(input_ids) - border))
 
 
-def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """The number of tokens with which both begin."""
+def _shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """The number of tokens or characters with which both begin."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

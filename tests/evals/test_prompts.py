@@ -82,11 +82,11 @@ MISTRAL = (
 )
 ZEPHYR = (
     "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
-    "eos_token }}\n{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}"
-    "\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+    "eos_token }}\n{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n' + message['content'] + "
+    "eos_token }}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 REPEATING = (
@@ -144,7 +144,7 @@ def test_the_answer_is_marked_in_every_template(published, name, core, left, rig
     removed, added = answer_opening(tokenizer)
     opening = alone.removesuffix(removed) + added
     assert opening.startswith(before), "the mask begins where the prompt ends"
-    assert whole.startswith(opening + core) or whole.startswith(opening + left)
+    assert whole[len(opening) :].lstrip().startswith(core)
 
 
 def test_a_row_that_its_template_does_not_write_is_refused(published):
@@ -195,9 +195,9 @@ def test_training_is_on_the_answer_behind_an_empty_thought(make_tokenizer, name,
     row = trainer.train_dataset[0]
     scored = encode_answer(tokenizer, "Is it?", "positive")
     assert row["input_ids"][: len(scored.input_ids)] == scored.input_ids
-    marked = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
-    assert "think" not in tokenizer.decode(marked)
-    assert [int(label != -100) for label in row["labels"][: len(scored.input_ids)]] == scored.completion_mask
+    trained = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert "think" not in tokenizer.decode(trained)
+    assert tokenizer.decode(trained).lstrip().startswith("positive")
 
 
 # --- Dolly -----------------------------------------------------------------------------------------------------------
