@@ -43,6 +43,7 @@ from evals.models import (
     attached,
     check_adapter,
     check_base,
+    hub_commit,
     load_base,
     method_and_seed,
 )
@@ -124,7 +125,8 @@ def generate(settings: GenerateSettings) -> Run:
     source = str(embedded_model()) if settings.model == EMBEDDED else settings.model
     tokenizer, config = check_base(source)
     folders = {adapter.name: check_adapter(adapter, source, config) for adapter in settings.adapters}
-    arms = _arms(settings, source, tokenizer, config, folders)
+    commit = hub_commit(source)
+    arms = _arms(settings, source, commit, tokenizer, folders)
     manager = task_manager(settings.tasks, settings.task_data)
     loaded = {name: _load_task(manager, name, settings, tokenizer, config) for name in settings.tasks}
     tasks = task_checksums([task for of_name in loaded.values() for task in of_name], settings.limit)
@@ -148,7 +150,7 @@ def generate(settings: GenerateSettings) -> Run:
         missing = [(arm, name) for arm, name in missing if not _diverged(run, settings, arm)]
         if not missing:
             return run
-        base = load_base(source, settings.dtype, settings.load_in_4bit, revision=_commit(config))
+        base = load_base(source, settings.dtype, settings.load_in_4bit, revision=commit)
         weights = non_finite(base.named_parameters())
         if weights is not None:
             for arm in _with_missing(arms, missing):
@@ -181,8 +183,8 @@ def generate(settings: GenerateSettings) -> Run:
 def _arms(
     settings: GenerateSettings,
     source: str,
+    commit: str | None,
     tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
     folders: dict[str, Path],
 ) -> list[Arm]:
     """What answers, in this order, with checksums: here every byte of the model's weights is read, once.
@@ -191,7 +193,7 @@ def _arms(
         ValueError: an adapter's tokenizer does not fit, two adapters are the same one, or a chat template cannot do
             what --thinking says.
     """
-    of_model = model_checksums(source, _commit(config))
+    of_model = model_checksums(source, commit)
     markers = settings.thought_markers
     arms = []
     if settings.base:
@@ -212,12 +214,6 @@ def _arms(
         thoughts = thoughts_of(own, settings.thinking, markers, f"the adapter {adapter.name!r}")
         arms.append(Arm(adapter, own, thoughts, of_model | of_adapter, own is not tokenizer))
     return arms
-
-
-def _commit(config: PretrainedConfig) -> str | None:
-    """The commit of the hub's repository that a configuration is from, None for that of a folder."""
-    commit: str | None = getattr(config, "_commit_hash", None)
-    return commit
 
 
 def _with_missing(arms: Iterable[Arm], missing: Iterable[tuple[Arm, str]]) -> list[Arm]:

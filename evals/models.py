@@ -26,7 +26,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 import mono_peft  # noqa: F401 - registers MonoLoRA with PEFT
 from evals.contents import TOKENIZER_FILES
@@ -133,6 +134,20 @@ def _hub_has_safetensors(name: str) -> bool:
         return any(file_exists(name, file) for file in files)
     except OSError:  # no network
         return False
+
+
+def hub_commit(name: str) -> str | None:
+    """The commit of a model of the hub that is in the cache, None for a folder.
+
+    Raises:
+        ValueError: the cache does not say which it is.
+    """
+    if Path(name).is_dir():
+        return None
+    commit = extract_commit_hash(cached_file(name, "config.json"), None)
+    if commit is None:
+        raise ValueError(f"The cache does not say of which commit of {name} its files are; download it anew.")
+    return str(commit)
 
 
 def check_adapter(adapter: Adapter, model: str, config: PretrainedConfig) -> Path:

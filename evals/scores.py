@@ -63,9 +63,7 @@ def judged(verdicts: Sequence[Verdict]) -> Iterator[tuple[str, float, int, int |
     yield from _agreement(groups)
 
 
-def _metrics(
-    verdicts: Sequence[Verdict], undecided: Sequence[str]
-) -> Iterator[tuple[str, float, int, float, float]]:
+def _metrics(verdicts: Sequence[Verdict], undecided: Sequence[str]) -> Iterator[tuple[str, float, int, float, float]]:
     """Metric, value, prompts and interval of one arm.
 
     Args:

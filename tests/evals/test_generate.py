@@ -25,32 +25,7 @@ from evals.models import Adapter
 from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt
 from result_rows import LineAppender, read_rows
 
-NEW_TOKENS = 16
-
-
-@pytest.fixture
-def settings(talking_model, make_adapter, eval_data, tmp_path):
-    adapters = [
-        Adapter(f"{method}-seed{seed}={make_adapter(talking_model, method, method)}")
-        for seed, method in enumerate(("lora", "monolora"))
-    ]
-    tasks = ["beavertails_eval", "xstest", "dolly", "sst2_instruct"]
-    output = str(tmp_path / "out")
-    return GenerateSettings(str(talking_model), tasks, output, adapters, max_new_tokens=NEW_TOKENS, batch_size=4)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """lm-eval describes the machine in every result, which takes longer than these models."""
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-
-
-@pytest.fixture
-def no_loading(monkeypatch):
-    def fail(*_, **__):
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(module, "load_base", fail)
+NEW_TOKENS = 16  # of `settings`
 
 
 def completions(settings):
