@@ -151,7 +151,7 @@ class CompletionsLM(HFLM):
     def _loglikelihood_tokens(self, *args: Any, **options: Any) -> list[tuple[float, bool]]:
         values: list[tuple[float, bool]] = super()._loglikelihood_tokens(*args, **options)
         if any(math.isnan(value) for value, _ in values):
-            raise DivergedError("its log-likelihoods are NaN")
+            raise DivergedError("its log-likelihoods are no numbers")
         return values
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
