@@ -102,7 +102,6 @@ class CompletionsLM(HFLM):
         self._model, self._arm = model, arm
         self.tokenizer = configure_pad_token(arm.tokenizer, model_config=self.config)
         self.chat_template_args = template_options(arm.tokenizer, self._thinking)
-        self._answer_opening = answer_opening(arm.tokenizer, self._thinking)
         self._end_ids = (self._model_end_ids | {arm.tokenizer.eos_token_id}) - {None}
 
     def answers_of(self, task: str) -> list[Completion]:
@@ -138,7 +137,7 @@ class CompletionsLM(HFLM):
         Raises:
             DivergedError: a value is NaN.
         """
-        removed, added = self._answer_opening
+        removed, added = answer_opening(self._arm.tokenizer, self._thinking)
         if removed or added:
             requests = [
                 replace(r, arguments=(r.args[0].removesuffix(removed) + added, r.args[1]))

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import file_exists, hf_hub_download, snapshot_download, try_to_load_from_cache
@@ -295,23 +294,18 @@ def load_base(name: str, dtype: str, load_in_4bit: bool, revision: str | None = 
         device_map="auto" if torch.cuda.is_available() else {"": "cpu"},
         use_safetensors=True,
     )
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    control = ("bos_token_id", "eos_token_id", "pad_token_id")
     own = model.generation_config
-    model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
-    return model.eval()
-
-
-def overruled_settings(name: str, revision: str | None = None) -> dict[str, Any]:
-    """The settings of a model's generation config that `load_base` leaves out; no weights are loaded."""
-    try:
-        own = GenerationConfig.from_pretrained(name, revision=revision)
-    except OSError:  # it has none
-        return {}
-    return {
-        name: value
-        for name, value in own.to_diff_dict().items()
-        if not name.endswith("token_id") and name not in ("_from_model_config", "transformers_version")
+    left_out = {
+        k: v for k, v in own.to_diff_dict().items() if k not in (*control, "transformers_version", "use_cache")
     }
+    if left_out:
+        settings = ", ".join(
+            f"{setting} {value}" for setting, value in left_out.items() if not setting.startswith("_")
+        )
+        print(f"The generation config of {name} is not applied ({settings}): answers are decoded as the tasks say.")
+    model.generation_config = GenerationConfig(**{token: getattr(own, token) for token in control})
+    return model.eval()
 
 
 @contextmanager
