@@ -215,7 +215,7 @@ def adapter_tokenizer(adapter: Adapter, folder: Path, base: PreTrainedTokenizerB
     """
     where = f"The adapter {adapter.given!r}"
     template = folder / "chat_template.jinja"
-    if (folder / "tokenizer_config.json").is_file():
+    if any(path != template for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
@@ -297,12 +297,12 @@ def load_base(name: str, dtype: str, load_in_4bit: bool, revision: str | None = 
     control = ("bos_token_id", "eos_token_id", "pad_token_id")
     own = model.generation_config
     left_out = {
-        k: v for k, v in own.to_diff_dict().items() if k not in (*control, "transformers_version", "use_cache")
+        setting: value
+        for setting, value in own.to_diff_dict().items()
+        if setting not in (*control, "use_cache", "transformers_version") and value and not setting.startswith("_")
     }
     if left_out:
-        settings = ", ".join(
-            f"{setting} {value}" for setting, value in left_out.items() if not setting.startswith("_")
-        )
+        settings = ", ".join(f"{setting} {value}" for setting, value in left_out.items())
         print(f"The generation config of {name} is not applied ({settings}): answers are decoded as the tasks say.")
     model.generation_config = GenerationConfig(**{token: getattr(own, token) for token in control})
     return model.eval()

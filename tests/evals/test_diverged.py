@@ -135,6 +135,18 @@ def test_a_diverged_base_marks_every_arm(settings, capsys):
     assert "diverged" in write_report(Run(settings.output_dir, "evals", settings.decisive))
 
 
+def test_the_command_ends_with_a_table_where_every_arm_diverged(settings, make_shieldgemma, capsys):
+    from evals.__main__ import main
+
+    fill(settings.adapters[0].source, math.nan)
+    judge = ["--judges", f"shieldgemma={make_shieldgemma()}"]
+    options = ["--model", settings.model, "--tasks", "xstest", "--output_dir", settings.output_dir, "--no_base"]
+    main(["run", *options, "--adapters", settings.adapters[0].given, "--max_new_tokens", "16", *judge])
+    shown = capsys.readouterr().out
+    assert "There are no answers to judge." in shown
+    assert "lora-seed0 diverged: the adapter's base_model.model." in shown
+
+
 def test_the_table_says_how_many_seeds_diverged(tmp_path):
     run = Run(tmp_path / "out", "evals", {})
     for seed in range(3):

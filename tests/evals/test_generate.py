@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -109,12 +110,16 @@ def test_metrics_become_rows(settings):
     assert found["bleu", "dolly", None]["n"] == 6
 
 
-@pytest.mark.parametrize("chat", [True, False])
-def test_the_accuracy_is_the_recipes(settings, make_tokenizer, chat):
-    tokenizer = make_tokenizer(chat=chat)
+@pytest.mark.parametrize("template", [True, "qwen3", "llama3_2", "gptoss", "gemma3", "qwen2_5", None])
+def test_the_accuracy_is_the_recipes(settings, make_tokenizer, template):
+    tokenizer = make_tokenizer(chat=template is not None)
+    if isinstance(template, str):
+        tokenizer.bos_token = "<s>"
+        tokenizer.chat_template = files("trl").joinpath(f"chat_templates/{template}.jinja").read_text()
     tokenizer.save_pretrained(settings.model)
-    if not chat:
+    if template is None:
         os.remove(f"{settings.model}/chat_template.jinja")
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
     generate(replace(settings, tasks=["sst2_instruct"], adapters=settings.adapters[1:], base=False))
     from evals.tasks.data import sst2
 
