@@ -101,6 +101,8 @@ class CompletionsLM(HFLM):
         """Answer with `model`, which is the arm's, from here on."""
         self._model, self._arm = model, arm
         self.tokenizer = configure_pad_token(arm.tokenizer, model_config=self.config)
+        # A chat template writes the control tokens itself, as in training; lm-eval would add a beginning to its own.
+        self.add_bos_token = False if arm.tokenizer.chat_template is not None else None
         self.chat_template_args = template_options(arm.tokenizer, self._thinking)
         self._end_ids = (self._model_end_ids | {arm.tokenizer.eos_token_id}) - {None}
 
