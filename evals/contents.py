@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,12 @@ def adapter_checksums(folder: Path) -> dict[str, str]:
 def _checksums(folder: Path, parts: Mapping[str, Iterable[str]]) -> dict[str, str]:
     """16 hexadecimal digits for each part, from names and SHA-256 of its files; a part without files has none."""
     checksums = {}
-    for part, patterns in parts.items():
-        files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-        if files:
-            contents = [(str(path.relative_to(folder)), file_checksum(path)) for path in files]
-            checksums[part] = checksum(contents)
+    with ThreadPoolExecutor() as pool:  # a large model has many files
+        for part, patterns in parts.items():
+            files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+            if files:
+                names = [str(path.relative_to(folder)) for path in files]
+                checksums[part] = checksum(list(zip(names, pool.map(file_checksum, files), strict=True)))
     return checksums
 
 
