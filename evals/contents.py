@@ -64,6 +64,10 @@ def _checksums(folder: Path, parts: Mapping[str, Iterable[str]]) -> dict[str, st
     return checksums
 
 
+def _adapter_parts(checksums: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple((part, value) for part, value in sorted(checksums.items()) if part.startswith("adapter"))
+
+
 def task_checksums(tasks: Iterable[Task | Group], limit: int | None) -> dict[str, str]:
     """The checksum of each task by name, and of each group from those of its tasks.
 
@@ -116,8 +120,16 @@ def check_contents(
         if "judge" not in config  # verdicts have checksums of the texts
     ]
     made += [(row.model, row.adapter, row.task, row.generation.get("checksums")) for row in completions]
+    names = {_adapter_parts(checksums): name for name, checksums in arms.items() if name is not None}
     for of_model, adapter, task, before in made:
         now = arms.get(adapter, of_base) if of_model == model else {}
+        same = names.get(_adapter_parts(before or {}), adapter)
+        # Without a task it is an arm that diverged, and weights that are all NaN are the same in every such adapter.
+        if of_model == model and None not in (adapter, task) and same != adapter:
+            raise ValueError(
+                f"{run.folder} has the adapter {same!r} under the name {adapter!r} already, byte for byte: the table "
+                f"would count it twice. Write {adapter}=FOLDER."
+            )
         if task is not None and task in tasks:
             now = now | {"task": tasks[task]}
         kinds = {part.partition(" ")[0] for part in now}
