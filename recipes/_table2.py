@@ -190,7 +190,9 @@ def identity(
     plugin = training.deepspeed_plugin
     kind = training.distributed_state.distributed_type.value if plugin is None else f"ZERO{plugin.zero_stage}"
     processes = {"num_processes": training.world_size, "distributed_type": kind}
-    return asdict(script) | data | {"model": model, "training": chosen, "bf16": training.bf16} | processes
+    # Prompts are written with thoughts turned off in training, in the task's score and in the evaluation.
+    modes = {"bf16": training.bf16, "thinking": "off"}
+    return asdict(script) | data | {"model": model, "training": chosen} | modes | processes
 
 
 def prompt_batches(

@@ -9,11 +9,14 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals import generate as module
@@ -24,32 +27,7 @@ from evals.models import Adapter
 from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt
 from result_rows import LineAppender, read_rows
 
-NEW_TOKENS = 16
-
-
-@pytest.fixture
-def settings(talking_model, make_adapter, eval_data, tmp_path):
-    adapters = [
-        Adapter(f"{method}-seed{seed}={make_adapter(talking_model, method, method)}")
-        for seed, method in enumerate(("lora", "monolora"))
-    ]
-    tasks = ["beavertails_eval", "xstest", "dolly", "sst2_instruct"]
-    output = str(tmp_path / "out")
-    return GenerateSettings(str(talking_model), tasks, output, adapters, max_new_tokens=NEW_TOKENS, batch_size=4)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """lm-eval describes the machine in every result, which takes longer than these models."""
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-
-
-@pytest.fixture
-def no_loading(monkeypatch):
-    def fail(*_, **__):
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(module, "load_base", fail)
+NEW_TOKENS = 16  # of `settings`
 
 
 def completions(settings):
@@ -95,13 +73,20 @@ def test_every_arm_answers_as_it_would_alone(settings):
         assert (row.response, row.finish_reason) == answer(models[row.adapter], tokenizer, row.prompt), row
         assert row.seed == {None: None, "lora-seed0": 0, "monolora-seed1": 1}[row.adapter]
         assert row.model == settings.model
+        checksums = row.generation.pop("checksums")
+        assert ("adapter weights" in checksums, len(checksums)) == (row.adapter is not None, 7 if row.adapter else 5)
         assert row.generation == {
             "do_sample": False,
+            "num_beams": 1,
+            "repetition_penalty": 1.0,
             "max_gen_toks": NEW_TOKENS,
             "until": [],
+            "end_token_ids": [1],
             "dtype": "float32",
             "load_in_4bit": False,
             "chat_template": True,
+            "tokenizer": "model",
+            "thinking": "off",
         }
     assert {row.finish_reason for row in found} == {"stop", "length"}, "the model does both"
     by_arm = [[row.response for row in found if row.adapter == name] for name in arms]
@@ -126,29 +111,58 @@ def test_metrics_become_rows(settings):
     assert found["bleu", "dolly", None]["n"] == 6
 
 
-@pytest.mark.parametrize("chat", [True, False])
-def test_the_accuracy_is_the_recipes(settings, make_tokenizer, chat):
-    tokenizer = make_tokenizer(chat=chat)
-    tokenizer.save_pretrained(settings.model)
-    if not chat:
-        os.remove(f"{settings.model}/chat_template.jinja")
-    generate(replace(settings, tasks=["sst2_instruct"], adapters=settings.adapters[1:], base=False))
+def recipes_accuracy(model, tokenizer):
+    """The share of sentences whose right word has the larger log-likelihood, as the recipe computes it."""
     from evals.tasks.data import sst2
 
     docs = list(sst2()["test"])
     encoded = [encode_answer(tokenizer, sst2_prompt(d["sentence"]), word) for d in docs for word in SST2_ANSWERS]
-    scores = answer_log_likelihoods(arm(settings, "monolora-seed1"), encoded, tokenizer.pad_token_id)
+    scores = answer_log_likelihoods(model, encoded, tokenizer.pad_token_id)
     right = scores.view(-1, 2).argmax(1) == torch.tensor([d["label"] for d in docs])
+    return right.double().mean().item()
+
+
+@pytest.mark.parametrize("template", [True, "qwen3", "llama3_2", "gptoss", "gemma3", "qwen2_5", None])
+def test_the_accuracy_is_the_recipes(settings, make_tokenizer, template):
+    tokenizer = make_tokenizer(chat=template is not None)
+    if isinstance(template, str):
+        tokenizer.bos_token = "<s>"
+        tokenizer.chat_template = files("trl").joinpath(f"chat_templates/{template}.jinja").read_text()
+    tokenizer.save_pretrained(settings.model)
+    if template is None:
+        os.remove(f"{settings.model}/chat_template.jinja")
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    generate(replace(settings, tasks=["sst2_instruct"], adapters=settings.adapters[1:], base=False))
     value = next(row["value"] for row in rows(settings) if row["metric"] == "acc")
-    assert value == right.double().mean().item()
+    assert value == recipes_accuracy(arm(settings, "monolora-seed1"), tokenizer)
     assert 0 < value < 1
+
+
+def test_a_prompt_has_the_control_tokens_of_the_template_and_no_others(settings):
+    """As in training; this tokenizer begins every text with a token that its template does not write."""
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    begin = tokenizer.convert_tokens_to_ids("<|user|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|user|> $A", None, [("<|user|>", begin)])
+    tokenizer.save_pretrained(settings.model)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    assert tokenizer("a")["input_ids"][0] == begin
+    generate(replace(settings, tasks=["xstest", "sst2_instruct"], adapters=[]))
+    model = arm(settings, None)
+    for row in completions(settings):
+        message = [{"role": "user", "content": row.prompt}]
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        assert ids.count(begin) == 1
+        new = model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(ids) :]
+        assert row.response == tokenizer.decode(new, skip_special_tokens=True)
+    value = next(row["value"] for row in rows(settings) if row["metric"] == "acc")
+    assert value == recipes_accuracy(model, tokenizer)
 
 
 def test_answers_are_scored_as_the_template_writes_them(settings, make_tokenizer, monkeypatch):
     scored = []
-    real = module.HFLM.loglikelihood
+    real = HFLM.loglikelihood
     monkeypatch.setattr(
-        module.HFLM,
+        HFLM,
         "loglikelihood",
         lambda self, requests, **options: scored.extend(r.args for r in requests) or real(self, requests, **options),
     )
@@ -229,8 +243,9 @@ def test_a_run_that_broke_off_ends_as_if_it_had_not(settings, tmp_path, monkeypa
     append, calls = LineAppender.append, []
 
     def break_off(self, new):
-        calls.append(append(self, new))
-        if len(calls) == 6:
+        append(self, new)
+        calls.append(self.path.name)
+        if calls.count("completions.jsonl") == 6:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -368,7 +383,7 @@ def test_other_settings_or_data_are_refused_and_nothing_is_lost(settings, eval_d
     with pytest.raises(ValueError, match=r"another configuration \(max_new_tokens: 16 there, 8 now\)"):
         generate(replace(settings, max_new_tokens=8))
     (eval_data / "xstest" / "xstest_prompts.csv").write_text("id,prompt,label\n7,changed,safe\n")
-    with pytest.raises(ValueError, match=r"another prompt \('kill, it' there, 'changed' now\)"):
+    with pytest.raises(ValueError, match=r"data or settings of the task 'xstest' changed since"):
         generate(settings)
     assert completions(settings) == before
 
@@ -400,9 +415,10 @@ def test_the_command_passes_everything_on(settings, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(module, "generate", lambda s: seen.append(s) or type("Run", (), {"folder": "out"}))
     options = "--model m --tasks a b --output_dir o --adapters n=x y --no_base --limit 3 --max_new_tokens 4"
-    options += " --batch_size 5 --dtype float32 --load_in_4bit"
+    options += " --batch_size 5 --dtype float32 --load_in_4bit --thinking on --thought_markers <a> </a>"
     main(["generate", *options.split()])
     adapters = [Adapter("n=x"), Adapter("y")]
-    assert seen == [GenerateSettings("m", ["a", "b"], "o", adapters, False, 3, 4, 5, "float32", True)]
+    modes = ("float32", True, "on", ("<a>", "</a>"))
+    assert seen == [GenerateSettings("m", ["a", "b"], "o", adapters, False, 3, 4, 5, *modes)]
     with pytest.raises(SystemExit, match=r"Error: --limit is 0, allowed is 1 or more"):
         main(["generate", "--model", "m", "--tasks", "a", "--output_dir", "o", "--limit", "0"])

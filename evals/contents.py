@@ -1,0 +1,180 @@
+"""What a model and an adapter are, whatever their folders are called: checksums of the files that decide answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from safetensors import safe_open
+
+from evals.completions import Completion
+from result_rows import Run, file_checksum
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tekken.json", "*.model", "*.tiktoken", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+_MODEL_PARTS = {
+    "model weights": ("*.safetensors", "*.safetensors.index.json"),
+    "model config": ("config.json",),
+    "model generation config": ("generation_config.json",),
+    "model tokenizer and chat template": TOKENIZER_FILES,
+}
+_ADAPTER_PARTS = {
+    "adapter weights": ("*.safetensors",),
+    "adapter config": ("adapter_config.json",),
+    "adapter tokenizer and chat template": TOKENIZER_FILES,
+}
+
+
+def model_checksums(name: str, commit: str | None) -> dict[str, str]:
+    """Checksums of a model's parts; of a folder every byte is read, of a model on the hub the commit is known.
+
+    Args:
+        name: folder or name on the hub.
+        commit: of the hub's repository, None for a folder.
+    """
+    return _checksums(Path(name), _MODEL_PARTS) if Path(name).is_dir() else {"model commit": str(commit)}
+
+
+def adapter_checksums(folder: Path) -> dict[str, str]:
+    """Checksums of an adapter's parts."""
+    return _checksums(folder, _ADAPTER_PARTS)
+
+
+def _checksums(folder: Path, parts: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """16 hexadecimal digits for each part, from names and SHA-256 of its files; a part without files has none."""
+    checksums = {}
+    with ThreadPoolExecutor() as pool:  # a large model has many files
+        for part, patterns in parts.items():
+            files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+            if files:
+                names = [str(path.relative_to(folder)) for path in files]
+                checksums[part] = checksum(list(zip(names, pool.map(file_checksum, files), strict=True)))
+    return checksums
+
+
+def _adapter_parts(checksums: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple((part, value) for part, value in sorted(checksums.items()) if part.startswith("adapter"))
+
+
+def task_checksums(tasks: Iterable[Task | Group], limit: int | None) -> dict[str, str]:
+    """The checksum of each task by name, and of each group from those of its tasks.
+
+    Args:
+        limit: only the first so many documents of a task are asked, and matter.
+    """
+    checksums: dict[str, str] = {}
+    for task in tasks:
+        if isinstance(task, Group):
+            members = task_checksums(task.get_all_tasks(), limit)
+            checksums |= members | {task.name: checksum(members)}
+        else:
+            checksums[str(task.task_name)] = _task_checksum(task, limit)
+    return checksums
+
+
+def _task_checksum(task: Task, limit: int | None) -> str:
+    """Checksum of a task's settings and of the documents that are asked, with those that examples are taken from."""
+    config = task.dump_config()
+    for name in ("metadata", "custom_dataset", "dataset_kwargs"):  # where the data lie, which themselves are counted
+        config.pop(name, None)
+    contents: list[Any] = [config, list(islice(task.eval_docs, limit))]
+    if config.get("num_fewshot"):
+        contents.append(list(task.fewshot_docs() or []))
+    return checksum(contents)
+
+
+def check_contents(
+    run: Run,
+    model: str,
+    completions: Iterable[Completion],
+    arms: Mapping[str | None, dict[str, str]],
+    tasks: Mapping[str, str],
+) -> None:
+    """Check that what a folder holds was made by the contents that have these names now.
+
+    Args:
+        model: name of the base model.
+        completions: the folder's answers.
+        arms: checksums by the adapter's name, None for the base model.
+        tasks: checksums by the task's name.
+
+    Raises:
+        ValueError: a row or an answer was made by others, or does not say by which; names what changed.
+    """
+    of_base = {part: value for part, value in next(iter(arms.values())).items() if part.startswith("model")}
+    made: list[tuple[str, str | None, str | None, dict[str, str] | None]] = [
+        (config["model"], config["adapter"], config["task"], config.get("checksums"))
+        for config in (row["config"] for row in run.rows)
+        if "judge" not in config  # verdicts have checksums of the texts
+    ]
+    made += [(row.model, row.adapter, row.task, row.generation.get("checksums")) for row in completions]
+    names = {_adapter_parts(checksums): name for name, checksums in arms.items() if name is not None}
+    for of_model, adapter, task, before in made:
+        now = arms.get(adapter, of_base) if of_model == model else {}
+        same = names.get(_adapter_parts(before or {}), adapter)
+        # Without a task it is an arm that diverged, and weights that are all NaN are the same in every such adapter.
+        if of_model == model and None not in (adapter, task) and same != adapter:
+            raise ValueError(
+                f"{run.folder} has the adapter {same!r} under the name {adapter!r} already, byte for byte: the table "
+                f"would count it twice. Write {adapter}=FOLDER."
+            )
+        if task is not None and task in tasks:
+            now = now | {"task": tasks[task]}
+        kinds = {part.partition(" ")[0] for part in now}
+        if before is None and now:
+            raise ValueError(
+                f"{run.folder} holds answers or results of {of_model!r} that do not say which weights and data made "
+                "them (an earlier version wrote them): choose another --output_dir."
+            )
+        then = {part: value for part, value in (before or {}).items() if part.partition(" ")[0] in kinds}
+        changed = [part for part in sorted(then.keys() | now.keys()) if then.get(part) != now.get(part)]
+        if changed:
+            what = [f"data or settings of the task {task!r}" if part == "task" else part for part in changed]
+            arm = f"{of_model!r}" if adapter is None else f"the adapter {adapter!r} of {of_model!r}"
+            raise ValueError(
+                f"{run.folder} holds answers or results of {arm} that other contents under the same names made: "
+                f"{', '.join(what)} changed since. Choose another --output_dir, or another NAME=FOLDER where only an "
+                "adapter changed; or restore what changed, to continue."
+            )
+
+
+def checksum(content: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of a value as JSON; functions in it stand for their names."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_name).encode()).hexdigest()[:16]
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, (set, frozenset)):
+        value = sorted(map(str, value))
+    return str(getattr(value, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", str(value)))
+
+
+def non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of the first tensor that holds NaN or an infinity, None if there is none.
+
+    Integers, such as weights of 4 bits, and tensors that are not in memory pass; their logits show it.
+    """
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not tensor.is_meta:
+            wide = tensor if tensor.element_size() > 1 else tensor.to(torch.bfloat16)  # no isfinite for 8 bits
+            if not bool(wide.isfinite().all()):
+                return name
+    return None
+
+
+def non_finite_of_file(path: str | Path) -> str | None:
+    """`non_finite` of the tensors of a safetensors file, one of which is in memory at a time."""
+    with safe_open(path, framework="pt") as file:
+        return non_finite((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - no mapping
