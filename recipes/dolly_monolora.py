@@ -23,17 +23,19 @@ import random
 from pathlib import Path
 
 import torch
+from _labelled_text import hub_rows
 from _mixtures import Pair
 from _run import write_atomic
 from _table2 import CONFIGS, FinetuningTask, Table2Arguments, check, compare, parse
 from _table2_report import Column
 from accelerate import PartialState
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from evals.answers import answer_log_likelihoods
 from evals.embedded_grammar import KNOWN_WORDS, REVIEWED, VIEWERS
+from evals.local_files import check_columns, check_text, file_rows
 from evals.prompts import dolly_held_out, dolly_prompt, encode_answer
 
 COLUMNS = ("instruction", "context", "response", "category")
@@ -65,29 +67,24 @@ def generated_rows(n: int) -> list[dict[str, str]]:
 
 
 def load_rows(source: str, is_file: bool) -> Dataset:
-    """All rows of Dolly 15k, of a file in its format or from the hub.
+    """All rows of Dolly 15k with COLUMNS, of a file in its format or from the hub; no context is "".
 
     Raises:
-        ValueError: they cannot be had, lack a column, or have an empty instruction or response.
+        ValueError: they cannot be had, lack a column, have an empty instruction or response, or a value that is no
+            text.
     """
     if is_file and not Path(source).is_file():
         raise ValueError(f"--train_file {source} does not exist; give a jsonl or jsonl.gz file.")
     try:
-        rows = (
-            load_dataset("json", data_files=source, split="train") if is_file else load_dataset(source, split="train")
-        )
+        rows = file_rows(source) if is_file else hub_rows(source, "train").to_list()
     except Exception as error:  # `datasets` raises many kinds for a missing network, set or licence, and broken files
         cause = str(error.__cause__ or error).strip().splitlines()[0]
         advice = "Give jsonl or jsonl.gz." if is_file else "It needs network access; offline, give --train_file."
         raise ValueError(f"Cannot load {source} ({cause}). {advice}") from None
-    missing = [column for column in COLUMNS if column not in rows.column_names]
-    if missing:
-        raise ValueError(f"{source} lacks the column(s) {', '.join(missing)}; it has {', '.join(rows.column_names)}.")
-    for name in ("instruction", "response"):
-        empty = next((i for i, text in enumerate(rows[name][:], 1) if not text or not text.strip()), None)
-        if empty is not None:
-            raise ValueError(f"{source}, row {empty}: the {name} is empty.")
-    return rows
+    check_columns(rows, COLUMNS, source)
+    for name in COLUMNS:
+        check_text(rows, name, source, may_be_empty=name in ("context", "category"))
+    return Dataset.from_dict({name: [row.get(name) or "" for row in rows] for name in COLUMNS})
 
 
 class Dolly(FinetuningTask):
