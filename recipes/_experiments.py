@@ -252,8 +252,11 @@ def table_2(task: str) -> Callable[[Run, Path], str]:
         of = getattr(importlib.import_module(run.recipe), task)
         config = run.config
         trained = [method for method in config["methods"] if method != "base"]
-        demonstration = not config["model"].get("model_name_or_path")
-        return str(report.write_report(run, of.paper, of.performance, trained, config["judges"], demonstration))
+        return str(
+            report.write_report(
+                run, of.paper, of.performance, trained, config["judges"], demonstration=config["demonstration"]
+            )
+        )
 
     return render
 

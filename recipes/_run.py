@@ -1,6 +1,8 @@
 """A recipe's run: the folder, its rows, their statistics and tables; `result_rows`, as the packages write rows too."""
 
 from result_rows import (
+    CONFIG,
+    DIVERGED,
     Interval,
     Run,
     commit,
@@ -14,6 +16,8 @@ from result_rows import (
 )
 
 __all__ = [
+    "CONFIG",
+    "DIVERGED",
     "Interval",
     "Run",
     "commit",

@@ -23,10 +23,11 @@ import random
 from pathlib import Path
 
 import torch
+from _identity import Content
 from _labelled_text import hub_rows
 from _mixtures import Pair
 from _run import write_atomic
-from _table2 import CONFIGS, FinetuningTask, Table2Arguments, check, compare, parse
+from _table2 import CONFIGS, FinetuningTask, Table2Arguments, check, compare, one_line_errors, parse
 from _table2_report import Column
 from accelerate import PartialState
 from datasets import Dataset
@@ -34,6 +35,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from evals.answers import answer_log_likelihoods
+from evals.contents import rows_checksum
 from evals.embedded_grammar import KNOWN_WORDS, REVIEWED, VIEWERS
 from evals.local_files import check_columns, check_text, file_rows
 from evals.prompts import dolly_held_out, dolly_prompt, encode_answer
@@ -111,6 +113,7 @@ class Dolly(FinetuningTask):
         self.drawn = script.train_samples or len(self.train)
         self.prompts = [dolly_prompt(row) for row in scored]
         self.responses = scored["response"][:]
+        self.source = f"--dataset_name {script.dataset_name}" if script.dataset_name else f"--train_file {file}"
         self.task_data = {"dolly_rows": script.eval_samples} | ({"dolly_file": file} if file else {})
 
     def training_pairs(self, seed: int) -> list[Pair]:
@@ -119,6 +122,14 @@ class Dolly(FinetuningTask):
 
     def sizes(self) -> dict[str, int]:
         return {"train_rows": len(self.train), "eval_rows": len(self.prompts)}
+
+    def contents(self) -> dict[str, Content]:
+        train = ([dolly_prompt(row), row["response"]] for row in self.train)
+        scored = zip(self.prompts, self.responses, strict=True)
+        return {
+            "train": Content(self.source, rows_checksum(train)),
+            "eval": Content(self.source, rows_checksum(scored)),
+        }
 
     def score(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> float:
         """Negative log-likelihood of the human answers, in nats a token, a mean over rows that fit the context."""
@@ -161,4 +172,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import _evaluation
 import _table2
 import dolly_monolora
 import pytest
@@ -56,6 +57,7 @@ def no_training(monkeypatch):
 
     monkeypatch.setattr(_table2, "finetuning", fail)
     monkeypatch.setattr(_table2, "load_base", fail)
+    monkeypatch.setattr(_evaluation, "load_base", fail)
 
 
 def found(rows, metric, **arm):
@@ -323,10 +325,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("rows", "message"),
         [
-            ([{"prompt": "a", "answer": "b"}], r"lacks the field\(s\) response; it has prompt, answer"),
+            ([{"prompt": "a", "answer": "b"}], r"lacks the column\(s\) response; it has prompt, answer"),
             (
                 [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": " "}],
-                r"row 2: the prompt or the response",
+                r"row 2: the response is empty",
             ),
         ],
     )
