@@ -114,7 +114,7 @@ def divergence(adapter: Path, log: Sequence[dict[str, Any]] = ()) -> str | None:
     elif (adapter / WEIGHTS_FILE).is_file():
         with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
             names = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
-        reason = f"{len(names)} of the adapter's weights hold NaN or infinity ({names[0]}, ...)" if names else None
+        reason = f"{len(names)} of the adapter's weights are not finite ({names[0]}, ...)" if names else None
     agreed: list[str | None] = broadcast_object_list([reason])
     return agreed[0]
 
