@@ -12,8 +12,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from evals.completions import Completion, read_completions
+from evals.endpoint import EndpointChatJudge
 from evals.generate import COMPLETIONS
-from evals.judges import EndpointChatJudge, Judge, Judgement, NoAnswerError, make_judge
+from evals.judges import Judge, Judgement, NoAnswerError, make_judge
 from evals.models import DTYPES
 from evals.scores import add_scores
 from evals.verdicts import VERDICTS, Verdict, belonging, read_verdicts, text_checksum

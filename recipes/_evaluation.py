@@ -270,8 +270,8 @@ def evaluate(comparison: Comparison, settings: GenerateSettings, judges: dict[st
         config = row["config"]
         if row["metric"] == "seconds" or any(config.get(k) for k in ("category", "versus", "versus_judge")):
             continue  # those stand in the folder's own table
-        if config["adapter"] not in {None, *trained}:
-            continue  # a checkpoint of another --eval_every
+        if config["adapter"] not in {None, *trained} or config.get("judge") not in {None, *judges}:
+            continue  # of somebody who went on in the folder with `python -m evals`
         one = trained[config["adapter"]] if config["adapter"] else None
         where = {"task": config["task"], "judge": judges.get(config.get("judge"))} | (
             one.arm if one else {"method": "base"}
