@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -370,11 +369,3 @@ def _train(comparison: Comparison, pairs: dict[str, list[Pair]]) -> None:
                 run.add("task_sparsity", measured.overall, **common)
                 run.add("dead_units", measured.dead, **common)
             add_score(comparison, score, reason, start, trained)  # last, because this row says that the arm is done
-
-
-def one_line_errors(main: Callable[[], None]) -> None:
-    """Run a recipe's `main`; errors of the user end the program in one line."""
-    try:
-        main()
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"Error: {error}")

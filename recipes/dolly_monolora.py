@@ -26,8 +26,8 @@ import torch
 from _identity import Content
 from _labelled_text import hub_rows
 from _mixtures import Pair
-from _run import write_atomic
-from _table2 import CONFIGS, FinetuningTask, Table2Arguments, check, compare, one_line_errors, parse
+from _run import run_as_program, write_atomic
+from _table2 import CONFIGS, FinetuningTask, Table2Arguments, check, compare, parse
 from _table2_report import Column
 from accelerate import PartialState
 from datasets import Dataset
@@ -172,4 +172,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    run_as_program(main)

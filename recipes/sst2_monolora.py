@@ -25,7 +25,8 @@ import torch
 from _identity import Content
 from _labelled_text import load_labelled_text
 from _mixtures import Pair
-from _table2 import CONFIGS, FinetuningTask, Table2Arguments, check, compare, one_line_errors
+from _run import run_as_program
+from _table2 import CONFIGS, FinetuningTask, Table2Arguments, check, compare
 from _table2 import parse as parse_table2
 from _table2_report import Column
 from datasets import Dataset
@@ -134,4 +135,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    run_as_program(main)
