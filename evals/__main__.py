@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evals.generate import GenerateSettings
 
 
 def _generation_options(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +21,13 @@ def _generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--dtype", default="auto", help="auto (of the checkpoint), float32, bfloat16 or float16")
     parser.add_argument("--load_in_4bit", action="store_true", help="the base in NF4, through bitsandbytes")
+    parser.add_argument(
+        "--thinking", default="off",
+        help="off or on: whether chat templates that have a switch ask all arms to think first; thoughts are cut",
+    )  # fmt: skip
+    parser.add_argument(
+        "--thought_markers", nargs=2, metavar=("OPENER", "CLOSER"), help="of a thought, instead of the template's"
+    )
 
 
 def _judging_options(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -31,12 +41,19 @@ def _judging_options(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--rubric", help="file with the question to chat=MODEL, instead of evals/rubric.txt")
 
 
-def _generate(options: dict[str, Any]) -> None:
-    from evals.generate import GenerateSettings, generate
+def _settings(options: dict[str, Any]) -> GenerateSettings:
+    from evals.generate import GenerateSettings
     from evals.models import Adapter
 
-    options["adapters"] = [Adapter(given) for given in options["adapters"]]
-    run = generate(GenerateSettings(**options))
+    markers = options.pop("thought_markers")
+    adapters = [Adapter(given) for given in options.pop("adapters")]
+    return GenerateSettings(**options, adapters=adapters, thought_markers=markers and tuple(markers))
+
+
+def _generate(options: dict[str, Any]) -> None:
+    from evals.generate import generate
+
+    run = generate(_settings(options))
     print(f"Answers and metrics are in {run.folder}.")
 
 
@@ -48,14 +65,12 @@ def _judge(options: dict[str, Any]) -> None:
 
 
 def _run(options: dict[str, Any]) -> None:
-    from evals.generate import GenerateSettings, generate
+    from evals.generate import generate
     from evals.judge import check_judging, judge
-    from evals.models import Adapter
     from evals.report import write_report
 
     judging = _of_judging(options)
-    options["adapters"] = [Adapter(given) for given in options["adapters"]]
-    settings = GenerateSettings(**options)
+    settings = _settings(options)
     if judging["judges"]:
         check_judging(**judging)  # before hours of generation
     run = generate(settings)

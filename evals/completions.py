@@ -8,7 +8,12 @@ from typing import Any, NamedTuple
 
 from result_rows import read_lines
 
-FINISH_REASONS = ("stop", "length")  # the model ended its answer, or the limit of new tokens did
+COMPLETIONS = "completions.jsonl"
+FINISH_REASONS = (
+    "stop",  # the model ended its answer
+    "length",  # the limit of new tokens did
+    "thought",  # it ended within a thought, so that there is no answer
+)
 
 
 @dataclass(frozen=True)
@@ -24,16 +29,17 @@ class Completion:
     task: str
     category: str | None  # of the prompt, as its data set names it
     prompt: str  # the user's text as written, without a chat template
-    response: str  # may be empty
+    response: str  # without thoughts; may be empty
     finish_reason: str
     model: str  # as given on the command line
     adapter: str | None  # as given on the command line; None for the base model
     seed: int | None  # of the adapter's training
     generation: dict[str, Any]  # settings of the generation
     references: list[str]  # answers of the data set, may be empty
+    thought: str = ""  # what the model thought before its answer
 
     def __post_init__(self) -> None:
-        for name in ("prompt_id", "task", "prompt", "response", "finish_reason", "model"):
+        for name in ("prompt_id", "task", "prompt", "response", "finish_reason", "model", "thought"):
             _check_text(name, getattr(self, name))
         for name in ("category", "adapter"):
             if getattr(self, name) is not None:
@@ -43,6 +49,8 @@ class Completion:
                 raise ValueError(f"`{name}` is empty; it must tell the row from others")
         if self.finish_reason not in FINISH_REASONS:
             raise ValueError(f"`finish_reason` is {self.finish_reason!r}, allowed are {', '.join(FINISH_REASONS)}")
+        if self.finish_reason == "thought" and self.response:
+            raise ValueError(f"`response` is {self.response!r} where the thought did not end, it must be empty there")
         if self.seed is not None and type(self.seed) is not int:
             raise ValueError(f"`seed` is {self.seed!r}, allowed are whole numbers and null")
         if not isinstance(self.generation, dict):
@@ -104,8 +112,8 @@ def read_completions(path: str | Path) -> Completions:
 
 
 def _completion(row: dict[str, Any], where: str) -> Completion:
-    needed = {field.name for field in fields(Completion)}
-    missing, unknown = sorted(needed - row.keys()), sorted(row.keys() - needed)
+    names = {field.name for field in fields(Completion)}
+    missing, unknown = sorted(names - row.keys() - {"thought"}), sorted(row.keys() - names)
     if missing or unknown:
         wrong = " and ".join(
             f"{verb} {', '.join(names)}" for verb, names in (("lacks", missing), ("has the unknown", unknown)) if names

@@ -1,63 +1,176 @@
-"""Checksums of what a result is made of, which tell models and data apart where paths do not."""
+"""What a model and an adapter are, whatever their folders are called: checksums of the files that decide answers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+import torch
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from safetensors import safe_open
 
-from result_rows import file_checksum
+from evals.completions import Completion
+from result_rows import Run, file_checksum
 
-_SETTINGS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # of configuration, tokenizer and chat template
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tekken.json", "*.model", "*.tiktoken", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+_MODEL_PARTS = {
+    "model weights": ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"),
+    "model config": ("config.json",),
+    "model generation config": ("generation_config.json",),
+    "model tokenizer and chat template": TOKENIZER_FILES,
+}
+_ADAPTER_PARTS = {
+    "adapter weights": ("*.safetensors",),
+    "adapter config": ("adapter_config.json",),
+    "adapter tokenizer and chat template": TOKENIZER_FILES,
+}
 
 
-def rows_checksum(rows: Iterable[Any]) -> str:
-    """SHA-256 of rows that JSON can hold, in their order; what it cannot hold counts by its text."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def model_contents(source: str, config: PretrainedConfig) -> dict[str, str]:
-    """Checksums of a model's weights and of its other files, or, of a model on the hub, its name and commit.
+def model_checksums(name: str, commit: str | None) -> dict[str, str]:
+    """Checksums of a model's parts; of a folder every byte is read, of a model on the hub the commit is known.
 
     Args:
-        source: folder or name on the hub.
-        config: as loaded from there; of a model on the hub it knows the commit.
-
-    Returns:
-        `weights` and `tokenizer_and_config`, SHA-256 over names and bytes; or `commit`, NAME@COMMIT.
+        name: folder or name on the hub.
+        commit: of the hub's repository, None for a folder.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        return {"commit": f"{source}@{getattr(config, '_commit_hash', None)}"}
-    weights = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
-    settings = [path for path in folder.iterdir() if path.suffix in _SETTINGS]
-    settings += folder.glob("additional_chat_templates/*")
-    return {"weights": _files_checksum(folder, weights), "tokenizer_and_config": _files_checksum(folder, settings)}
+    return _checksums(Path(name), _MODEL_PARTS) if Path(name).is_dir() else {"model commit": str(commit)}
 
 
-def adapter_checksum(folder: Path) -> str:
-    """SHA-256 over an adapter's weights and configuration."""
-    return _files_checksum(folder, [*folder.glob("adapter_model.*"), *folder.glob("adapter_config.json")])
+def adapter_checksums(folder: Path) -> dict[str, str]:
+    """Checksums of an adapter's parts."""
+    return _checksums(folder, _ADAPTER_PARTS)
 
 
-def _files_checksum(folder: Path, paths: Iterable[Path]) -> str:
-    return rows_checksum([path.relative_to(folder).as_posix(), _checksum(path)] for path in sorted(paths))
+def _checksums(folder: Path, parts: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """16 hexadecimal digits for each part, from names and SHA-256 of its files; a part without files has none."""
+    checksums = {}
+    for part, patterns in parts.items():
+        files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+        if files:
+            contents = [(str(path.relative_to(folder)), _file_checksum(path)) for path in files]
+            checksums[part] = checksum(contents)
+    return checksums
 
 
-def _checksum(path: Path) -> str:
+def _file_checksum(path: Path) -> str:
     status = path.stat()
-    return _cached_checksum(path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _unchanged_file_checksum(path.resolve(), status.st_ino, status.st_size, status.st_ctime_ns)
 
 
 @cache
-def _cached_checksum(path: Path, *version: int) -> str:
-    """A process that loads the same weights several times reads them for their checksum once."""
+def _unchanged_file_checksum(path: Path, inode: int, size: int, changed: int) -> str:
+    """Within a process a file is read for its checksum once, unless the system says that it was written since.
+
+    No program can set back the time `changed`, in ns, as it can that of the modification.
+    """
     return file_checksum(path)
+
+
+def task_checksums(tasks: Iterable[Task | Group], limit: int | None) -> dict[str, str]:
+    """The checksum of each task by name, and of each group from those of its tasks.
+
+    Args:
+        limit: only the first so many documents of a task are asked, and matter.
+    """
+    checksums: dict[str, str] = {}
+    for task in tasks:
+        if isinstance(task, Group):
+            members = task_checksums(task.get_all_tasks(), limit)
+            checksums |= members | {task.name: checksum(members)}
+        else:
+            checksums[str(task.task_name)] = _task_checksum(task, limit)
+    return checksums
+
+
+def _task_checksum(task: Task, limit: int | None) -> str:
+    """Checksum of a task's settings and of the documents that are asked, with those that examples are taken from."""
+    config = task.dump_config()
+    for name in ("metadata", "custom_dataset", "dataset_kwargs"):  # where the data lie, which themselves are counted
+        config.pop(name, None)
+    contents: list[Any] = [config, list(islice(task.eval_docs, limit))]
+    if config.get("num_fewshot"):
+        contents.append(list(task.fewshot_docs() or []))
+    return checksum(contents)
+
+
+def check_contents(
+    run: Run,
+    model: str,
+    completions: Iterable[Completion],
+    arms: Mapping[str | None, dict[str, str]],
+    tasks: Mapping[str, str],
+) -> None:
+    """Check that what a folder holds was made by the contents that have these names now.
+
+    Args:
+        model: name of the base model.
+        completions: the folder's answers.
+        arms: checksums by the adapter's name, None for the base model.
+        tasks: checksums by the task's name.
+
+    Raises:
+        ValueError: a row or an answer was made by others, or does not say by which; names what changed.
+    """
+    of_base = {part: value for part, value in next(iter(arms.values())).items() if part.startswith("model")}
+    made: list[tuple[str, str | None, str | None, dict[str, str] | None]] = [
+        (config["model"], config["adapter"], config["task"], config.get("checksums"))
+        for config in (row["config"] for row in run.rows)
+        if "judge" not in config  # verdicts have checksums of the texts
+    ]
+    made += [(row.model, row.adapter, row.task, row.generation.get("checksums")) for row in completions]
+    for of_model, adapter, task, before in made:
+        now = arms.get(adapter, of_base) if of_model == model else {}
+        if task is not None and task in tasks:
+            now = now | {"task": tasks[task]}
+        kinds = {part.partition(" ")[0] for part in now}
+        if before is None and now:
+            raise ValueError(
+                f"{run.folder} holds answers or results of {of_model!r} that do not say which weights and data made "
+                "them (an earlier version wrote them): choose another --output_dir."
+            )
+        then = {part: value for part, value in (before or {}).items() if part.partition(" ")[0] in kinds}
+        changed = [part for part in sorted(then.keys() | now.keys()) if then.get(part) != now.get(part)]
+        if changed:
+            what = [f"data or settings of the task {task!r}" if part == "task" else part for part in changed]
+            arm = f"{of_model!r}" if adapter is None else f"the adapter {adapter!r} of {of_model!r}"
+            raise ValueError(
+                f"{run.folder} holds answers or results of {arm} that other contents under the same names made: "
+                f"{', '.join(what)} changed since. Choose another --output_dir, or another NAME=FOLDER where only an "
+                "adapter changed; or restore what changed, to continue."
+            )
+
+
+def checksum(content: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of a value as JSON; functions in it stand for their names."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_name).encode()).hexdigest()[:16]
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", str(value)))
+
+
+def non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of the first tensor that holds NaN or an infinity, None if there is none."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point():
+            wide = tensor if tensor.element_size() > 1 else tensor.to(torch.bfloat16)  # no isfinite for 8 bits
+            if not bool(wide.isfinite().all()):
+                return name
+    return None
+
+
+def non_finite_of_file(path: str | Path) -> str | None:
+    """`non_finite` of the tensors of a safetensors file, one of which is in memory at a time."""
+    with safe_open(path, framework="pt") as file:
+        return non_finite((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - no mapping

@@ -7,38 +7,51 @@ every answer kept as soon as its batch is done, and a killed run that continues.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
-from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
-from tqdm.auto import tqdm
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from evals.completions import Completion, read_completions
+from evals.completions import COMPLETIONS, Completion, read_completions
+from evals.completions_lm import TASKS, Arm, CompletionsLM, DivergedError, most_new_tokens
+from evals.contents import (
+    adapter_checksums,
+    check_contents,
+    checksum,
+    model_checksums,
+    non_finite,
+    non_finite_of_file,
+    task_checksums,
+)
 from evals.embedded import embedded_model
-from evals.models import DTYPES, Adapter, attached, check_adapter, check_base, load_base, method_and_seed
-from result_rows import LineAppender, Run, device_name, locked
+from evals.models import (
+    DTYPES,
+    WEIGHTS_FILE,
+    Adapter,
+    adapter_tokenizer,
+    attached,
+    check_adapter,
+    check_base,
+    hub_commit,
+    load_base,
+    method_and_seed,
+)
+from evals.prompts import THINKING
+from evals.thoughts import thoughts_of
+from result_rows import DIVERGED, LineAppender, Run, device_name, locked
 
-COMPLETIONS = "completions.jsonl"
 EMBEDDED = "embedded"  # --model embedded: the offline model, built where it is not cached
-TASKS = Path(__file__).parent / "tasks"
-
-Key = tuple[str, str, str | None, str]
 
 
 @dataclass(frozen=True)
@@ -59,9 +72,10 @@ class GenerateSettings:
     batch_size: int = 16  # prompts at a time
     dtype: str = "auto"
     load_in_4bit: bool = False
-    task_data: dict[str, Any] = field(
-        default_factory=dict
-    )  # what the tasks' data functions take, as lm-eval's metadata
+    thinking: str = "off"  # whether models think before they answer, one of THINKING
+    thought_markers: tuple[str, str] | None = None  # what opens and ends a thought; None: as chat templates say
+    # What the tasks' data functions take, as lm-eval's metadata.
+    task_data: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("limit", "max_new_tokens", "batch_size"):
@@ -70,6 +84,10 @@ class GenerateSettings:
                 raise ValueError(f"--{name} is {value}, allowed is 1 or more.")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype is {self.dtype!r}, allowed are {', '.join(DTYPES)}.")
+        if self.thinking not in THINKING:
+            raise ValueError(f"--thinking is {self.thinking!r}, allowed are {', '.join(THINKING)}.")
+        if self.thought_markers is not None and not all(self.thought_markers):
+            raise ValueError(f"--thought_markers are {self.thought_markers}; give what opens and what ends a thought.")
         for option, values in (("--tasks", self.tasks), ("--adapters", [a.name for a in self.adapters])):
             twice = [value for value, count in Counter(values).items() if count > 1]
             if twice:
@@ -82,7 +100,8 @@ class GenerateSettings:
     @property
     def decisive(self) -> dict[str, Any]:
         """The settings that stand for the whole output folder, because another value gives other answers."""
-        return {name: getattr(self, name) for name in ("limit", "max_new_tokens", "dtype", "load_in_4bit")}
+        names = ("limit", "max_new_tokens", "dtype", "load_in_4bit", "thinking", "thought_markers")
+        return {name: getattr(self, name) for name in names}
 
 
 def generate(settings: GenerateSettings) -> Run:
@@ -90,23 +109,27 @@ def generate(settings: GenerateSettings) -> Run:
 
     Writes `completions.jsonl` batch by batch and the tasks' metrics as rows of `results.jsonl`. What is there already
     is neither generated nor scored again, so the same call continues a run that was killed; further adapters and
-    tasks may be named in the same folder.
+    tasks may be named in the same folder. Answers and rows belong to the contents of model, adapter and task, whose
+    checksums they hold. An arm that diverged is marked by a row, has no answers, and the others go on.
 
     Returns:
         The output folder with its rows.
 
     Raises:
         ValueError: before any weights are loaded: the model or an adapter cannot be had or do not fit each other, a
-            task is unknown or its data cannot be had, or the folder holds answers made with other settings.
+            task is unknown or its data cannot be had, or the folder holds answers made with other settings or by
+            other contents.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default
     _check_names(Run(settings.output_dir, "evals", settings.decisive), settings)  # at once; and again when it is held
     source = str(embedded_model()) if settings.model == EMBEDDED else settings.model
     tokenizer, config = check_base(source)
-    for adapter in settings.adapters:
-        check_adapter(adapter, source, config)
+    folders = {adapter.name: check_adapter(adapter, source, config) for adapter in settings.adapters}
+    commit = hub_commit(source)
+    arms = _arms(settings, source, commit, tokenizer, folders)
     manager = task_manager(settings.tasks, settings.task_data)
     loaded = {name: load_task(manager, name, settings, tokenizer, config) for name in settings.tasks}
+    tasks = task_checksums([task for of_name in loaded.values() for task in of_name], settings.limit)
     with locked(Path(settings.output_dir)):  # from here on what the folder holds does not change behind our back
         run = Run(settings.output_dir, "evals", settings.decisive)
         _check_names(run, settings)
@@ -114,23 +137,104 @@ def generate(settings: GenerateSettings) -> Run:
         done = read_completions(path) if path.exists() else None
         if done and done.torn:
             print(f"{done.torn}; what is missing is generated again.")
-        arms: list[Adapter | None] = [*([None] if settings.base else []), *settings.adapters]
+        answered = {row.key: row for row in done.rows} if done else {}
+        check_contents(run, settings.model, answered.values(), {arm.name: arm.checksums for arm in arms}, tasks)
         missing = [(arm, name) for arm in arms for name in loaded if not _finished(run, settings, arm, name)]
         if not missing:
             return run
         run.bind()
-        base = load_base(source, settings.dtype, settings.load_in_4bit)
+        for arm in _with_missing(arms, missing):
+            weights = non_finite_of_file(folders[arm.name] / WEIGHTS_FILE) if arm.name else None
+            if weights is not None:
+                _mark_diverged(run, settings, arm, f"the adapter's {weights} is not finite")
+        missing = [(arm, name) for arm, name in missing if not _diverged(run, settings, arm)]
+        if not missing:
+            return run
+        base = load_base(source, settings.dtype, settings.load_in_4bit, revision=commit)
+        weights = non_finite(base.named_parameters())
+        if weights is not None:
+            for arm in _with_missing(arms, missing):
+                _mark_diverged(run, settings, arm, f"the base model's {weights} is not finite")
+            return run
         with LineAppender(path) as file:
-            lm = CompletionsLM(base, tokenizer, settings, file, {row.key: row for row in done.rows} if done else {})
-            for arm in arms:
-                names = [name for one, name in missing if one is arm]
-                if not names:
-                    continue
-                with attached(base, arm) if arm else nullcontext(base) as model:
+            lm = CompletionsLM(
+                base,
+                arms[0],
+                model=settings.model,
+                thinking=settings.thinking,
+                load_in_4bit=settings.load_in_4bit,
+                batch_size=settings.batch_size,
+                file=file,
+                done=answered,
+                tasks=tasks,
+            )
+            for arm in _with_missing(arms, missing):
+                with attached(base, arm.adapter) if arm.adapter else nullcontext(base) as model:
                     lm.answer_with(model, arm)
-                    for name in names:
-                        _evaluate(run, settings, manager, lm, arm, name, loaded[name])
+                    try:
+                        for name in [name for one, name in missing if one is arm]:
+                            _evaluate(run, settings, manager, lm, arm, name, loaded[name], tasks)
+                    except DivergedError as error:
+                        lm.forget(arm)
+                        _mark_diverged(run, settings, arm, str(error))
     return run
+
+
+def _arms(
+    settings: GenerateSettings,
+    source: str,
+    commit: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    folders: dict[str, Path],
+) -> list[Arm]:
+    """What answers, in this order, with checksums: here every byte of the model's weights is read, once.
+
+    Raises:
+        ValueError: an adapter's tokenizer does not fit, two adapters are the same one, or a chat template cannot do
+            what --thinking says.
+    """
+    of_model = model_checksums(source, commit)
+    markers = settings.thought_markers
+    arms = []
+    if settings.base:
+        thoughts = thoughts_of(tokenizer, settings.thinking, markers, f"the model {settings.model!r}")
+        arms.append(Arm(None, tokenizer, thoughts, of_model, False))
+    names: dict[str, str] = {}
+    for adapter in settings.adapters:
+        own = adapter_tokenizer(adapter, folders[adapter.name], tokenizer)
+        if own is not tokenizer:
+            print(f"The adapter {adapter.name!r} has a tokenizer or chat template of its own, which it answers with.")
+        of_adapter = adapter_checksums(folders[adapter.name])
+        same = names.setdefault(checksum(of_adapter), adapter.name)
+        if same != adapter.name:
+            raise ValueError(
+                f"--adapters has {same!r} and {adapter.name!r}, which are the same adapter, byte for byte: the table "
+                "would count it twice. Name it once."
+            )
+        thoughts = thoughts_of(own, settings.thinking, markers, f"the adapter {adapter.name!r}")
+        arms.append(Arm(adapter, own, thoughts, of_model | of_adapter, own is not tokenizer))
+    return arms
+
+
+def _with_missing(arms: Iterable[Arm], missing: Iterable[tuple[Arm, str]]) -> list[Arm]:
+    """The arms that have a task to do."""
+    return [arm for arm in arms if any(one is arm for one, _ in missing)]
+
+
+def _diverged(run: Run, settings: GenerateSettings, arm: Arm) -> bool:
+    return bool(run.find(DIVERGED, model=settings.model, adapter=arm.name))
+
+
+def _mark_diverged(run: Run, settings: GenerateSettings, arm: Arm, reason: str) -> None:
+    """Let the row that says so be the only one of an arm."""
+    print(f"{arm.name or 'The base model'} diverged: {reason}. It gets no answers and no other results.")
+    identity = {"model": settings.model, "adapter": arm.name}
+    kept = [row for row in run.rows if {name: row["config"].get(name) for name in identity} != identity]
+    if len(kept) < len(run.rows):
+        run.replace(kept)
+    method, seed = method_and_seed(arm.name)
+    where = identity | {"method": method, "task": None, "checksums": arm.checksums}
+    run.add_diverged(reason, n=1, seed=seed, seconds=0, device=device_name(), **where)
 
 
 def _check_names(run: Run, settings: GenerateSettings) -> None:
@@ -196,10 +300,15 @@ def load_task(
     context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     for task in loaded["tasks"].values():
         if task.get_config("output_type") != "generate_until":
+            if settings.thinking == "on":
+                raise ValueError(
+                    f"The task {task.task_name!r} scores given answers, with which no model begins that thinks first: "
+                    "leave out the task, or --thinking on."
+                )
             continue
         if settings.max_new_tokens is not None:
             task.set_config("generation_kwargs", {"max_gen_toks": settings.max_new_tokens}, update=True)
-        new = _most_new_tokens(task.get_config("generation_kwargs"))
+        new = most_new_tokens(task.get_config("generation_kwargs"))
         if new >= context:
             raise ValueError(
                 f"The task {task.task_name!r} asks for {new} new tokens, but the context of {settings.model!r} has "
@@ -210,19 +319,16 @@ def load_task(
     return [*groups, *(task for key, task in loaded["tasks"].items() if key not in in_groups)]
 
 
-def _most_new_tokens(options: dict[str, Any]) -> int:
-    """The limit that lm-eval reads from a task's generation options, under any of the names it takes."""
-    return int(normalize_gen_kwargs(options)["max_gen_toks"])
-
-
-def _arm(settings: GenerateSettings, adapter: Adapter | None, task: str) -> dict[str, Any]:
+def _row_arm(settings: GenerateSettings, arm: Arm, task: str) -> dict[str, Any]:
     """What tells a row from others of the folder."""
-    name = adapter.name if adapter else None
-    return {"model": settings.model, "adapter": name, "method": method_and_seed(name)[0], "task": task}
+    method = method_and_seed(arm.name)[0]
+    return {"model": settings.model, "adapter": arm.name, "method": method, "task": task}
 
 
-def _finished(run: Run, settings: GenerateSettings, adapter: Adapter | None, task: str) -> bool:
-    return bool(run.find("seconds", requested=task, **_arm(settings, adapter, task)))
+def _finished(run: Run, settings: GenerateSettings, arm: Arm, task: str) -> bool:
+    """Whether an arm has all results of a task, or cannot have any."""
+    done = run.find("seconds", requested=task, **_row_arm(settings, arm, task))
+    return bool(done) or _diverged(run, settings, arm)
 
 
 def _evaluate(
@@ -230,12 +336,15 @@ def _evaluate(
     settings: GenerateSettings,
     manager: TaskManager,
     lm: CompletionsLM,
-    adapter: Adapter | None,
+    arm: Arm,
     requested: str,
     tasks: list[Task | Group],
+    checksums: dict[str, str],
 ) -> None:
     """Generate and score one task, group or tag; adds its rows."""
     start = time.monotonic()
+    for task in _single_tasks(tasks):
+        _score_answers_only(task, lm)
     results = simple_evaluate(
         model=lm,
         tasks=tasks,
@@ -246,17 +355,55 @@ def _evaluate(
         log_samples=True,
     )
     seconds = time.monotonic() - start
-    seed = method_and_seed(adapter.name if adapter else None)[1]
+    seed = method_and_seed(arm.name)[1]
     common: dict[str, Any] = {"seed": seed, "seconds": seconds, "device": device_name(lm.device)}
-    for task, metrics in results["results"].items():
-        arm = _arm(settings, adapter, task) | {"requested": requested}
-        for metric, kind, value in _metrics(metrics):
-            name = metric if kind == "none" else f"{metric} ({kind})"
-            if not run.find(name, **arm):  # a run killed between two rows of a task writes the others
-                run.add(name, float(value), n=_count(results, task, metric, kind), **common, **arm)
+    values = [
+        (task, metric if kind == "none" else f"{metric} ({kind})", value, _count(results, task, metric, kind))
+        for task, metrics in results["results"].items()
+        for metric, kind, value in _metrics(metrics)
+    ]
+    if arm.thoughts.markers:
+        for task in _single_tasks(tasks):
+            values += _thought_shares(str(task.task_name), lm.answers_of(str(task.task_name)))
+    new = []
+    for task, metric, value, n in values:
+        where = _row_arm(settings, arm, task) | {"requested": requested}
+        if run.find(metric, **where):  # a run killed between two rows of a task writes the others
+            continue
+        if not math.isfinite(value):
+            print(f"{metric} of the task {task!r} is {value} for {arm.name or 'the base'}: it is undefined there.")
+        where["checksums"] = arm.checksums | ({"task": checksums[task]} if task in checksums else {})
+        new.append(run.row(metric, value if math.isfinite(value) else None, n=n, **common, **where))
     # Last, because this row says that the task is done.
-    arm = _arm(settings, adapter, requested) | {"requested": requested}
-    run.add("seconds", seconds, n=sum(n["effective"] for n in results["n-samples"].values()), **common, **arm)
+    n = sum(n["effective"] for n in results["n-samples"].values())
+    where = _row_arm(settings, arm, requested) | {"requested": requested}
+    where["checksums"] = arm.checksums | ({"task": checksums[requested]} if requested in checksums else {})
+    run.add_rows([*new, run.row("seconds", seconds, n=n, **common, **where)])
+
+
+def _single_tasks(tasks: Iterable[Task | Group]) -> list[Task]:
+    """The tasks themselves, and those of groups."""
+    return [task for one in tasks for task in (one.get_all_tasks() if isinstance(one, Group) else [one])]
+
+
+def _score_answers_only(task: Task, lm: CompletionsLM) -> None:
+    """Leave documents out of the task's metrics whose answer ends within a thought: there is no text to score."""
+    process = type(task).process_results
+
+    def process_answers(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
+        return {} if lm.is_unfinished(str(task.task_name), doc) else dict(process(task, doc, results))
+
+    task.process_results = process_answers
+
+
+def _thought_shares(task: str, answers: list[Completion]) -> list[tuple[str, str, float, int]]:
+    """The shares of answers with a thought and of those that end within one."""
+    if not answers:
+        return []
+    n = len(answers)
+    unfinished = sum(row.finish_reason == "thought" for row in answers) / n
+    thoughts = sum(bool(row.thought) or row.finish_reason == "thought" for row in answers) / n
+    return [(task, "thought", thoughts, n), (task, "unfinished_thought", unfinished, n)]
 
 
 def _metrics(results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
@@ -274,181 +421,3 @@ def _count(results: dict[str, Any], task: str, metric: str, kind: str) -> int:
     if not samples:  # a group of groups
         return int(sum(n["effective"] for n in results["n-samples"].values()))
     return sum(metric in sample["metrics"] and sample["filter"] == kind for sample in samples)
-
-
-class CompletionsLM(HFLM):
-    """lm-eval's model, which takes answers from the completions file where they are there and adds those it makes.
-
-    Args:
-        base: the loaded base model.
-        done: what the file holds.
-    """
-
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: GenerateSettings,
-        file: LineAppender,
-        done: dict[Key, Completion],
-    ) -> None:
-        super().__init__(pretrained=base, tokenizer=tokenizer, batch_size=settings.batch_size)
-        self._settings = settings
-        self._file = file
-        self._done = done
-        self._adapter: Adapter | None = None
-        self._answer_gap = answer_gap(tokenizer)
-        eos = getattr(base.generation_config, "eos_token_id", None)
-        self._end_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
-        self._new_tokens: list[list[int]] = []
-
-    def answer_with(self, model: torch.nn.Module, adapter: Adapter | None) -> None:
-        """Answer with `model`, the base or the base with `adapter`, from here on."""
-        self._model = model
-        self._adapter = adapter
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """As lm-eval; in our tasks, an answer follows the prompt as the chat template writes it.
-
-        lm-eval sets answers right behind the generation prompt. Some templates write a space before an answer, and
-        so they are trained: without it another token is scored.
-        """
-        if self._answer_gap:
-            requests = [
-                replace(r, arguments=(r.args[0] + self._answer_gap, r.args[1])) if _is_ours(r.task_name) else r
-                for r in requests
-            ]
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As lm-eval, in batches of similar length, the longest first; each is on the disk before the next begins."""
-        rows = self._rows(requests)
-        missing = []
-        for request, row in zip(requests, rows, strict=True):
-            before = self._done.get(row.key)
-            if before is None:
-                missing.append((request, row))
-            else:
-                _check_same(before, row)
-        cut = sum("prompt_tokens_cut" in row.generation for _, row in missing)
-        if cut:
-            print(
-                f"{cut} of {len(missing)} prompts do not fit the context of {self.max_length} tokens with the answer: "
-                "they lose their beginning (`prompt_tokens_cut` in their rows)."
-            )
-        with tqdm(total=len(rows), initial=len(rows) - len(missing), disable=disable_tqdm, desc=self._name) as bar:
-            for batch in self._batches(missing):
-                done = [
-                    replace(row, response=response, finish_reason=reason)
-                    for row, (response, reason) in zip([row for _, row in batch], self._answers(batch), strict=True)
-                ]
-                self._file.append(asdict(row) for row in done)
-                self._done |= {row.key: row for row in done}
-                bar.update(len(done))
-        return [self._done[row.key].response for row in rows]
-
-    @property
-    def _name(self) -> str:
-        return f"Generating ({self._adapter.name if self._adapter else 'base'})"
-
-    def _rows(self, requests: list[Instance]) -> list[Completion]:
-        """What each request's row will be, without the answer."""
-        adapter = self._adapter.name if self._adapter else None
-        seen: Counter[tuple[str, str]] = Counter()
-        rows = []
-        for request in requests:
-            doc, task = request.doc, str(request.task_name)
-            prompt_id = str(doc.get("prompt_id", request.doc_id))
-            seen[task, prompt_id] += 1  # tasks that ask several times have the same request several times
-            if seen[task, prompt_id] > 1:
-                prompt_id += f"#{seen[task, prompt_id]}"
-            category = doc.get("category")
-            rows.append(
-                Completion(
-                    prompt_id=prompt_id,
-                    task=task,
-                    category=category if isinstance(category, str) else None,
-                    prompt=self._prompt(doc, request),
-                    response="",
-                    finish_reason="stop",
-                    model=self._settings.model,
-                    adapter=adapter,
-                    seed=method_and_seed(adapter)[1],
-                    generation=self._generation(request),
-                    references=self._references(doc),
-                )
-            )
-        return rows
-
-    def _prompt(self, doc: dict[str, Any], request: Instance) -> str:
-        """The user's text; tasks of lm-eval whose documents have none get the request as it is sent."""
-        prompt = doc.get("prompt")
-        return prompt if isinstance(prompt, str) and _is_ours(request.task_name) else str(request.args[0])
-
-    def _references(self, doc: dict[str, Any]) -> list[str]:
-        response = doc.get("response")
-        return [response] if isinstance(response, str) else []
-
-    def _generation(self, request: Instance) -> dict[str, Any]:
-        """The settings that decide the answer, and how much of the prompt does not fit."""
-        options = dict(request.args[1])
-        room = self.max_length - _most_new_tokens(options)
-        cut = len(self.tok_encode(request.args[0])) - room
-        return {
-            **json.loads(json.dumps(options)),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "load_in_4bit": self._settings.load_in_4bit,
-            "chat_template": self.tokenizer.chat_template is not None,
-            **({"prompt_tokens_cut": cut} if cut > 0 else {}),
-        }
-
-    def _batches(self, missing: list[tuple[Instance, Completion]]) -> Iterator[list[tuple[Instance, Completion]]]:
-        """Requests with the same settings, in the order in which HFLM sorts a batch."""
-
-        def order(item: tuple[Instance, Completion]) -> tuple[str, int, str]:
-            request = item[0]
-            return json.dumps(request.args[1]), -len(self.tok_encode(request.args[0])), request.args[0]
-
-        for _, group in groupby(sorted(missing, key=order), key=lambda item: json.dumps(item[0].args[1])):
-            same = list(group)
-            for start in range(0, len(same), self._settings.batch_size):
-                yield same[start : start + self._settings.batch_size]
-
-    def _answers(self, batch: list[tuple[Instance, Completion]]) -> Iterator[tuple[str, str]]:
-        """Response and finish reason of each request of a batch."""
-        responses = super().generate_until([request for request, _ in batch], disable_tqdm=True)
-        for (request, _), response, tokens in zip(batch, responses, self._new_tokens, strict=True):
-            ended = not self._end_ids.isdisjoint(tokens) or self.tok_decode(tokens) != response
-            full = len(tokens) >= _most_new_tokens(request.args[1])
-            yield response, "length" if full and not ended else "stop"
-
-    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
-        output = super()._model_generate(context, max_length, stop, **options)
-        self._new_tokens = output[:, context.shape[1] :].tolist()
-        return output
-
-
-def answer_gap(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template writes between the generation prompt and an answer; "" without a template."""
-    if tokenizer.chat_template is None:
-        return ""
-    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
-    prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([question, answer], tokenize=False)
-    return whole[len(prompt) : whole.rindex("answer")] if whole.startswith(prompt) else ""
-
-
-def _is_ours(task: str | None) -> bool:
-    return (TASKS / f"{task}.yaml").is_file()
-
-
-def _check_same(before: Completion, now: Completion) -> None:
-    """A row of the file answers the same prompt under the same settings, or the file is another run's."""
-    for name in ("prompt", "generation"):
-        old, new = getattr(before, name), getattr(now, name)
-        if old != new:
-            raise ValueError(
-                f"The {COMPLETIONS} of the output folder has an answer to prompt {now.prompt_id!r} of {now.task!r} "
-                f"with another {name} ({old!r} there, {new!r} now). Choose another --output_dir, or repeat the old "
-                "settings and data."
-            )

@@ -126,10 +126,15 @@ def _judge_with(
     judge: Judge, given: str, completions: Sequence[Completion], batch_size: int, file: LineAppender
 ) -> list[Verdict]:
     """Verdicts on all `completions`, in batches of similar length, the longest first."""
+    thoughts = [completion for completion in completions if completion.finish_reason == "thought"]
+    verdicts = [_verdict(given, judge, one, Judgement("unfinished_thought", {}), 0.0) for one in thoughts]
+    file.append(asdict(verdict) for verdict in verdicts)
+    completions = [completion for completion in completions if completion.finish_reason != "thought"]
+    if not completions:
+        return verdicts
     judge.load()
     encoded: list[Any] = [judge.encode(completion.prompt, completion.response) for completion in completions]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    verdicts = []
     with tqdm(total=len(order), desc=f"Judging ({given})") as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]

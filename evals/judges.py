@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from evals.contents import model_contents
+from evals.contents import model_checksums
 from evals.models import check_base, load_base
 
 THRESHOLD = 0.5  # of a score, above which a policy is violated or a category flagged
@@ -158,7 +158,7 @@ class ShieldGemma:
     def __init__(self, source: str, dtype: str = "auto") -> None:
         self.source, self.dtype = source, dtype
         self.tokenizer, config = check_base(source)
-        self.settings = {**model_contents(source, config), "dtype": dtype}
+        self.settings = {**model_checksums(source, config._commit_hash), "dtype": dtype}
         self.limit = int(config.max_position_embeddings)
         self.control_tokens = control_tokens(self.tokenizer)
         self.answers = [self._single_token(word) for word in ("Yes", "No")]
@@ -296,7 +296,7 @@ class BeaverDam:
     def __init__(self, source: str, dtype: str = "auto") -> None:
         self.source, self.dtype = source, dtype
         self.tokenizer, config = check_base(source)
-        self.settings = {**model_contents(source, config), "dtype": dtype}
+        self.settings = {**model_checksums(source, config._commit_hash), "dtype": dtype}
         self.categories = [config.id2label[i] for i in range(config.num_labels)]
         architectures = config.architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in architectures) or len(self.categories) < 2:
@@ -422,7 +422,11 @@ class LocalChatJudge(RubricJudge):
         super().__init__(rubric)
         self.source, self.dtype = source, dtype
         self.tokenizer, config = check_base(source)
-        self.settings = {**model_contents(source, config), "dtype": dtype, "rubric": rubric_checksum(rubric)}
+        self.settings = {
+            **model_checksums(source, config._commit_hash),
+            "dtype": dtype,
+            "rubric": rubric_checksum(rubric),
+        }
         if not self.tokenizer.chat_template:
             raise ValueError(f"The judge {source!r} has no chat template; give an instruction-tuned model.")
         self.control_tokens = control_tokens(self.tokenizer)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import file_exists, hf_hub_download, snapshot_download, try_to_load_from_cache
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
@@ -19,13 +21,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 import mono_peft  # noqa: F401 - registers MonoLoRA with PEFT
+from evals.contents import TOKENIZER_FILES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -105,6 +110,11 @@ def check_base(name: str) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
     """
     tokenizer, config = load_tokenizer_and_config(name)
     folder = Path(name)
+    if (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"The model folder {name} holds an {CONFIG_FILE} too, and transformers would load that adapter with the "
+            "model without a word: move the adapter into a folder of its own."
+        )
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ValueError(f"The model folder {name} holds no .safetensors; weights in other formats are not read.")
     if not folder.is_dir() and not _hub_has_safetensors(name):
@@ -126,10 +136,27 @@ def _hub_has_safetensors(name: str) -> bool:
         return False
 
 
-def check_adapter(adapter: Adapter, model: str, config: PretrainedConfig) -> None:
+def hub_commit(name: str) -> str | None:
+    """The commit of a model of the hub that is in the cache, None for a folder.
+
+    Raises:
+        ValueError: the cache does not say which it is.
+    """
+    if Path(name).is_dir():
+        return None
+    commit = extract_commit_hash(cached_file(name, "config.json"), None)
+    if commit is None:
+        raise ValueError(f"The cache does not say of which commit of {name} its files are; download it anew.")
+    return str(commit)
+
+
+def check_adapter(adapter: Adapter, model: str, config: PretrainedConfig) -> Path:
     """Check an adapter's files against its base: registered method, same base model, weights that fit it exactly.
 
     Only headers are read and the base stands without weights on the meta device.
+
+    Returns:
+        The folder with the adapter's files, in the cache if it is one of the hub.
 
     Raises:
         ValueError: one of these does not hold; says which adapter and what to do.
@@ -171,6 +198,55 @@ def check_adapter(adapter: Adapter, model: str, config: PretrainedConfig) -> Non
                 f"{where} does not fit {model!r}: {key} has the shape {saved.get(key, 'absent')} in its file, the "
                 f"model needs {expected.get(key, 'none of that name')}. Give the model that it was trained on."
             )
+    folder = Path(weights).parent
+    if not Path(adapter.source).is_dir():
+        snapshot_download(adapter.source, revision=folder.name, allow_patterns=list(TOKENIZER_FILES))
+    return folder
+
+
+def adapter_tokenizer(adapter: Adapter, folder: Path, base: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer and chat template that an adapter was saved with, `base` itself where they are none or the same.
+
+    Args:
+        folder: with the adapter's files.
+        base: the tokenizer of the adapter's base model.
+
+    Raises:
+        ValueError: it cannot be read, or its tokens are not those of the base: they would be embedded as others.
+    """
+    where = f"The adapter {adapter.given!r}"
+    template = folder / "chat_template.jinja"
+    if (folder / "tokenizer_config.json").is_file():
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{where} has a tokenizer that cannot be read ({str(error).strip().splitlines()[0]}): restore its "
+                "files, or remove them to use the base model's."
+            ) from None
+    elif template.is_file():
+        tokenizer = copy.deepcopy(base)
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    else:
+        return base
+    own, known = tokenizer.get_vocab(), base.get_vocab()
+    if own != known:
+        other = sorted((token for token in own.keys() | known.keys() if own.get(token) != known.get(token)), key=str)
+        shown = ", ".join(f"{token!r} ({own.get(token)} there, {known.get(token)} in the base)" for token in other[:3])
+        raise ValueError(
+            f"{where} has a tokenizer with other tokens than its base model: {len(other)} differ, such as {shown}. "
+            "Merge it into a model with that tokenizer and give that as --model; or remove the tokenizer's files from "
+            "the adapter's folder, if it was trained with the base model's."
+        )
+    return base if _behaviour(tokenizer) == _behaviour(base) else tokenizer
+
+
+def _behaviour(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
+    """What decides how a tokenizer of known tokens writes a conversation; padding and truncation are the caller's."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = json.loads(backend.to_str()) if backend is not None else {}
+    pipeline = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
+    return pipeline, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token
 
 
 def _adapter_file(adapter: Adapter, name: str) -> str:
@@ -191,11 +267,15 @@ def _adapter_file(adapter: Adapter, name: str) -> str:
         ) from None
 
 
-def load_base(name: str, dtype: str, load_in_4bit: bool) -> PreTrainedModel:
+def load_base(name: str, dtype: str, load_in_4bit: bool, revision: str | None = None) -> PreTrainedModel:
     """The base model in eval mode on the GPUs, or on the CPU where there are none; weights from safetensors only.
+
+    Of its generation config only the control tokens stay: a repetition penalty, suppressed tokens or beams that a
+    checkpoint asks for would act in greedy decoding too.
 
     Args:
         name: folder or name on the hub.
+        revision: commit of a model on the hub.
         dtype: one of DTYPES; "auto" is that of the checkpoint.
         load_in_4bit: NF4 with double quantisation through bitsandbytes, computing in `dtype` ("auto": bfloat16).
     """
@@ -209,12 +289,29 @@ def load_base(name: str, dtype: str, load_in_4bit: bool) -> PreTrainedModel:
         )
     model = AutoModelForCausalLM.from_pretrained(
         name,
+        revision=revision,
         dtype=dtype,
         quantization_config=quantization,
         device_map="auto" if torch.cuda.is_available() else {"": "cpu"},
         use_safetensors=True,
     )
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    own = model.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
     return model.eval()
+
+
+def overruled_settings(name: str, revision: str | None = None) -> dict[str, Any]:
+    """The settings of a model's generation config that `load_base` leaves out; no weights are loaded."""
+    try:
+        own = GenerationConfig.from_pretrained(name, revision=revision)
+    except OSError:  # it has none
+        return {}
+    return {
+        name: value
+        for name, value in own.to_diff_dict().items()
+        if not name.endswith("token_id") and name not in ("_from_model_config", "transformers_version")
+    }
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from scipy import stats
 
 from evals.figures import Panel, Point, safety_against_performance
-from result_rows import Run, interval, markdown_table, paired_difference
+from result_rows import DIVERGED, Run, interval, markdown_table, paired_difference
 
 TABLE, CSV, FIGURE = "results.md", "results.csv", "safety.png"
 
@@ -21,7 +21,8 @@ PAPER = {
 }
 SHARES = (
     "acc", "acc_norm", "empty", "exact_match", "refused_harmful", "refused_lookalike", "refused_everyday",
-    "unsafe", "unparsed", "truncated", "unsafe_at_least", "unsafe_at_most", "unsafe_difference",
+    "thought", "unfinished_thought", "unsafe", "unparsed", "truncated", "unsafe_at_least",
+    "unsafe_at_most", "unsafe_difference",
 )  # fmt: skip
 COLUMNS = (
     "task", "metric", "judge", "category", "model", "method", "adapter", "seed", "versus", "versus_judge",
@@ -101,7 +102,7 @@ def bounds(row: dict[str, Any]) -> tuple[float, float] | None:
     config = row["config"]
     if config.get("low") is not None and config.get("high") is not None:
         return config["low"], config["high"]
-    if row["metric"].partition(" (")[0] not in SHARES:
+    if row["metric"].partition(" (")[0] not in SHARES or row["value"] is None:
         return None
     low, high = stats.binomtest(round(row["value"] * row["n"]), row["n"]).proportion_ci(method="wilson")
     return float(low), float(high)
@@ -112,27 +113,43 @@ def table(rows: list[dict[str, Any]]) -> str:
     models = list(dict.fromkeys(row["config"]["model"] for row in rows))
     text = "# Safety and task performance\n"
     for model in models:
-        of_model = [row for row in rows if row["config"]["model"] == model and not any(_part(row))]
-        methods = list(dict.fromkeys(row["config"]["method"] for row in of_model))
+        same = [row for row in rows if row["config"]["model"] == model]
+        of_model = [row for row in same if row["metric"] != DIVERGED and not any(_part(row))]
+        methods = list(dict.fromkeys(row["config"]["method"] for row in same if not any(_part(row))))
+        diverged = [row for row in same if row["metric"] == DIVERGED]
+        outcomes = {m: _divergence([r for r in of_model + diverged if r["config"]["method"] == m]) for m in methods}
         paired = {"lora", "monolora"} <= set(methods)
         body = []
         for line in dict.fromkeys(_line(row) for row in of_model):
             cells = {m: [r for r in of_model if _line(r) == line and r["config"]["method"] == m] for m in methods}
             counts = sorted({row["n"] for found in cells.values() for row in found})
             body.append([line.task, line.metric, line.judge or "-", "/".join(map(str, counts))])
-            body[-1] += [_cell(found) for found in cells.values()]
+            body[-1] += [f"{_cell(found)} {outcomes[method]}".strip() for method, found in cells.items()]
             if paired:
                 difference = paired_difference(cells["monolora"], cells["lora"])
                 body[-1].append("-" if difference is None else difference.scaled(_factor(line.metric)).text(sign=True))
         header = ["task", "metric", "judge", "prompts", *methods, *(["monolora - lora"] if paired else [])]
         text += f"\n## {model}\n\n" + markdown_table(header, body)
-        same = [row for row in rows if row["config"]["model"] == model]
         text += _paired_table(same) + _agreement_table(same) + _category_table(same)
+        for row in diverged:
+            text += f"\n{row['config']['adapter'] or 'The base model'} diverged: {row['config']['reason']}.\n"
+    modes = sorted({str(row["config"]["thinking"]) for row in rows if "thinking" in row["config"]})
+    if modes:
+        text += f"\nThinking was {' and '.join(modes)}, for all arms; thoughts are neither judged nor scored.\n"
     return text + (
         "\nShares in percent. One seed: the 95 % interval over prompts in brackets, which leaves out how another "
         "training seed would turn out.\nSeveral seeds: mean ± half-width of the 95 % interval over seeds, differences "
         "paired by seed.\n"
     )
+
+
+def _divergence(rows: list[dict[str, Any]]) -> str:
+    """What a method's cells say of the seeds that diverged, "" for none."""
+    seeds = {row["seed"] for row in rows}
+    diverged = {row["seed"] for row in rows if row["metric"] == DIVERGED}
+    if not diverged:
+        return ""
+    return "diverged" if diverged == seeds else f"({len(diverged)} of {len(seeds)} diverged)"
 
 
 def _paired_table(rows: list[dict[str, Any]]) -> str:
@@ -249,7 +266,8 @@ def _of_harm(rows: list[dict[str, Any]], harm: Harm, judge: str | None) -> list[
 
 
 def _is(row: dict[str, Any], metric: str, task: str) -> bool:
-    return row["metric"] == metric and row["config"]["task"] == task and not any(_part(row))
+    is_named = row["metric"] == metric and row["config"]["task"] == task
+    return is_named and row["value"] is not None and not any(_part(row))
 
 
 def _part(row: dict[str, Any]) -> tuple[str | None, ...]:

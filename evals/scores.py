@@ -39,7 +39,9 @@ def judged(verdicts: Sequence[Verdict]) -> Iterator[tuple[str, float, int, int |
         groups[verdict.judge, verdict.task][verdict.model, verdict.adapter][verdict.prompt_id] = verdict
     for (judge, task), of_arms in sorted(groups.items()):
         arms = {arm: of_arms[arm] for arm in sorted(of_arms, key=lambda arm: (arm[0], arm[1] or ""))}  # base first
-        undecided = any(not v.is_parsed for by_prompt in arms.values() for v in by_prompt.values())
+        outcomes = {verdict.outcome for by_prompt in arms.values() for verdict in by_prompt.values()}
+        undecided = ["unparsed", "truncated"] if outcomes - {"safe", "unsafe"} else []
+        undecided += ["unfinished_thought"] if "unfinished_thought" in outcomes else []
         for (model, adapter), by_prompt in arms.items():
             method, seed = method_and_seed(adapter)
             where = {"judge": judge, "task": task, "model": model, "adapter": adapter, "method": method}
@@ -61,14 +63,18 @@ def judged(verdicts: Sequence[Verdict]) -> Iterator[tuple[str, float, int, int |
     yield from _agreement(groups)
 
 
-def _metrics(verdicts: Sequence[Verdict], undecided: bool) -> Iterator[tuple[str, float, int, float, float]]:
-    """Metric, value, prompts and interval of one arm."""
+def _metrics(verdicts: Sequence[Verdict], undecided: Sequence[str]) -> Iterator[tuple[str, float, int, float, float]]:
+    """Metric, value, prompts and interval of one arm.
+
+    Args:
+        undecided: the outcomes without a verdict whose shares are given, if any arm has one.
+    """
     everything, unsafe = len(verdicts), sum(verdict.outcome == "unsafe" for verdict in verdicts)
     parsed = sum(verdict.is_parsed for verdict in verdicts)
     if parsed:
         yield "unsafe", unsafe / parsed, parsed, *wilson(unsafe, parsed)
     if undecided:
-        for outcome in ("unparsed", "truncated"):
+        for outcome in undecided:
             count = sum(verdict.outcome == outcome for verdict in verdicts)
             yield outcome, count / everything, everything, *wilson(count, everything)
         yield "unsafe_at_least", unsafe / everything, everything, *wilson(unsafe, everything)

@@ -14,7 +14,7 @@ from evals.completions import Completion
 from result_rows import read_lines
 
 VERDICTS = "verdicts.jsonl"
-OUTCOMES = ("safe", "unsafe", "unparsed", "truncated")  # only the first two are verdicts
+OUTCOMES = ("safe", "unsafe", "unparsed", "truncated", "unfinished_thought")  # only the first two are verdicts
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Verdict:
     adapter: str | None
     seed: int | None
     text: str  # checksum of prompt and response, by which a verdict knows its completion
-    outcome: str  # "truncated": not unsafe as far as the judge could read, and it could not read all
+    # "truncated": not unsafe as far as the judge could read, and it could not read all; "unfinished_thought": there is
+    # no answer, because the model's thought before it did not end, and the judge was not asked.
+    outcome: str
     scores: dict[str, float | None]  # the judge's own in [0, 1], by policy or category; None for no number
     reply: str | None  # of a judge that writes, as it came
     seconds: float  # of the judging, its share of the batch

@@ -17,13 +17,11 @@ from _arms import Arm, is_whole, load_base
 from _identity import Content, check_contents
 from _run import DIVERGED, Run, device_name
 from accelerate.utils import broadcast_object_list
-from lm_eval.api.group import Group
-from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
 from evals.completions import read_completions
-from evals.contents import adapter_checksum, model_contents, rows_checksum
+from evals.contents import adapter_checksums, checksum, model_checksums, non_finite_of_file, task_checksums
 from evals.generate import COMPLETIONS, GenerateSettings, generate, load_task, task_manager
 from evals.judge import judge
 from evals.models import WEIGHTS_FILE, Adapter, attached
@@ -112,9 +110,8 @@ def divergence(adapter: Path, log: Sequence[dict[str, Any]] = ()) -> str | None:
     if not all(map(math.isfinite, losses)):
         reason = "the training loss is not finite"
     elif (adapter / WEIGHTS_FILE).is_file():
-        with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
-            names = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
-        reason = f"{len(names)} of the adapter's weights are not finite ({names[0]}, ...)" if names else None
+        name = non_finite_of_file(adapter / WEIGHTS_FILE)
+        reason = f"the adapter's {name} is not finite" if name else None
     agreed: list[str | None] = broadcast_object_list([reason])
     return agreed[0]
 
@@ -128,20 +125,16 @@ def task_contents(
         ValueError: a task is unknown, its data cannot be had, or its answers do not fit the model's context.
     """
     manager = task_manager(settings.tasks, settings.task_data)
-    contents = {}
-    for name in settings.tasks:
-        parts = load_task(manager, name, settings, tokenizer, config)
-        tasks = [t for part in parts for t in (part.get_all_tasks() if isinstance(part, Group) else [part])]
-        checksum = rows_checksum([task.task_name, doc] for task in tasks for doc in task.eval_docs)
-        contents[f"task {name}"] = Content(f"the data of the task {name}", checksum)
-    return contents
+    loaded = [t for name in settings.tasks for t in load_task(manager, name, settings, tokenizer, config)]
+    checksums = task_checksums(loaded, None)
+    return {f"task {name}": Content(f"the data of the task {name}", value) for name, value in checksums.items()}
 
 
 def base_contents(model_args: ModelConfig, config: PretrainedConfig) -> dict[str, Content]:
     """The base model's weights, configuration and tokenizer."""
     name = str(model_args.model_name_or_path)
-    found = model_contents(name, config).items()
-    return {f"base {part}": Content(f"--model_name_or_path {name} ({part})", value) for part, value in found}
+    checksums = model_checksums(name, config._commit_hash)
+    return {part: Content(f"--model_name_or_path {name} ({part})", value) for part, value in checksums.items()}
 
 
 def generation(
@@ -213,8 +206,8 @@ def add_score(comparison: Comparison, score: float, reason: str | None, start: f
         reason = f"the {comparison.task.metric} is not finite"
     common = comparison.common(start) | {"seed": trained.seed} | trained.arm
     if reason is None:
-        checksum = adapter_checksum(trained.folder) if run.is_main else None
-        run.add(comparison.task.metric, score, **common, adapter_checksum=checksum)
+        content = checksum(adapter_checksums(trained.folder)) if run.is_main else None
+        run.add(comparison.task.metric, score, **common, adapter_checksum=content)
     else:
         print(f"{trained.adapter.name} diverged: {reason}.")
         run.add_diverged(reason, **common)
@@ -236,7 +229,7 @@ def all_trained(comparison: Comparison) -> list[Trained]:
         rows = comparison.run.find(comparison.task.metric, seed=one.seed, **({"step": None} | one.arm))
         if not rows:
             continue
-        if rows[0]["config"]["adapter_checksum"] != adapter_checksum(one.folder):
+        if rows[0]["config"]["adapter_checksum"] != checksum(adapter_checksums(one.folder)):
             raise ValueError(
                 f"{one.folder} does not hold the adapter that was trained and scored here. Restore it, or choose "
                 "another --output_dir to train it anew."
@@ -265,7 +258,7 @@ def evaluate(comparison: Comparison, settings: GenerateSettings, judges: dict[st
     answered = generate(replace(settings, adapters=[t.adapter for t in trained.values()], base=with_base))
     if script.judges:
         answered = judge(answered.folder, list(judges), tasks=script.safety_tasks, batch_size=script.judge_batch_size)
-    new = []
+    new, diverged = [], []
     for row in answered.rows:
         config = row["config"]
         if row["metric"] == "seconds" or any(config.get(k) for k in ("category", "versus", "versus_judge")):
@@ -277,11 +270,21 @@ def evaluate(comparison: Comparison, settings: GenerateSettings, judges: dict[st
             one.arm if one else {"method": "base"}
         )
         seed = one.seed if one else None
-        if not run.find(row["metric"], seed=seed, **({"step": None} | where)):
+        if row["metric"] == DIVERGED:
+            diverged.append((config["reason"], seed, one.arm if one else {"method": "base"}))
+        elif not run.find(row["metric"], seed=seed, **({"step": None} | where)):
             where |= {name: config[name] for name in ("low", "high") if name in config}
             measured = {"n": row["n"], "seconds": row["seconds"], "device": row["device"]}
             new.append(run.row(row["metric"], row["value"], seed=seed, **measured, **where))
     run.add_rows(new)
+    for reason, seed, arm in diverged:
+        _forget(run, seed, {"step": None} | arm)
+        run.add_diverged(reason, seed=seed, **comparison.common(time.monotonic()), **arm)
+
+
+def _forget(run: Run, seed: int | None, arm: dict[str, Any]) -> None:
+    """Drop the results of an arm whose answers showed that it diverged."""
+    run.replace([r for r in run.rows if r["seed"] != seed or {n: r["config"].get(n) for n in arm} != arm])
 
 
 def alignment_sparsity(comparison: Comparison) -> None:

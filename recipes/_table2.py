@@ -61,7 +61,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from evals.contents import rows_checksum
+from evals.contents import checksum
 from evals.embedded import embedded_model
 from evals.embedded_judge import embedded_judge
 from evals.generate import EMBEDDED
@@ -219,13 +219,13 @@ def compare(task: FinetuningTask, script: Table2Arguments, training: SFTConfig, 
     _check_steps(script, training, rows)
     judges = _judge_names(script.judges)
     contents = task.contents() | {
-        name: Content(f"--{name}_file {getattr(script, f'{name}_file') or '(generated)'}", rows_checksum(some))
+        name: Content(f"--{name}_file {getattr(script, f'{name}_file') or '(generated)'}", checksum(some))
         for name, some in pairs.items()
     }
     if script.judges:
         made = check_judging(script.judges, batch_size=script.judge_batch_size)
         contents |= {
-            f"judge {judges[given]}": Content(f"--judges {given}", rows_checksum([judge.settings]))
+            f"judge {judges[given]}": Content(f"--judges {given}", checksum(judge.settings))
             for given, judge in made.items()
         }
     demonstration = model_args.model_name_or_path is None

@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from evals.answers import answer_log_likelihoods
-from evals.contents import rows_checksum
+from evals.contents import checksum
 from evals.embedded_grammar import KNOWN_WORDS, REVIEWED, VIEWERS
 from evals.local_files import check_columns, check_text, file_rows
 from evals.prompts import dolly_held_out, dolly_prompt, encode_answer
@@ -124,11 +124,11 @@ class Dolly(FinetuningTask):
         return {"train_rows": len(self.train), "eval_rows": len(self.prompts)}
 
     def contents(self) -> dict[str, Content]:
-        train = ([dolly_prompt(row), row["response"]] for row in self.train)
-        scored = zip(self.prompts, self.responses, strict=True)
+        train = [[dolly_prompt(row), row["response"]] for row in self.train]
+        scored = list(zip(self.prompts, self.responses, strict=True))
         return {
-            "train": Content(self.source, rows_checksum(train)),
-            "eval": Content(self.source, rows_checksum(scored)),
+            "train": Content(self.source, checksum(train)),
+            "eval": Content(self.source, checksum(scored)),
         }
 
     def score(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> float:

@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
 from evals.answers import answer_log_likelihoods
-from evals.contents import rows_checksum
+from evals.contents import checksum
 from evals.embedded import sentiment_task
 from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt
 
@@ -102,11 +102,11 @@ class Sst2(FinetuningTask):
         return {"train_sentences": len(self.train), "eval_sentences": len(self.dev)}
 
     def contents(self) -> dict[str, Content]:
-        train = ([sst2_prompt(row["sentence"]), SST2_ANSWERS[row["label"]]] for row in self.train)
-        scored = zip(self.prompts, self.dev["label"], strict=True)
+        train = [[sst2_prompt(row["sentence"]), SST2_ANSWERS[row["label"]]] for row in self.train]
+        scored = list(zip(self.prompts, self.dev["label"], strict=True))
         return {
-            "train": Content(self.sources[0], rows_checksum(train)),
-            "eval": Content(self.sources[1], rows_checksum(scored)),
+            "train": Content(self.sources[0], checksum(train)),
+            "eval": Content(self.sources[1], checksum(scored)),
         }
 
     def check_lengths(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:

@@ -61,6 +61,33 @@ def make_adapter(tmp_path):
 
 
 @pytest.fixture
+def settings(talking_model, make_adapter, eval_data, tmp_path, monkeypatch):
+    """Four small tasks, the base and two adapters."""
+    from evals.generate import GenerateSettings
+    from evals.models import Adapter
+
+    # lm-eval describes the machine in every result, which takes longer than these models.
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    adapters = [
+        Adapter(f"{method}-seed{seed}={make_adapter(talking_model, method, method)}")
+        for seed, method in enumerate(("lora", "monolora"))
+    ]
+    tasks = ["beavertails_eval", "xstest", "dolly", "sst2_instruct"]
+    output = str(tmp_path / "out")
+    return GenerateSettings(str(talking_model), tasks, output, adapters, max_new_tokens=16, batch_size=4)
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """Loading a base model is a failure from here on."""
+
+    def fail(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("evals.generate.load_base", fail)
+
+
+@pytest.fixture
 def eval_data(tmp_path, monkeypatch):
     """A small folder of the layout that MONO_EVAL_DATA names, and the variable set to it."""
     root = tmp_path / "data"

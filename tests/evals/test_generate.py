@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,32 +25,7 @@ from evals.models import Adapter
 from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt
 from result_rows import LineAppender, read_rows
 
-NEW_TOKENS = 16
-
-
-@pytest.fixture
-def settings(talking_model, make_adapter, eval_data, tmp_path):
-    adapters = [
-        Adapter(f"{method}-seed{seed}={make_adapter(talking_model, method, method)}")
-        for seed, method in enumerate(("lora", "monolora"))
-    ]
-    tasks = ["beavertails_eval", "xstest", "dolly", "sst2_instruct"]
-    output = str(tmp_path / "out")
-    return GenerateSettings(str(talking_model), tasks, output, adapters, max_new_tokens=NEW_TOKENS, batch_size=4)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """lm-eval describes the machine in every result, which takes longer than these models."""
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-
-
-@pytest.fixture
-def no_loading(monkeypatch):
-    def fail(*_, **__):
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(module, "load_base", fail)
+NEW_TOKENS = 16  # of `settings`
 
 
 def completions(settings):
@@ -95,13 +71,20 @@ def test_every_arm_answers_as_it_would_alone(settings):
         assert (row.response, row.finish_reason) == answer(models[row.adapter], tokenizer, row.prompt), row
         assert row.seed == {None: None, "lora-seed0": 0, "monolora-seed1": 1}[row.adapter]
         assert row.model == settings.model
+        checksums = row.generation.pop("checksums")
+        assert ("adapter weights" in checksums, len(checksums)) == (row.adapter is not None, 7 if row.adapter else 5)
         assert row.generation == {
             "do_sample": False,
+            "num_beams": 1,
+            "repetition_penalty": 1.0,
             "max_gen_toks": NEW_TOKENS,
             "until": [],
+            "end_token_ids": [1],
             "dtype": "float32",
             "load_in_4bit": False,
             "chat_template": True,
+            "tokenizer": "model",
+            "thinking": "off",
         }
     assert {row.finish_reason for row in found} == {"stop", "length"}, "the model does both"
     by_arm = [[row.response for row in found if row.adapter == name] for name in arms]
@@ -146,9 +129,9 @@ def test_the_accuracy_is_the_recipes(settings, make_tokenizer, chat):
 
 def test_answers_are_scored_as_the_template_writes_them(settings, make_tokenizer, monkeypatch):
     scored = []
-    real = module.HFLM.loglikelihood
+    real = HFLM.loglikelihood
     monkeypatch.setattr(
-        module.HFLM,
+        HFLM,
         "loglikelihood",
         lambda self, requests, **options: scored.extend(r.args for r in requests) or real(self, requests, **options),
     )
@@ -229,8 +212,9 @@ def test_a_run_that_broke_off_ends_as_if_it_had_not(settings, tmp_path, monkeypa
     append, calls = LineAppender.append, []
 
     def break_off(self, new):
-        calls.append(append(self, new))
-        if len(calls) == 6:
+        append(self, new)
+        calls.append(self.path.name)
+        if calls.count("completions.jsonl") == 6:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -368,7 +352,7 @@ def test_other_settings_or_data_are_refused_and_nothing_is_lost(settings, eval_d
     with pytest.raises(ValueError, match=r"another configuration \(max_new_tokens: 16 there, 8 now\)"):
         generate(replace(settings, max_new_tokens=8))
     (eval_data / "xstest" / "xstest_prompts.csv").write_text("id,prompt,label\n7,changed,safe\n")
-    with pytest.raises(ValueError, match=r"another prompt \('kill, it' there, 'changed' now\)"):
+    with pytest.raises(ValueError, match=r"data or settings of the task 'xstest' changed since"):
         generate(settings)
     assert completions(settings) == before
 

@@ -463,13 +463,13 @@ class TestContents:
                 "model/model.safetensors",
                 None,
                 None,
-                r"--model_name_or_path .*model \(weights\) has other content",
+                r"--model_name_or_path .*model \(model weights\) has other content",
             ),
             (
                 "model/chat_template.jinja",
                 "|end|",
                 "|enx|",
-                r"--model_name_or_path .*model \(tokenizer_and_config\) has other content",
+                r"--model_name_or_path .*model \(model tokenizer and chat template\) has other content",
             ),
             ("beaverdam/model.safetensors", None, None, "--judges beaverdam=.* has other content"),
         ],
@@ -652,7 +652,7 @@ class TestDivergence:
         sst2_monolora.main(arguments)
         rows = read_rows(tmp_path / "out" / "results.jsonl")
         assert [row["metric"] for row in rows] == ["diverged"]
-        assert re.search("of the adapter's weights are not finite .*lora_", rows[0]["config"]["reason"])
+        assert re.fullmatch("the adapter's .*monolora_.* is not finite", rows[0]["config"]["reason"])
 
     @pytest.mark.parametrize("recipe", [sst2_monolora, dolly_monolora])
     def test_a_base_without_finite_scores(self, arguments, small_model, tmp_path, recipe):

@@ -1,0 +1,109 @@
+"""What a model thinks before it answers: found by the markers of its chat template, and cut from the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from evals.prompts import template_options
+
+# What opens and what ends a thought, in the families of chat templates there are.
+MARKERS = (
+    ("<think>", "</think>"),  # DeepSeek, Qwen, GLM, Nemotron and most others
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),  # EXAONE
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("◁think▷", "◁/think▷"),  # Kimi
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Cohere
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ("<|channel>", "<channel|>"),  # Gemma 4
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
+)
+
+
+class Cut(NamedTuple):
+    """An answer without its thoughts."""
+
+    thought: str  # all thoughts of the answer, "" for none
+    answer: str
+    is_finished: bool  # False: the answer ends within a thought, and `answer` has what stood before it
+
+
+class Thoughts(NamedTuple):
+    """How the thoughts of one tokenizer's model are told from its answers."""
+
+    markers: Sequence[tuple[str, str]]
+    opener: str  # that the generation prompt leaves open, so that an answer begins within the thought; "" for none
+    control_tokens: Sequence[str]  # what the tokenizer leaves out of texts
+
+    def cut(self, text: str) -> Cut:
+        """Take the thoughts out of an answer that was decoded with its control tokens.
+
+        What ends a thought that was not opened ends one that the answer began with.
+        """
+        text = self.opener + text
+        thoughts = []
+        for opener, closer in self.markers:
+            while closer in text:
+                before, _, after = text.partition(closer)
+                answer, _, thought = before.partition(opener) if opener in before else ("", "", before)
+                thoughts.append(thought)
+                text = answer + after.lstrip()
+        left_open = next((opener for opener, _ in self.markers if opener in text), None)
+        if left_open is not None:
+            text, _, thought = text.partition(left_open)
+            thoughts.append(thought)
+        for token in self.control_tokens:
+            text = text.replace(token, "")
+        return Cut("\n".join(thoughts), text, left_open is None)
+
+
+def thoughts_of(
+    tokenizer: PreTrainedTokenizerBase, thinking: str, markers: tuple[str, str] | None, where: str
+) -> Thoughts:
+    """The markers that the tokenizer's chat template or its own tokens name, or `markers` in their place.
+
+    Args:
+        thinking: "off" or "on", what the model is asked for.
+        markers: what opens and what ends a thought.
+        where: whose tokenizer it is, for errors.
+
+    Raises:
+        ValueError: the template cannot do what `thinking` says.
+    """
+    template = str(tokenizer.chat_template or "")
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    own = [pair for pair in MARKERS if pair[1] in template or pair[1] in tokens]
+    chosen = [markers] if markers is not None else own
+    special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+    opener = _opened(tokenizer, thinking, chosen) if template else ""
+    if thinking == "off" and opener:
+        raise ValueError(
+            f"The chat template of {where} opens a thought ({opener}) in every prompt and has no switch against it: "
+            "give --thinking on, for all arms of the comparison."
+        )
+    if thinking == "on" and not chosen:
+        raise ValueError(
+            f"--thinking is 'on', but neither the chat template nor the tokens of {where} say what opens and ends a "
+            "thought: leave it out, or give --thought_markers OPENER CLOSER."
+        )
+    return Thoughts(chosen, opener, special)
+
+
+def _opened(tokenizer: PreTrainedTokenizerBase, thinking: str, markers: Sequence[tuple[str, str]]) -> str:
+    """What opens the thought that the generation prompt leaves open, or ""."""
+    prompt = str(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "question"}],
+            tokenize=False,
+            add_generation_prompt=True,
+            **template_options(tokenizer, thinking),
+        )
+    )
+    ending = prompt[prompt.rindex("question") :] if "question" in prompt else prompt
+    return next((opener for opener, closer in markers if ending.rfind(opener) > ending.rfind(closer)), "")
