@@ -24,7 +24,7 @@ from evals.completions import read_completions
 from evals.contents import adapter_checksums, checksum, model_checksums, non_finite_of_file, task_checksums
 from evals.generate import COMPLETIONS, GenerateSettings, generate, load_task, task_manager
 from evals.judge import judge
-from evals.models import WEIGHTS_FILE, Adapter, attached
+from evals.models import WEIGHTS_FILE, Adapter, attached, hub_commit
 from evals.prompts import encode_answer
 from mono_peft import activation_sparsity
 
@@ -130,10 +130,10 @@ def task_contents(
     return {f"task {name}": Content(f"the data of the task {name}", value) for name, value in checksums.items()}
 
 
-def base_contents(model_args: ModelConfig, config: PretrainedConfig) -> dict[str, Content]:
+def base_contents(model_args: ModelConfig) -> dict[str, Content]:
     """The base model's weights, configuration and tokenizer."""
     name = str(model_args.model_name_or_path)
-    checksums = model_checksums(name, config._commit_hash)
+    checksums = model_checksums(name, hub_commit(name, model_args.model_revision))
     return {part: Content(f"--model_name_or_path {name} ({part})", value) for part, value in checksums.items()}
 
 
@@ -249,7 +249,7 @@ def evaluate(comparison: Comparison, settings: GenerateSettings, judges: dict[st
         ValueError: base, tasks or adapters are others by now.
     """
     run, script = comparison.run, comparison.script
-    now = base_contents(comparison.model_args, comparison.config)
+    now = base_contents(comparison.model_args)
     check_contents(run.folder, now | task_contents(settings, comparison.tokenizer, comparison.config))
     trained = {t.adapter.name: t for t in all_trained(comparison)}
     with_base = bool(run.find(comparison.task.metric, method="base"))

@@ -90,5 +90,6 @@ def mixed(task: Sequence[Pair], mixtures: Sequence[tuple[Sequence[Pair], float]]
     """
     drawn: list[Pair] = []
     for place, (pairs, share) in enumerate(mixtures):
-        drawn += random.Random(1000 * seed + place).sample(list(pairs), round(share * len(task)))
+        count = min(round(share * len(task)), len(task) - len(drawn))  # two halves of an odd number are one too many
+        drawn += random.Random(1000 * seed + place).sample(list(pairs), count)
     return [*task[: len(task) - len(drawn)], *drawn]

@@ -236,7 +236,7 @@ def compare(task: FinetuningTask, script: Table2Arguments, training: SFTConfig, 
     )
     task.check_lengths(tokenizer, training.max_length)
     settings = generation(task, script, training, model_args)
-    contents |= base_contents(model_args, config)
+    contents |= base_contents(model_args)
     contents |= task_contents(settings, tokenizer, config) if settings else {}
     check_contents(Path(training.output_dir), contents)
     state = PartialState()

@@ -23,7 +23,7 @@ from _identity import identity
 from _mixtures import embedded_poison, embedded_safety, load_pairs, mixed
 from _run import Run, read_rows
 from _table2_report import write_report
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 from peft import PeftConfig, PeftModel
@@ -250,14 +250,18 @@ class TestArms:
 
 
 class TestMixtures:
+    @example(n=3, poison=0.5, safety=0.5, seed=0)
     @given(n=st.integers(0, 60), poison=st.floats(0, 0.5), safety=st.floats(0, 0.5), seed=st.integers(0, 5))
     def test_shares(self, n, poison, safety, seed):
         task = [("task", str(i)) for i in range(n)]
         bad, good = ([(name, str(i)) for i in range(40)] for name in ("bad", "good"))
         rows = mixed(task, [(bad, poison), (good, safety)], seed)
-        assert len(rows) == max(n, round(poison * n) + round(safety * n)) == n
+        assert len(rows) == n
         kinds = [kind for kind, _ in rows]
-        assert (kinds.count("bad"), kinds.count("good")) == (round(poison * n), round(safety * n))
+        assert (kinds.count("bad"), kinds.count("good")) == (
+            round(poison * n),
+            min(round(safety * n), n - round(poison * n)),
+        )
         assert len(set(rows)) == n
         assert rows == mixed(task, [(bad, poison), (good, safety)], seed)
         # An arm without the control has the same poison, and the same task rows in the place of the safe ones.
@@ -557,7 +561,7 @@ class TestContents:
         monkeypatch.setattr(_table2, "add_score", killed)
         with pytest.raises(KeyboardInterrupt):
             sst2_monolora.main([*arguments, "--methods", "lora"])
-        assert not (tmp_path / "out" / "results.jsonl").read_text()
+        assert not (tmp_path / "out" / "results.jsonl").exists()
         train = tmp_path / "train.tsv"
         train.write_text(train.read_text().replace("a fine film\t1", "a fine film\t0"))
         with pytest.raises(ValueError, match=r"--train_file .* has other content"):
