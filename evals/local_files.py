@@ -126,8 +126,11 @@ def binary_labels(rows: Sequence[Row], source: str) -> list[int]:
         ValueError: another label; names the first row (counted from 1) that has one.
     """
     texts = {"0": 0, "0.0": 0, "1": 1, "1.0": 1} if Path(source).suffix in (".csv", ".tsv") else {}
-    labels = [texts.get(label, label) if isinstance(label := row.get("label"), str) else label for row in rows]
-    for number, label in enumerate(labels, 1):
+    labels = []
+    for number, row in enumerate(rows, 1):
+        given = row.get("label")
+        label = texts.get(given) if isinstance(given, str) else given
         if label not in (0, 1):
-            raise ValueError(f"{source}, row {number}: the label is {label!r}; 0 (negative) or 1 is needed.")
-    return [int(label) for label in labels]
+            raise ValueError(f"{source}, row {number}: the label is {given!r}; 0 (negative) or 1 is needed.")
+        labels.append(int(label))
+    return labels
