@@ -65,6 +65,7 @@ def _judge(options: dict[str, Any]) -> None:
 
 
 def _run(options: dict[str, Any]) -> None:
+    from evals.completions import has_answers
     from evals.generate import generate
     from evals.judge import check_judging, judge
     from evals.report import write_report
@@ -74,7 +75,9 @@ def _run(options: dict[str, Any]) -> None:
     if judging["judges"]:
         check_judging(**judging)  # before hours of generation
     run = generate(settings)
-    if judging["judges"]:
+    if judging["judges"] and not has_answers(run.folder):
+        print("There are no answers to judge.")
+    elif judging["judges"]:
         run = judge(run.folder, **judging)
     print(write_report(run))
 

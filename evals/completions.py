@@ -111,6 +111,12 @@ def read_completions(path: str | Path) -> Completions:
     return Completions(rows, lines.torn)
 
 
+def has_answers(folder: Path) -> bool:
+    """Whether a folder has any completion: where every arm diverged, or none was asked to answer, it has none."""
+    path = folder / COMPLETIONS
+    return path.is_file() and path.stat().st_size > 0
+
+
 def _completion(row: dict[str, Any], where: str) -> Completion:
     names = {field.name for field in fields(Completion)}
     missing, unknown = sorted(names - row.keys() - {"thought"}), sorted(row.keys() - names)

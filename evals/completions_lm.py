@@ -101,8 +101,9 @@ class CompletionsLM(HFLM):
         """Answer with `model`, which is the arm's, from here on."""
         self._model, self._arm = model, arm
         self.tokenizer = configure_pad_token(arm.tokenizer, model_config=self.config)
+        # A chat template writes the control tokens itself, as in training; lm-eval would add a beginning to its own.
+        self.add_bos_token = False if arm.tokenizer.chat_template is not None else None
         self.chat_template_args = template_options(arm.tokenizer, self._thinking)
-        self._answer_opening = answer_opening(arm.tokenizer, self._thinking)
         self._end_ids = (self._model_end_ids | {arm.tokenizer.eos_token_id}) - {None}
 
     def answers_of(self, task: str) -> list[Completion]:
@@ -138,7 +139,7 @@ class CompletionsLM(HFLM):
         Raises:
             DivergedError: a value is NaN.
         """
-        removed, added = self._answer_opening
+        removed, added = answer_opening(self._arm.tokenizer, self._thinking)
         if removed or added:
             requests = [
                 replace(r, arguments=(r.args[0].removesuffix(removed) + added, r.args[1]))
@@ -151,7 +152,7 @@ class CompletionsLM(HFLM):
     def _loglikelihood_tokens(self, *args: Any, **options: Any) -> list[tuple[float, bool]]:
         values: list[tuple[float, bool]] = super()._loglikelihood_tokens(*args, **options)
         if any(math.isnan(value) for value, _ in values):
-            raise DivergedError("its log-likelihoods are NaN")
+            raise DivergedError("its log-likelihoods are no numbers")
         return values
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -157,13 +157,18 @@ def checksum(content: Any) -> str:
 
 
 def _name(value: Any) -> str:
+    if isinstance(value, (set, frozenset)):
+        value = sorted(map(str, value))
     return str(getattr(value, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", str(value)))
 
 
 def non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """The name of the first tensor that holds NaN or an infinity, None if there is none."""
+    """The name of the first tensor that holds NaN or an infinity, None if there is none.
+
+    Integers, such as weights of 4 bits, and tensors that are not in memory pass; their logits show it.
+    """
     for name, tensor in tensors:
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not tensor.is_meta:
             wide = tensor if tensor.element_size() > 1 else tensor.to(torch.bfloat16)  # no isfinite for 8 bits
             if not bool(wide.isfinite().all()):
                 return name

@@ -128,7 +128,8 @@ def _judge_with(
     """Verdicts on all `completions`, in batches of similar length, the longest first."""
     thoughts = [completion for completion in completions if completion.finish_reason == "thought"]
     verdicts = [_verdict(given, judge, one, Judgement("unfinished_thought", {}), 0.0) for one in thoughts]
-    file.append(asdict(verdict) for verdict in verdicts)
+    if verdicts:
+        file.append(asdict(verdict) for verdict in verdicts)
     completions = [completion for completion in completions if completion.finish_reason != "thought"]
     if not completions:
         return verdicts

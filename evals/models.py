@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import file_exists, hf_hub_download, snapshot_download, try_to_load_from_cache
@@ -216,7 +215,7 @@ def adapter_tokenizer(adapter: Adapter, folder: Path, base: PreTrainedTokenizerB
     """
     where = f"The adapter {adapter.given!r}"
     template = folder / "chat_template.jinja"
-    if (folder / "tokenizer_config.json").is_file():
+    if any(path != template for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
@@ -295,23 +294,18 @@ def load_base(name: str, dtype: str, load_in_4bit: bool, revision: str | None = 
         device_map="auto" if torch.cuda.is_available() else {"": "cpu"},
         use_safetensors=True,
     )
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    control = ("bos_token_id", "eos_token_id", "pad_token_id")
     own = model.generation_config
-    model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
-    return model.eval()
-
-
-def overruled_settings(name: str, revision: str | None = None) -> dict[str, Any]:
-    """The settings of a model's generation config that `load_base` leaves out; no weights are loaded."""
-    try:
-        own = GenerationConfig.from_pretrained(name, revision=revision)
-    except OSError:  # it has none
-        return {}
-    return {
-        name: value
-        for name, value in own.to_diff_dict().items()
-        if not name.endswith("token_id") and name not in ("_from_model_config", "transformers_version")
+    left_out = {
+        setting: value
+        for setting, value in own.to_diff_dict().items()
+        if setting not in (*control, "use_cache", "transformers_version") and value and not setting.startswith("_")
     }
+    if left_out:
+        settings = ", ".join(f"{setting} {value}" for setting, value in left_out.items())
+        print(f"The generation config of {name} is not applied ({settings}): answers are decoded as the tasks say.")
+    model.generation_config = GenerationConfig(**{token: getattr(own, token) for token in control})
+    return model.eval()
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells = {m: [r for r in of_model if _line(r) == line and r["config"]["method"] == m] for m in methods}
             counts = sorted({row["n"] for found in cells.values() for row in found})
             body.append([line.task, line.metric, line.judge or "-", "/".join(map(str, counts))])
-            body[-1] += [f"{_cell(found)} {outcomes[method]}".strip() for method, found in cells.items()]
+            body[-1] += [f"{_cell(found) if found else ''} {outcomes[m]}".strip() or "-" for m, found in cells.items()]
             if paired:
                 difference = paired_difference(cells["monolora"], cells["lora"])
                 body[-1].append("-" if difference is None else difference.scaled(_factor(line.metric)).text(sign=True))

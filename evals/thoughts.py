@@ -85,7 +85,7 @@ def thoughts_of(
     if thinking == "off" and opener:
         raise ValueError(
             f"The chat template of {where} opens a thought ({opener}) in every prompt and has no switch against it: "
-            "give --thinking on, for all arms of the comparison."
+            "it cannot be finetuned on answers without thoughts; to evaluate it, give --thinking on."
         )
     if thinking == "on" and not chosen:
         raise ValueError(

@@ -22,6 +22,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
 from evals.models import load_tokenizer_and_config
+from evals.thoughts import thoughts_of
 from mono_peft import MonoLoraConfig
 
 METHODS = ("base", "lora", "monolora")
@@ -176,11 +177,12 @@ def load_tokenizer(
     No weights are loaded for it.
 
     Raises:
-        ValueError: the model is neither a local folder nor to be had from the hub, or an adapter's targets match none
-            of its modules.
+        ValueError: the model is neither a local folder nor to be had from the hub, its chat template cannot do without
+            thoughts, or an adapter's targets match none of its modules.
         TypeError: a target cannot be adapted.
     """
     tokenizer, config = load_tokenizer_and_config(str(model_args.model_name_or_path), model_args.model_revision)
+    thoughts_of(tokenizer, "off", None, f"the model {model_args.model_name_or_path!r}")
     # MonoLoRA first: its error lists what the model has.
     for adapter in sorted(adapters, key=lambda a: not isinstance(a, MonoLoraConfig)):
         with torch.device("meta"), not_sharded(training):

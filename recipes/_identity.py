@@ -79,6 +79,7 @@ def identity(
         **sizes,
         "judges": judges,
         "demonstration": demonstration,
+        "thinking": "off",  # as prompts are written in training, in the task's score and in the evaluation
         "model": {k: v for k, v in asdict(model_args).items() if k not in _MODEL_PLACES},
         "training": {k: v for k, v in chosen.items() if not _IRRELEVANT.match(k)},
         **processes,

@@ -87,36 +87,47 @@ def ask_otherwise(model, adapter, data):
     (data / "xstest" / "xstest_prompts.csv").write_text("id,prompt,label\n7,changed,safe\n9,kill,unsafe\n")
 
 
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        (train_again, "adapter weights"),
-        (scale, "adapter config"),
-        (own_template, "adapter tokenizer and chat template"),
-        (merge, "model weights"),
-        (shard, "model weights"),
-        (configure, "model config"),
-        (end_elsewhere, "model generation config"),
-        (write_otherwise, "model tokenizer and chat template"),
-        (tokenize_otherwise, "model tokenizer and chat template"),
-        (label_otherwise, "data or settings of the task 'sst2_instruct'"),
-        (answer_otherwise, "data or settings of the task 'dolly'"),
-        (ask_otherwise, "data or settings of the task 'xstest'"),
-    ],
+CHANGES = (
+    (train_again, "adapter weights"),
+    (scale, "adapter config"),
+    (own_template, "adapter tokenizer and chat template"),
+    (merge, "model weights"),
+    (shard, "model weights"),
+    (configure, "model config"),
+    (end_elsewhere, "model generation config"),
+    (write_otherwise, "model tokenizer and chat template"),
+    (tokenize_otherwise, "model tokenizer and chat template"),
+    (label_otherwise, "data or settings of the task 'sst2_instruct'"),
+    (answer_otherwise, "data or settings of the task 'dolly'"),
+    (ask_otherwise, "data or settings of the task 'xstest'"),
 )
-def test_other_contents_under_the_same_names_are_refused(settings, eval_data, monkeypatch, change, part):
+
+
+def test_other_contents_under_the_same_names_are_refused(settings, eval_data, tmp_path, request):
+    """Whether the folder has results, or only the answers of a run that was killed before them."""
     generate(settings)
-    before = {path.name: path.read_bytes() for path in Path(settings.output_dir).glob("*.jsonl")}
-    change(Path(settings.model), Path(settings.adapters[0].source), eval_data)
-    monkeypatch.setattr("evals.generate.load_base", None)
-    message = rf"made: ([^.]*, )?{part} changed since\. Choose another --output_dir"
-    with pytest.raises(ValueError, match=message):
-        generate(settings)
-    if change is not label_otherwise:  # nor with the answers alone, of a run that was killed
-        os.remove(f"{settings.output_dir}/results.jsonl")
-        with pytest.raises(ValueError, match=message):
-            generate(settings)
-    assert (Path(settings.output_dir) / "completions.jsonl").read_bytes() == before["completions.jsonl"]
+    request.getfixturevalue("no_loading")
+    folders = [Path(settings.model), Path(settings.adapters[0].source), eval_data]
+    output = Path(settings.output_dir)
+    answers, results = (output / "completions.jsonl").read_bytes(), (output / "results.jsonl").read_bytes()
+    for change, part in CHANGES:
+        for folder in folders:
+            shutil.copytree(folder, tmp_path / "kept" / folder.name)
+        change(*folders)
+        for is_killed in (False, True):
+            if is_killed and part.endswith("'sst2_instruct'"):  # it has no answers
+                continue
+            (output / "results.jsonl").write_bytes(b"" if is_killed else results)
+            with pytest.raises(
+                ValueError, match=rf"made: ([^.]*, )?{part} changed since\. Choose another --output_dir"
+            ):
+                generate(settings)
+            assert (output / "completions.jsonl").read_bytes() == answers
+        for folder in folders:
+            shutil.rmtree(folder)
+            (tmp_path / "kept" / folder.name).rename(folder)
+    (output / "results.jsonl").write_bytes(results)
+    generate(settings)
 
 
 def test_a_changed_shard_is_refused(settings):

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals import generate as module
@@ -109,22 +111,51 @@ def test_metrics_become_rows(settings):
     assert found["bleu", "dolly", None]["n"] == 6
 
 
-@pytest.mark.parametrize("chat", [True, False])
-def test_the_accuracy_is_the_recipes(settings, make_tokenizer, chat):
-    tokenizer = make_tokenizer(chat=chat)
-    tokenizer.save_pretrained(settings.model)
-    if not chat:
-        os.remove(f"{settings.model}/chat_template.jinja")
-    generate(replace(settings, tasks=["sst2_instruct"], adapters=settings.adapters[1:], base=False))
+def recipes_accuracy(model, tokenizer):
+    """The share of sentences whose right word has the larger log-likelihood, as the recipe computes it."""
     from evals.tasks.data import sst2
 
     docs = list(sst2()["test"])
     encoded = [encode_answer(tokenizer, sst2_prompt(d["sentence"]), word) for d in docs for word in SST2_ANSWERS]
-    scores = answer_log_likelihoods(arm(settings, "monolora-seed1"), encoded, tokenizer.pad_token_id)
+    scores = answer_log_likelihoods(model, encoded, tokenizer.pad_token_id)
     right = scores.view(-1, 2).argmax(1) == torch.tensor([d["label"] for d in docs])
+    return right.double().mean().item()
+
+
+@pytest.mark.parametrize("template", [True, "qwen3", "llama3_2", "gptoss", "gemma3", "qwen2_5", None])
+def test_the_accuracy_is_the_recipes(settings, make_tokenizer, template):
+    tokenizer = make_tokenizer(chat=template is not None)
+    if isinstance(template, str):
+        tokenizer.bos_token = "<s>"
+        tokenizer.chat_template = files("trl").joinpath(f"chat_templates/{template}.jinja").read_text()
+    tokenizer.save_pretrained(settings.model)
+    if template is None:
+        os.remove(f"{settings.model}/chat_template.jinja")
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    generate(replace(settings, tasks=["sst2_instruct"], adapters=settings.adapters[1:], base=False))
     value = next(row["value"] for row in rows(settings) if row["metric"] == "acc")
-    assert value == right.double().mean().item()
+    assert value == recipes_accuracy(arm(settings, "monolora-seed1"), tokenizer)
     assert 0 < value < 1
+
+
+def test_a_prompt_has_the_control_tokens_of_the_template_and_no_others(settings):
+    """As in training; this tokenizer begins every text with a token that its template does not write."""
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    begin = tokenizer.convert_tokens_to_ids("<|user|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|user|> $A", None, [("<|user|>", begin)])
+    tokenizer.save_pretrained(settings.model)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    assert tokenizer("a")["input_ids"][0] == begin
+    generate(replace(settings, tasks=["xstest", "sst2_instruct"], adapters=[]))
+    model = arm(settings, None)
+    for row in completions(settings):
+        message = [{"role": "user", "content": row.prompt}]
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        assert ids.count(begin) == 1
+        new = model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(ids) :]
+        assert row.response == tokenizer.decode(new, skip_special_tokens=True)
+    value = next(row["value"] for row in rows(settings) if row["metric"] == "acc")
+    assert value == recipes_accuracy(model, tokenizer)
 
 
 def test_answers_are_scored_as_the_template_writes_them(settings, make_tokenizer, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import sst2_monolora
 from _run import read_rows
 from peft import PeftConfig
+from transformers import AutoTokenizer
 
 from mono_peft import MonoLoraConfig
 
@@ -89,6 +90,28 @@ def test_arms_share_everything_but_the_adapter(arguments):
     assert lora.target_modules == mono.target_modules
 
 
+def test_a_model_that_can_think_is_trained_and_scored_without_thoughts(arguments, small_model, monkeypatch):
+    (small_model / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}<think></think>{{ m['content'] }}"
+        "<|end|>{% else %}{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+    )
+    trained = []
+    real = _table2.finetuning
+
+    def finetuning(*args):
+        trainer = real(*args)
+        trained.append(trainer.train_dataset[0])
+        return trainer
+
+    monkeypatch.setattr(_table2, "finetuning", finetuning)
+    sst2_monolora.main([*arguments, "--methods", "lora"])
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    labels = [i for i, label in zip(trained[0]["input_ids"], trained[0]["labels"], strict=True) if label != -100]
+    assert "think" in tokenizer.decode(trained[0]["input_ids"])
+    assert "think" not in tokenizer.decode(labels)
+
+
 def test_the_paper_configuration():
     script, training, model_args = sst2_monolora.parse(["--config", "recipes/configs/paper_sst2.yaml"])
     assert model_args.model_name_or_path == "meta-llama/Llama-2-7b-chat-hf"
@@ -163,6 +186,13 @@ class TestBadInput:
         (tmp_path / "empty").mkdir()
         with pytest.raises(ValueError, match=r"Cannot load the model '.*empty'.*lacks a model's or tokenizer's files"):
             sst2_monolora.main([*arguments, "--model_name_or_path", str(tmp_path / "empty")])
+
+    def test_a_model_that_always_thinks(self, arguments, small_model, tmp_path):
+        template = small_model / "chat_template.jinja"
+        template.write_text(template.read_text() + "<think>{# </think> #}")
+        with pytest.raises(ValueError, match=r"opens a thought \(<think>\) in every prompt .* it cannot be finetuned"):
+            sst2_monolora.main(arguments)
+        assert not (tmp_path / "out").exists()
 
     def test_model_without_data(self, small_model):
         with pytest.raises(ValueError, match=r"--model_name_or_path needs data: --dataset_name"):

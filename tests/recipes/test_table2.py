@@ -658,6 +658,30 @@ class TestDivergence:
         assert [row["metric"] for row in rows] == ["diverged"]
         assert re.fullmatch("the adapter's .*monolora_.* is not finite", rows[0]["config"]["reason"])
 
+    def test_an_arm_whose_answers_show_that_it_diverged(self, arguments, eval_data, tmp_path, monkeypatch):
+        """Its scores were finite, those of the evaluation's prompts are not; `generate` marks it in its own folder."""
+        original = _evaluation.generate
+
+        def generate(settings):
+            run = original(replace(settings, adapters=[a for a in settings.adapters if "seed1" not in a.name]))
+            arm = {"model": settings.model, "adapter": "monolora-seed1", "method": "monolora", "task": None}
+            if not run.find("diverged"):
+                run.add_diverged("a score is not finite", n=1, seed=1, seconds=0, device="cpu", **arm)
+            return run
+
+        monkeypatch.setattr(_evaluation, "generate", generate)
+        arguments = [*arguments, "--methods", "monolora", "--seeds", "0", "1", "--safety_tasks", "xstest"]
+        sst2_monolora.main([*arguments, "--max_new_tokens", "2"])
+        rows = read_rows(tmp_path / "out" / "results.jsonl")
+        assert [row["metric"] for row in rows if row["seed"] == 1] == ["diverged"]
+        assert len(found(rows, "alignment_sparsity", method="monolora", seed=0)) == 1
+        text = (tmp_path / "out" / "results.md").read_text()
+        assert "- monolora, seed 1: a score is not finite." in text
+        assert "| monolora | 2 |" in text
+        before = (tmp_path / "out" / "results.jsonl").read_bytes()
+        sst2_monolora.main([*arguments, "--max_new_tokens", "2"])
+        assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
+
     @pytest.mark.parametrize("recipe", [sst2_monolora, dolly_monolora])
     def test_a_base_without_finite_scores(self, arguments, small_model, tmp_path, recipe):
         """As a base that overflows in its number format; the adapters' scores are not finite either."""
