@@ -666,6 +666,7 @@ class TestDivergence:
             run = original(replace(settings, adapters=[a for a in settings.adapters if "seed1" not in a.name]))
             arm = {"model": settings.model, "adapter": "monolora-seed1", "method": "monolora", "task": None}
             if not run.find("diverged"):
+                arm["checksums"] = run.rows[0]["config"]["checksums"]
                 run.add_diverged("a score is not finite", n=1, seed=1, seconds=0, device="cpu", **arm)
             return run
 
