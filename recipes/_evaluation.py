@@ -209,7 +209,8 @@ def add_score(comparison: Comparison, score: float, reason: str | None, start: f
         content = checksum(adapter_checksums(trained.folder)) if run.is_main else None
         run.add(comparison.task.metric, score, **common, adapter_checksum=content)
     else:
-        print(f"{trained.adapter.name} diverged: {reason}.")
+        if run.is_main:
+            print(f"{trained.adapter.name} diverged: {reason}.")
         run.add_diverged(reason, **common)
 
 
@@ -250,7 +251,7 @@ def evaluate(comparison: Comparison, settings: GenerateSettings, judges: dict[st
     """
     run, script = comparison.run, comparison.script
     now = base_contents(comparison.model_args)
-    check_contents(run.folder, now | task_contents(settings, comparison.tokenizer, comparison.config))
+    check_contents(run.folder, run.recipe, now | task_contents(settings, comparison.tokenizer, comparison.config))
     trained = {t.adapter.name: t for t in all_trained(comparison)}
     with_base = bool(run.find(comparison.task.metric, method="base"))
     if not trained and not with_base:

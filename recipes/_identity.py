@@ -92,10 +92,11 @@ def _deciding(deepspeed_config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: deepspeed_config[name] for name in names if name in deepspeed_config}
 
 
-def check_contents(folder: Path, contents: Mapping[str, Content]) -> None:
-    """Raise ValueError if the folder's results were made with other contents; says of which option."""
+def check_contents(folder: Path, recipe: str, contents: Mapping[str, Content]) -> None:
+    """Raise ValueError if the folder's results of a recipe were made with other contents; says of which option."""
     path = folder / CONFIG
-    before = json.loads(path.read_text(encoding="utf-8"))["config"].get("contents", {}) if path.exists() else {}
+    made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = made["config"].get("contents", {}) if made.get("recipe") == recipe else {}
     changed = [
         f"{content.source} has other content ({before[name][:80]} there, {content.checksum[:80]} now)"
         for name, content in contents.items()

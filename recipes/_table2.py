@@ -238,7 +238,7 @@ def compare(task: FinetuningTask, script: Table2Arguments, training: SFTConfig, 
     settings = generation(task, script, training, model_args)
     contents |= base_contents(model_args)
     contents |= task_contents(settings, tokenizer, config) if settings else {}
-    check_contents(Path(training.output_dir), contents)
+    check_contents(Path(training.output_dir), task.recipe, contents)
     state = PartialState()
     decisive = identity(script, training, model_args, task.sizes(), list(judges.values()), contents, demonstration)
     run = Run(training.output_dir, task.recipe, decisive, state.is_main_process)
