@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -55,11 +56,12 @@ def adapter_checksums(folder: Path) -> dict[str, str]:
 def _checksums(folder: Path, parts: Mapping[str, Iterable[str]]) -> dict[str, str]:
     """16 hexadecimal digits for each part, from names and SHA-256 of its files; a part without files has none."""
     checksums = {}
-    for part, patterns in parts.items():
-        files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-        if files:
-            contents = [(str(path.relative_to(folder)), _file_checksum(path)) for path in files]
-            checksums[part] = checksum(contents)
+    with ThreadPoolExecutor() as pool:  # a large model has many files
+        for part, patterns in parts.items():
+            files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+            if files:
+                names = [str(path.relative_to(folder)) for path in files]
+                checksums[part] = checksum(list(zip(names, pool.map(_file_checksum, files), strict=True)))
     return checksums
 
 
@@ -75,6 +77,10 @@ def _unchanged_file_checksum(path: Path, inode: int, size: int, changed: int) ->
     No program can set back the time `changed`, in ns, as it can that of the modification.
     """
     return file_checksum(path)
+
+
+def _adapter_parts(checksums: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple((part, value) for part, value in sorted(checksums.items()) if part.startswith("adapter"))
 
 
 def task_checksums(tasks: Iterable[Task | Group], limit: int | None) -> dict[str, str]:
@@ -129,8 +135,16 @@ def check_contents(
         if "judge" not in config  # verdicts have checksums of the texts
     ]
     made += [(row.model, row.adapter, row.task, row.generation.get("checksums")) for row in completions]
+    names = {_adapter_parts(checksums): name for name, checksums in arms.items() if name is not None}
     for of_model, adapter, task, before in made:
         now = arms.get(adapter, of_base) if of_model == model else {}
+        same = names.get(_adapter_parts(before or {}), adapter)
+        # Without a task it is an arm that diverged, and weights that are all NaN are the same in every such adapter.
+        if of_model == model and None not in (adapter, task) and same != adapter:
+            raise ValueError(
+                f"{run.folder} has the adapter {same!r} under the name {adapter!r} already, byte for byte: the table "
+                f"would count it twice. Write {adapter}=FOLDER."
+            )
         if task is not None and task in tasks:
             now = now | {"task": tasks[task]}
         kinds = {part.partition(" ")[0] for part in now}

@@ -206,7 +206,8 @@ def _arms(
             print(f"The adapter {adapter.name!r} has a tokenizer or chat template of its own, which it answers with.")
         of_adapter = adapter_checksums(folders[adapter.name])
         same = names.setdefault(checksum(of_adapter), adapter.name)
-        if same != adapter.name:
+        # Adapters that diverged may well be equal, in nothing but NaN.
+        if same != adapter.name and non_finite_of_file(folders[adapter.name] / WEIGHTS_FILE) is None:
             raise ValueError(
                 f"--adapters has {same!r} and {adapter.name!r}, which are the same adapter, byte for byte: the table "
                 "would count it twice. Name it once."

@@ -189,6 +189,14 @@ def test_an_adapter_under_two_names_is_refused(settings, tmp_path):
         generate(replace(settings, adapters=adapters))
 
 
+def test_an_adapter_under_another_name_than_before_is_refused(settings):
+    settings = replace(settings, tasks=["xstest"], adapters=settings.adapters[:1], base=False)
+    generate(settings)
+    message = r"has the adapter 'lora-seed7' under the name 'lora-seed0' already, .* Write lora-seed0=FOLDER"
+    with pytest.raises(ValueError, match=message):
+        generate(replace(settings, adapters=[Adapter(f"lora-seed7={settings.adapters[0].source}")]))
+
+
 def test_a_folder_of_an_earlier_version_is_refused(settings):
     settings = replace(settings, tasks=["xstest"], adapters=[])
     generate(settings)

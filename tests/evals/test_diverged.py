@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,21 @@ def test_a_diverged_adapter_is_marked_and_the_others_go_on(settings, make_shield
     assert [cell.strip() for cell in line.split("|")].count("diverged") == 1
     assert "lora-seed0 diverged: the adapter's" in text
     assert DIVERGED in (run.folder / "results.csv").read_text()
+
+
+def test_adapters_of_nothing_but_nan_are_two(settings, tmp_path, request):
+    request.getfixturevalue("no_loading")
+    path = Path(settings.adapters[0].source) / "adapter_model.safetensors"
+    tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    shutil.copytree(settings.adapters[0].source, tmp_path / "copy")
+    adapters = [settings.adapters[0], Adapter(f"lora-seed3={tmp_path / 'copy'}")]
+    generate(replace(settings, adapters=adapters[:1], base=False))
+    generate(replace(settings, adapters=adapters, base=False))
+    assert [(row["metric"], row["seed"]) for row in rows(settings)] == [(DIVERGED, 0), (DIVERGED, 3)]
+    fill(settings.adapters[0].source, 1.0)  # trained again
+    with pytest.raises(ValueError, match=r"the adapter 'lora-seed0' of .* adapter weights changed since"):
+        generate(replace(settings, adapters=adapters[:1], base=False))
 
 
 OTHER_METHODS = {
