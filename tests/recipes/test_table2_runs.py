@@ -23,6 +23,7 @@ from _run import read_rows
 from transformers import AutoModelForCausalLM
 
 from evals.completions import read_completions
+from evals.judge import judge
 from evals.prompts import dolly_prompt
 from tests.recipes.conftest import rows_of
 
@@ -117,6 +118,13 @@ class TestContents:
         sst2_monolora.main([*moved, *fast.split(), "--gradient_checkpointing", "True"])
         assert (tmp_path / "elsewhere" / "out" / "results.jsonl").read_bytes() == rows
         assert (tmp_path / "elsewhere" / "out" / "results.md").read_text() == text
+
+    def test_other_judges_of_the_evaluation_are_none_of_this_run(self, everything, tmp_path, make_shieldgemma):
+        """As docs/table2.md says how to judge the same answers again."""
+        rows = (tmp_path / "out" / "results.jsonl").read_bytes()
+        judge(tmp_path / "out" / "evaluation", [f"shieldgemma={make_shieldgemma()}"])
+        sst2_monolora.main(everything)
+        assert (tmp_path / "out" / "results.jsonl").read_bytes() == rows
 
     def test_an_adapter_that_was_replaced_is_not_evaluated(self, arguments, eval_data, beaverdam, tmp_path):
         arguments = [*arguments, "--methods", "lora", "--seeds", "0", "1", "--max_steps", "1"]
