@@ -415,9 +415,10 @@ def test_the_command_passes_everything_on(settings, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(module, "generate", lambda s: seen.append(s) or type("Run", (), {"folder": "out"}))
     options = "--model m --tasks a b --output_dir o --adapters n=x y --no_base --limit 3 --max_new_tokens 4"
-    options += " --batch_size 5 --dtype float32 --load_in_4bit"
+    options += " --batch_size 5 --dtype float32 --load_in_4bit --thinking on --thought_markers <a> </a>"
     main(["generate", *options.split()])
     adapters = [Adapter("n=x"), Adapter("y")]
-    assert seen == [GenerateSettings("m", ["a", "b"], "o", adapters, False, 3, 4, 5, "float32", True)]
+    modes = ("float32", True, "on", ("<a>", "</a>"))
+    assert seen == [GenerateSettings("m", ["a", "b"], "o", adapters, False, 3, 4, 5, *modes)]
     with pytest.raises(SystemExit, match=r"Error: --limit is 0, allowed is 1 or more"):
         main(["generate", "--model", "m", "--tasks", "a", "--output_dir", "o", "--limit", "0"])
