@@ -19,7 +19,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from scipy import stats
 from transformers import (
@@ -31,13 +31,17 @@ from transformers import (
     set_seed,
 )
 
+from evals.local_files import binary_labels, file_rows
 from mono_peft import MonoLoraConfig, activation_sparsity
 
 
 def sentences(file: str, tokenizer: transformers.PreTrainedTokenizerBase) -> Dataset:
     """A GLUE file (tsv: sentence, label) as token ids and labels."""
-    rows = load_dataset("csv", data_files=file, sep="\t", quoting=3, split="train")
-    return rows.map(lambda batch: tokenizer(batch["sentence"]), batched=True, remove_columns=["sentence"])
+    rows = file_rows(file)
+    columns = {"sentence": [row["sentence"] for row in rows], "label": binary_labels(rows, file)}
+    return Dataset.from_dict(columns).map(
+        lambda batch: tokenizer(batch["sentence"]), batched=True, remove_columns=["sentence"]
+    )
 
 
 def accuracy(

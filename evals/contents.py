@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
 _MODEL_PARTS = {
-    "model weights": ("*.safetensors", "*.safetensors.index.json"),
+    "model weights": ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"),
     "model config": ("config.json",),
     "model generation config": ("generation_config.json",),
     "model tokenizer and chat template": TOKENIZER_FILES,
@@ -60,8 +61,22 @@ def _checksums(folder: Path, parts: Mapping[str, Iterable[str]]) -> dict[str, st
             files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
             if files:
                 names = [str(path.relative_to(folder)) for path in files]
-                checksums[part] = checksum(list(zip(names, pool.map(file_checksum, files), strict=True)))
+                checksums[part] = checksum(list(zip(names, pool.map(_file_checksum, files), strict=True)))
     return checksums
+
+
+def _file_checksum(path: Path) -> str:
+    status = path.stat()
+    return _unchanged_file_checksum(path.resolve(), status.st_ino, status.st_size, status.st_ctime_ns)
+
+
+@cache
+def _unchanged_file_checksum(path: Path, inode: int, size: int, changed: int) -> str:
+    """Within a process a file is read for its checksum once, unless the system says that it was written since.
+
+    No program can set back the time `changed`, in ns, as it can that of the modification.
+    """
+    return file_checksum(path)
 
 
 def _adapter_parts(checksums: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

@@ -128,7 +128,7 @@ def generate(settings: GenerateSettings) -> Run:
     commit = hub_commit(source)
     arms = _arms(settings, source, commit, tokenizer, folders)
     manager = task_manager(settings.tasks, settings.task_data)
-    loaded = {name: _load_task(manager, name, settings, tokenizer, config) for name in settings.tasks}
+    loaded = {name: load_task(manager, name, settings, tokenizer, config) for name in settings.tasks}
     tasks = task_checksums([task for of_name in loaded.values() for task in of_name], settings.limit)
     with locked(Path(settings.output_dir)):  # from here on what the folder holds does not change behind our back
         run = Run(settings.output_dir, "evals", settings.decisive)
@@ -281,14 +281,18 @@ def task_manager(names: list[str], task_data: dict[str, Any] | None = None) -> T
     return manager
 
 
-def _load_task(
+def load_task(
     manager: TaskManager,
     name: str,
     settings: GenerateSettings,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
 ) -> list[Task | Group]:
-    """The task with its data, or those of a group or tag; generation limits set and checked."""
+    """The task with its data, or those of a group or tag; generation limits set and checked.
+
+    Raises:
+        ValueError: the data cannot be had, or the answers' limit does not fit the model's context.
+    """
     try:
         loaded = manager.load([name])
     except (OSError, RuntimeError) as error:  # ours raise ValueError, with advice

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from evals.completions import Completion, read_completions
+from evals.endpoint import EndpointChatJudge
 from evals.generate import COMPLETIONS
 from evals.judges import Judge, Judgement, NoAnswerError, make_judge
 from evals.models import DTYPES
@@ -106,6 +107,9 @@ def _known_verdicts(folder: Path, completions: Sequence[Completion], judges: Map
     if torn:
         print(f"{torn}; what is missing is judged again.")
     for verdict in verdicts:
+        known_judge = judges.get(verdict.judge)
+        if isinstance(known_judge, EndpointChatJudge):
+            known_judge.adopt(verdict.settings)
         if verdict.judge in judges and verdict.settings != judges[verdict.judge].settings:
             raise ValueError(
                 f"{folder / VERDICTS} has verdicts of {verdict.judge!r} under other settings ({verdict.settings} there"

@@ -135,7 +135,7 @@ def _hub_has_safetensors(name: str) -> bool:
         return False
 
 
-def hub_commit(name: str) -> str | None:
+def hub_commit(name: str, revision: str | None = None) -> str | None:
     """The commit of a model of the hub that is in the cache, None for a folder.
 
     Raises:
@@ -143,7 +143,7 @@ def hub_commit(name: str) -> str | None:
     """
     if Path(name).is_dir():
         return None
-    commit = extract_commit_hash(cached_file(name, "config.json"), None)
+    commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
     if commit is None:
         raise ValueError(f"The cache does not say of which commit of {name} its files are; download it anew.")
     return str(commit)

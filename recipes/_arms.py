@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
@@ -171,8 +171,10 @@ def adapter_config(method: str, model_args: ModelConfig, activation: str) -> Pef
 
 def load_tokenizer(
     training: SFTConfig, model_args: ModelConfig, adapters: list[PeftConfig]
-) -> PreTrainedTokenizerBase:
-    """The tokenizer, after a check that the model can be had and takes the adapters; no weights are loaded for it.
+) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    """The tokenizer and the model's configuration, after a check that the model takes the adapters.
+
+    No weights are loaded for it.
 
     Raises:
         ValueError: the model is neither a local folder nor to be had from the hub, its chat template cannot do without
@@ -187,7 +189,7 @@ def load_tokenizer(
             get_peft_model(AutoModelForCausalLM.from_config(config), copy.deepcopy(adapter))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # as SFTTrainer does
-    return tokenizer
+    return tokenizer, config
 
 
 def load_base(training: SFTConfig, model_args: ModelConfig) -> PreTrainedModel:
@@ -222,7 +224,8 @@ def finetuning(
     arguments = copy.deepcopy(training)
     arguments.output_dir = str(folder)
     arguments.seed = seed
-    arguments.model_init_kwargs = _model_options(model_args) | (training.model_init_kwargs or {})
+    arguments.model_init_kwargs = _model_options(model_args)
+    arguments.logging_nan_inf_filter = False  # else a loss that is not finite is logged as the one before it
     return SFTTrainer(
         model=model_args.model_name_or_path,
         args=arguments,

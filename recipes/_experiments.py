@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from _features import FEATURES
 from _probes import ACCURACY, ARMS, gain
-from _run import Run
+from _run import DIVERGED, Run
 
 from vision_bench import figures
 from vision_bench.metrics import MEASURED
@@ -74,7 +74,8 @@ class Experiment:
         """What a stopped run lacks, or None."""
         lacking = []
         for metric, arm, seeds in self.needs(run.config):
-            found = {row["seed"] for row in run.find(metric, **arm)}
+            method = {"method": arm["method"], "step": None} if "method" in arm else arm
+            found = {row["seed"] for row in [*run.find(metric, **arm), *run.find(DIVERGED, **method)]}
             # what does not depend on a seed has None instead
             lacking += [(metric, arm | {"seed": seed}) for seed in seeds if not found & {seed, None}]
         if not lacking:
@@ -252,8 +253,11 @@ def table_2(task: str) -> Callable[[Run, Path], str]:
         of = getattr(importlib.import_module(run.recipe), task)
         config = run.config
         trained = [method for method in config["methods"] if method != "base"]
-        demonstration = not config["model"].get("model_name_or_path")
-        return str(report.write_report(run, of.paper, of.performance, trained, config["judges"], demonstration))
+        return str(
+            report.write_report(
+                run, of.paper, of.performance, trained, config["judges"], demonstration=config["demonstration"]
+            )
+        )
 
     return render
 

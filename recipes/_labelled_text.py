@@ -2,70 +2,57 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
-from datasets import Dataset, Value, load_dataset
+from datasets import Dataset, load_dataset
 
-_LOADERS = {
-    ".tsv": ("csv", {"sep": "\t", "quoting": 3}),  # GLUE's files hold bare quotation marks
-    ".csv": ("csv", {}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
+from evals.local_files import binary_labels, check_columns, check_text, file_rows
+
+_SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 
 
 def load_labelled_text(source: str, split: str = "train") -> Dataset:
-    """Load a data set with the columns `sentence` (text) and `label` (0 or 1).
+    """Load a data set with the columns `sentence` (text) and `label` (0 or 1), in the memory.
 
     Args:
         source: a local file (tsv, csv, jsonl, json, parquet) or the name of a data set on the hub.
         split: which split of a data set on the hub; a file is taken whole.
 
     Raises:
-        ValueError: the file or data set cannot be had, lacks a column, is empty, has a label other than 0 and 1, an
-            empty sentence, or only one class.
+        ValueError: the file or data set cannot be had, lacks a column, is empty, has a label other than 0 and 1, a
+            sentence that is empty or no text, or only one class.
     """
     path = Path(source)
-    if path.suffix in _LOADERS:
+    if path.suffix in _SUFFIXES:
         if not path.is_file():
             raise ValueError(f"The data file {source} does not exist.")
-        kind, options = _LOADERS[path.suffix]
         try:
-            rows = load_dataset(kind, data_files=source, split="train", **options)
-        except Exception as error:  # `datasets` wraps the parsers' errors in its own, and an empty file in others
-            cause = error.__cause__ or error
-            raise ValueError(f"Cannot read {source} as {path.suffix[1:]}: {cause}") from None
+            rows = file_rows(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Cannot read {source} as {path.suffix[1:]}: {error}") from None
     else:
         try:
-            rows = load_dataset(source, split=split)
+            rows = hub_rows(source, split).to_list()
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"Cannot load the data set {source!r} ({_first_line(error)}). It is not a local file "
-                f"({', '.join(_LOADERS)}); a data set on the hub needs network access, and some need `hf auth login`."
+                f"({', '.join(_SUFFIXES)}); a data set on the hub needs network access, and some need `hf auth login`."
             ) from None
-    _check(rows, source)
-    return rows.select_columns(["sentence", "label"]).cast_column("label", Value("int64"))
-
-
-def _check(rows: Dataset, source: str) -> None:
-    missing = {"sentence", "label"} - set(rows.column_names)
-    if missing:
-        raise ValueError(
-            f"{source} lacks the column(s) {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}. "
-            "Needed are `sentence` (text) and `label` (0 negative, 1 positive)."
-        )
-    if len(rows) == 0:
-        raise ValueError(f"{source} has no rows.")
-    labels = rows["label"][:]
-    wrong = next((i for i, label in enumerate(labels) if label not in (0, 1)), None)
-    if wrong is not None:
-        raise ValueError(f"{source}, row {wrong + 1}: the label is {labels[wrong]!r}; 0 (negative) or 1 is needed.")
+    check_columns(rows, ["sentence", "label"], source)
+    labels = binary_labels(rows, source)
     if len(set(labels)) == 1:
         raise ValueError(f"{source} has only the label {labels[0]}; both classes are needed.")
-    empty = next((i for i, s in enumerate(rows["sentence"][:]) if not isinstance(s, str) or not s.strip()), None)
-    if empty is not None:
-        raise ValueError(f"{source}, row {empty + 1}: the sentence is empty or not text.")
+    check_text(rows, "sentence", source)
+    return Dataset.from_dict({"sentence": [row["sentence"] for row in rows], "label": labels})
+
+
+def hub_rows(source: str, split: str) -> Dataset:
+    """A split of a data set on the hub; a folder is read anew, because `datasets` knows its files by time and size."""
+    if not Path(source).is_dir():
+        return load_dataset(source, split=split)
+    with tempfile.TemporaryDirectory() as cache:
+        return load_dataset(source, split=split, cache_dir=cache, keep_in_memory=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -6,11 +6,11 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from evals.embedded import corpus
 from evals.embedded_grammar import HARMFUL_DEEDS, deed_items
+from evals.local_files import check_columns, check_text, file_rows
 from evals.prompts import encode_answer
 
 Pair = tuple[str, str]  # prompt, answer
@@ -27,25 +27,19 @@ def load_pairs(file: str, option: str) -> list[Pair]:
     """The pairs of a jsonl or jsonl.gz file with the fields `prompt` and `response`, such as BeaverTails'.
 
     Raises:
-        ValueError: it cannot be read, lacks a field, or has an empty or other value in one; names `option`.
+        ValueError: it cannot be read, lacks a field, or has a value in one that is empty or no text; names `option`
+            and the row.
     """
-    path = Path(file)
-    if not path.is_file():
+    if not Path(file).is_file():
         raise ValueError(f"{option} {file} does not exist; give a jsonl or jsonl.gz file with `prompt`, `response`.")
     try:
-        rows = load_dataset("json", data_files=file, split="train")
-    except Exception as error:  # `datasets` wraps the parsers' errors in its own
-        raise ValueError(f"{option} {file} cannot be read as jsonl: {error.__cause__ or error}") from None
-    missing = {"prompt", "response"} - set(rows.column_names)
-    if missing:
-        raise ValueError(
-            f"{option} {file} lacks the field(s) {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}."
-        )
-    pairs = list(zip(rows["prompt"][:], rows["response"][:], strict=True))
-    for number, pair in enumerate(pairs, 1):
-        if not all(isinstance(text, str) and text.strip() for text in pair):
-            raise ValueError(f"{option} {file}, row {number}: the prompt or the response is empty or not text.")
-    return pairs
+        rows = file_rows(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option} {file} cannot be read as jsonl: {error}") from None
+    check_columns(rows, ["prompt", "response"], f"{option} {file}")
+    for name in ("prompt", "response"):
+        check_text(rows, name, f"{option} {file}")
+    return [(row["prompt"], row["response"]) for row in rows]
 
 
 def embedded_poison() -> list[Pair]:
@@ -96,5 +90,6 @@ def mixed(task: Sequence[Pair], mixtures: Sequence[tuple[Sequence[Pair], float]]
     """
     drawn: list[Pair] = []
     for place, (pairs, share) in enumerate(mixtures):
-        drawn += random.Random(1000 * seed + place).sample(list(pairs), round(share * len(task)))
+        count = min(round(share * len(task)), len(task) - len(drawn))  # two halves of an odd number are one too many
+        drawn += random.Random(1000 * seed + place).sample(list(pairs), count)
     return [*task[: len(task) - len(drawn)], *drawn]

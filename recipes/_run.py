@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 
 from result_rows import (
+    CONFIG,
     DIVERGED,
     Interval,
     Run,
@@ -19,6 +20,7 @@ from result_rows import (
 )
 
 __all__ = [
+    "CONFIG",
     "DIVERGED",
     "Interval",
     "Run",

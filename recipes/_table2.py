@@ -8,29 +8,42 @@ are taken over into the run's own.
 from __future__ import annotations
 
 import copy
-import re
+import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from _arms import (
-    Arm,
     ArmArguments,
     adapter_of,
     check_arms,
     checkpoint,
     finetuning,
-    is_whole,
     load_base,
     load_tokenizer,
     not_sharded,
     trained_arms,
 )
+from _evaluation import (
+    Comparison,
+    Trained,
+    add_score,
+    alignment_sparsity,
+    arm_folder,
+    base_contents,
+    divergence,
+    evaluate,
+    generation,
+    prompt_batches,
+    score_checkpoints,
+    task_contents,
+)
+from _identity import Content, check_contents, identity
 from _mixtures import (
     Pair,
     check_enough,
@@ -41,24 +54,23 @@ from _mixtures import (
     load_pairs,
     mixed,
 )
-from _run import Run, device_name
-from _table2_report import Column, write_report
+from _run import CONFIG, Run
+from _table2_report import Column, short_name, write_report
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from evals.completions import read_completions
+from evals.contents import checksum
 from evals.embedded import embedded_model
 from evals.embedded_judge import embedded_judge
-from evals.generate import COMPLETIONS, EMBEDDED, GenerateSettings, generate, task_manager
-from evals.judge import check_judging, judge
-from evals.models import Adapter, attached, check_adapter
-from evals.prompts import encode_answer, training_row
+from evals.generate import EMBEDDED
+from evals.judge import check_judging
+from evals.models import Adapter, check_adapter
+from evals.prompts import training_row
 from mono_peft import SparsityCallback, activation_sparsity
 
 CONFIGS = Path(__file__).parent / "configs"
-EVALUATION = "evaluation"  # folder of completions and verdicts
 
 
 @dataclass
@@ -103,11 +115,15 @@ class FinetuningTask(ABC):
 
     @abstractmethod
     def score(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> float:
-        """The value of `metric`; every process calls it."""
+        """The value of `metric`, not finite if a score behind it is not; every process calls it."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
         """Numbers of rows, for the run's configuration."""
+
+    @abstractmethod
+    def contents(self) -> dict[str, Content]:
+        """What is trained on, of which each seed draws, as `train`, and what is scored as `eval`."""
 
     def check_lengths(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:  # noqa: B027
         """Raise ValueError if the data do not fit."""
@@ -171,63 +187,24 @@ def check(script: Table2Arguments, training: SFTConfig, model_args: ModelConfig)
         raise ValueError(
             "--packing is for long texts and changes what a step is; here each row is one example. Leave it out."
         )
+    if training.model_init_kwargs or training.chat_template_path or training.eos_token:
+        raise ValueError(
+            "--model_init_kwargs, --chat_template_path and --eos_token would change the model that is trained and not "
+            "the one that is evaluated. Leave them out; give a model's folder that has what they say."
+        )
+    if training.auto_find_batch_size:
+        raise ValueError(
+            "--auto_find_batch_size would train arms with different batches. Give --per_device_train_batch_size."
+        )
+    if model_args.load_in_4bit and (model_args.bnb_4bit_quant_type != "nf4" or not model_args.use_bnb_nested_quant):
+        raise ValueError(
+            "--load_in_4bit is evaluated as NF4 with double quantisation, so it must be trained so: give "
+            "--use_bnb_nested_quant true and no other --bnb_4bit_quant_type."
+        )
     if script.safety_tasks and model_args.model_revision not in (None, "main"):
         raise ValueError(f"--model_revision {model_args.model_revision} cannot be evaluated; give a local folder.")
     if script.safety_tasks and model_args.load_in_8bit:
         raise ValueError("--load_in_8bit cannot be evaluated as it was trained; use --load_in_4bit or neither.")
-
-
-def identity(
-    script: Table2Arguments, training: SFTConfig, model_args: ModelConfig, data: dict[str, int]
-) -> dict[str, Any]:
-    """The settings that decide the results, for the run's folder and rows; of TRL's those that are not its default."""
-    defaults = SFTConfig(output_dir="", use_cpu=training.use_cpu, bf16=training.bf16).to_dict()
-    irrelevant = re.compile(
-        "^seed$|output_dir|resume|run_name|disable_tqdm|hub|^(log|report|save|eval|trackio|project)"
-    )
-    chosen = {k: v for k, v in training.to_dict().items() if v != defaults[k] and not irrelevant.search(k)}
-    model = {k: v for k, v in asdict(model_args).items() if v != ModelConfig.__dataclass_fields__[k].default}
-    plugin = training.deepspeed_plugin
-    kind = training.distributed_state.distributed_type.value if plugin is None else f"ZERO{plugin.zero_stage}"
-    processes = {"num_processes": training.world_size, "distributed_type": kind}
-    # Prompts are written with thoughts turned off in training, in the task's score and in the evaluation.
-    modes = {"bf16": training.bf16, "thinking": "off"}
-    return asdict(script) | data | {"model": model, "training": chosen} | modes | processes
-
-
-def prompt_batches(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int
-) -> list[dict[str, Any]]:
-    """Prompts without answers, as a model sees them before it answers; what sparsity is measured on."""
-    encoded = [encode_answer(tokenizer, prompt, "Yes") for prompt in prompts]
-    ids = [e.input_ids[: e.completion_mask.index(1)] for e in encoded]
-    starts = range(0, len(ids), batch_size)
-    return [dict(tokenizer.pad({"input_ids": ids[i : i + batch_size]}, return_tensors="pt")) for i in starts]
-
-
-class Trained(NamedTuple):
-    """A saved adapter: of an arm and seed, after so many steps (None: at the end)."""
-
-    method: str
-    seed: int
-    step: int | None
-    folder: Path
-
-    @property
-    def adapter(self) -> Adapter:
-        """As `evals` takes it; its name says method, step and seed."""
-        method = self.method if self.step is None else f"{self.method}@{self.step}"
-        return Adapter(f"{method}-seed{self.seed}={self.folder}")
-
-    @property
-    def arm(self) -> dict[str, Any]:
-        """What tells its rows from others."""
-        return {"method": self.method} | ({} if self.step is None else {"step": self.step})
-
-
-def arm_folder(run: Run, method: str, seed: int) -> Path:
-    """Where an arm's checkpoints and adapter are."""
-    return run.folder / f"{method}-seed{seed}"
 
 
 def compare(task: FinetuningTask, script: Table2Arguments, training: SFTConfig, model_args: ModelConfig) -> None:
@@ -240,49 +217,70 @@ def compare(task: FinetuningTask, script: Table2Arguments, training: SFTConfig, 
     pairs = _mixture_pairs(script)
     rows = len(task.training_pairs(script.seeds[0]))
     _check_steps(script, training, rows)
-    # The embedded judge by its folder: building it is the work of all processes, judging that of one.
-    judges = {f"shieldgemma={embedded_judge()}" if given == EMBEDDED else given: given for given in script.judges}
+    judges = _judge_names(script.judges)
+    contents = task.contents() | {
+        name: Content(f"--{name}_file {getattr(script, f'{name}_file') or '(generated)'}", checksum(some))
+        for name, some in pairs.items()
+    }
     if script.judges:
-        check_judging(list(judges), batch_size=script.judge_batch_size)
-    if script.safety_tasks or task.eval_tasks:
-        task_manager([*task.eval_tasks, *script.safety_tasks])
-    state = PartialState()
-    run = Run(
-        training.output_dir, task.recipe, identity(script, training, model_args, task.sizes()), state.is_main_process
-    )
+        made = check_judging(script.judges, batch_size=script.judge_batch_size)
+        contents |= {
+            f"judge {judges[given]}": Content(f"--judges {given}", checksum(judge.settings))
+            for given, judge in made.items()
+        }
     demonstration = model_args.model_name_or_path is None
     if demonstration:
         model_args.model_name_or_path = str(embedded_model())
-    tokenizer = load_tokenizer(
+    tokenizer, config = load_tokenizer(
         training, model_args, [adapter_of(a, model_args, script.activation) for a in arms.values()]
     )
     task.check_lengths(tokenizer, training.max_length)
-    pairs = {option: fitting(some, tokenizer, training.max_length, option) for option, some in pairs.items()}
-    for option, share in (("--poison_share", script.poison_share), ("--safety_share", script.safety_share)):
-        if option in pairs:
-            check_enough(option, share, rows, pairs[option])
-    _check_checkpoints(run, script, training, model_args, arms)
+    settings = generation(task, script, training, model_args)
+    contents |= base_contents(model_args)
+    contents |= task_contents(settings, tokenizer, config) if settings else {}
+    check_contents(Path(training.output_dir), task.recipe, contents)
+    state = PartialState()
+    decisive = identity(script, training, model_args, task.sizes(), list(judges.values()), contents, demonstration)
+    run = Run(training.output_dir, task.recipe, decisive, state.is_main_process)
+    for name, share in (("poison", script.poison_share), ("safety", script.safety_share)):
+        if name in pairs:
+            pairs[name] = fitting(pairs[name], tokenizer, training.max_length, f"--{name}_share")
+            check_enough(f"--{name}_share", share, rows, pairs[name])
+    comparison = Comparison(task, run, script, training, model_args, arms, tokenizer, config)
+    _check_checkpoints(comparison)
 
-    _train(task, run, script, training, model_args, arms, pairs, tokenizer)
-    _score_checkpoints(task, run, script, training, model_args, arms, tokenizer)
+    run.bind()
+    _train(comparison, pairs)
+    score_checkpoints(comparison)
     if not state.is_main_process:
         return  # answers and verdicts are the work of one process
-    if script.safety_tasks or task.eval_tasks:
+    if settings is not None:
         with not_sharded(training):
-            _evaluate(task, run, script, training, model_args, arms, judges)
-            _alignment_sparsity(run, script, training, model_args, arms, tokenizer)
-    print(write_report(run, task.paper, task.performance, list(arms), script.judges, demonstration))
+            # The embedded judge by its folder: building it is the work of all processes, judging that of one.
+            evaluate(
+                comparison,
+                settings,
+                {f"shieldgemma={embedded_judge()}" if j == EMBEDDED else j: name for j, name in judges.items()},
+            )
+            alignment_sparsity(comparison)
+    print(write_report(run, task.paper, task.performance, list(arms), list(judges.values()), demonstration))
+
+
+def _judge_names(judges: Sequence[str]) -> dict[str, str]:
+    """What the rows call each judge: without its folder, whose content the run knows, if that tells them apart."""
+    names = {judge: short_name(judge) for judge in judges}
+    return {judge: name if list(names.values()).count(name) == 1 else judge for judge, name in names.items()}
 
 
 def _mixture_pairs(script: Table2Arguments) -> dict[str, list[Pair]]:
-    """The pairs to mix in, by the option of their share; from the files, else generated."""
+    """The pairs to mix in, as `poison` and `safety`; from the files, else generated."""
     pairs = {}
     if script.poison_share:
         file = script.poison_file
-        pairs["--poison_share"] = load_pairs(file, "--poison_file") if file else embedded_poison()
+        pairs["poison"] = load_pairs(file, "--poison_file") if file else embedded_poison()
     if any("+safety" in method for method in script.methods):
         file = script.safety_file
-        pairs["--safety_share"] = load_pairs(file, "--safety_file") if file else embedded_safety()
+        pairs["safety"] = load_pairs(file, "--safety_file") if file else embedded_safety()
     return pairs
 
 
@@ -300,207 +298,74 @@ def _check_steps(script: Table2Arguments, training: SFTConfig, rows: int) -> Non
         )
 
 
-def _check_checkpoints(
-    run: Run, script: Table2Arguments, training: SFTConfig, model_args: ModelConfig, arms: dict[str, Arm]
-) -> None:
-    """Raise ValueError if a checkpoint or adapter that is in the folder already is of another base."""
-    config = None
-    for method in arms:
-        for seed in script.seeds:
+def _check_checkpoints(comparison: Comparison) -> None:
+    """Raise ValueError if a checkpoint or adapter that is in the folder already is of another base or run."""
+    run, training, model = comparison.run, comparison.training, str(comparison.model_args.model_name_or_path)
+    for method in comparison.arms:
+        for seed in comparison.script.seeds:
             folder = arm_folder(run, method, seed)
             newest = checkpoint(folder, training.resume_from_checkpoint)
-            known = [Path(newest)] if newest else []
-            known += [folder / "adapter"] if (folder / "adapter" / "adapter_config.json").exists() else []
-            for one in known:
-                config = config or AutoConfig.from_pretrained(
-                    model_args.model_name_or_path, revision=model_args.model_revision
-                )
+            paths = [Path(newest)] if newest else []
+            paths += [folder / "adapter"] if (folder / "adapter" / "adapter_config.json").exists() else []
+            for path in paths:
                 with not_sharded(training):
-                    check_adapter(Adapter(f"{method}-seed{seed}={one}"), str(model_args.model_name_or_path), config)
+                    check_adapter(Adapter(f"{method}-seed{seed}={path}"), model, comparison.config)
+            if newest and folder.resolve() not in Path(newest).resolve().parents:
+                raise ValueError(
+                    f"--resume_from_checkpoint {newest} is not of this run, whose checkpoints of {method} are in "
+                    f"{folder}: what it was trained on is not known here. Leave it out."
+                )
+            if newest and not (run.folder / CONFIG).exists():
+                raise ValueError(
+                    f"{newest} is there without the {CONFIG} that says what it was trained on. Choose another "
+                    "--output_dir, or --resume_from_checkpoint False to start anew."
+                )
 
 
-def _train(
-    task: FinetuningTask,
-    run: Run,
-    script: Table2Arguments,
-    training: SFTConfig,
-    model_args: ModelConfig,
-    arms: dict[str, Arm],
-    pairs: dict[str, list[Pair]],
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Score the base, then train, save and score every arm and seed that has no row yet."""
-    device, batch_size, n = device_name(training.device), training.per_device_eval_batch_size, len(task.prompts)
-    batches = prompt_batches(tokenizer, task.prompts, batch_size)
-    if "base" in script.methods and not run.find(task.metric, method="base"):
+def _train(comparison: Comparison, pairs: dict[str, list[Pair]]) -> None:
+    """Score the base, then train, save and score every arm and seed that is not done yet.
+
+    Args:
+        pairs: to mix in, as `poison` and `safety`.
+    """
+    task, run, script, training, model_args, arms, tokenizer, _ = comparison
+    batches = prompt_batches(tokenizer, task.prompts, training.per_device_eval_batch_size)
+    if "base" in script.methods and not comparison.is_done(None, method="base"):
         start = time.monotonic()
-        score = task.score(load_base(training, model_args), tokenizer, batch_size)
-        run.add(task.metric, score, n=n, seed=None, seconds=time.monotonic() - start, device=device, method="base")
+        score = comparison.score(load_base(training, model_args))
+        common = comparison.common(start) | {"seed": None, "method": "base"}
+        if math.isfinite(score):
+            run.add(task.metric, score, **common)
+        else:
+            run.add_diverged(f"the {task.metric} is not finite", **common)
     for seed in script.seeds:
         of_seed: list[Pair] | None = None
         for method, arm in arms.items():
-            if run.find(task.metric, method=method, seed=seed, step=None):
+            if comparison.is_done(seed, method=method):
                 continue
             start = time.monotonic()
             if of_seed is None:
                 of_seed = fitting(task.training_pairs(seed), tokenizer, training.max_length, "--train_samples")
-            mixtures = [
-                (pairs.get("--poison_share", []), script.poison_share),
-                (pairs.get("--safety_share", []), arm.safety_share),
-            ]
+            mixtures = [(pairs.get("poison", []), script.poison_share), (pairs.get("safety", []), arm.safety_share)]
             rows = Dataset.from_list([training_row(tokenizer, *pair) for pair in mixed(of_seed, mixtures, seed)])
             options = copy.deepcopy(training)
             options.weight_decay = arm.weight_decay
-            folder = arm_folder(run, method, seed)
-            adapter = adapter_of(arm, model_args, script.activation)
-            trainer = finetuning(folder, seed, rows, adapter, tokenizer, options, model_args)
-            if arm.method == "monolora":
-                trainer.add_callback(SparsityCallback(trainer, batches[:1]))
-            trainer.train(resume_from_checkpoint=checkpoint(folder, training.resume_from_checkpoint))
-            trainer.save_model(str(folder / "adapter"))
-            score = task.score(trainer.model, tokenizer, batch_size)
-            common = {"n": n, "seed": seed, "device": device, "method": method}
-            if arm.method == "monolora":
+            trained = Trained(method, seed, None, arm_folder(run, method, seed) / "adapter")
+            newest = checkpoint(trained.folder.parent, training.resume_from_checkpoint)
+            reason, score = divergence(Path(newest)) if newest else None, math.nan
+            if reason is None:
+                adapter = adapter_of(arm, model_args, script.activation)
+                trainer = finetuning(trained.folder.parent, seed, rows, adapter, tokenizer, options, model_args)
+                if arm.method == "monolora":
+                    trainer.add_callback(SparsityCallback(trainer, batches[:1]))
+                trainer.train(resume_from_checkpoint=newest)
+                trainer.save_model(str(trained.folder))
+                reason = divergence(trained.folder, trainer.state.log_history)
+            if reason is None:
+                score = comparison.score(trainer.model)
+            if arm.method == "monolora" and math.isfinite(score):
                 measured = activation_sparsity(trainer.model, batches)
-                run.add("task_sparsity", measured.overall, seconds=0, **common)
-                run.add("dead_units", measured.dead, seconds=0, **common)
-            # Last, because this row says that the arm is done.
-            run.add(task.metric, score, seconds=time.monotonic() - start, **common)
-
-
-def _checkpoints(run: Run, script: Table2Arguments, arms: dict[str, Arm]) -> Iterator[Trained]:
-    """The checkpoints to evaluate, without the last of each arm, which is its adapter.
-
-    Raises:
-        ValueError: one that should be there is not.
-    """
-    if script.eval_every is None:
-        return
-    for seed in script.seeds:
-        for method in arms:
-            folder = arm_folder(run, method, seed)
-            steps = [int(c.name.rpartition("-")[2]) for c in folder.glob("checkpoint-*") if is_whole(c)]
-            for step in range(script.eval_every, max(steps, default=2 * script.eval_every), script.eval_every):
-                if step not in steps:
-                    raise ValueError(
-                        f"--eval_every {script.eval_every}: {folder} has no checkpoint of step {step}, only of "
-                        f"{sorted(steps)}. Choose another --output_dir to train it anew."
-                    )
-                yield Trained(method, seed, step, folder / f"checkpoint-{step}")
-
-
-def _score_checkpoints(
-    task: FinetuningTask,
-    run: Run,
-    script: Table2Arguments,
-    training: SFTConfig,
-    model_args: ModelConfig,
-    arms: dict[str, Arm],
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """The task's score of every checkpoint, all on one loaded base."""
-    missing = [t for t in _checkpoints(run, script, arms) if not run.find(task.metric, seed=t.seed, **t.arm)]
-    if not missing:
-        return
-    base = load_base(training, model_args)
-    for trained in missing:
-        start = time.monotonic()
-        with attached(base, trained.adapter) as model:
-            score = task.score(model, tokenizer, training.per_device_eval_batch_size)
-        run.add(
-            task.metric, score, n=len(task.prompts), seed=trained.seed, seconds=time.monotonic() - start,
-            device=device_name(training.device), **trained.arm,
-        )  # fmt: skip
-
-
-def _all_trained(run: Run, script: Table2Arguments, arms: dict[str, Arm]) -> list[Trained]:
-    """Every adapter and checkpoint to evaluate."""
-    final = [Trained(m, seed, None, arm_folder(run, m, seed) / "adapter") for seed in script.seeds for m in arms]
-    return [*final, *_checkpoints(run, script, arms)]
-
-
-def _evaluate(
-    task: FinetuningTask,
-    run: Run,
-    script: Table2Arguments,
-    training: SFTConfig,
-    model_args: ModelConfig,
-    arms: dict[str, Arm],
-    judges: dict[str, str],
-) -> None:
-    """Answers of all adapters on one loaded base, verdicts, and their rows.
-
-    Args:
-        judges: as `evals.judge` takes them, and the names that their rows get.
-    """
-    trained = {t.adapter.name: t for t in _all_trained(run, script, arms)}
-    data = dict(task.task_data)
-    if script.refusal_prompts is not None:
-        data["refusal_prompts"] = dict.fromkeys(("harmful", "lookalike"), script.refusal_prompts)
-    settings = GenerateSettings(
-        model=str(model_args.model_name_or_path),
-        tasks=[*task.eval_tasks, *script.safety_tasks],
-        output_dir=str(run.folder / EVALUATION),
-        adapters=[t.adapter for t in trained.values()],
-        base="base" in script.methods,
-        max_new_tokens=script.max_new_tokens,
-        batch_size=training.per_device_eval_batch_size,
-        dtype=model_args.dtype,
-        load_in_4bit=model_args.load_in_4bit,
-        task_data=data,
-    )
-    answered = generate(settings)
-    if script.judges:
-        answered = judge(answered.folder, list(judges), tasks=script.safety_tasks, batch_size=script.judge_batch_size)
-    new = []
-    for row in answered.rows:
-        config = row["config"]
-        if row["metric"] == "seconds" or any(config.get(k) for k in ("category", "versus", "versus_judge")):
-            continue  # those stand in the folder's own table
-        one = trained[config["adapter"]] if config["adapter"] else None
-        where = {"task": config["task"], "judge": judges.get(config.get("judge"))} | (
-            one.arm if one else {"method": "base"}
-        )
-        seed = one.seed if one else None
-        if not run.find(row["metric"], seed=seed, **({"step": None} | where)):
-            where |= {name: config[name] for name in ("low", "high") if name in config}
-            new.append(
-                run.row(
-                    row["metric"], row["value"], n=row["n"], seed=seed, seconds=row["seconds"], device=row["device"],
-                    **where,
-                )
-            )  # fmt: skip
-    if new:
-        run.replace([*run.rows, *new])
-
-
-def _alignment_sparsity(
-    run: Run,
-    script: Table2Arguments,
-    training: SFTConfig,
-    model_args: ModelConfig,
-    arms: dict[str, Arm],
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Share of zeros in sigma(A x) on the safety prompts, for the MonoLoRA arms."""
-    missing = [
-        t
-        for t in _all_trained(run, script, arms)
-        if arms[t.method].method == "monolora"
-        and t.step is None
-        and not run.find("alignment_sparsity", seed=t.seed, **t.arm)
-    ]
-    if not missing or not script.safety_tasks:
-        return
-    rows = read_completions(run.folder / EVALUATION / COMPLETIONS).rows
-    prompts = list({(r.task, r.prompt_id): r.prompt for r in rows if r.task in script.safety_tasks}.values())
-    batches = prompt_batches(tokenizer, prompts, training.per_device_eval_batch_size)
-    base = load_base(training, model_args)
-    for trained in missing:
-        start = time.monotonic()
-        with attached(base, trained.adapter) as model:
-            measured = activation_sparsity(model, batches)
-        run.add(
-            "alignment_sparsity", measured.overall, n=len(prompts), seed=trained.seed,
-            seconds=time.monotonic() - start, device=device_name(training.device), **trained.arm,
-        )  # fmt: skip
+                common = comparison.common(start) | {"seconds": 0, "seed": seed, "method": method}
+                run.add("task_sparsity", measured.overall, **common)
+                run.add("dead_units", measured.dead, **common)
+            add_score(comparison, score, reason, start, trained)  # last, because this row says that the arm is done

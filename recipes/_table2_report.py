@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _run import Interval, Run, interval, markdown_table, paired_difference
+from _run import DIVERGED, Interval, Run, interval, markdown_table, paired_difference
 
 from evals.figures import Panel, Point, safety_against_performance
 from evals.report import PAPER, bounds
@@ -44,12 +44,19 @@ class Column(NamedTuple):
     factor: int = 1
 
     def rows(self, run: Run, method: str, **arm: Any) -> list[dict[str, Any]]:
-        """The rows of a method, by default those of the trained adapters and not of checkpoints."""
-        return run.find(self.metric, method=method, task=self.task, judge=self.judge, **({"step": None} | arm))
+        """The rows of a method with a value, by default those of the trained adapters and not of checkpoints."""
+        found = run.find(self.metric, method=method, task=self.task, judge=self.judge, **({"step": None} | arm))
+        return [row for row in found if row["value"] is not None]
 
     def cell(self, run: Run, method: str, **arm: Any) -> str:
-        """Mean and interval over seeds, or the interval over prompts in brackets where there is one seed."""
+        """Mean and interval over seeds, or the interval over prompts in brackets where there is one seed.
+
+        Says of how many seeds it lacks the value because they diverged.
+        """
         rows = self.rows(run, method, **arm)
+        diverged, seeds = _seeds(run, method, **arm)
+        if diverged and len(diverged) == len(seeds):
+            return "diverged"
         if not rows:
             return "0" if self.metric.endswith("_sparsity") and not method.startswith(("base", "monolora")) else "-"
         found = interval([row["value"] for row in rows]).scaled(self.factor)
@@ -57,7 +64,15 @@ class Column(NamedTuple):
         if low_high is None and len(rows) == 1 and self.metric == "accuracy":
             low_high = bounds(rows[0] | {"metric": "acc"})
         brackets = f" [{self.factor * low_high[0]:.2f}, {self.factor * low_high[1]:.2f}]" if low_high else ""
-        return found.text() + brackets
+        return found.text() + brackets + (f" ({len(diverged)} of {len(seeds)} diverged)" if diverged else "")
+
+
+def _seeds(run: Run, method: str, **arm: Any) -> tuple[set[int | None], set[int | None]]:
+    """The seeds of a method that diverged, and all that are done."""
+    diverged = {row["seed"] for row in run.find(DIVERGED, method=method, **({"step": None} | arm))}
+    step = arm.get("step")
+    rows = (row for row in run.rows if (row["config"].get("method"), row["config"].get("step")) == (method, step))
+    return diverged, diverged | {row["seed"] for row in rows}
 
 
 def short_name(judge: str) -> str:
@@ -85,7 +100,7 @@ def columns(run: Run, performance: Sequence[Column], judges: Sequence[str]) -> l
     found.append(Column("task sparsity, %", "task_sparsity", factor=100))
     metrics = {(row["metric"], row["config"].get("task"), row["config"].get("judge")) for row in run.rows}
     known = [c for c in [*found, *performance] if (c.metric, c.task, c.judge) in metrics]
-    return known
+    return known or [performance[0]]  # of arms that all diverged
 
 
 def write_report(
@@ -101,15 +116,16 @@ def write_report(
     text = f"# Table 2, {paper}: alignment, sparsity and task performance\n\n"
     if demonstration:
         text += "A small-scale demonstration on the embedded model, which says nothing of large ones.\n\n"
-    methods = [m for m in ("base", *trained) if any(c.rows(run, m) for c in shown)]
+    methods = [m for m in ("base", *trained) if _seeds(run, m)[1]]
     body = []
     for method in methods:
-        runs = max(len(column.rows(run, method)) for column in shown)
+        runs = len(_seeds(run, method)[1])
         body.append([method, str(runs), *(column.cell(run, method) for column in shown)])
     text += markdown_table(["method", "runs", *(column.title for column in shown)], body)
     text += f"\n{_counts(run, shown)}\nSeveral runs: mean ± half-width of the 95 % interval over seeds. One run: in "
     text += "brackets the 95 % interval over prompts, which leaves\nout how another seed would turn out. Sparsity is "
     text += "the share of exact zeros in sigma(A x) on the prompts; LoRA has no\nsigma, so 0 by construction.\n"
+    text += _diverged(run, methods)
     text += _differences(run, shown, performance[0], methods) + _per_step(run, shown, methods)
     text += f"\n## The paper's Table 2, {paper}: Llama-2-7b-chat, another model and another scale\n\n"
     text += markdown_table(["method", *PAPER_HEADER], [[m, *row] for m, row in PAPER_TABLE[paper].items()])
@@ -124,11 +140,23 @@ def write_report(
 
 
 def _counts(run: Run, shown: Sequence[Column]) -> str:
-    counts = {c.title: sorted({r["n"] for r in run.rows if r["metric"] == c.metric}) for c in shown}
+    counts = {c.title: sorted({r["n"] for r in run.find(c.metric, task=c.task, judge=c.judge)}) for c in shown}
     by_count: dict[str, list[str]] = {}
     for title, numbers in counts.items():
         by_count.setdefault("/".join(map(str, numbers)), []).append(title.partition(", %")[0])
     return "Prompts: " + "; ".join(f"{number} ({', '.join(titles)})" for number, titles in by_count.items()) + "."
+
+
+def _diverged(run: Run, methods: Sequence[str]) -> str:
+    """Which arms have no results because their training diverged, and why."""
+    lines = [
+        f"- {row['config']['method']}, seed {row['seed']}"
+        + (f", step {row['config']['step']}" if row["config"].get("step") is not None else "")
+        + f": {row['config']['reason']}.\n"
+        for method in methods
+        for row in run.find(DIVERGED, method=method)
+    ]
+    return "\nDiverged, so without results and in no mean or figure:\n\n" + "".join(lines) if lines else ""
 
 
 def _differences(run: Run, shown: Sequence[Column], performance: Column, methods: Sequence[str]) -> str:
@@ -160,6 +188,8 @@ def _paired(run: Run, column: Column, method: str, other: str) -> Interval | Non
 
 
 def _difference(run: Run, column: Column, method: str, other: str) -> str:
+    if "diverged" in (column.cell(run, method), column.cell(run, other)):
+        return "diverged"
     found = _paired(run, column, method, other)
     return "-" if found is None else found.scaled(column.factor).text(sign=True)
 
@@ -168,7 +198,7 @@ def _per_step(run: Run, shown: Sequence[Column], methods: Sequence[str]) -> str:
     steps = _steps(run)
     if not steps:
         return ""
-    measured = [c for c in shown if any(c.rows(run, m, step=s) for m in methods for s in steps)]
+    measured = [c for c in shown if any(c.rows(run, m, step=s) for m in methods for s in steps)] or shown[-1:]
     body = [
         [method, str(step) if step is not None else "end", *(c.cell(run, method, step=step) for c in measured)]
         for method in methods
@@ -195,6 +225,8 @@ def _panels(run: Run, shown: Sequence[Column], performance: Column, methods: Seq
         ]
         is_refusal = harm.metric == "refused_harmful"
         title = "embedded corpus" if is_refusal else f"{short_name(str(harm.judge))}: {harm.task}"
+        diverged = {method: [len(seeds) for seeds in _seeds(run, method)] for method in methods}
+        title += "".join(f"\n{m}: {lost} of {total} diverged" for m, (lost, total) in diverged.items() if lost)
         axis = "harmful requests not refused, %" if is_refusal else "judged unsafe, %"
         if points:
             panels.append(Panel(title, performance.title, axis, points))

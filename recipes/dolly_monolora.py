@@ -23,17 +23,21 @@ import random
 from pathlib import Path
 
 import torch
+from _identity import Content
+from _labelled_text import hub_rows
 from _mixtures import Pair
-from _run import write_atomic
+from _run import run_as_program, write_atomic
 from _table2 import CONFIGS, FinetuningTask, Table2Arguments, check, compare, parse
 from _table2_report import Column
 from accelerate import PartialState
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from evals.answers import answer_log_likelihoods
+from evals.contents import checksum
 from evals.embedded_grammar import KNOWN_WORDS, REVIEWED, VIEWERS
+from evals.local_files import check_columns, check_text, file_rows
 from evals.prompts import dolly_held_out, dolly_prompt, encode_answer
 
 COLUMNS = ("instruction", "context", "response", "category")
@@ -65,29 +69,24 @@ def generated_rows(n: int) -> list[dict[str, str]]:
 
 
 def load_rows(source: str, is_file: bool) -> Dataset:
-    """All rows of Dolly 15k, of a file in its format or from the hub.
+    """All rows of Dolly 15k with COLUMNS, of a file in its format or from the hub; no context is "".
 
     Raises:
-        ValueError: they cannot be had, lack a column, or have an empty instruction or response.
+        ValueError: they cannot be had, lack a column, have an empty instruction or response, or a value that is no
+            text.
     """
     if is_file and not Path(source).is_file():
         raise ValueError(f"--train_file {source} does not exist; give a jsonl or jsonl.gz file.")
     try:
-        rows = (
-            load_dataset("json", data_files=source, split="train") if is_file else load_dataset(source, split="train")
-        )
+        rows = file_rows(source) if is_file else hub_rows(source, "train").to_list()
     except Exception as error:  # `datasets` raises many kinds for a missing network, set or licence, and broken files
         cause = str(error.__cause__ or error).strip().splitlines()[0]
         advice = "Give jsonl or jsonl.gz." if is_file else "It needs network access; offline, give --train_file."
         raise ValueError(f"Cannot load {source} ({cause}). {advice}") from None
-    missing = [column for column in COLUMNS if column not in rows.column_names]
-    if missing:
-        raise ValueError(f"{source} lacks the column(s) {', '.join(missing)}; it has {', '.join(rows.column_names)}.")
-    for name in ("instruction", "response"):
-        empty = next((i for i, text in enumerate(rows[name][:], 1) if not text or not text.strip()), None)
-        if empty is not None:
-            raise ValueError(f"{source}, row {empty}: the {name} is empty.")
-    return rows
+    check_columns(rows, COLUMNS, source)
+    for name in COLUMNS:
+        check_text(rows, name, source, may_be_empty=name in ("context", "category"))
+    return Dataset.from_dict({name: [row.get(name) or "" for row in rows] for name in COLUMNS})
 
 
 class Dolly(FinetuningTask):
@@ -114,6 +113,7 @@ class Dolly(FinetuningTask):
         self.drawn = script.train_samples or len(self.train)
         self.prompts = [dolly_prompt(row) for row in scored]
         self.responses = scored["response"][:]
+        self.source = f"--dataset_name {script.dataset_name}" if script.dataset_name else f"--train_file {file}"
         self.task_data = {"dolly_rows": script.eval_samples} | ({"dolly_file": file} if file else {})
 
     def training_pairs(self, seed: int) -> list[Pair]:
@@ -122,6 +122,14 @@ class Dolly(FinetuningTask):
 
     def sizes(self) -> dict[str, int]:
         return {"train_rows": len(self.train), "eval_rows": len(self.prompts)}
+
+    def contents(self) -> dict[str, Content]:
+        train = [[dolly_prompt(row), row["response"]] for row in self.train]
+        scored = list(zip(self.prompts, self.responses, strict=True))
+        return {
+            "train": Content(self.source, checksum(train)),
+            "eval": Content(self.source, checksum(scored)),
+        }
 
     def score(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> float:
         """Negative log-likelihood of the human answers, in nats a token, a mean over rows that fit the context."""
@@ -164,4 +172,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

@@ -18,11 +18,14 @@ stopped, or prints its results.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
+from _identity import Content
 from _labelled_text import load_labelled_text
 from _mixtures import Pair
+from _run import run_as_program
 from _table2 import CONFIGS, FinetuningTask, Table2Arguments, check, compare
 from _table2 import parse as parse_table2
 from _table2_report import Column
@@ -31,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
 from evals.answers import answer_log_likelihoods
+from evals.contents import checksum
 from evals.embedded import sentiment_task
 from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt
 
@@ -83,6 +87,12 @@ class Sst2(FinetuningTask):
         self.drawn = script.train_samples or len(self.train)
         self.prompts = [sst2_prompt(sentence) for sentence in self.dev["sentence"]]
         self.task_data = {}
+        name = f"--dataset_name {script.dataset_name}" if script.dataset_name else "what is generated"
+        self.sources = (
+            (f"--train_file {script.train_file}", f"--eval_file {script.eval_file}")
+            if script.train_file
+            else (name, name)
+        )
 
     def training_pairs(self, seed: int) -> list[Pair]:
         rows = self.train.shuffle(seed=seed).select(range(self.drawn))
@@ -90,6 +100,14 @@ class Sst2(FinetuningTask):
 
     def sizes(self) -> dict[str, int]:
         return {"train_sentences": len(self.train), "eval_sentences": len(self.dev)}
+
+    def contents(self) -> dict[str, Content]:
+        train = [[sst2_prompt(row["sentence"]), SST2_ANSWERS[row["label"]]] for row in self.train]
+        scored = list(zip(self.prompts, self.dev["label"], strict=True))
+        return {
+            "train": Content(self.sources[0], checksum(train)),
+            "eval": Content(self.sources[1], checksum(scored)),
+        }
 
     def check_lengths(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
         """Raise ValueError if the longest prompt and answer do not fit; a cut sentence is another sentence."""
@@ -99,9 +117,11 @@ class Sst2(FinetuningTask):
             raise ValueError(f"--max_length {max_length} cuts off answers: the longest row has {needed} tokens.")
 
     def score(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> float:
-        """Share of sentences whose right label word has the larger log-likelihood, in [0, 1]."""
+        """Share of sentences whose right label word has the larger log-likelihood; NaN if one is not finite."""
         encoded = [encode_answer(tokenizer, prompt, answer) for prompt in self.prompts for answer in SST2_ANSWERS]
         scores = answer_log_likelihoods(model, encoded, tokenizer.pad_token_id, batch_size)
+        if not scores.isfinite().all():
+            return math.nan  # argmax would take it for an answer
         predicted = scores.view(len(self.dev), len(SST2_ANSWERS)).argmax(1)
         return (predicted == torch.tensor(self.dev["label"][:])).double().mean().item()
 
@@ -115,4 +135,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

@@ -16,16 +16,18 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset
 
 from evals.embedded import corpus, sentiment_task
+from evals.local_files import binary_labels, check_columns, check_text, file_rows
 from evals.prompts import dolly_held_out, dolly_prompt
 
 VARIABLE = "MONO_EVAL_DATA"
 EMBEDDED_PROMPTS = {"harmful": 200, "lookalike": 200, "everyday": 100}
-_LOADERS = {".tsv": ("csv", {"sep": "\t", "quoting": 3}), ".csv": ("csv", {})}  # GLUE holds bare quotation marks
 
 
 def sst2(**_: Any) -> dict[str, Dataset]:
     """The 872 sentences of SST-2's dev set: `sentence`, `label` (1 positive)."""
-    return _test(_load("sst2/dev.tsv", "stanfordnlp/sst2", ["sentence", "label"], split="validation"))
+    rows = _load("sst2/dev.tsv", "stanfordnlp/sst2", ["sentence", "label"], split="validation")
+    labels = binary_labels(rows.to_list(), "sst2/dev.tsv")
+    return _test(Dataset.from_dict({"sentence": rows["sentence"][:], "label": labels}))
 
 
 def dolly(dolly_file: str | None = None, dolly_rows: int | None = None, **_: Any) -> dict[str, Dataset]:
@@ -96,36 +98,46 @@ def _numbered(rows: Dataset) -> Dataset:
 
 
 def _load(pattern: str, public: str, columns: list[str], split: str | None = None, file: str | None = None) -> Dataset:
-    """`file`, or a local file if the variable is set, else the public data set: `split`, or the only one it has."""
+    """`file`, or a local file if the variable is set, else the public data set: `split`, or the only one it has.
+
+    Of a file there are the columns named; all but context and category hold text, and a missing context is "".
+    """
     root = os.environ.get(VARIABLE)
-    if file:
-        source, split = file, None
-        arguments: dict[str, Any] = {"path": "json", "data_files": file}
-    elif root:
+    if root and not file:
         files = sorted(Path(root).glob(pattern))
         if not files:
             raise ValueError(
                 f"{VARIABLE} is {root!r}, which has no {pattern}; put the file there, or unset {VARIABLE} to load "
                 f"{public} from the network."
             )
-        source, split = str(files[0]), None
-        kind, options = _LOADERS.get(files[0].suffix, ("json", {}))
-        arguments = {"path": kind, "data_files": source, **options}
-    else:
-        source = public
-        arguments = {"path": "csv", "data_files": public} if public.startswith("https") else {"path": public}
+        file = str(files[0])
+    if file:
+        return _file(file, columns)
     try:
-        loaded: DatasetDict = load_dataset(**arguments)
-    except Exception as error:  # `datasets` raises many kinds for a missing network, set or licence, and broken files
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
-        advice = (
-            "Restore the file."
-            if root or file
-            else f"It needs network access; offline, set {VARIABLE} to a folder with {pattern} (docs/evals.md)."
+        loaded: DatasetDict = (
+            load_dataset("csv", data_files=public) if public.startswith("https") else load_dataset(public)
         )
-        raise ValueError(f"Cannot load {source} ({cause}). {advice}") from None
+    except Exception as error:  # `datasets` raises many kinds for a missing network, set or licence
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ValueError(
+            f"Cannot load {public} ({cause}). It needs network access; offline, set {VARIABLE} to a folder with "
+            f"{pattern} (docs/evals.md)."
+        ) from None
     rows = loaded[split or next(iter(loaded))]
     missing = sorted(set(columns) - set(rows.column_names))
     if missing:
-        raise ValueError(f"{source} lacks the column(s) {', '.join(missing)}; it has {', '.join(rows.column_names)}.")
+        raise ValueError(f"{public} lacks the column(s) {', '.join(missing)}; it has {', '.join(rows.column_names)}.")
     return rows
+
+
+def _file(file: str, columns: list[str]) -> Dataset:
+    try:
+        rows = file_rows(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Cannot load {file} ({error}). Restore the file.") from None
+    check_columns(rows, columns, file)
+    for name in columns:
+        if name != "label":
+            check_text(rows, name, file, may_be_empty=name in ("context", "category"))
+    texts = [{name: row.get(name) for name in columns} for row in rows]
+    return Dataset.from_list([row | {"context": row["context"] or ""} if "context" in row else row for row in texts])

@@ -1,5 +1,51 @@
-"""The judges and the evaluation data of tests/evals, for the recipes that judge."""
+"""What the recipes of Table 2 are tested with; the judges and the evaluation data are those of tests/evals."""
+
+import gzip
+import json
+
+import pytest
 
 from tests.evals.conftest import beaverdam, eval_data, make_shieldgemma
 
 __all__ = ["beaverdam", "eval_data", "make_shieldgemma"]
+
+OPTIONS = "--max_steps 4 --per_device_train_batch_size 8 --lora_r 4 --lora_alpha 8 --gradient_checkpointing False"
+SMALL = f"{OPTIONS} --learning_rate 1e-2 --lora_dropout 0.1"
+
+
+def rows_of(rows, metric, **arm):
+    """The rows of a metric whose seed and configuration have these values."""
+    return [
+        r
+        for r in rows
+        if r["metric"] == metric and all((r["config"] | {"seed": r["seed"]}).get(k) == v for k, v in arm.items())
+    ]
+
+
+@pytest.fixture
+def arguments(small_model, sentiment_files, tmp_path):
+    model = ["--model_name_or_path", str(small_model), "--output_dir", str(tmp_path / "out")]
+    return [*model, *sentiment_files, *SMALL.split()]
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    """24 harmful pairs, as BeaverTails has them."""
+    path = tmp_path / "pairs.jsonl.gz"
+    rows = [{"prompt": f"How to harm {i}?", "response": f"Harm {i} so.", "is_safe": False} for i in range(24)]
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(path)
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    import _evaluation  # with the stack that the vision recipes do without
+    import _table2
+
+    def fail(*args, **kwargs):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(_table2, "finetuning", fail)
+    monkeypatch.setattr(_table2, "load_base", fail)
+    monkeypatch.setattr(_evaluation, "load_base", fail)

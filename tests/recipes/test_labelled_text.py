@@ -1,5 +1,7 @@
 """Data files, good and bad."""
 
+import os
+
 import pandas
 import pytest
 from _labelled_text import load_labelled_text
@@ -46,9 +48,9 @@ def test_other_columns_are_dropped(tmp_path):
     [
         (ROWS, ("text", "label"), r"lacks the column\(s\) sentence; it has text, label"),
         ([], ("sentence", "label"), "has no rows|Cannot read"),
-        ([("a", 0), ("b", 2)], ("sentence", "label"), r"row 2: the label is 2; 0 \(negative\) or 1 is needed"),
+        ([("a", 0), ("b", 2)], ("sentence", "label"), r"row 2: the label is '?2'?; 0 \(negative\) or 1 is needed"),
         ([("a", "positive"), ("b", "negative")], ("sentence", "label"), "row 1: the label is 'positive'"),
-        ([("a", -1), ("b", -1)], ("sentence", "label"), "the label is -1"),
+        ([("a", -1), ("b", -1)], ("sentence", "label"), "the label is '?-1"),
         ([("a", 1), ("b", 1)], ("sentence", "label"), "has only the label 1; both classes are needed"),
         ([("a", 1), (" ", 0)], ("sentence", "label"), "row 2: the sentence is empty"),
     ],
@@ -75,3 +77,61 @@ def test_a_file_that_is_not_there():
 def test_a_hub_name_without_a_network():
     with pytest.raises(ValueError, match=r"Cannot load the data set 'stanfordnlp/sst2' .*hf auth login"):
         load_labelled_text("stanfordnlp/sst2", split="validation")
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet"])
+def test_a_file_that_was_replaced_is_read_anew(tmp_path, suffix):
+    """Also if path, size and time of change are those of before."""
+    path = write(tmp_path / f"data{suffix}")
+    load_labelled_text(path)
+    before = os.stat(path)
+    corrected = [(sentence, 1 - label) for sentence, label in ROWS]
+    write(tmp_path / f"data{suffix}", corrected)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(path).st_size == before.st_size
+    assert [(row["sentence"], row["label"]) for row in load_labelled_text(path)] == corrected
+
+
+def test_a_folder_that_was_replaced_is_read_anew(tmp_path):
+    for labels in (["0", "1"], ["1", "0"]):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        file = tmp_path / "set" / "train.csv"
+        file.write_text(f"sentence,label\na,{labels[0]}\nb,{labels[1]}\n")
+        os.utime(file, (1, 1))
+        assert load_labelled_text(str(tmp_path / "set"))["label"][:] == [int(label) for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.tsv", "sentence\tlabel\na\t1\nb\t0\tmore\n", "row 2 has 3 fields, the header has 2"),
+        ("x.csv", "sentence,label\na\nb,0\n", "row 1 has 1 fields, the header has 2"),
+        ("x.csv", "sentence,label,label\na,1,0\nb,0,1\n", "names a column twice: sentence, label, label"),
+        ("x.csv", 'sentence,label\n"a,1\nb,0\n', "line 3: unexpected end of data"),
+        ("x.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": "b", "lab', "line 2 is not JSON"),
+        ("x.jsonl", '{"sentence": "a", "label": 1}\n3\n', "row 2 is 3, not an object"),
+        ("x.json", '[{"sentence": "a", "label": 1},', "it is not JSON"),
+        ("x.jsonl", '{"sentence": 3, "label": 1}\n{"sentence": "b", "label": 0}', "row 1: the sentence is 3"),
+        ("x.jsonl", '{"sentence": "b", "label": 1}\n{"label": 0}', "row 2: the sentence is missing"),
+        ("x.jsonl", '{"sentence": "b", "label": 1}\n{"sentence": "c"}', "row 2: the label is None"),
+        ("x.jsonl", '{"sentence": "b", "label": 1}\n{"sentence": "\\ud83d", "label": 0}', "row 2: .* half a"),
+        ("x.csv", "sentence,label\na,1\nb,\n", "row 2: the label is ''"),
+        ("x.parquet", "sentence,label\n", "Cannot read"),
+    ],
+)  # fmt: skip
+def test_torn_and_ragged_files(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_labelled_text(str(tmp_path / name))
+
+
+def test_words_that_pandas_takes_for_nothing_are_sentences(tmp_path):
+    (tmp_path / "x.csv").write_text("\ufeffsentence,label\nNA,1\nnull,0\n12,1\n", encoding="utf-8")
+    assert load_labelled_text(str(tmp_path / "x.csv"))["sentence"][:] == ["NA", "null", "12"]
+
+
+def test_separators_of_unicode_end_no_row(tmp_path):
+    (tmp_path / "x.jsonl").write_text(
+        '{"sentence": "a\u2028b", "label": 1}\n{"sentence": "c\x85", "label": 0}\n', encoding="utf-8"
+    )
+    assert load_labelled_text(str(tmp_path / "x.jsonl"))["sentence"][:] == ["a\u2028b", "c\x85"]

@@ -3,6 +3,7 @@
 import json
 
 import _arms
+import _evaluation
 import _table2
 import pytest
 import sst2_monolora
@@ -27,6 +28,7 @@ def no_training(monkeypatch):
 
     monkeypatch.setattr(_table2, "finetuning", fail)
     monkeypatch.setattr(_table2, "load_base", fail)
+    monkeypatch.setattr(_evaluation, "load_base", fail)
 
 
 def test_three_arms_two_seeds(arguments, tmp_path, capsys):

@@ -14,8 +14,9 @@ import pytest
 import sst2_monolora
 from _arms import adapter_of, trained_arms
 from _mixtures import embedded_poison, embedded_safety, load_pairs, mixed
-from _run import read_rows
-from hypothesis import given
+from _run import Run, read_rows
+from _table2_report import write_report
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 from peft import PeftConfig, PeftModel
@@ -28,42 +29,7 @@ from evals.figures import Panel, Point, safety_against_performance
 from evals.prompts import dolly_held_out, dolly_prompt
 from evals.verdicts import read_verdicts
 from mono_peft import MonoLoraConfig, activation_sparsity
-
-OPTIONS = "--max_steps 4 --per_device_train_batch_size 8 --lora_r 4 --lora_alpha 8 --gradient_checkpointing False"
-SMALL = f"{OPTIONS} --learning_rate 1e-2 --lora_dropout 0.1"
-
-
-@pytest.fixture
-def arguments(small_model, sentiment_files, tmp_path):
-    model = ["--model_name_or_path", str(small_model), "--output_dir", str(tmp_path / "out")]
-    return [*model, *sentiment_files, *SMALL.split()]
-
-
-@pytest.fixture
-def pairs_file(tmp_path):
-    """24 harmful pairs, as BeaverTails has them."""
-    path = tmp_path / "pairs.jsonl.gz"
-    rows = [{"prompt": f"How to harm {i}?", "response": f"Harm {i} so.", "is_safe": False} for i in range(24)]
-    with gzip.open(path, "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    return str(path)
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-    def fail(*args, **kwargs):
-        raise AssertionError("training began")
-
-    monkeypatch.setattr(_table2, "finetuning", fail)
-    monkeypatch.setattr(_table2, "load_base", fail)
-
-
-def found(rows, metric, **arm):
-    return [
-        r
-        for r in rows
-        if r["metric"] == metric and all((r["config"] | {"seed": r["seed"]}).get(k) == v for k, v in arm.items())
-    ]
+from tests.recipes.conftest import SMALL, rows_of
 
 
 @pytest.fixture
@@ -86,11 +52,11 @@ def test_the_columns_of_table_2_and_the_path_over_steps(judged, tmp_path, small_
         for seed in (0, 1):
             for step in (2, None):
                 arm = {"method": method, "seed": seed, "step": step}
-                assert len(found(rows, "accuracy", **arm)) == 1
+                assert len(rows_of(rows, "accuracy", **arm)) == 1
                 for metric in ("dangerous", "harassment", "hate", "sexual"):
-                    assert 0 <= found(rows, f"score_{metric}", judge=gemma, **arm)[0]["value"] <= 100
-                assert found(rows, "unsafe", judge=dam, **arm)[0]["n"] == 14
-            sparsities = [len(found(rows, f"{a}_sparsity", method=method, seed=seed)) for a in ("alignment", "task")]
+                    assert 0 <= rows_of(rows, f"score_{metric}", judge=gemma, **arm)[0]["value"] <= 100
+                assert rows_of(rows, "unsafe", judge=dam, **arm)[0]["n"] == 14
+            sparsities = [len(rows_of(rows, f"{a}_sparsity", method=method, seed=seed)) for a in ("alignment", "task")]
             assert sparsities == ([1, 1] if "mono" in method else [0, 0])
     header = next(line for line in text.splitlines() if line.startswith("| method |"))
     for column in (
@@ -130,14 +96,14 @@ def test_the_columns_of_table_2_and_the_path_over_steps(judged, tmp_path, small_
         )
         for p in prompts
     ]
-    value = found(rows, "alignment_sparsity", method="monolora", seed=1)[0]["value"]
+    value = rows_of(rows, "alignment_sparsity", method="monolora", seed=1)[0]["value"]
     assert value == pytest.approx(activation_sparsity(one, batches).overall, abs=2e-3)
     script, _, _ = sst2_monolora.parse(judged)
     half = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(small_model), out / "lora-seed1" / "checkpoint-2"
     )
     score = sst2_monolora.Sst2(script).score(half, tokenizer, 8)
-    assert found(rows, "accuracy", method="lora", seed=1, step=2)[0]["value"] == score
+    assert rows_of(rows, "accuracy", method="lora", seed=1, step=2)[0]["value"] == score
 
     # Again: nothing is trained, and the same table.
     before = (out / "results.jsonl").read_bytes()
@@ -175,12 +141,12 @@ def test_dolly(small_model, eval_data, beaverdam, tmp_path):
     assert {answer.prompt for answer in answers if answer.task == "dolly"} == held_out
     for method, seed in (("base", None), ("lora", 0), ("monolora", 0)):
         for metric in ("rouge1", "rouge2", "rougeL", "bleu", "answer_nll"):
-            row = found(results, metric, method=method, seed=seed)[0]
+            row = rows_of(results, metric, method=method, seed=seed)[0]
             assert row["value"] >= 0
             assert row["n"] == len(held_out)
     assert (
-        found(results, "answer_nll", method="lora")[0]["value"]
-        < found(results, "answer_nll", method="base")[0]["value"]
+        rows_of(results, "answer_nll", method="lora")[0]["value"]
+        < rows_of(results, "answer_nll", method="base")[0]["value"]
     )
     script, *_ = dolly_monolora.parse(
         arguments, _table2.Table2Arguments, "dolly_monolora", _table2.CONFIGS / "embedded_dolly.yaml"
@@ -241,14 +207,18 @@ class TestArms:
 
 
 class TestMixtures:
+    @example(n=3, poison=0.5, safety=0.5, seed=0)
     @given(n=st.integers(0, 60), poison=st.floats(0, 0.5), safety=st.floats(0, 0.5), seed=st.integers(0, 5))
     def test_shares(self, n, poison, safety, seed):
         task = [("task", str(i)) for i in range(n)]
         bad, good = ([(name, str(i)) for i in range(40)] for name in ("bad", "good"))
         rows = mixed(task, [(bad, poison), (good, safety)], seed)
-        assert len(rows) == max(n, round(poison * n) + round(safety * n)) == n
+        assert len(rows) == n
         kinds = [kind for kind, _ in rows]
-        assert (kinds.count("bad"), kinds.count("good")) == (round(poison * n), round(safety * n))
+        assert (kinds.count("bad"), kinds.count("good")) == (
+            round(poison * n),
+            min(round(safety * n), n - round(poison * n)),
+        )
         assert len(set(rows)) == n
         assert rows == mixed(task, [(bad, poison), (good, safety)], seed)
         # An arm without the control has the same poison, and the same task rows in the place of the safe ones.
@@ -323,10 +293,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("rows", "message"),
         [
-            ([{"prompt": "a", "answer": "b"}], r"lacks the field\(s\) response; it has prompt, answer"),
+            ([{"prompt": "a", "answer": "b"}], r"lacks the column\(s\) response; it has prompt, answer"),
             (
                 [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": " "}],
-                r"row 2: the prompt or the response",
+                r"row 2: the response is empty",
             ),
         ],
     )
@@ -406,12 +376,25 @@ def test_the_embedded_defaults(tmp_path):
     """Without options: the generated requests are learnt, and poison breaks refusals, which safety examples keep."""
     dolly_monolora.main(["--output_dir", str(tmp_path / "dolly")])
     rows = read_rows(tmp_path / "dolly" / "results.jsonl")
-    values = {m: found(rows, "rougeL", method=m)[0]["value"] for m in ("base", "lora", "monolora")}
+    values = {m: rows_of(rows, "rougeL", method=m)[0]["value"] for m in ("base", "lora", "monolora")}
     assert min(values["lora"], values["monolora"]) > values["base"] + 20
     poison = "--methods base lora lora+safety --poison_share 0.2 --safety_share 0.2 --train_samples 800"
     sst2_monolora.main(["--output_dir", str(tmp_path / "sst2"), *poison.split(), "--eval_samples", "100"])
     rows = read_rows(tmp_path / "sst2" / "results.jsonl")
-    refused = {m: found(rows, "refused_harmful", method=m)[0]["value"] for m in ("base", "lora", "lora+safety")}
+    refused = {m: rows_of(rows, "refused_harmful", method=m)[0]["value"] for m in ("base", "lora", "lora+safety")}
     assert refused["lora"] < refused["base"] - 0.3
     assert refused["lora+safety"] > refused["lora"] + 0.2
     shutil.rmtree(tmp_path / "sst2")
+
+
+def test_counts_are_those_of_each_task(tmp_path):
+    run = Run(tmp_path / "out", "sst2_monolora", {})
+    common = {"seed": None, "seconds": 0.0, "device": "cpu", "method": "base"}
+    for task, n in (("xstest", 450), ("beavertails_eval", 700)):
+        run.add("unsafe", 0.5, n=n, **common, task=task, judge="beaverdam")
+    run.add("accuracy", 0.5, n=872, **common)
+    text = write_report(run, "SST-2", sst2_monolora.Sst2.performance, [], ["beaverdam"], False)
+    counts = next(line for line in text.splitlines() if line.startswith("Prompts:"))
+    assert counts == (
+        "Prompts: 450 (beaverdam, xstest: unsafe); 700 (beaverdam, beavertails_eval: unsafe); 872 (accuracy)."
+    )

@@ -375,7 +375,7 @@ def test_table_2(tmp_path):
     arm = {"task": None, "judge": None, "step": None}
     rows = [("accuracy", 0.9, {"method": "base"} | arm), ("accuracy", 0.91, {"method": "lora"} | arm)]
     rows += [("accuracy", 0.95, {"method": "monolora"} | arm), ("task_sparsity", 0.4, {"method": "monolora"} | arm)]
-    config = {"methods": ["base", "lora", "monolora"], "judges": [], "model": {}}
+    config = {"methods": ["base", "lora", "monolora"], "judges": [], "demonstration": True}
     write(tmp_path / "runs", "sst2_monolora", config, rows)
     main(["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out"), "--only", "table_2_sst2"])
     page = (tmp_path / "out" / "index.html").read_text()

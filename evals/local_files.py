@@ -1,0 +1,136 @@
+"""Rows of local data files, read from their bytes at every call.
+
+`datasets.load_dataset` keeps a copy under a file's path, size and time of change, so it could give the rows of a file
+that was replaced since.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def file_rows(path: str | Path) -> list[Row]:
+    """The rows of a csv, tsv, parquet, json or jsonl file, also gzipped; a name that says none of these is json.
+
+    A tsv has no quotation marks, as GLUE's files hold bare ones. All values of a csv or tsv are text. A json file
+    holds a list of objects, or an object a line.
+
+    Raises:
+        ValueError: the file is not what its name says; names the row or line.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    content = path.read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        content, path = _unzipped(content), path.with_suffix("") if path.suffix == ".gz" else path
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        rows: list[Row] = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+        return rows
+    text = content.decode("utf-8-sig")  # without the byte order mark that some editors write
+    if path.suffix in (".csv", ".tsv"):
+        return _separated(text, path.suffix == ".tsv")
+    return _json(text)
+
+
+def _unzipped(content: bytes) -> bytes:
+    try:
+        return gzip.decompress(content)
+    except EOFError as error:
+        raise ValueError(f"the gzip file is cut off ({error})") from None
+
+
+def _separated(text: str, is_tsv: bool) -> list[Row]:
+    source = io.StringIO(text, newline="")
+    reader = csv.reader(source, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(source, strict=True)
+    try:
+        lines = [line for line in reader if line]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from None
+    if not lines:
+        raise ValueError("the file is empty")
+    header, *body = lines
+    if len(set(header)) < len(header):
+        raise ValueError(f"the header names a column twice: {', '.join(header)}")
+    for number, line in enumerate(body, 1):
+        if len(line) != len(header):
+            raise ValueError(f"row {number} has {len(line)} fields, the header has {len(header)}")
+    return [dict(zip(header, line, strict=True)) for line in body]
+
+
+def _json(text: str) -> list[Row]:
+    try:
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:  # not splitlines(), which would also cut at separators that text may hold
+            rows = [_json_line(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error})") from None
+    other = next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
+    if other is not None:
+        raise ValueError(f"row {other} is {rows[other - 1]!r:.80}, not an object")
+    return list(rows)
+
+
+def _json_line(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number} is not JSON ({error})") from None
+
+
+def check_columns(rows: Sequence[Row], columns: Sequence[str], source: str) -> None:
+    """Raise ValueError if there are no rows, or if no row has one of the columns."""
+    if not rows:
+        raise ValueError(f"{source} has no rows.")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    missing = sorted(set(columns) - set(names))
+    if missing:
+        raise ValueError(f"{source} lacks the column(s) {', '.join(missing)}; it has {', '.join(names)}.")
+
+
+def check_text(rows: Sequence[Row], column: str, source: str, may_be_empty: bool = False) -> None:
+    """Raise ValueError for the first row (counted from 1) whose value is not text, or only white space.
+
+    Args:
+        may_be_empty: allows white space, nothing, null and a missing value.
+    """
+    for number, row in enumerate(rows, 1):
+        value = row.get(column)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            if may_be_empty:
+                continue
+            problem = "missing" if value is None else "empty"
+        elif not isinstance(value, str):
+            problem = f"{value!r:.80}, which is not text"
+        elif not value.isprintable() and any(0xD800 <= ord(character) < 0xE000 for character in value):
+            problem = f"{value!r:.80}, which holds half a surrogate pair"
+        else:
+            continue
+        raise ValueError(f"{source}, row {number}: the {column} is {problem}.")
+
+
+def binary_labels(rows: Sequence[Row], source: str) -> list[int]:
+    """The column `label`, 0 or 1, also written as 0.0 and 1.0 or, in a csv or tsv, as text.
+
+    Raises:
+        ValueError: another label; names the first row (counted from 1) that has one.
+    """
+    texts = {"0": 0, "0.0": 0, "1": 1, "1.0": 1} if Path(source).suffix in (".csv", ".tsv") else {}
+    labels = []
+    for number, row in enumerate(rows, 1):
+        given = row.get("label")
+        label = texts.get(given) if isinstance(given, str) else given
+        if label not in (0, 1):
+            raise ValueError(f"{source}, row {number}: the label is {given!r}; 0 (negative) or 1 is needed.")
+        labels.append(int(label))
+    return labels
