@@ -24,11 +24,15 @@ def test_exactly_the_rounded_share_of_labels_changes(n, num_classes, rate, seed,
     dtype = data.draw(st.sampled_from([torch.int64, torch.int32, torch.uint8]))
     labels = torch.randint(num_classes, (n,), generator=seeded(seed), dtype=dtype)
     before = labels.clone()
+    if labels.unique().numel() < 2 and round(rate * n):
+        with pytest.raises(ValueError, match="samples of at least 2 classes"):
+            flip_labels(labels, rate, num_classes, seeded(seed + 1))
+        return
     noisy = flip_labels(labels, rate, num_classes, seeded(seed + 1))
     assert noisy.dtype == torch.int64
     assert noisy.shape == labels.shape
     assert int((noisy != labels).sum()) == round(rate * n)
-    assert bool(((noisy >= 0) & (noisy < num_classes)).all())
+    assert set(noisy.tolist()) <= set(labels.tolist())  # never a class without samples
     assert torch.equal(labels, before)
     assert torch.equal(noisy, flip_labels(labels, rate, num_classes, seeded(seed + 1)))
 

@@ -1,7 +1,10 @@
 """Data sets from real files in every format that is read, and the errors of files that are not as they should be."""
 
+import io
 import os
 import pickle
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from vision_bench.data import IMAGENET100, STATISTICS, ImageSet, StreamedImages, load_images, stratified_fraction
+from vision_bench.data import (
+    IMAGENET100,
+    STATISTICS,
+    ImageSet,
+    StreamedImages,
+    load_images,
+    load_splits,
+    stratified_fraction,
+)
 
 needs_data = pytest.mark.skipif("MONO_TEST_DATA" not in os.environ, reason="MONO_TEST_DATA, real images, is not set")
 
@@ -113,8 +124,7 @@ def test_class_folders_in_memory_and_streamed(tmp_path):
     assert torch.equal(torch.cat(list(batches)), loaded.images)
     validation = load_images(str(tmp_path), "test")  # called val here
     assert torch.equal(validation.images[0], as_tensor(pixels(12)))
-    assert len({loaded.fingerprint, streamed.fingerprint, validation.fingerprint}) == 3
-    assert load_images(str(tmp_path), "train", memory_limit=100).fingerprint == streamed.fingerprint
+    assert loaded.fingerprint == streamed.fingerprint != validation.fingerprint
 
 
 def test_decoding_in_threads_keeps_the_order(tmp_path, monkeypatch):
@@ -138,11 +148,62 @@ def test_the_fingerprint_follows_pixels_labels_and_order():
         ImageSet.of(images, labels.flip(0), names).fingerprint,
         first.subset(torch.arange(20).flip(0)).fingerprint,
         first.subset(torch.arange(19)).fingerprint,
+        ImageSet.of(images, labels, ["a", "b", "d"]).fingerprint,
+        ImageSet.of(images, labels, [*names, "d"]).fingerprint,
     }
-    assert len(prints) == 5
+    assert len(prints) == 7
+    assert replace(first, labels=labels.flip(0)).fingerprint in prints
     assert first.subset(torch.arange(20)).fingerprint == first.fingerprint
     assert first.subset(torch.tensor([4, 2])).labels.tolist() == [1, 2]
     assert len(first.subset(torch.tensor([4, 2]))) == 2
+
+
+def test_every_image_decides_the_fingerprint_held_and_streamed(tmp_path):
+    """Also one of many that is replaced by one with the same name, size in bytes and time of change."""
+    path = make_folder(tmp_path, splits=("train",), per_class=200, shape=(4, 4))[301][0]
+    Image.fromarray(pixels(1, 4, 4)).save(path, "bmp")
+    index = 200 + sorted(str(i) for i in range(200)).index("101")  # files are in alphabetical order
+    size, times = path.stat().st_size, path.stat().st_mtime_ns
+
+    def fingerprints(change):
+        """The one fingerprint of held and streamed images after a change."""
+        made = {change(load_images(str(tmp_path), "train", memory_limit=limit)).fingerprint for limit in (0, 2**30)}
+        assert len(made) == 1
+        return made.pop()
+
+    changes = {
+        "none": lambda images: images,
+        "labels": lambda images: replace(images, labels=1 - images.labels.clamp(max=1)),
+        "subset with it": lambda images: images.subset(torch.arange(index - 5, index + 5)),
+        "subset without it": lambda images: images.subset(torch.arange(index + 1, index + 11)),
+    }
+    before = {name: fingerprints(change) for name, change in changes.items()}
+    Image.fromarray(pixels(2, 4, 4)).save(path, "bmp")
+    os.utime(path, ns=(times, times))
+    assert path.stat().st_size == size
+    after = {name: fingerprints(change) for name, change in changes.items()}
+    assert len({*before.values(), *after.values()}) == 7
+    assert before["subset without it"] == after["subset without it"]
+
+
+def test_a_subset_of_streamed_images_reads_no_other_file(tmp_path):
+    made = make_folder(tmp_path, splits=("train",))
+    streamed = load_images(str(tmp_path), "train", memory_limit=0)
+    for path, *_ in made[1:]:
+        path.unlink()
+    assert len(streamed.subset(torch.tensor([0, 5, 9])).fingerprint) == 16
+
+
+def test_the_same_files_have_one_fingerprint_in_folders_and_in_parquet(tmp_path):
+    import datasets
+
+    made = make_folder(tmp_path / "folders", splits=("train",))
+    content = {"picture": [{"bytes": path.read_bytes(), "path": None} for path, *_ in made]}
+    content["label"] = [label for _, label, _ in made]
+    kind = features(datasets.ClassLabel(names=["cat", "dog", "emu"]))
+    datasets.Dataset.from_dict(content, features=kind).to_parquet(str(tmp_path / "train.parquet"))
+    folders, parquet = (load_images(str(place), "train") for place in (tmp_path / "folders", tmp_path))
+    assert folders.fingerprint == parquet.fingerprint
 
 
 def test_a_broken_file_is_named_and_skipped_only_where_asked(tmp_path):
@@ -160,6 +221,147 @@ def test_a_broken_file_is_named_and_skipped_only_where_asked(tmp_path):
     streamed = load_images(str(tmp_path), "train", memory_limit=100)
     with pytest.raises(ValueError, match=str(cut)):
         streamed.images[3:8]
+
+
+def png(array, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "png", **options)
+    return buffer.getvalue()
+
+
+def test_files_that_are_no_images_are_named_and_hidden_ones_do_not_count(tmp_path):
+    make_folder(tmp_path, splits=("train",))
+    cat = tmp_path / "train/cat"
+    for hidden in (tmp_path / "train/.ipynb_checkpoints", cat / ".ipynb_checkpoints", tmp_path / "train/@eaDir"):
+        hidden.mkdir()
+        Image.fromarray(pixels(1)).save(hidden / "0.png")
+    (cat / "._0.png").write_bytes(b"of a Mac")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = load_images(str(tmp_path), "train")
+    assert images.class_names == ["cat", "dog", "emu"]
+    assert len(images) == 12
+    (cat / "Thumbs.db").write_bytes(b"")
+    (cat / "notes.TXT").write_text("two cats")
+    (tmp_path / "train" / "loose.png").write_bytes(png(pixels(1)))
+    with pytest.warns(
+        UserWarning, match=r"3 files in .*train are not read as images.*: cat/Thumbs.db, cat/notes.TXT, loose"
+    ):
+        assert len(load_images(str(tmp_path), "train")) == 12
+    (cat / "phone.HEIC").write_bytes(b"")
+    for limit in (0, 2**30):
+        with pytest.raises(ValueError, match=r"1 images in formats .* cannot read here: cat/phone.HEIC. Convert them"):
+            load_images(str(tmp_path), "train", memory_limit=limit)
+    with pytest.warns(UserWarning, match=r"4 files .* cat/phone.HEIC"):
+        assert len(load_images(str(tmp_path), "train", skip_corrupt=True)) == 12
+
+
+def test_a_format_of_a_plugin_is_read(tmp_path, monkeypatch):
+    make_folder(tmp_path, splits=("train",), classes=("a",))
+    (tmp_path / "train/a/4.heic").write_bytes(png(pixels(7)))
+    monkeypatch.setitem(Image.EXTENSION, ".heic", "PNG")
+    assert torch.equal(load_images(str(tmp_path), "train").images[4], as_tensor(pixels(7)))
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".gif", ".avif", ".jpe", ".JPG", ".webp", ".tif", ".jp2"])
+def test_every_format_that_pillow_decodes_is_read(tmp_path, suffix):
+    (tmp_path / "train/a").mkdir(parents=True)
+    flat = np.full((8, 8, 3), (200, 30, 60), np.uint8)
+    Image.fromarray(flat).save(tmp_path / f"train/a/0{suffix}")
+    images = load_images(str(tmp_path), "train").images
+    assert images.shape == (1, 3, 8, 8)
+    assert (images[0].int() - as_tensor(flat).int()).abs().max() <= 6
+
+
+@pytest.mark.parametrize("memory_limit", [0, 2**30])
+def test_photographs_stand_upright(tmp_path, memory_limit):
+    """For every orientation of EXIF the image equals the upright one, also in parquet files."""
+    import datasets
+
+    turns = [
+        lambda a: a, lambda a: a[:, ::-1], lambda a: a[::-1, ::-1], lambda a: a[::-1],
+        lambda a: a.transpose(1, 0, 2), lambda a: np.rot90(a), lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+        lambda a: np.rot90(a, 3),
+    ]  # fmt: skip
+    upright = pixels(3, 6, 8)
+    encoded = []
+    (tmp_path / "folders/train/a").mkdir(parents=True)
+    for orientation, turn in enumerate(turns, start=1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        encoded.append({"bytes": png(np.ascontiguousarray(turn(upright)), exif=exif), "path": None})
+        (tmp_path / f"folders/train/a/{orientation}.png").write_bytes(encoded[-1]["bytes"])
+    content = {"picture": encoded, "label": [0] * 8}
+    kind = features(datasets.ClassLabel(names=["a"]))
+    datasets.Dataset.from_dict(content, features=kind).to_parquet(str(tmp_path / "train.parquet"))
+    for place in (tmp_path / "folders", tmp_path):
+        images = load_images(str(place), "train", memory_limit=memory_limit).images
+        assert torch.equal(images[:], as_tensor(upright).expand(8, -1, -1, -1))
+
+
+def test_transparent_images_are_on_white_and_of_several_frames_the_first_counts(tmp_path):
+    (tmp_path / "train/a").mkdir(parents=True)
+    folder = tmp_path / "train/a"
+    opaque = pixels(1, 4, 4)
+    alpha = np.full((4, 4, 1), 255, np.uint8)
+    alpha[1, 2] = 0
+    expected = np.where(alpha, opaque, 255)
+    Image.fromarray(np.concatenate([opaque, alpha], 2)).save(folder / "0.png")
+    grey = np.concatenate([opaque[..., :1], alpha], 2)
+    Image.fromarray(grey, "LA").save(folder / "1.png")
+    palette = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4), "P")
+    palette.putpalette([*opaque.reshape(-1).tolist()])
+    palette.save(folder / "2.png", transparency=6)  # of the pixel at (1, 2)
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "3.gif", save_all=True, append_images=frames[1:])
+    Image.new("CMYK", (4, 4), (255, 0, 0, 0)).save(folder / "4.tif")
+    images = load_images(str(tmp_path), "train").images
+    assert torch.equal(images[0], as_tensor(expected))
+    assert torch.equal(images[1], as_tensor(expected[..., :1]).expand(3, -1, -1))
+    assert torch.equal(images[2], as_tensor(expected))
+    assert images[3:, :, 0, 0].tolist() == [[255, 0, 0], [0, 255, 255]]
+
+
+def test_folders_in_class_folders_and_names_that_differ_in_case_are_named(tmp_path):
+    make_folder(tmp_path, splits=("train",), classes=("bird", "cat/images", "dog/big", "dog/small", "Bird"))
+    with warnings.catch_warnings(record=True) as caught:
+        images = load_images(str(tmp_path), "train")
+    assert images.class_names == ["Bird", "bird", "cat", "dog"]
+    assert images.labels.bincount().tolist() == [4, 4, 4, 8]
+    words = [str(warning.message) for warning in caught]
+    assert len(words) == 2
+    assert any("differ in case only: Bird, bird" in line for line in words)
+    assert any("the class folders dog have images in folders of their own" in line for line in words)
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    make_folder(tmp_path, splits=("train",))
+    make_folder(tmp_path / "elsewhere", splits=("more",), classes=("fox",))
+    (tmp_path / "train/fox").symlink_to(tmp_path / "elsewhere/more/fox")
+    assert load_images(str(tmp_path), "train").labels.bincount().tolist() == [4, 4, 4, 4]
+    (tmp_path / "train/cat/all").symlink_to(tmp_path / "train")
+    with pytest.raises(ValueError, match=r"cat/all is a link to a folder that it is in"):
+        load_images(str(tmp_path), "train")
+    (tmp_path / "train/cat/all").unlink()
+    (tmp_path / "train/cat/gone.png").symlink_to(tmp_path / "gone.png")
+    for limit in (0, 2**30):
+        with pytest.raises(ValueError, match=r"cat/gone.png is not a readable image"):
+            load_images(str(tmp_path), "train", memory_limit=limit)
+
+
+def test_folders_with_numbers_are_in_their_order(tmp_path):
+    make_folder(tmp_path, splits=("train",), classes=[str(i) for i in range(12)], per_class=1)
+    images = load_images(str(tmp_path), "train")
+    assert images.class_names == [str(i) for i in range(12)]
+    assert torch.equal(images.images[10], as_tensor(pixels(10)))
+
+
+def test_a_class_without_an_image_is_named(tmp_path):
+    make_folder(tmp_path, splits=("train",))
+    (tmp_path / "train/fox").mkdir()
+    (tmp_path / "train/fox/.DS_Store").write_text("")
+    with pytest.raises(ValueError, match="1 classes without an image: fox"):
+        load_images(str(tmp_path), "train")
 
 
 def test_a_set_whose_first_image_or_every_image_is_broken(tmp_path):
@@ -268,6 +470,181 @@ def test_labels_that_are_no_class_indices_are_refused(tmp_path, values, kind, er
         load_images(str(tmp_path / "saved"), "train")
 
 
+def save_splits(folder, **splits):
+    """A set of `save_to_disk` with labels by split, other images in each."""
+    import datasets
+
+    label = splits.pop("label", datasets.Value("int64"))
+    seeds = iter(range(10_000))
+    made = {}
+    for split, values in splits.items():
+        encoded = [{"bytes": png(pixels(next(seeds), 4, 4)), "path": None} for _ in values]
+        made[split] = datasets.Dataset.from_dict({"picture": encoded, "label": values}, features=features(label))
+    datasets.DatasetDict(made).save_to_disk(str(folder))
+    return str(folder)
+
+
+def test_classes_without_any_image_are_dropped_by_name(tmp_path):
+    """As of a filtered set, which keeps all names."""
+    import datasets
+
+    names = datasets.ClassLabel(names=[f"class {i}" for i in range(1000)])
+    place = save_splits(tmp_path / "s", train=[7, 500, 7, 999, 500], test=[999, 7, 500], label=names)
+    with pytest.warns(UserWarning, match=r"997 of the 1000 classes of .* have no image and are dropped: class 0, "):
+        train, test = load_splits(place)
+    assert train.class_names == test.class_names == ["class 7", "class 500", "class 999"]
+    assert train.labels.tolist() == [0, 1, 0, 2, 1]
+    assert test.labels.tolist() == [2, 0, 1]
+    assert train.class_numbers == (7, 500, 999)
+    assert train.subset(torch.tensor([3, 0])).class_numbers == (7, 500, 999)
+
+
+def test_labels_from_1_and_with_gaps(tmp_path):
+    """Without names of classes; the class of the highest number has no test image."""
+    place = save_splits(tmp_path / "s", train=[1, 2, 4, 5, 5], validation=[4, 2, 1])
+    with warnings.catch_warnings(record=True) as caught:
+        train, test = load_splits(place)
+    words = [str(warning.message) for warning in caught]
+    assert any("2 of the 6 classes" in line and line.endswith("dropped: 0, 3") for line in words)
+    assert any("1 of the 6 classes" in line and line.endswith("no test image: 5") for line in words)
+    assert train.class_names == test.class_names == ["1", "2", "4", "5"]
+    assert train.labels.tolist() == [0, 1, 2, 3, 3]
+    assert test.labels.tolist() == [2, 1, 0]
+
+
+def test_splits_with_other_classes_are_refused_by_name(tmp_path):
+    import datasets
+
+    place = save_splits(tmp_path / "s", train=[0, 1, 1], test=[0, 2, 3], label=datasets.ClassLabel(names=list("wxyz")))
+    with pytest.raises(ValueError, match=r"2 classes of .* have test images and no training image: y, z;"):
+        load_splits(place)
+    make_folder(tmp_path / "f", splits=("train",), classes=("cat", "dog", "emu"))
+    make_folder(tmp_path / "f", splits=("test",), classes=("Cat", "dog"))
+    with pytest.raises(ValueError, match=r"only the training split has cat, emu; only the test split has Cat\."):
+        load_splits(str(tmp_path / "f"))
+    kinds = [datasets.ClassLabel(names=names) for names in (["x", "y"], ["y", "x"])]
+    made = {
+        split: datasets.Dataset.from_dict(rows([0, 1]), features=features(kind))
+        for split, kind in zip(("train", "test"), kinds, strict=True)
+    }
+    for split, part in made.items():
+        part.to_parquet(str(tmp_path / f"{split}.parquet"))
+    with pytest.raises(ValueError, match=r"in another order: x, y; and y, x"):
+        load_splits(str(tmp_path))
+
+
+def test_test_images_that_are_training_images_are_counted(tmp_path):
+    made = make_folder(tmp_path)
+    copied, same = made[2][0], made[14][0]
+    same.write_bytes(copied.read_bytes())
+    for limit in (0, 2**30):
+        with pytest.warns(UserWarning, match=r"^1 of the 12 test images of .* are training images too"):
+            load_splits(str(tmp_path), memory_limit=limit)
+    with pytest.raises(ValueError, match=r"all test images of .* train_split 'val' and test_split 'test'"):
+        load_splits(str(tmp_path), train_split="val")
+
+
+@needs_data
+def test_cifar100_has_ten_test_images_that_are_training_images():
+    root = Path(os.environ["MONO_TEST_DATA"]) / "cifar100"
+    with pytest.warns(UserWarning, match="10 of the 10000 test images of cifar100 are training images too"):
+        train, test = load_splits("cifar100", root, memory_limit=0)
+    assert (len(train), len(test)) == (50_000, 10_000)
+
+
+def test_hidden_labels_are_named_with_what_to_do(tmp_path):
+    place = save_splits(tmp_path / "s", train=[0, 1, 0, 1], validation=[1, 0], test=[-1, -1, -1])
+    with pytest.raises(
+        ValueError, match=r"split test\) has labels from -1 to -1: 3 of 3 are -1.*test_split.*test_frac"
+    ):
+        load_splits(place)
+    train, test = load_splits(place, test_split="validation")
+    assert (train.labels.tolist(), test.labels.tolist()) == ([0, 1, 0, 1], [1, 0])
+
+
+def test_a_fraction_of_a_set_with_one_split(tmp_path):
+    place = save_splits(tmp_path / "s", train=[0, 1] * 10)
+    with pytest.raises(ValueError, match=r"split is 'test'; .* splits train\. .*test_fraction draws"):
+        load_splits(place)
+    train, test = load_splits(place, test_fraction=0.2)
+    whole = load_images(place, "train")
+    assert test.labels.bincount().tolist() == [2, 2]
+    assert train.labels.bincount().tolist() == [8, 8]
+    assert sorted([*train.digests.tolist(), *test.digests.tolist()]) == sorted(whole.digests.tolist())
+    again = load_splits(place, test_fraction=0.2, memory_limit=0)
+    assert [part.fingerprint for part in again] == [train.fingerprint, test.fingerprint]
+    with pytest.raises(ValueError, match=r"test_fraction is 1; it must be in \(0, 1\)"):
+        load_splits(place, test_fraction=1)
+    with pytest.raises(ValueError, match=r"test_fraction is 0.01 of 20 images: .* would be left with none"):
+        load_splits(place, test_fraction=0.01)
+    make_folder(tmp_path / "f", splits=(".",))
+    with pytest.raises(ValueError, match=r"If these are classes, the split is '\.' \(train_split\)"):
+        load_splits(str(tmp_path / "f"), test_fraction=0.25)
+    train, test = load_splits(str(tmp_path / "f"), train_split=".", test_fraction=0.25)
+    assert (train.labels.bincount().tolist(), test.labels.bincount().tolist()) == ([3, 3, 3], [1, 1, 1])
+
+
+def test_a_saved_set_without_splits_is_no_test_set(tmp_path):
+    """Its images would be both training and test images."""
+    import datasets
+
+    made = datasets.Dataset.from_dict(rows([0, 1, 0]), features=features(datasets.Value("int64")))
+    made.save_to_disk(str(tmp_path / "saved"))
+    assert len(load_images(str(tmp_path / "saved"), "train")) == len(load_images(str(tmp_path / "saved"), ".")) == 3
+    with pytest.raises(ValueError, match=r"split is 'test'; .* has the splits train"):
+        load_images(str(tmp_path / "saved"), "test")
+
+
+def parquet(path, values):
+    import datasets
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(rows(values), features=features(datasets.Value("int64"))).to_parquet(str(path))
+
+
+def test_parquet_files_of_a_split_are_not_mixed_with_those_of_another(tmp_path):
+    parquet(tmp_path / "a/train.parquet", [0, 1, 1])
+    parquet(tmp_path / "a/train_10pct.parquet", [1])
+    parquet(tmp_path / "a/.train.parquet", [1])
+    assert load_images(str(tmp_path / "a"), "train").labels.tolist() == [0, 1, 1]
+    assert load_images(str(tmp_path / "a"), "train_10pct").labels.tolist() == [1]
+    with pytest.raises(ValueError, match=r"split is 'test'; .* parquet files of the splits train, train_10pct\."):
+        load_images(str(tmp_path / "a"), "test")
+    parquet(tmp_path / "a/train-00000-of-00001.parquet", [0])
+    with pytest.raises(
+        ValueError, match=r"several files that may be .* 'train': train-00000-of-00001.parquet, train.parq"
+    ):
+        load_images(str(tmp_path / "a"), "train")
+
+    for part, values in enumerate(([0, 1], [1], [1, 1, 0])):
+        parquet(tmp_path / f"b/data/train-0000{part}-of-00003.parquet", values)
+    assert load_images(str(tmp_path / "b"), "train").labels.tolist() == [0, 1, 1, 1, 1, 0]
+    (tmp_path / "b/data/train-00001-of-00003.parquet").unlink()
+    with pytest.raises(ValueError, match=r"has 2 of 3 files of the split 'train'; parts 1 are missing"):
+        load_images(str(tmp_path / "b"), "train")
+
+    parquet(tmp_path / "c/one/train-00000-of-00001.parquet", [0])
+    parquet(tmp_path / "c/two/train-00000-of-00001.parquet", [1])
+    with pytest.raises(ValueError, match=r"several files .* one/train-00000-of-00001.parquet, two/"):
+        load_images(str(tmp_path / "c"), "train")
+
+    parquet(tmp_path / "d/train/0000.parquet", [0])
+    parquet(tmp_path / "d/train/0001.parquet", [1])
+    parquet(tmp_path / "d/test/0000.parquet", [1])
+    assert load_images(str(tmp_path / "d"), "train").labels.tolist() == [0, 1]
+    assert load_images(str(tmp_path / "d"), "test").labels.tolist() == [1]
+    parquet(tmp_path / "d/train/small.parquet", [1])
+    with pytest.raises(ValueError, match=r"several files that may be the split 'train': train/0000.parquet"):
+        load_images(str(tmp_path / "d"), "train")
+
+    parquet(tmp_path / "e/val_1k.parquet", [0, 1])
+    with pytest.warns(UserWarning, match="has no split called test; val_1k is read instead"):
+        assert load_images(str(tmp_path / "e"), "test").labels.tolist() == [0, 1]
+    parquet(tmp_path / "e/val_2k.parquet", [0, 1])
+    with pytest.raises(ValueError, match=r"split is 'test'; .* of the splits val_1k, val_2k\."):
+        load_images(str(tmp_path / "e"), "test")
+
+
 def test_columns_that_are_missing_are_listed(tmp_path):
     import datasets
 
@@ -279,6 +656,17 @@ def test_columns_that_are_missing_are_listed(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).save_to_disk(str(tmp_path / "t"))
     with pytest.raises(ValueError, match="0 columns of images among text, label"):
         load_images(str(tmp_path / "t"), "train")
+
+
+def test_a_row_without_an_image_is_named(tmp_path):
+    import datasets
+
+    content = rows([0, 1])
+    content["picture"][1] = None
+    datasets.Dataset.from_dict(content, features=features(datasets.Value("int64"))).save_to_disk(str(tmp_path / "s"))
+    for limit in (0, 2**30):
+        with pytest.raises(ValueError, match=r"row 1 of .* \(the row has no image\); skip_corrupt"):
+            load_images(str(tmp_path / "s"), "train", memory_limit=limit)
 
 
 def test_a_broken_row_is_named(tmp_path):
