@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from result_rows import Interval, interval, write_atomic
-from vision_bench import figures
-from vision_bench.benchmark import ACCURACY, KINDS, MEASURED, SAE_QUALITY, Settings, Subject
+from vision_bench import figures, sae
+from vision_bench.benchmark import ACCURACY, KINDS, Settings, Subject
 from vision_bench.corruption_sweep import CLEAN, Sweep, parse
+from vision_bench.metrics import MEASURED
 
 Row = dict[str, Any]
 
@@ -48,9 +49,7 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
         }
         for subject in subjects
     }
-    figure = figures.robustness_dots(panels)
-    for suffix in ("png", "pdf"):
-        figure.savefig(folder / f"{FIGURE}.{suffix}", dpi=300)
+    figures.save(folder / FIGURE, figures.robustness_dots(panels))
     return text
 
 
@@ -86,7 +85,7 @@ def _cells(subject: Subject, label: str, kind: str, rows: Sequence[Row], sweep: 
                 "seeds": len(found),
                 "gain_over_raw": None if math.isnan(gain.mean) else gain.mean,
                 "gain_half_width": gain.half_width,
-                **{name: _number(_find(mine, name, test=test)[0]["value"]) for name in MEASURED},
+                **{name: _find(mine, name, test=test)[0]["value"] for name in MEASURED},
                 "test_images": found[0]["n"],
                 "training_images": mine[0]["config"]["training_images"],
                 "features_id": subject.id,
@@ -97,11 +96,6 @@ def _cells(subject: Subject, label: str, kind: str, rows: Sequence[Row], sweep: 
 
 def _find(rows: Iterable[Row], metric: str, **arm: Any) -> list[Row]:
     return [row for row in rows if row["metric"] == metric and all(row["config"].get(k) == v for k, v in arm.items())]
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if math.isnan(value) else value
 
 
 def _csv(cells: list[dict[str, Any]]) -> str:
@@ -171,7 +165,7 @@ def _markdown(
         text += "\nSparse autoencoders on clean test images:\n\n"
         lines = []
         for subject in subjects:
-            quality = (_find(rows, name, features_id=subject.id)[0]["value"] for name in SAE_QUALITY)
+            quality = (_find(rows, name, features_id=subject.id)[0]["value"] for name in sae.QUALITY)
             lines.append([labels[subject.id], *(f"{value:.3g}" for value in quality)])
         text += _table(["model", "variance unexplained", "active latents", "dead latents"], lines)
     return text

@@ -9,6 +9,7 @@ torchvision's CIFAR files, or one folder of images for each class (`train/CLASS/
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,7 @@ STATISTICS: dict[str, tuple[Statistics, Statistics]] = {
     "digits": ((0.3054,) * 3, (0.3753,) * 3),
 }
 HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+NUM_CLASSES = {"cifar10": 10, "cifar100": 100}  # at most
 FORMAT = 1  # of what a fingerprint is made of and of how images are decoded; a change gives other fingerprints
 TEST_SEED = 0  # of the images that test_fraction draws
 DIGITS_TRAIN = 1437  # of 1,797: the last 360 are by other writers than most of the first
@@ -178,6 +180,8 @@ def load_images(
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel, or None.")
     if name == "digits":
+        if root is not None:
+            raise ValueError(f"root is {str(root)!r}, and digits is embedded; name a data set that has files there.")
         return _digits(split, image_size)
     statistics = STATISTICS.get(name, IMAGENET_STATISTICS)
     folder = _folder(name, root)
@@ -185,6 +189,11 @@ def load_images(
         pixels, labels, names = _torchvision_cifar(folder, name, split)
         return ImageSet.of(resized(pixels, image_size), labels, names, statistics)
     source = find_images(name, split, root, skip_corrupt, label_column)
+    if len(source.class_names) > NUM_CLASSES.get(name, len(source.class_names)):
+        raise ValueError(
+            f"name is {name!r}, and {root} has {len(source.class_names)} classes: {listed(source.class_names)}. Give "
+            "the name of the set that is there, or the path of the folder as the name."
+        )
     everything = torch.arange(len(source.encoded))
     images, digests, kept = image_files.read(
         source.encoded, everything, image_size, memory_limit, skip_corrupt, progress
@@ -223,6 +232,11 @@ def load_splits(
     else:
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction is {test_fraction}; it must be in (0, 1), 0.2 for 20 % of the images.")
+        if test_split != "test":
+            raise ValueError(
+                f"test_fraction is {test_fraction} and test_split {test_split!r}; give one of them, as the fraction is "
+                "drawn from the training split."
+            )
         whole = load_images(name, train_split, root, **options)
         try:
             drawn = stratified_fraction(whole.labels, test_fraction, torch.Generator().manual_seed(TEST_SEED))
@@ -264,7 +278,8 @@ def warnings_in_one_line() -> Iterator[None]:
     """For commands: a warning within is one line of the standard error, without the place in the code."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"Warning: {message}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the main process of a launch speaks for all
+            print(f"Warning: {message}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import warnings
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from result_rows import file_checksum
 from vision_bench.corruptions import check_labels
-from vision_bench.image_files import EncodedImages, ImageFiles, ImageRows, listed
+from vision_bench.image_files import EncodedImages, ImageFiles, ImageRows, in_threads, listed
 
 # What a split is called elsewhere, in the order of preference.
 SPLIT_NAMES = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid")}
@@ -190,7 +192,11 @@ def _rows(place: str | Path, split: str) -> tuple[Any, str]:
     wanted = split_names(split)
     if isinstance(place, Path) and _parquet_files(place):
         name, files = _parquet_split(place, wanted)
-        return datasets.load_dataset("parquet", data_files=files, split="train"), name
+        # The name of the configuration is a part of the path in the cache, which otherwise follows from the time of
+        # change alone: other files with the same time would be taken for these.
+        content = " ".join(in_threads(lambda index: file_checksum(files[index]), range(len(files))))
+        content = hashlib.sha256(content.encode()).hexdigest()[:16]
+        return datasets.load_dataset("parquet", name=content, data_files=files, split="train"), name
     if isinstance(place, Path):
         splits = datasets.load_from_disk(str(place))
         if isinstance(splits, datasets.Dataset):

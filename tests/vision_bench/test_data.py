@@ -575,6 +575,8 @@ def test_a_fraction_of_a_set_with_one_split(tmp_path):
     assert [part.fingerprint for part in again] == [train.fingerprint, test.fingerprint]
     with pytest.raises(ValueError, match=r"test_fraction is 1; it must be in \(0, 1\)"):
         load_splits(place, test_fraction=1)
+    with pytest.raises(ValueError, match="test_fraction is 0.2 and test_split 'validation'; give one of them"):
+        load_splits(place, test_fraction=0.2, test_split="validation")
     with pytest.raises(ValueError, match=r"test_fraction is 0.01 of 20 images: .* would be left with none"):
         load_splits(place, test_fraction=0.01)
     make_folder(tmp_path / "f", splits=(".",))
@@ -643,6 +645,24 @@ def test_parquet_files_of_a_split_are_not_mixed_with_those_of_another(tmp_path):
     parquet(tmp_path / "e/val_2k.parquet", [0, 1])
     with pytest.raises(ValueError, match=r"split is 'test'; .* of the splits val_1k, val_2k\."):
         load_images(str(tmp_path / "e"), "test")
+
+
+def test_a_parquet_file_with_the_time_of_change_of_another_is_not_taken_for_it(tmp_path):
+    path = tmp_path / "train.parquet"
+    parquet(path, [0, 1])
+    times = path.stat().st_mtime_ns
+    assert load_images(str(tmp_path), "train").labels.tolist() == [0, 1]
+    parquet(path, [1, 0])
+    os.utime(path, ns=(times, times))
+    assert load_images(str(tmp_path), "train").labels.tolist() == [1, 0]
+
+
+def test_a_name_that_does_not_fit_its_folder_is_refused(tmp_path):
+    make_folder(tmp_path, splits=("train",), classes=[f"c{i}" for i in range(11)], per_class=1)
+    with pytest.raises(ValueError, match=r"name is 'cifar10', and .* has 11 classes: c0, "):
+        load_images("cifar10", "train", tmp_path)
+    with pytest.raises(ValueError, match="and digits is embedded"):
+        load_images("digits", "train", tmp_path)
 
 
 def test_columns_that_are_missing_are_listed(tmp_path):
