@@ -575,7 +575,7 @@ def test_a_fraction_of_a_set_with_one_split(tmp_path):
     assert [part.fingerprint for part in again] == [train.fingerprint, test.fingerprint]
     with pytest.raises(ValueError, match=r"test_fraction is 1; it must be in \(0, 1\)"):
         load_splits(place, test_fraction=1)
-    with pytest.raises(ValueError, match="test_fraction is 0.2 and test_split 'validation'; give one of them"):
+    with pytest.raises(ValueError, match=r"test_fraction is 0.2 and test_split 'validation'; give one of them"):
         load_splits(place, test_fraction=0.2, test_split="validation")
     with pytest.raises(ValueError, match=r"test_fraction is 0.01 of 20 images: .* would be left with none"):
         load_splits(place, test_fraction=0.01)
