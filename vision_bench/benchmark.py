@@ -184,7 +184,13 @@ class _Data:
         sets = {"train": train, "clean": test}
         for shift in self.sweep.shifts:
             if shift is not None and shift.folder:
-                shifted = load_shifted(shift.folder, train, skip_corrupt=settings.skip_corrupt, progress=self.progress)
+                shifted = load_shifted(
+                    shift.folder,
+                    train,
+                    skip_corrupt=settings.skip_corrupt,
+                    label_column=settings.label_column,
+                    progress=self.progress,
+                )
                 sets[str(shift)] = _limited(shifted, settings.limit)
             elif shift is not None:
                 sets[str(shift)] = synthetic(shift.name, test)

@@ -12,10 +12,10 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -177,28 +177,7 @@ def load_images(
         ValueError: there is no such set or split, an image cannot be read, images differ in size, or a label is
             hidden (-1) or out of its range. The error names the file or the row.
     """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel, or None.")
-    if name == "digits":
-        if root is not None:
-            raise ValueError(f"root is {str(root)!r}, and digits is embedded; name a data set that has files there.")
-        return _digits(split, image_size)
-    statistics = STATISTICS.get(name, IMAGENET_STATISTICS)
-    folder = _folder(name, root)
-    if folder is not None and any(folder.glob("cifar-10*-*")):
-        pixels, labels, names = _torchvision_cifar(folder, name, split)
-        return ImageSet.of(resized(pixels, image_size), labels, names, statistics)
-    source = find_images(name, split, root, skip_corrupt, label_column)
-    if len(source.class_names) > NUM_CLASSES.get(name, len(source.class_names)):
-        raise ValueError(
-            f"name is {name!r}, and {root} has {len(source.class_names)} classes: {listed(source.class_names)}. Give "
-            "the name of the set that is there, or the path of the folder as the name."
-        )
-    everything = torch.arange(len(source.encoded))
-    images, digests, kept = image_files.read(
-        source.encoded, everything, image_size, memory_limit, skip_corrupt, progress
-    )
-    return ImageSet.of(images, source.labels[kept], source.class_names, statistics, digests)
+    return _reader(name, split, root, image_size, skip_corrupt, label_column, memory_limit, progress)()
 
 
 def load_splits(
@@ -226,18 +205,26 @@ def load_splits(
         ValueError: as `load_images`; the splits have other classes, a class has test images only, all test images are
             training images, or the fraction is not allowed.
     """
-    if test_fraction is None:
-        train = load_images(name, train_split, root, **options)
-        test = load_images(name, test_split, root, **options)
-    else:
+    splits = [train_split, test_split]
+    if test_fraction is not None:
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction is {test_fraction}; it must be in (0, 1), 0.2 for 20 % of the images.")
-        if test_split != "test":
+        if splits.pop() != "test":
             raise ValueError(
-                f"test_fraction is {test_fraction} and test_split {test_split!r}; give one of them, as the fraction is "
-                "drawn from the training split."
+                f"test_fraction is {test_fraction} and test_split {test_split!r}; give one of them, as the fraction "
+                "is drawn from the training split."
             )
-        whole = load_images(name, train_split, root, **options)
+    try:
+        readers = [_reader(name, split, root, **options) for split in splits]
+    except image_sources.UnknownSplit as error:
+        raise ValueError(
+            f"{error} train_split and test_split name others, and test_fraction draws the test images from the "
+            "training split."
+        ) from None
+    if test_fraction is None:
+        train, test = (read() for read in readers)
+    else:
+        (whole,) = (read() for read in readers)
         try:
             drawn = stratified_fraction(whole.labels, test_fraction, torch.Generator().manual_seed(TEST_SEED))
         except ValueError as error:
@@ -317,12 +304,53 @@ def stratified_fraction(labels: torch.Tensor, fraction: float, generator: torch.
     return torch.cat(chosen).sort().values
 
 
+def _reader(
+    name: str,
+    split: str,
+    root: str | Path | None = None,
+    image_size: int | None = None,
+    skip_corrupt: bool = False,
+    label_column: str | None = None,
+    memory_limit: int = 4 * 2**30,
+    progress: bool = False,
+) -> Callable[[], ImageSet]:
+    """What reads the images of `load_images`; what can be wrong with the set before that is raised here."""
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel, or None.")
+    if name == "digits":
+        if root is not None:
+            raise ValueError(
+                f"root (data_root in the commands) is {str(root)!r}, and digits is embedded; name the data set there."
+            )
+        return partial(_digits, split, image_size)
+    statistics = STATISTICS.get(name, IMAGENET_STATISTICS)
+    folder = _folder(name, root)
+    if folder is not None and any(folder.glob("cifar-10*-*")):
+        pixels, labels, names = _torchvision_cifar(folder, name, split)
+        return lambda: ImageSet.of(resized(pixels, image_size), labels, names, statistics)
+    source = find_images(name, split, root, skip_corrupt, label_column)
+    if len(source.class_names) > NUM_CLASSES.get(name, len(source.class_names)):
+        raise ValueError(
+            f"name is {name!r}, and {root} has {len(source.class_names)} classes: {listed(source.class_names)}. Give "
+            "the name of the set that is there, or the path of the folder as the name."
+        )
+
+    def read() -> ImageSet:
+        everything = torch.arange(len(source.encoded))
+        images, digests, kept = image_files.read(
+            source.encoded, everything, image_size, memory_limit, skip_corrupt, progress
+        )
+        return ImageSet.of(images, source.labels[kept], source.class_names, statistics, digests)
+
+    return read
+
+
 def _folder(name: str, root: str | Path | None) -> Path | None:
     """Where the files of a set are; None if it is one of the hub."""
     named = name in HUB_NAMES or name == "imagenet100"  # whatever a folder here may be called
     folder = Path(root) if root is not None else Path(name) if not named and Path(name).is_dir() else None
     if folder is not None and not folder.is_dir():
-        raise ValueError(f"root is {str(root)!r}, which is not a folder.")
+        raise ValueError(f"root (data_root in the commands) is {str(root)!r}, which is not a folder.")
     if name == "imagenet100" and folder is None:
         raise ValueError(
             "root is missing (data_root in the commands): imagenet100 is read from a folder with train/ and val/, "

@@ -36,6 +36,10 @@ OTHER_FORMATS = (
 )  # fmt: skip
 
 
+class UnknownSplit(ValueError):
+    """A data set does not have a split."""
+
+
 class Source(NamedTuple):
     """The images of a split before they are read."""
 
@@ -93,9 +97,9 @@ def class_folders(folder: Path, split: str, classes: Sequence[str] | None, skip_
             back to a folder that it is in.
     """
     if split != "." and split not in _folders_in(folder) and has_class_folders(folder):
-        raise ValueError(
-            f"split is {split!r}; {folder} has the folders {listed(_folders_in(folder))}. If these are classes, the "
-            "split is '.' (train_split), and test_fraction draws the test images from it."
+        raise UnknownSplit(
+            f"split is {split!r}; {folder} has the folders {listed(_folders_in(folder))}; if these are classes, the "
+            "split is '.'."
         )
     place = folder
     if split != ".":
@@ -123,16 +127,15 @@ def _class_files(place: Path, names: Sequence[str], skip_corrupt: bool) -> tuple
     others = [entry.name for entry in os.scandir(place) if not entry.is_dir() and not _is_hidden(entry.name)]
     parents = {str(parent) for parent in (place.resolve(), *place.resolve().parents)}
     for index, name in enumerate(names):
-        branches = set[str]()
-        for path in _files_below(str(place / name), parents):
-            relative = Path(path).relative_to(place)
-            suffix = relative.suffix.lower()
+        inner, branches = str(place / name) + os.sep, set[str]()  # names of the folders in it that have images
+        for path in _files_below(inner, parents):
+            suffix = os.path.splitext(path)[1].lower()
             if suffix in readable:
                 paths.append(path)
                 labels.append(index)
-                branches.add(relative.parts[1] if len(relative.parts) > 2 else "")
+                branches.add(path[len(inner) :].rpartition(os.sep)[0].partition(os.sep)[0])
             else:
-                (unreadable if suffix in OTHER_FORMATS else others).append(str(relative))
+                (unreadable if suffix in OTHER_FORMATS else others).append(os.path.relpath(path, place))
         if len(branches) > 1:
             nested.append(name)
     if unreadable and not skip_corrupt:
@@ -167,14 +170,11 @@ def split_names(split: str) -> list[str]:
 
 
 def one_of(wanted: Sequence[str], there: Sequence[str], words: str) -> str:
-    """The first wanted name that is there; raises ValueError with the names that are."""
+    """The first wanted name that is there; raises UnknownSplit with the names that are."""
     for name in wanted:
         if name in there:
             return name
-    raise ValueError(
-        f"split is {wanted[0]!r}; {words} {listed(there) or 'none'}. train_split and test_split name others, and "
-        "test_fraction draws the test images from the training split."
-    )
+    raise UnknownSplit(f"split is {wanted[0]!r}; {words} {listed(there) or 'none'}.")
 
 
 def has_class_folders(folder: Path) -> bool:
