@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    source = find_images(options.data, options.split, None, False, None).encoded
+    source = find_images(options.data, options.split, None, False, None, False).encoded
     with tempfile.TemporaryDirectory() as folder:
         if options.side:
             source = written_as_jpeg(source, options.side, Path(folder))

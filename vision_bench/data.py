@@ -224,7 +224,7 @@ def load_splits(
     if test_fraction is None:
         train, test = (read() for read in readers)
     else:
-        (whole,) = (read() for read in readers)
+        whole = readers[0]()
         try:
             drawn = stratified_fraction(whole.labels, test_fraction, torch.Generator().manual_seed(TEST_SEED))
         except ValueError as error:
@@ -241,14 +241,14 @@ def load_splits(
 
 
 def find_images(
-    name: str, split: str, root: str | Path | None, skip_corrupt: bool, label_column: str | None
+    name: str, split: str, root: str | Path | None, skip_corrupt: bool, label_column: str | None, progress: bool
 ) -> image_sources.Source:
     """The encoded images of a set before they are read; arguments and errors are those of `load_images`."""
     folder = _folder(name, root)
     if folder is None:
-        return image_sources.hugging_face(HUB_NAMES.get(name, name), split, label_column)
+        return image_sources.hugging_face(HUB_NAMES.get(name, name), split, label_column, progress)
     if image_sources.is_hugging_face(folder):
-        return image_sources.hugging_face(folder, split, label_column)
+        return image_sources.hugging_face(folder, split, label_column, progress)
     return image_sources.class_folders(folder, split, IMAGENET100 if name == "imagenet100" else None, skip_corrupt)
 
 
@@ -328,7 +328,7 @@ def _reader(
     if folder is not None and any(folder.glob("cifar-10*-*")):
         pixels, labels, names = _torchvision_cifar(folder, name, split)
         return lambda: ImageSet.of(resized(pixels, image_size), labels, names, statistics)
-    source = find_images(name, split, root, skip_corrupt, label_column)
+    source = find_images(name, split, root, skip_corrupt, label_column, progress)
     if len(source.class_names) > NUM_CLASSES.get(name, len(source.class_names)):
         raise ValueError(
             f"name is {name!r}, and {root} has {len(source.class_names)} classes: {listed(source.class_names)}. Give "

@@ -7,7 +7,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,7 +216,7 @@ def decode(encoded: bytes, where: str, image_size: int | None) -> torch.Tensor:
 
     Raises:
         CorruptImage: the bytes cannot be decoded; `where` names the image.
-        ValueError: it has more than 8 bits per channel.
+        ValueError: it is grey of more than 8 bits, or floating-point, which would be clipped.
     """
     from torchvision.transforms.v2 import functional
 
@@ -283,13 +283,14 @@ def _each(
             bar.update(len(part))
 
 
-def in_threads(function: Callable[[int], T], indices: Sequence[int]) -> Iterable[T]:
+def in_threads(function: Callable[[int], T], indices: Sequence[int]) -> Iterator[T]:
     """`function` of each index, in order, in as many threads as torch uses."""
     threads = torch.get_num_threads()
     if threads == 1:  # a single worker thread would only contend with this one
-        return map(function, indices)
+        yield from map(function, indices)
+        return
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, indices))
+        yield from pool.map(function, indices)
 
 
 def _first_readable(

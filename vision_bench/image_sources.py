@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from result_rows import file_checksum
 from vision_bench.corruptions import check_labels
@@ -48,7 +49,7 @@ class Source(NamedTuple):
     class_names: list[str]
 
 
-def hugging_face(place: str | Path, split: str, label_column: str | None) -> Source:
+def hugging_face(place: str | Path, split: str, label_column: str | None, progress: bool) -> Source:
     """A set of the hub (str), or a folder of parquet files or of `save_to_disk` (Path).
 
     Raises:
@@ -57,7 +58,7 @@ def hugging_face(place: str | Path, split: str, label_column: str | None) -> Sou
     """
     import datasets
 
-    rows, split = _rows(place, split)
+    rows, split = _rows(place, split, progress)
     features = rows.features
     images = [c for c, kind in features.items() if isinstance(kind, datasets.Image)]
     images = images or [c for c in ("image", "img") if c in features]
@@ -185,7 +186,7 @@ def has_class_folders(folder: Path) -> bool:
     return bool(there) and set(there).isdisjoint(ALL_SPLIT_NAMES)
 
 
-def _rows(place: str | Path, split: str) -> tuple[Any, str]:
+def _rows(place: str | Path, split: str, progress: bool) -> tuple[Any, str]:
     """A datasets.Dataset, and the name of its split."""
     import datasets
 
@@ -194,8 +195,9 @@ def _rows(place: str | Path, split: str) -> tuple[Any, str]:
         name, files = _parquet_split(place, wanted)
         # The name of the configuration is a part of the path in the cache, which otherwise follows from the time of
         # change alone: other files with the same time would be taken for these.
-        content = " ".join(in_threads(lambda index: file_checksum(files[index]), range(len(files))))
-        content = hashlib.sha256(content.encode()).hexdigest()[:16]
+        checksums = in_threads(lambda index: file_checksum(files[index]), range(len(files)))
+        bar = tqdm(checksums, desc=f"hashing {place}", total=len(files), unit="file", disable=not progress)
+        content = hashlib.sha256(" ".join(bar).encode()).hexdigest()[:16]
         return datasets.load_dataset("parquet", name=content, data_files=files, split="train"), name
     if isinstance(place, Path):
         splits = datasets.load_from_disk(str(place))

@@ -101,7 +101,7 @@ def load_shifted(
     """
     side = _side(like)
     split = split or ("." if has_class_folders(Path(place)) else "test")
-    source = find_images(str(place), split, None, skip_corrupt, label_column)
+    source = find_images(str(place), split, None, skip_corrupt, label_column, progress)
     labels = _labels_as(source, like, class_map, str(place))
     wanted = (labels >= 0).nonzero().squeeze(1)
     _check_every_class(labels[wanted], like, place, source.class_names)
