@@ -197,7 +197,7 @@ def load_splits(
         name, root: as in `load_images`.
         train_split, test_split: as `split` there.
         test_fraction: in (0, 1): this share of each class of the training split, the same at every call, is the test
-            images instead of `test_split`, and the rest the training images.
+            images instead of `test_split`, and the rest the training images. A set with one split needs no name of it.
         options: further arguments of `load_images`.
 
     Raises:
@@ -217,6 +217,9 @@ def load_splits(
     try:
         readers = [_reader(name, split, root, **options) for split in splits]
     except image_sources.UnknownSplit as error:
+        if test_fraction is not None and train_split == "train" and len(error.splits) == 1:
+            warnings.warn(f"{name} has no split called train; {error.splits[0]}, its only one, is read.", stacklevel=2)
+            return load_splits(name, root, error.splits[0], test_fraction=test_fraction, **options)
         raise ValueError(
             f"{error} train_split and test_split name others, and test_fraction draws the test images from the "
             "training split."

@@ -38,7 +38,11 @@ OTHER_FORMATS = (
 
 
 class UnknownSplit(ValueError):
-    """A data set does not have a split."""
+    """A data set does not have a split, but others."""
+
+    def __init__(self, message: str, splits: Sequence[str]) -> None:
+        super().__init__(message)
+        self.splits = list(splits)
 
 
 class Source(NamedTuple):
@@ -100,7 +104,8 @@ def class_folders(folder: Path, split: str, classes: Sequence[str] | None, skip_
     if split != "." and split not in _folders_in(folder) and has_class_folders(folder):
         raise UnknownSplit(
             f"split is {split!r}; {folder} has the folders {listed(_folders_in(folder))}; if these are classes, the "
-            "split is '.'."
+            "split is '.'.",
+            splits=[],
         )
     place = folder
     if split != ".":
@@ -175,7 +180,7 @@ def one_of(wanted: Sequence[str], there: Sequence[str], words: str) -> str:
     for name in wanted:
         if name in there:
             return name
-    raise UnknownSplit(f"split is {wanted[0]!r}; {words} {listed(there) or 'none'}.")
+    raise UnknownSplit(f"split is {wanted[0]!r}; {words} {listed(there) or 'none'}.", there)
 
 
 def has_class_folders(folder: Path) -> bool:

@@ -108,6 +108,10 @@ def test_a_fraction_of_a_set_with_one_split(tmp_path):
         load_splits(place, test_fraction=0.2, test_split="validation")
     with pytest.raises(ValueError, match=r"test_fraction is 0.01 of 20 images: .* would be left with none"):
         load_splits(place, test_fraction=0.01)
+    make_folder(tmp_path / "one", splits=("val",))
+    with pytest.warns(UserWarning, match="has no split called train; val, its only one, is read"):
+        train, test = load_splits(str(tmp_path / "one"), test_fraction=0.5)
+    assert (train.labels.bincount().tolist(), test.labels.bincount().tolist()) == ([2, 2, 2], [2, 2, 2])
     make_folder(tmp_path / "f", splits=(".",))
     with pytest.raises(ValueError, match=r"the folders cat, dog, emu; if these are classes, the split is '\.'"):
         load_splits(str(tmp_path / "f"), test_fraction=0.25)
