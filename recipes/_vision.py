@@ -41,7 +41,8 @@ class PretrainingArguments:
     data_root: str | None = field(default=None, metadata={"help": "Folder where its files are."})
     train_split: str = field(default="train", metadata={"help": "Name of the split of the training images."})
     test_split: str = field(default="test", metadata={"help": "Of the test images; val or validation if none is."})
-    test_fraction: float | None = field(
+    # The command's test_fraction; the recipes of finetuning have another option of that name.
+    test_from_train: float | None = field(
         default=None, metadata={"help": "Share of the training split that is the test images, of each class."}
     )
     train_fraction: float = field(default=1.0, metadata={"help": "Of the training images, drawn from each class."})
@@ -132,7 +133,7 @@ def load_splits(script: PretrainingArguments) -> tuple[ImageSet, ImageSet]:
             script.data_root,
             script.train_split,
             script.test_split,
-            script.test_fraction,
+            script.test_from_train,
             image_size=script.image_size,
             skip_corrupt=script.skip_corrupt,
             label_column=script.label_column,

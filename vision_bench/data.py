@@ -221,8 +221,8 @@ def load_splits(
             warnings.warn(f"{name} has no split called train; {error.splits[0]}, its only one, is read.", stacklevel=2)
             return load_splits(name, root, error.splits[0], test_fraction=test_fraction, **options)
         raise ValueError(
-            f"{error} train_split and test_split name others, and test_fraction draws the test images from the "
-            "training split."
+            f"{error} train_split and test_split name others, and test_fraction (in recipes test_from_train) draws "
+            "the test images from the training split."
         ) from None
     if test_fraction is None:
         train, test = (read() for read in readers)

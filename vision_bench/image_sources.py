@@ -243,7 +243,7 @@ def _labels(values: Any, where: str) -> torch.Tensor:
         raise ValueError(
             f"{where} has labels from {int(labels.min())} to {int(labels.max())}: {hidden} of {len(labels)} are "
             "-1, which hides the class. Take a split with labels (train_split, test_split: often validation), or draw "
-            "the test images from the training split (test_fraction)."
+            "the test images from the training split (test_fraction, in recipes test_from_train)."
         )
     return labels
 

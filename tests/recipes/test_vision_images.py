@@ -66,6 +66,17 @@ def test_what_is_odd_about_the_images_is_one_line_each(place, tmp_path, capsys):
     ]
 
 
+def test_test_images_of_a_set_with_one_split(place, tmp_path):
+    settings = PretrainingArguments(str(tmp_path), data=place, skip_corrupt=True)
+    with pytest.raises(ValueError, match=r"splits train, dev\..*in recipes test_from_train"):
+        load_splits(settings)
+    settings.test_from_train = 0.2
+    train, test = load_splits(settings)
+    assert len(train) + len(test) == 95
+    counts = (train.labels.bincount() + test.labels.bincount()).tolist()
+    assert test.labels.bincount().tolist() == [round(0.2 * count) for count in counts]
+
+
 def test_wrong_labels_of_held_and_streamed_images_have_one_fingerprint(place, tmp_path):
     settings = {"data": place, "test_split": "dev", "skip_corrupt": True}
     held, streamed = (
