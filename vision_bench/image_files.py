@@ -9,6 +9,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -24,8 +25,8 @@ SHOWN = 10  # names in a message
 TRANSPARENT = ("LA", "PA", "RGBA", "RGBa")  # modes of Pillow
 # What Pillow raises for broken files depends on their format.
 BROKEN = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, struct.error, zlib.error,
-    Image.DecompressionBombError,
+    OSError, RuntimeError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, struct.error,
+    zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
 
@@ -225,7 +226,7 @@ def decode(encoded: bytes, where: str, image_size: int | None) -> torch.Tensor:
         image.load()
         deep = image.mode.startswith(("I", "F"))
         if not deep:
-            ImageOps.exif_transpose(image, in_place=True)
+            _stand_upright(image)
             image = _rgb(image)
     except BROKEN as error:
         raise CorruptImage(
@@ -253,6 +254,12 @@ def listed(names: Sequence[str]) -> str:
     """The first names of a list, in words."""
     more = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _stand_upright(image: Image.Image) -> None:
+    """Turn the image in place by the orientation in its EXIF data."""
+    with suppress(*BROKEN):  # Data that cannot be read tell of no orientation, and the pixels are whole.
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -1,5 +1,6 @@
 """Which files and rows are images of a split, how they are decoded, and what is named or refused."""
 
+import io
 import os
 import warnings
 
@@ -10,6 +11,7 @@ from picture_files import as_tensor, features, make_folder, parquet, pixels, png
 from PIL import Image
 
 from vision_bench.data import load_images
+from vision_bench.image_files import decode
 
 
 def test_a_broken_file_is_named_and_skipped_only_where_asked(tmp_path):
@@ -97,6 +99,33 @@ def test_photographs_stand_upright(tmp_path, memory_limit):
     for place in (tmp_path / "folders", tmp_path):
         images = load_images(str(place), "train", memory_limit=memory_limit).images
         assert torch.equal(images[:], as_tensor(upright).expand(8, -1, -1, -1))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "avif", "tiff", "bmp", "jpeg2000"])
+def test_bytes_of_every_format_that_cannot_be_decoded_are_named(kind):
+    """Whatever Pillow raises for them."""
+    whole = io.BytesIO()
+    Image.fromarray(pixels(1, 24, 32)).save(whole, kind)
+    generator = np.random.default_rng(0)
+    named = decoded = 0
+    for _ in range(60):
+        content = bytearray(whole.getvalue()[: generator.integers(1, len(whole.getvalue()))])
+        for place in generator.integers(0, len(content), 3):
+            content[place] = generator.integers(256)
+        try:
+            assert decode(bytes(content), "the place", 8).shape == (3, 8, 8)
+        except ValueError as error:
+            named += "the place is not a readable image" in str(error) or "the place has mode" in str(error)
+        else:
+            decoded += 1
+    assert named + decoded == 60
+    assert named > 30
+
+
+def test_a_photograph_with_broken_exif_data_is_read_as_it_is(tmp_path):
+    (tmp_path / "train/a").mkdir(parents=True)
+    Image.fromarray(pixels(1)).save(tmp_path / "train/a/0.webp", lossless=True, exif=b"Exif\x00\x00no such data")
+    assert torch.equal(load_images(str(tmp_path), "train").images[0], as_tensor(pixels(1)))
 
 
 def test_transparent_images_are_on_white_and_of_several_frames_the_first_counts(tmp_path):
