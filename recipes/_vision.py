@@ -141,7 +141,8 @@ def load_splits(script: PretrainingArguments) -> tuple[ImageSet, ImageSet]:
             progress=True,
         )
     if script.train_fraction != 1:
-        drawn = stratified_fraction(train.labels, script.train_fraction, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        drawn = stratified_fraction(train.labels, script.train_fraction, generator, train.class_names)
         train = train.subset(drawn)
     return train, test
 

@@ -180,7 +180,8 @@ class _Data:
         self._whole[size] = train.fingerprint
         train, test = (_limited(images, settings.limit) for images in (train, test))
         for rate in self.sweep.few_shots:
-            stratified_fraction(train.labels, rate, torch.Generator().manual_seed(0))  # raises where none is left
+            # Raises where a class is left without images.
+            stratified_fraction(train.labels, rate, torch.Generator().manual_seed(0), train.class_names)
         sets = {"train": train, "clean": test}
         for shift in self.sweep.shifts:
             if shift is not None and shift.folder:
@@ -201,7 +202,8 @@ def _limited(images: ImageSet, limit: int | None) -> ImageSet:
     if limit is None or limit >= len(images):
         return images
     try:
-        drawn = stratified_fraction(images.labels, limit / len(images), torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        drawn = stratified_fraction(images.labels, limit / len(images), generator, images.class_names)
     except ValueError as error:
         raise ValueError(f"limit is {limit} of {len(images)} images: {error}") from None
     return images.subset(drawn)

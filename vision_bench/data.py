@@ -229,7 +229,8 @@ def load_splits(
     else:
         whole = readers[0]()
         try:
-            drawn = stratified_fraction(whole.labels, test_fraction, torch.Generator().manual_seed(TEST_SEED))
+            generator = torch.Generator().manual_seed(TEST_SEED)
+            drawn = stratified_fraction(whole.labels, test_fraction, generator, whole.class_names)
         except ValueError as error:
             raise ValueError(f"test_fraction is {test_fraction} of {len(whole)} images: {error}") from None
         is_train = torch.ones(len(whole), dtype=torch.bool).index_fill(0, drawn, False)
@@ -276,13 +277,16 @@ def warnings_in_one_line() -> Iterator[None]:
         yield
 
 
-def stratified_fraction(labels: torch.Tensor, fraction: float, generator: torch.Generator) -> torch.Tensor:
+def stratified_fraction(
+    labels: torch.Tensor, fraction: float, generator: torch.Generator, class_names: Sequence[str] | None = None
+) -> torch.Tensor:
     """Indices of a share of the samples, drawn without replacement from each class: round(fraction * n_c) of n_c.
 
     Args:
         labels: (n,) of an integer dtype, at least 0.
         fraction: in (0, 1]; 1 takes every sample.
         generator: of the draw.
+        class_names: for the error, by default the labels.
 
     Returns:
         (m,) int64, ascending, on the device of `labels`.
@@ -299,8 +303,9 @@ def stratified_fraction(labels: torch.Tensor, fraction: float, generator: torch.
     for index, count in enumerate(torch.bincount(labels).tolist()):
         wanted = round(fraction * count)
         if count and not wanted:
+            name = index if class_names is None else class_names[index]
             raise ValueError(
-                f"fraction is {fraction}: class {index} has {count} samples and would be left with none; take "
+                f"fraction is {fraction}: class {name} has {count} samples and would be left with none; take "
                 f"at least {1 / count:.3g}."
             )
         chosen.append(order[labels[order] == index][:wanted])

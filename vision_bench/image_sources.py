@@ -23,6 +23,7 @@ from vision_bench.image_files import EncodedImages, ImageFiles, ImageRows, in_th
 # What a split is called elsewhere, in the order of preference.
 SPLIT_NAMES = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid")}
 ALL_SPLIT_NAMES = [name for names in SPLIT_NAMES.values() for name in names]
+MOST_CLASSES = 1_000_000  # of labels without names
 LABEL_COLUMNS = ("label", "fine_label", "labels")
 # Files of a split: SPLIT-00000-of-00004.parquet, also with a hash; in a folder of its name 0000 or part-0-ab.parquet.
 SHARD = re.compile(r"(?P<split>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})(-[0-9a-f]+)?")
@@ -77,8 +78,13 @@ def hugging_face(place: str | Path, split: str, label_column: str | None, progre
     labels = _labels(rows[label][:], f"column {label!r} of {place} (split {split})")
     if isinstance(features[label], datasets.ClassLabel):
         class_names = list(features[label].names)
-    else:
+    elif int(labels.max()) < MOST_CLASSES:
         class_names = [str(index) for index in range(int(labels.max()) + 1)]
+    else:
+        raise ValueError(
+            f"column {label!r} of {place} has values up to {int(labels.max())}, which are no numbers of classes "
+            f"(below {MOST_CLASSES}); number them with class_encode_column of datasets."
+        )
     rows = rows.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
     check_labels(labels, len(class_names))
     return Source(ImageRows(f"{place} ({split})", images[0], rows), labels, class_names)
