@@ -52,6 +52,27 @@ def test_new_labels_are_uniform_over_the_other_classes_and_samples_over_position
     assert abs(int(halves[0] - halves[1])) < 5 * (n / 4) ** 0.5
 
 
+def test_classes_without_samples_are_never_drawn_and_the_others_alike():
+    """As of a set that was filtered to 10 of 1,000 classes."""
+    classes = torch.arange(10) * 100 + 7
+    labels = classes[torch.arange(30_000) % 10]
+    noisy = flip_labels(labels, 0.4, 1000, seeded())
+    flipped = noisy != labels
+    assert int(flipped.sum()) == 12_000
+    assert torch.equal(noisy.unique(), classes)
+    counts = torch.bincount(noisy[flipped], minlength=1000)[classes]
+    assert bool(((counts - 1200).abs() < 5 * 1200**0.5).all())
+
+
+def test_where_every_class_has_samples_the_noise_of_a_seed_is_the_offset_that_it_draws():
+    labels = torch.arange(100) % 7
+    generator = seeded(3)
+    chosen = torch.randperm(100, generator=generator)[:40]
+    expected = labels.clone()
+    expected[chosen] = (labels[chosen] + torch.randint(1, 7, (40,), generator=generator)) % 7
+    assert torch.equal(flip_labels(labels, 0.4, 7, seeded(3)), expected)
+
+
 def test_another_seed_gives_other_noise():
     labels = torch.arange(1000) % 10
     assert not torch.equal(flip_labels(labels, 0.3, 10, seeded(0)), flip_labels(labels, 0.3, 10, seeded(1)))
