@@ -161,6 +161,8 @@ class _Data:
             return " (the training images here)"
         if self._whole[size] in frozen.pretrained:
             return " (all training images, of which those here are a part)"
+        if re.search(rf"{zoo.FINGERPRINT} [0-9a-f]{{16}}$", frozen.pretrained):
+            return " (of an earlier version, so that they may be the training images here)"
         # A part of the set, or the same images at another size, has a fingerprint of its own.
         return " (not the training images here, but some images may be in both)"
 

@@ -43,7 +43,9 @@ STATISTICS: dict[str, tuple[Statistics, Statistics]] = {
 }
 HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100}  # at most
-FORMAT = 1  # of what a fingerprint is made of and of how images are decoded; a change gives other fingerprints
+# Of what a fingerprint is made and how images are decoded, and the beginning of every fingerprint; those of version 1
+# have none, and were made of 256 images of a streamed set.
+FINGERPRINT_VERSION = "2-"
 TEST_SEED = 0  # of the images that test_fraction draws
 DIGITS_TRAIN = 1437  # of 1,797: the last 360 are by other writers than most of the first
 
@@ -112,15 +114,15 @@ class ImageSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that follow from every image, the size, the labels and the names of the classes.
+        """`FINGERPRINT_VERSION` and 16 hexadecimal digits: of every image, the size, labels and names of classes.
 
         Held and streamed images of the same files have the same one.
         """
-        about = (FORMAT, tuple(self.images.shape), self.class_names)
+        about = (tuple(self.images.shape), self.class_names)
         content = hashlib.blake2b(repr(about).encode(), digest_size=8)
         for values in (self.labels, self.digests):
             content.update(values.cpu().contiguous().numpy().data)
-        return content.hexdigest()
+        return FINGERPRINT_VERSION + content.hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)

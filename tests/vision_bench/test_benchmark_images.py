@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vision_bench import models
 from vision_bench.__main__ import main
 from vision_bench.data import load_images
 
@@ -104,3 +105,12 @@ def test_a_file_that_cannot_be_decoded(tmp_path, capsys):
         run(tmp_path / "a", "--dataset", str(folder))
     assert run(tmp_path / "a", "--dataset", str(folder), "--skip_corrupt")
     assert f"Warning: 1 of 8 images cannot be decoded and are left out: {broken}" in capsys.readouterr().err
+
+
+def test_the_images_of_a_checkpoint_of_an_earlier_version_are_unknown(tmp_path):
+    """Its fingerprint cannot be that of the images here, even if it was trained on them."""
+    model = models.ContrastiveModel(models.ModelConfig("small_conv", projector_hidden=8, projector_out=4))
+    models.save(tmp_path / "old/model.safetensors", model, {"data": "0123456789abcdef"})
+    main([str(tmp_path / "old"), *QUICK[2:], "--limit", "200", "--corruptions", "--output_dir", str(tmp_path / "run")])
+    text = (tmp_path / "run/results.md").read_text()
+    assert "0123456789abcdef (of an earlier version, so that they may be the training images here)" in text
