@@ -1,0 +1,140 @@
+"""What a module computes, as text that can be hashed beside its weights.
+
+The weights do not say which function they belong to: one set of them gives other features with token pooling than with
+average pooling, and the difference is an attribute. Therefore every submodule is described by its class, the code of
+that class, its hooks and all its attributes, whatever their names. What is unknown is described rather than left out:
+a difference that does not matter costs one pass over the images, one that is overlooked gives wrong numbers.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import sys
+import types
+from collections.abc import Callable, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vision_bench import storage
+
+# Of torch itself, with the mode; and where timm says what weights come from, which zoo and the sets of images use.
+_NOT_COMPUTED = {*vars(nn.Module()), "_compiled_call_impl", "pretrained_cfg", "default_cfg"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
+
+def description(model: nn.Module) -> str:
+    """A text that is equal for two modules if they are of equal classes, code, attributes, hooks and submodules.
+
+    The mode, the device and the tensors that are parameters or buffers do not enter, nor do attributes named `..._cache`,
+    which forward passes fill.
+    """
+    names = {id(part): name for name, part in model.named_modules()}
+    return repr([(name, _Description(names).of_module(part)) for name, part in model.named_modules()])
+
+
+class _Description:
+    """Nested tuples that say what an attribute is; `names` are those of the submodules by their id."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        self.names = names
+        self.path: list[int] = []  # ids of the objects that are being described, because objects may hold each other
+
+    def of_module(self, module: nn.Module) -> Any:
+        attributes = {name: value for name, value in vars(module).items() if name not in _NOT_COMPUTED}
+        hooks = [list(vars(module)[name].values()) for name in _HOOKS]
+        return self._class(type(module)), self._attributes(attributes), self.of(hooks)
+
+    def of(self, value: Any) -> Any:
+        """Of any object."""
+        if value is None or isinstance(value, (bool, int, float, complex, str, bytes, range, torch.dtype)):
+            return type(value).__name__, repr(value)
+        if id(value) in self.path:
+            return "within itself", len(self.path) - self.path.index(id(value))
+        self.path.append(id(value))
+        try:
+            return type(value).__qualname__, self._contents(value)
+        finally:
+            self.path.pop()
+
+    def _contents(self, value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            if id(value) in self.names:
+                return self.names[id(value)]
+            tensors = dict(value.named_parameters()) | dict(value.named_buffers())
+            return description(value), storage.fingerprint(tensors)
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            return storage.fingerprint({"": torch.as_tensor(value)})
+        if isinstance(value, torch.device):  # a model is the same on each
+            return ""
+        if isinstance(value, (torch.fx.Graph, torch.Graph)):
+            return str(value)
+        if isinstance(value, Mapping):
+            return sorted((repr(self.of(key)), self.of(element)) for key, element in value.items())
+        if isinstance(value, Set):
+            return sorted(repr(self.of(element)) for element in value)
+        if isinstance(value, (list, tuple)):
+            return [self.of(element) for element in value]
+        if isinstance(value, functools.partial):
+            return self.of(value.func), self.of(value.args), self.of(value.keywords)
+        if isinstance(value, enum.Enum):
+            return value.name
+        if isinstance(value, type):
+            return self._class(value)
+        if isinstance(value, types.MethodType):
+            return self._function(value.__func__), self.of(value.__self__)
+        if callable(value) and hasattr(value, "__qualname__"):
+            return self._function(value)
+        slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
+        attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+        return self._class(type(value)), self._attributes(attributes | getattr(value, "__dict__", {}))
+
+    def _attributes(self, attributes: Mapping[str, Any]) -> Any:
+        return [(name, self.of(attributes[name])) for name in sorted(attributes) if not name.endswith("_cache")]
+
+    def _class(self, cls: type) -> Any:
+        return [(base.__module__, base.__qualname__, _code(base)) for base in cls.__mro__]
+
+    def _function(self, function: Callable[..., Any]) -> Any:
+        name = getattr(function, "__module__", None), function.__qualname__, _code(function)
+        if not isinstance(function, types.FunctionType) or not (function.__closure__ or "<" in function.__qualname__):
+            return name  # there is one of that name
+        cells = [getattr(cell, "cell_contents", None) for cell in function.__closure__ or ()]
+        values = self.of([function.__defaults__, function.__kwdefaults__, cells])
+        return name, _bytecode(function.__code__), values
+
+
+def _code(code: Any) -> str:
+    """What the code of a class or function is: the version of its package, or for want of one the whole file."""
+    package = (code.__module__ or "builtins").partition(".")[0]
+    if package == "torch" or package in sys.stdlib_module_names:
+        return ""  # computes the same in every version
+    module = sys.modules.get(code.__module__)
+    version = getattr(sys.modules.get(package), "__version__", None)
+    if version is not None:
+        return str(version)
+    path = getattr(module, "__file__", None)
+    if path is not None:
+        return _file_digest(path)
+    functions = [part for part in vars(code).values() if isinstance(part, types.FunctionType)]  # of a notebook
+    return repr([_bytecode(function.__code__) for function in functions])
+
+
+@functools.cache
+def _file_digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _bytecode(code: types.CodeType) -> Any:
+    constants = [
+        _bytecode(part) if isinstance(part, types.CodeType)
+        else sorted(map(repr, part)) if isinstance(part, frozenset)  # whose order is not the same in every process
+        else repr(part)
+        for part in code.co_consts
+    ]  # fmt: skip
+    return code.co_code.hex(), constants, code.co_names
