@@ -178,9 +178,7 @@ def draw(script: SeparabilityArguments, folder: Path) -> None:
             title = f"S = {sparsity:g}"
             row.append(dict(title=title, label=label, levels=levels, **scores._asdict(), crossing=level))
         panels.append(row)
-    figure = figures.separability_curves(panels)
-    for suffix in ("png", "pdf"):
-        figure.savefig(folder / f"criterion.{suffix}", dpi=300)
+    figures.save(folder / "criterion", figures.separability_curves(panels))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -208,8 +208,8 @@ def draw(run: Run, script: SuperpositionArguments) -> None:
         gains[f"{noise} noise {level:g}"] = np.array([[one.mean for one in row] for row in table])
         widths[f"{noise} noise {level:g}"] = np.array([[one.half_width or np.nan for one in row] for row in table])
     drawings["phase"] = figures.phase_diagram(gains, widths, script.sample_sizes, script.sparsities)
-    for (name, figure), suffix in itertools.product(drawings.items(), ("png", "pdf")):
-        figure.savefig(run.folder / f"{name}.{suffix}", dpi=300)
+    for name, figure in drawings.items():
+        figures.save(run.folder / name, figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
