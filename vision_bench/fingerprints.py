@@ -23,16 +23,18 @@ from torch import nn
 
 from vision_bench import storage
 
-# Of torch itself, with the mode; and where timm says what weights come from, which zoo and the sets of images use.
-_NOT_COMPUTED = {*vars(nn.Module()), "_compiled_call_impl", "pretrained_cfg", "default_cfg"}
+# Of torch itself, and where timm notes what it was asked for and what the weights come from. All that timm makes of its
+# arguments is in other attributes, so that weights in a folder and in a file alone are one model.
+_RECORDS = {"_model_args", "pretrained_model_args", "pretrained_cfg", "default_cfg"}
+_NOT_COMPUTED = {*vars(nn.Module()), "_compiled_call_impl"} | _RECORDS
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def description(model: nn.Module) -> str:
     """A text that is equal for two modules if they are of equal classes, code, attributes, hooks and submodules.
 
-    The mode, the device and the tensors that are parameters or buffers do not enter, nor do attributes named `..._cache`,
-    which forward passes fill.
+    The mode, the device and the tensors that are parameters or buffers do not enter, nor do attributes named
+    `..._cache`, which forward passes fill.
     """
     names = {id(part): name for name, part in model.named_modules()}
     return repr([(name, _Description(names).of_module(part)) for name, part in model.named_modules()])
