@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from _finetuning import FinetuningArguments, curves, levels, measure, start, tables
-from _run import Run
+from _run import Run, run_as_program
 from _vision import finish
 
 from vision_bench import figures
@@ -78,4 +78,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

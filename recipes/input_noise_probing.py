@@ -34,7 +34,7 @@ from _probes import (
     measured_header,
     notes,
 )
-from _run import Run, markdown_table
+from _run import Run, markdown_table, run_as_program
 from _shifted import Trial, measure
 from _vision import finish, start
 
@@ -156,4 +156,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

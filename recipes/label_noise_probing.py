@@ -33,7 +33,7 @@ from _probes import (
     measured_header,
     notes,
 )
-from _run import Run, device_name, markdown_table
+from _run import Run, device_name, markdown_table, run_as_program
 from _vision import SPLITS, finish, highest_with_signal, start
 from accelerate import Accelerator
 
@@ -188,4 +188,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

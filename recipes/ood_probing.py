@@ -51,7 +51,7 @@ from _probes import (
     measured_header,
     notes,
 )
-from _run import Interval, Run, interval, markdown_table
+from _run import Interval, Run, interval, markdown_table, run_as_program
 from _settings import parse
 from _shifted import Trial, measure
 from _vision import SPLITS, finish, load_splits, results_config, start_accelerator
@@ -270,4 +270,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from _run import Run, device_name, interval, markdown_table
+from _run import Run, device_name, interval, markdown_table, run_as_program
 from _settings import parse
 from _vision import (
     METHODS,
@@ -86,9 +86,9 @@ def main(arguments: list[str] | None = None) -> None:
             for metric, value in ({name: log[-1][name] for name in LOGGED} | found).items():
                 if not run.find(metric, **arm):
                     n = len(train.labels if "validation" not in metric and metric in LOGGED else validation.labels)
-                    run.add(metric, float(value), n=n, seconds=seconds, device=device_name(), **arm)
+                    run.add(metric, value, n=n, seconds=seconds, device=device_name(), **arm)
     finish(accelerator, run, lambda: report(run, script))
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

@@ -40,7 +40,7 @@ from _probes import (
     measured_header,
     notes,
 )
-from _run import Interval, Run, device_name, markdown_table, paired_difference
+from _run import Interval, Run, device_name, markdown_table, paired_difference, run_as_program
 from _vision import SPLITS, finish, highest_with_signal, start
 from accelerate import Accelerator
 
@@ -215,4 +215,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

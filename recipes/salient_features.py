@@ -41,7 +41,7 @@ from _noisy_probe import (
     predictions,
     where_there_is_one,
 )
-from _run import Run, device_name, markdown_table
+from _run import Run, device_name, markdown_table, run_as_program
 from _vision import SPLITS, finish, start
 from accelerate import Accelerator
 
@@ -263,4 +263,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

@@ -37,7 +37,7 @@ from _noisy_probe import (
     predictions,
     where_there_is_one,
 )
-from _run import Run, device_name, interval, markdown_table
+from _run import Run, device_name, interval, markdown_table, run_as_program
 from _vision import SPLITS, finish, start
 from accelerate import Accelerator
 from scipy.stats import spearmanr
@@ -230,4 +230,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

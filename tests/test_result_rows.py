@@ -134,7 +134,8 @@ def test_many_rows_cost_one_write_of_their_own_size(tmp_path, monkeypatch):
         result_rows.LineAppender, "append", lambda self, rows: (written.append(len(rows)), real_write(self, rows))
     )
     run = Run(tmp_path, "recipe", {"rate": 0.1})
-    run.bind()
+    run.add("m", 0, n=1, seed=None, seconds=0, device="cpu")
+    written.clear()
     monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(descriptor), real_sync(descriptor)))
     path = tmp_path / "results.jsonl"
     inode = path.stat().st_ino
@@ -223,11 +224,10 @@ def test_rows_that_another_process_adds_before_the_folder_is_bound_are_kept(tmp_
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_is_an_error_of_the_system_and_keeps_the_rows_before(tmp_path):
+def test_a_full_disk_is_an_error_of_the_system_and_keeps_the_rows_before(tmp_path, monkeypatch):
     run = Run(tmp_path, "recipe", {})
     add(run, 0.1)
-    run._appender.close()
-    run._appender._file = open("/dev/full", "ab")  # noqa: SIM115
+    monkeypatch.setattr(run._appender, "_file", open("/dev/full", "ab"))  # noqa: SIM115
     with pytest.raises(OSError, match="No space left"):
         add(run, 0.2)
     assert [row["value"] for row in read_rows(tmp_path / "results.jsonl")] == [0.1]
@@ -286,6 +286,9 @@ def test_intervals():
     assert found.mean == 3.5
     assert math.isclose(found.half_width, (high - low) / 2)
     assert interval([2.0]) == Interval(2.0, None, 1)
+    assert interval([2.0, None, 4.0]) == interval([2.0, 4.0])
+    assert interval([None, 2.0]) == Interval(2.0, None, 1)
+    assert interval([None, None]).text() == "-"
     assert interval([0.5, 0.5]).half_width == 0
     with pytest.raises(ValueError, match="at least one value"):
         interval([])
