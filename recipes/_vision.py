@@ -163,6 +163,7 @@ def start(
     script.check(splits["train"], splits["test"])
     accelerator = start_accelerator(script, recipe)
     run = Run(script.output_dir, recipe, results_config(script), is_main=accelerator.is_main_process)
+    run.bind()
     return script, splits, accelerator, run
 
 

@@ -25,7 +25,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from result_rows import CONFIG, Run, device_name
+from result_rows import CONFIG, DIVERGED, Run, device_name
 from vision_bench import features, models, sae, zoo
 from vision_bench.corruption_sweep import Sweep, parse
 from vision_bench.corruptions import flip_labels
@@ -210,11 +210,14 @@ def run(settings: Settings) -> tuple[list[Subject], list[dict[str, Any]]]:
     main = accelerator.is_main_process
     results = _begin(settings, main)
     data = _Data(settings, sweep, main)
-    subjects = [
+    checked = [
         _check(name, random, settings, sweep, data, accelerator.device)
         for random, names in ((False, settings.models), (True, settings.random_init))
         for name in names
     ]
+    subjects = [subject for subject, _ in checked]
+    to_extract = {subject.id: frozen for subject, frozen in checked if frozen is not None}
+    del checked  # a model is not held longer than until its features are computed
     by_id: dict[str, Subject] = {}
     for subject in subjects:
         if by_id.setdefault(subject.id, subject) is not subject:
@@ -227,21 +230,28 @@ def run(settings: Settings) -> tuple[list[Subject], list[dict[str, Any]]]:
                 f"{subject.label}: {subject.layer} at {subject.image_size[0]} x {subject.image_size[1]} pixels, "
                 f"pretrained: {subject.pretrained}"
             )
+    units = []
     for subject in subjects:
-        _extract(subject, settings, sweep, data)
-
-    units = [
-        (subject, kind)
-        for subject, kind in itertools.product(subjects, settings.features)
-        if not _complete(results.rows, subject, kind, settings, sweep)
-    ]
+        kinds = [kind for kind in settings.features if not _complete(results.rows, subject, kind, settings, sweep)]
+        if not kinds:
+            continue
+        try:
+            if subject.id in to_extract:
+                _extract(subject, to_extract.pop(subject.id), settings, sweep, data)
+            units += [(subject, kind) for kind in kinds]
+        except FloatingPointError as error:
+            diverged = [_diverged(results, subject, kind, str(error), accelerator.device) for kind in kinds]
+            results.add_rows(diverged)
     processes = accelerator.num_processes
     for first in tqdm(range(0, len(units), processes), desc="kinds of features", disable=not main or not units):
         made: list[dict[str, Any]] = []
         if first + accelerator.process_index < len(units):
             subject, kind = units[first + accelerator.process_index]
-            made = _measure(results, subject, kind, settings, sweep, accelerator.device, main)
-        results.replace([*results.rows, *gather_object(made)])
+            try:
+                made = _measure(results, subject, kind, settings, sweep, accelerator.device, main)
+            except (FloatingPointError, sae.NoVariance) as error:
+                made = [_diverged(results, subject, kind, str(error), accelerator.device)]
+        results.add_rows(gather_object(made))
     return subjects, results.rows
 
 
@@ -257,34 +267,44 @@ def _begin(settings: Settings, is_main: bool) -> Run:
     return results
 
 
-def _check(name: str, random: bool, settings: Settings, sweep: Sweep, data: _Data, device: torch.device) -> Subject:
-    """A model that gives features of one size for the images, or an error."""
+def _check(
+    name: str, random: bool, settings: Settings, sweep: Sweep, data: _Data, device: torch.device
+) -> tuple[Subject, zoo.Frozen | None]:
+    """A model that gives features of one size for the images, or an error.
+
+    Where the cache lacks features, the model stays in memory: read again later, its file could have become another.
+    """
     frozen = zoo.load(name, random)
+    checkpoint = models.fingerprint(frozen.model)
     layer = settings.layer or models.layers(frozen.model)[-1]
     if layer not in models.layers(frozen.model):
         raise ValueError(f"layer is {layer!r}; {frozen.name} has {', '.join(models.layers(frozen.model))}.")
     sets = _sets(frozen, settings, data)
     cache = Path(settings.cache_dir or Path(settings.output_dir) / "cache")
     found = {
-        test: _features(cache, frozen, layer, sets[of], test if test == "train" else f"test, {test}", noise)
+        test: _features(
+            cache, frozen, checkpoint, layer, sets[of], test if test == "train" else f"test, {test}", noise
+        )
         for test, of, noise in _passes(sweep)
     }
     train = found["train"]
-    if any(features.missing(one.folder, one.source) for one in found.values()):
+    is_missing = any(features.missing(one.folder, one.source) for one in found.values())
+    if is_missing:
         width = _check_features(frozen, layer, sets, device)
     else:
         width = next(features.shards(train.folder, layer, train.source)).shape[1]
-    if settings.sae_k is not None and settings.sae_k > width and "sae" in settings.features:
+    if settings.sae_k is not None and width is not None and settings.sae_k > width and "sae" in settings.features:
         raise ValueError(
             f"sae_k is {settings.sae_k}; {frozen.name} has {width} features, and it must not exceed them."
         )
     del found["train"]
     height, width = sets["train"].images.shape[2:]
     pretrained = frozen.pretrained + data.overlap(frozen)
-    return Subject(
+    subject = Subject(
         frozen.name, random, pretrained, layer, (height, width), train, found, sets["train"].num_classes,
         _digest([asdict(one.source) for one in (train, *found.values())]),
     )  # fmt: skip
+    return subject, frozen if is_missing else None
 
 
 def _passes(sweep: Sweep) -> list[tuple[str, str, features.InputNoise | None]]:
@@ -305,9 +325,15 @@ def _sets(frozen: zoo.Frozen, settings: Settings, data: _Data) -> dict[str, Imag
 
 
 def _features(
-    cache: Path, frozen: zoo.Frozen, layer: str, images: ImageSet, split: str, noise: features.InputNoise | None
+    cache: Path,
+    frozen: zoo.Frozen,
+    checkpoint: str,
+    layer: str,
+    images: ImageSet,
+    split: str,
+    noise: features.InputNoise | None,
 ) -> Features:
-    of = features.source(frozen.model, images, split, [layer], noise=noise)
+    of = features.source(frozen.model, images, split, [layer], noise=noise, checkpoint=checkpoint)
     words = re.sub(r"[^\w.]+", "_", f"{Path(frozen.name).name}-{split}".replace("-", "_"))
     return Features(cache / f"{words[-60:]}-{_digest(asdict(of))}", of, images.labels)
 
@@ -317,31 +343,35 @@ def _digest(of: Any) -> str:
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _check_features(frozen: zoo.Frozen, layer: str, sets: dict[str, ImageSet], device: torch.device) -> int:
-    """The d of features (n, d). Raises ValueError if those of some images are not so, or d is not one for all."""
+def _check_features(frozen: zoo.Frozen, layer: str, sets: dict[str, ImageSet], device: torch.device) -> int | None:
+    """The d of features (n, d), None if none are finite, which `_extract` reports.
+
+    Raises:
+        ValueError: those of some images are not (n, d), or d is not one for all.
+    """
     widths = {}
     frozen.model.to(device)
     for name, images in sets.items():
         try:
             few = images.images[: min(3, len(images))]
             made = features.embed(frozen.model, few, images.mean, images.std, [layer], batch_size=2)
+        except FloatingPointError:
+            continue
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{frozen.name} gives no features of {name} images of {' x '.join(map(str, images.images.shape[2:]))} "
                 f"pixels: {error} (--image_size sets the pixels.)"
             ) from None
         widths[name] = made[layer].shape[1]
+    frozen.model.to("cpu")  # until its features are computed
     if len(set(widths.values())) > 1:
         raise ValueError(f"{frozen.name} gives features of different sizes: {widths}; they must be of one.")
-    return widths["train"]
+    return next(iter(widths.values()), None)
 
 
-def _extract(subject: Subject, settings: Settings, sweep: Sweep, data: _Data) -> None:
-    """Compute the features that the cache lacks, which takes the model only if there are any."""
+def _extract(subject: Subject, frozen: zoo.Frozen, settings: Settings, sweep: Sweep, data: _Data) -> None:
+    """Compute the features that the cache lacks. Raises FloatingPointError in every process if some are not finite."""
     wanted = {"train": subject.train, **subject.tests}
-    if not any(features.missing(one.folder, one.source) for one in wanted.values()):
-        return
-    frozen = zoo.load(subject.name, subject.random)
     sets = _sets(frozen, settings, data)
     for name, of, noise in _passes(sweep):
         one = wanted[name]
@@ -354,12 +384,35 @@ def _extract(subject: Subject, settings: Settings, sweep: Sweep, data: _Data) ->
             batch_size=settings.batch_size,
             progress=True,
             noise=noise,
+            checkpoint=one.source.checkpoint,
         )
+    frozen.model.to("cpu")
+
+
+def _diverged(results: Run, subject: Subject, kind: str, reason: str, device: torch.device) -> dict[str, Any]:
+    """The row that marks a kind of features of a model of which nothing can be measured."""
+    return results.row(
+        DIVERGED,
+        1.0,
+        n=len(subject.train.labels),
+        seed=None,
+        seconds=0.0,
+        device=device_name(device),
+        model=subject.name,
+        pretrained=subject.pretrained,
+        random_init=subject.random,
+        layer=subject.layer,
+        features=kind,
+        features_id=subject.id,
+        reason=reason,
+    )
 
 
 def _complete(done: list[dict[str, Any]], subject: Subject, kind: str, settings: Settings, sweep: Sweep) -> bool:
     """Whether there is every row of a kind of features of a model; they are written together."""
     there = [row for row in done if row["config"]["features_id"] == subject.id and row["config"]["features"] == kind]
+    if any(row["metric"] == DIVERGED for row in there):
+        return True
     tests = len(sweep.tests())
     probes = len(sweep.label_noise) * len(sweep.few_shots) * len(settings.seeds)
     return len(there) == tests * (probes + len(MEASURED)) + (len(sae.QUALITY) if kind == "sae" else 0)
@@ -418,6 +471,8 @@ def _autoencoder(
 ) -> sae.TopKAutoencoder:
     """Trained on the L2-normalised training features, without labels; continued or taken from the cache."""
     directions = F.normalize(raw[raw.any(dim=1)])  # a row of zeros has none
+    if not len(directions):
+        raise sae.NoVariance("all training features are 0")
     of = subject.train.folder
     k = settings.sae_k or max(1, round(raw.shape[1] / 8))
     return sae.fit(
