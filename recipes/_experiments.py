@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from _features import FEATURES
 from _probes import ACCURACY, ARMS, gain
-from _run import Run
+from _run import DIVERGED, Run
 
 from vision_bench import figures
 from vision_bench.metrics import MEASURED
@@ -74,7 +74,7 @@ class Experiment:
         """What a stopped run lacks, or None."""
         lacking = []
         for metric, arm, seeds in self.needs(run.config):
-            found = {row["seed"] for row in run.find(metric, **arm)}
+            found = {row["seed"] for of in (metric, DIVERGED) for row in run.find(of, **arm)}
             # what does not depend on a seed has None instead
             lacking += [(metric, arm | {"seed": seed}) for seed in seeds if not found & {seed, None}]
         if not lacking:

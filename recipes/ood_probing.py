@@ -263,6 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     shifts = load_shifts(script, train, test)
     accelerator = start_accelerator(script, "ood_probing")
     run = Run(script.output_dir, "ood_probing", config(script, shifts), is_main=accelerator.is_main_process)
+    run.bind()
     splits = dict(zip(SPLITS, (train, test), strict=True))
     for seed, seeds in script.models_of().items():
         measure(run, script, seed, splits, accelerator, trials(shifts, test, seeds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
@@ -23,7 +24,25 @@ SUFFIXES = ("png", "pdf")
 # Okabe and Ito's colour-blind safe palette; black and white prints tell the arms apart by line style or hatch.
 COLOURS = {"mono": "#0072B2", "poly": "#D55E00"}
 LINES = {"mono": "-", "poly": "--"}
-_FEATURES = {  # features of vision models: colour, line, hatch
+_LINE_STYLES = ("-.", "-", "--", ":")
+
+
+class _Styles(dict[str, tuple[Any, ...]]):
+    """By the name of an arm its colour and what else tells it apart; a name not listed gets a colour of its own."""
+
+    def __init__(self, listed: Mapping[str, tuple[Any, ...]], *others: Sequence[Any]) -> None:
+        super().__init__(listed)
+        self.others = others  # values of what follows the colour, for names not listed
+
+    def __missing__(self, arm: str) -> tuple[Any, ...]:
+        place = len(self)
+        hue = 0.618034 * place % 1  # the golden ratio keeps any number of hues apart
+        self[arm] = colorsys.hsv_to_rgb(hue, 0.8, 0.6), *(values[place % len(values)] for values in self.others)
+        return self[arm]
+
+
+_FEATURES = _Styles({  # features of vision models: colour, line, hatch
+    "mono": (COLOURS["mono"], "-", ""),
     "poly": ("#D55E00", "--", "////"),
     "sae": ("#009E73", "-", ""),
     "ncl": ("#0072B2", "-", ""),
@@ -31,8 +50,8 @@ _FEATURES = {  # features of vision models: colour, line, hatch
     "poly_unit": ("#000000", (0, (1, 1)), "----"),
     "random_relu": ("#CC79A7", "-.", "\\\\\\\\"),
     "random_mask": ("#999999", (0, (4, 1, 1, 1, 1, 1)), "xxxx"),
-}
-_FINETUNED = {  # arms of finetuning: colour, line
+}, _LINE_STYLES, ("++++", "oooo", "****"))  # fmt: skip
+_FINETUNED = _Styles({  # arms of finetuning: colour, line
     "ce": (COLOURS["poly"], "--"),
     "nce": (COLOURS["mono"], "-"),
     "ce+weight_decay": ("#E69F00", ":"),
@@ -40,7 +59,7 @@ _FINETUNED = {  # arms of finetuning: colour, line
     "ce+early_stopping": ("#CC79A7", "-."),
     "lora": ("#999999", (0, (4, 1, 1, 1, 1, 1))),
     "monolora": ("#009E73", "-"),
-}
+}, _LINE_STYLES)  # fmt: skip
 _STYLE: dict[Any, Any] = {"font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.2}
 
 
@@ -115,10 +134,9 @@ def accuracy_bars(conditions: Mapping[str, Mapping[str, tuple[float, float]]]) -
     places = np.arange(len(conditions))
     names = list(next(iter(conditions.values())))
     width = 0.8 / len(names)
-    styles = {"mono": (COLOURS["mono"], "-", "")} | _FEATURES
     for i, arm in enumerate(names):
         means, errors = zip(*(arms[arm] for arms in conditions.values()), strict=True)
-        colour, _, hatch = styles[arm]
+        colour, _, hatch = _FEATURES[arm]
         ax.bar(
             places + (i - (len(names) - 1) / 2) * width,
             means,
@@ -197,17 +215,19 @@ def finetuning_curves(
     label: str,
     logarithmic: bool = False,
     published: Mapping[float | None, float] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> Figure:
     """Curves of the arms of finetuning with bands of their 95 % intervals, panels above each other (Fig. 3).
 
     Args:
         levels: (n,), what the horizontal axis shows: epochs, training images, wrong labels.
         panels: by the name of the vertical axis, mean (n,) and half-width (n,) of each arm. A panel without the arm
-            "ce" is of differences from it and has a line at 0.
+            "ce" is of differences from it and has a line at 0. NaN leaves a gap.
         label: of the horizontal axis.
         logarithmic: whether that axis is, with a tick at every level.
         published: the paper's largest differences, in the panels of differences, by level: a hollow marker, or a thin
             line under None, where the paper does not say at which level.
+        notes: what the legend says behind the names of arms, such as "diverged".
     """
     figure, axes = _figure(len(panels), 1, height=1.45 * len(panels) + 0.5, sharex=True)
     for ax, (name, arms) in zip(axes.flat, panels.items(), strict=True):
@@ -216,7 +236,8 @@ def finetuning_curves(
             style: dict[str, Any] = {"linestyle": line, "markersize": 2, "color": colour}
             style["marker"] = "o" if len(levels) < 20 else ""
             # Bands of the controls are fainter: five of them hide each other.
-            _curve(ax, levels, *found, band=0.07 if "+" in arm else 0.2, label=arm.replace("_", " "), **style)
+            name_and_note = ", ".join(filter(None, [arm.replace("_", " "), (notes or {}).get(arm)]))
+            _curve(ax, levels, *found, band=0.07 if "+" in arm else 0.2, label=name_and_note, **style)
         ax.set_ylabel(name)
         if "ce" in arms:
             ax.set_ylim(max(-1, ax.get_ylim()[0]), min(101, ax.get_ylim()[1]))  # a share, whatever its interval
@@ -373,7 +394,7 @@ def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]], bins: 
     return figure
 
 
-_KINDS = {"raw": ("#D55E00", "o"), "relu": ("#0072B2", "s"), "sae": ("#009E73", "^")}  # colour, marker
+_KINDS = _Styles({"raw": ("#D55E00", "o"), "relu": ("#0072B2", "s"), "sae": ("#009E73", "^")}, "vDP*X")  # with markers
 
 
 @_styled
