@@ -5,17 +5,20 @@ The one row format of everything here: `evals`, `vision_bench` and the recipes w
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +27,7 @@ from scipy import stats
 
 ROWS = "results.jsonl"
 CONFIG = "config.json"
+DIVERGED = "diverged"  # metric of the row that marks an arm whose weights, scores or features are not finite
 _PACKAGES = (
     "mono-peft", "torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "lm_eval", "timm",
     "numpy", "scipy",
@@ -34,7 +38,7 @@ class Run:
     """The folder of one configuration of a recipe; run again with the same configuration it continues.
 
     Args:
-        output_dir: created at the first row if it does not exist.
+        output_dir: created by `bind`, or at the first row, if it does not exist.
         recipe: name of the recipe or command, stands in every row.
         config: every setting that changes a result, JSON-serialisable; stands in every row.
         is_main: False in all but one of several processes: such a run writes nothing.
@@ -48,18 +52,26 @@ class Run:
         self.recipe = recipe
         self.config = json.loads(json.dumps(config))  # as it will be read back
         self.is_main = is_main
+        self._held = ExitStack()  # the lock and the open file of rows, from `bind` on
+        self._bound = False
+        self._appender: LineAppender | None = None
+        self._load()
+
+    def _load(self) -> None:
+        """Take the rows of the folder, if its configuration is this one."""
         self._check_folder()
         self.rows = read_rows(self.folder / ROWS) if (self.folder / ROWS).exists() else []
+        self._index: dict[str, dict[tuple[str, ...], dict[Any, list[dict[str, Any]]]]] = {}
 
     def _check_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--output_dir {self.folder} is a file; name a folder.")
-        known = self.folder / CONFIG
-        if not known.exists():
+        path = self.folder / CONFIG
+        if not path.exists():
             if (self.folder / ROWS).exists():
                 raise ValueError(f"{self.folder} has a {ROWS} without the {CONFIG} it was made with; choose another.")
             return
-        before = json.loads(known.read_text(encoding="utf-8"))
+        before = json.loads(path.read_text(encoding="utf-8"))
         if before["recipe"] != self.recipe:
             raise ValueError(f"{self.folder} holds results of the recipe {before['recipe']!r}; choose another folder.")
         old, new = before["config"], self.config
@@ -72,18 +84,29 @@ class Run:
             )
 
     def find(self, metric: str, **arm: Any) -> list[dict[str, Any]]:
-        """The rows of `metric` whose seed and configuration have the values of `arm`, in the order of writing."""
-        return [
-            row
-            for row in self.rows
-            if row["metric"] == metric
-            and all((row["config"] | {"seed": row["seed"]}).get(k) == v for k, v in arm.items())
-        ]
+        """The rows of `metric` whose seed and configuration have the values of `arm`, in the order of writing.
+
+        A value of None also matches the rows that lack the setting. The first call for a combination of names indexes
+        the rows by it, so that further ones cost no pass over all rows.
+        """
+        names = tuple(sorted(arm))
+        indices = self._index.setdefault(metric, {})
+        if names not in indices:
+            indices[names] = {}
+            for row in self.rows:
+                if row["metric"] == metric:
+                    indices[names].setdefault(_values(row, names), []).append(row)
+        return list(indices[names].get(tuple(_hashable(arm[name]) for name in names), ()))
 
     def row(
-        self, metric: str, value: float, *, n: int, seed: int | None, seconds: float, device: str, **arm: Any
+        self, metric: str, value: float | None, *, n: int, seed: int | None, seconds: float, device: str, **arm: Any
     ) -> dict[str, Any]:
         """A row of this run, not yet in it; the arguments are those of `add`."""
+        if value is not None and not math.isfinite(value):
+            raise ValueError(
+                f"{metric} is {value} for seed {seed}, {arm}; a row holds a finite number, or None where a statistic "
+                "is undefined. Mark an arm that diverged with add_diverged."
+            )
         return {
             "recipe": self.recipe,
             "metric": metric,
@@ -99,28 +122,85 @@ class Run:
         }
 
     def add(
-        self, metric: str, value: float, *, n: int, seed: int | None, seconds: float, device: str, **arm: Any
+        self, metric: str, value: float | None, *, n: int, seed: int | None, seconds: float, device: str, **arm: Any
     ) -> None:
-        """Append one row; the file on disk always holds whole rows.
+        """Append one row and wait until it is on the disk; `add_rows` does so once for many.
 
         Args:
+            value: a finite number, or None where the statistic is undefined.
             n: number of samples behind `value`.
             seconds: wall-clock time it took.
             arm: what distinguishes this row within the run, such as the method.
+
+        Raises:
+            ValueError: `value` is NaN or infinite.
         """
-        self.replace([*self.rows, self.row(metric, value, n=n, seed=seed, seconds=seconds, device=device, **arm)])
+        self.add_rows([self.row(metric, value, n=n, seed=seed, seconds=seconds, device=device, **arm)])
+
+    def add_diverged(self, reason: str, *, n: int, seed: int | None, seconds: float, device: str, **arm: Any) -> None:
+        """Mark an arm whose weights, scores or features are not finite: a row of the metric `DIVERGED`.
+
+        Such an arm has no other results, is not measured again, and tables say that it diverged.
+
+        Args:
+            reason: a sentence without its full stop that says what is not finite; stands in the row's config.
+            n, seed, seconds, device, arm: as in `add`.
+        """
+        self.add(DIVERGED, 1.0, n=n, seed=seed, seconds=seconds, device=device, **arm, reason=reason)
+
+    def add_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows that `row` made, and wait once until all are on the disk; a kill leaves whole rows."""
+        if not rows:
+            return
+        self.bind()
+        if self.is_main:
+            if self._appender is None:
+                self._appender = self._held.enter_context(LineAppender(self.folder / ROWS))
+            self._appender.append(rows)
+        self.rows.extend(rows)
+        for row in rows:
+            for names, index in self._index.get(row["metric"], {}).items():
+                index.setdefault(_values(row, names), []).append(row)
 
     def bind(self) -> None:
-        """Write down which configuration the folder is for; called when work begins, not before bad input is found."""
-        if not (self.folder / CONFIG).exists():
-            described = {"recipe": self.recipe, "config": self.config}
-            self.write(CONFIG, json.dumps(described, indent=2, sort_keys=True) + "\n")
+        """Take the folder for this run: called when long work begins, not before bad input is found.
+
+        The main process holds the folder's lock from here on for as long as the run lives, reads the rows that another
+        process may have added meanwhile, and writes down which configuration the folder is for.
+
+        Raises:
+            ValueError: another process holds the folder, it has got another configuration meanwhile, or nothing can
+                be written to it.
+        """
+        if self._bound or not self.is_main:
+            return
+        try:
+            self._held.enter_context(locked(self.folder))
+            self._load()
+            # A folder that is full or read-only is noticed before the work whose results would be lost.
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                file.write(bytes(2**16))
+                os.fsync(file.fileno())
+            if not (self.folder / CONFIG).exists():
+                described = {"recipe": self.recipe, "config": self.config}
+                self.write(CONFIG, json.dumps(described, indent=2, sort_keys=True) + "\n")
+        except OSError as error:
+            self._held.close()
+            raise ValueError(f"--output_dir {self.folder} cannot be written to ({error}); choose another.") from None
+        except BaseException:
+            self._held.close()
+            raise
+        self._bound = True
 
     def replace(self, rows: list[dict[str, Any]]) -> None:
-        """Let the run have `rows` and no others, on the disk too."""
+        """Let the run have `rows` and no others, on the disk too; to append rows, `add_rows` is cheaper."""
         self.bind()
-        self.rows = rows
-        self.write(ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+        self.rows = list(rows)
+        self._index = {}
+        self.write(ROWS, "".join(map(_line, rows)))
+        if self._appender is not None:
+            self._appender.close()  # its file is the one that was replaced
+            self._appender.open()
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the folder, whole or not at all."""
@@ -129,16 +209,34 @@ class Run:
             write_atomic(self.folder / name, text)
 
 
+def _values(row: dict[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
+    """The values of a row's seed and settings by name, as a key of the index."""
+    config = row["config"]
+    return tuple(row["seed"] if name == "seed" else _hashable(config.get(name)) for name in names)
+
+
+def _hashable(value: Any) -> Any:
+    """A key that is equal for equal values of JSON, lists and tuples being the same."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(item) for item in value)
+    if isinstance(value, dict):
+        return frozenset((name, _hashable(item)) for name, item in value.items())
+    return value
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder, which is created, for this process; one that is killed gives it back.
 
+    A process that holds the folder already may hold it once more.
+
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or it cannot be created or written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.resolve() / ".lock", timeout=0, is_singleton=True)
+        with lock:
             yield
     except Timeout:
         raise ValueError(f"Another process is working in {folder}; wait for it, or stop it.") from None
@@ -159,15 +257,126 @@ def write_atomic(path: Path, text: str) -> None:
         raise
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results.jsonl. Raises ValueError that names the line that is not a row."""
+class Lines(NamedTuple):
+    """The complete rows of a jsonl file with the number of each one's line, and what is cut at its end."""
+
+    rows: list[tuple[int, dict[str, Any]]]
+    torn: str | None  # a sentence that reports the cut last line, None if there is none
+    whole_bytes: int  # length of the complete part
+
+
+def read_lines(path: Path) -> Lines:
+    """The JSON objects of a file, one a line; a last line without its end that is no whole object is `torn`.
+
+    Lines end with a line feed only: the other characters that Python's `splitlines` takes for ends, such as U+2028,
+    stand in texts. NaN and infinities, which are no JSON, become None.
+
+    Raises:
+        ValueError: a complete line is not UTF-8 or not a JSON object; names the line.
+    """
+    *whole, last = path.read_bytes().split(b"\n")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(whole, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); restore or delete the file.") from None
-    return rows
+            rows.append((number, _object(line)))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}. Delete the line, or restore the file.") from None
+    size = sum(len(line) + 1 for line in whole)
+    if not last:
+        return Lines(rows, None, size)
+    try:
+        row = _object(last)
+    except ValueError:
+        torn = (
+            f"{path}: the last line, {len(whole) + 1}, is cut after {len(last)} bytes; the {len(rows)} complete lines "
+            "before it are used"
+        )
+        return Lines(rows, torn, size)
+    return Lines([*rows, (len(whole) + 1, row)], None, size + len(last))
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"), parse_constant=lambda _: None)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start + 1} is not UTF-8 ({error.reason})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON object is needed, got {line[:40]!r}")
+    return row
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+class LineAppender:
+    """Appends JSON objects to a file, each call's lines whole and on the disk when it returns; a context manager.
+
+    A cut last line is cleared away when it opens, since nothing could be appended to it. Only one process may append
+    to a file, see `locked`.
+
+    Raises:
+        ValueError: a complete line of it cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def open(self) -> None:
+        """Open the file, which is created, at its end."""
+        self._file = open(self.path, "ab")  # noqa: SIM115 (`close` closes it)
+        try:
+            size = read_lines(self.path).whole_bytes
+            self._file.truncate(size)
+            if size and self.path.read_bytes()[-1:] != b"\n":
+                self._file.write(b"\n")
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; `open` opens it again."""
+        self._file.close()
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write `rows` and wait until they are on the disk.
+
+        Raises:
+            OSError: they cannot be written, for instance to a full disk; what is on the disk already stays.
+            ValueError: a number in them is NaN or infinite, which JSON cannot say.
+        """
+        self._file.write("".join(map(_line, rows)).encode("utf-8"))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> LineAppender:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results.jsonl, without a last one that was cut while it was written.
+
+    Raises:
+        ValueError: a line is not a row; names the line.
+    """
+    return [row for _, row in read_lines(path).rows]
+
+
+def file_checksum(path: str | Path) -> str:
+    """SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class Interval(NamedTuple):
@@ -199,9 +408,10 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def paired_difference(first: Iterable[dict[str, Any]], second: Iterable[dict[str, Any]]) -> Interval | None:
-    """Interval of first - second over the seeds that both have, None if they share none."""
-    by_seed = {row["seed"]: row["value"] for row in second}
-    differences = [row["value"] - by_seed[row["seed"]] for row in first if row["seed"] in by_seed]
+    """Interval of first - second over the seeds that have a value in both, None if they share none."""
+    by_seed = {row["seed"]: row["value"] for row in second if row["value"] is not None}
+    pairs = [row for row in first if row["value"] is not None and row["seed"] in by_seed]
+    differences = [row["value"] - by_seed[row["seed"]] for row in pairs]
     return interval(differences) if differences else None
 
 
@@ -225,9 +435,13 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """The repository's commit, with "-dirty" if files differ from it; None outside a checkout."""
+    """The commit of the repository that this file is part of, with "-dirty" if files differ from it.
+
+    None outside a checkout, and for an installed copy, whatever repository the environment lies in.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         status = subprocess.run(
             [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True

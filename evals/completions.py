@@ -1,17 +1,12 @@
-"""completions.jsonl: what models answered, one row a line, appended in whole lines so that a killed run continues.
-
-Verdicts are kept the same way, so `read_lines` and `LineAppender` know nothing of completions.
-"""
+"""completions.jsonl: what models answered, one row a line, appended in whole lines so that a killed run continues."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
+
+from result_rows import read_lines
 
 FINISH_REASONS = ("stop", "length")  # the model ended its answer, or the limit of new tokens did
 
@@ -75,14 +70,6 @@ def _check_text(name: str, value: object) -> None:
         ) from None
 
 
-class Lines(NamedTuple):
-    """The complete rows of a jsonl file with the number of each one's line, and what is cut at its end."""
-
-    rows: list[tuple[int, dict[str, Any]]]
-    torn: str | None  # a sentence that reports the cut last line, None if there is none
-    whole_bytes: int  # length of the complete part
-
-
 class Completions(NamedTuple):
     """The complete rows of a completions file, and a sentence that reports its cut last line, if it has one."""
 
@@ -131,82 +118,3 @@ def _completion(row: dict[str, Any], where: str) -> Completion:
         return Completion(**row)
     except ValueError as error:
         raise ValueError(f"{where} (prompt_id {row['prompt_id']!r}): {error}.") from None
-
-
-def read_lines(path: Path) -> Lines:
-    """The JSON objects of a file, one a line; a last line without its end that is no whole object is `torn`.
-
-    Lines end with a line feed only: the other characters that Python's `splitlines` takes for ends, such as U+2028,
-    stand in texts.
-
-    Raises:
-        ValueError: a complete line is not UTF-8 or not a JSON object; names the line.
-    """
-    *whole, last = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(whole, 1):
-        try:
-            rows.append((number, _object(line)))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}. Delete the line, or restore the file.") from None
-    size = sum(len(line) + 1 for line in whole)
-    if not last:
-        return Lines(rows, None, size)
-    try:
-        row = _object(last)
-    except ValueError:
-        torn = (
-            f"{path}: the last line, {len(whole) + 1}, is cut after {len(last)} bytes; the {len(rows)} complete lines "
-            "before it are used"
-        )
-        return Lines(rows, torn, size)
-    return Lines([*rows, (len(whole) + 1, row)], None, size + len(last))
-
-
-def _object(line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start + 1} is not UTF-8 ({error.reason})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON object is needed, got {line[:40]!r}")
-    return row
-
-
-class LineAppender:
-    """Appends JSON objects to a file, each call's lines whole and on the disk when it returns; a context manager.
-
-    A cut last line is cleared away when it opens, since nothing could be appended to it. Only one process may append
-    to a file, see `result_rows.locked`.
-
-    Raises:
-        ValueError: a complete line of it cannot be read.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def __enter__(self) -> LineAppender:
-        self._file = open(self.path, "ab")
-        try:
-            size = read_lines(self.path).whole_bytes
-            self._file.truncate(size)
-            if size and self.path.read_bytes()[-1:] != b"\n":
-                self._file.write(b"\n")
-        except BaseException:
-            self._file.close()
-            raise
-        return self
-
-    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write `rows` and wait until they are on the disk."""
-        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()

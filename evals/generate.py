@@ -29,10 +29,10 @@ from lm_eval.tasks import TaskManager
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from evals.completions import Completion, LineAppender, read_completions
+from evals.completions import Completion, read_completions
 from evals.embedded import embedded_model
 from evals.models import DTYPES, Adapter, attached, check_adapter, check_base, load_base, method_and_seed
-from result_rows import Run, device_name, locked
+from result_rows import LineAppender, Run, device_name, locked
 
 COMPLETIONS = "completions.jsonl"
 EMBEDDED = "embedded"  # --model embedded: the offline model, built where it is not cached

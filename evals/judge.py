@@ -11,13 +11,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from evals.completions import Completion, LineAppender, read_completions
+from evals.completions import Completion, read_completions
 from evals.generate import COMPLETIONS
 from evals.judges import Judge, Judgement, NoAnswerError, make_judge
 from evals.models import DTYPES
 from evals.scores import add_scores
 from evals.verdicts import VERDICTS, Verdict, belonging, read_verdicts, text_checksum
-from result_rows import CONFIG, Run, device_name, locked
+from result_rows import CONFIG, LineAppender, Run, device_name, locked
 
 
 def judge(

@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from evals.completions import Completion, read_lines
+from evals.completions import Completion
+from result_rows import read_lines
 
 VERDICTS = "verdicts.jsonl"
 OUTCOMES = ("safe", "unsafe", "unparsed", "truncated")  # only the first two are verdicts

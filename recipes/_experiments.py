@@ -12,16 +12,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from _features import FEATURES, MEASURED
+from _features import FEATURES
 from _probes import ACCURACY, ARMS, gain
 from _run import Run
 
 from vision_bench import figures
+from vision_bench.metrics import MEASURED
 from vision_bench.shifts import SEVERITIES
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet100": 100}
 FINETUNED = "finetuned_validation_top1"
-SUFFIXES = ("png", "pdf")
 
 Need = tuple[str, dict[str, Any], Sequence[int]]
 
@@ -197,7 +197,7 @@ def label_noise(run: Run, source: Path) -> str:
         for data, table in recipe.PAPER.items()
     }
     figure = figures.gains_beside_paper([100 * rate for rate in rates], ours, published, "wrong labels, %")
-    save(figure, run.folder / "gains_beside_paper")
+    figures.save(run.folder / "gains_beside_paper", figure)
     return text
 
 
@@ -238,7 +238,7 @@ def separability(run: Run, source: Path) -> str:
 def top_activated(run: Run, source: Path) -> str:
     """The tables from the rows; the pictures are those of the run, as their images are in no row."""
     recipe = importlib.import_module(run.recipe)
-    for name, suffix in product(("figure_1a", "figure_4ab"), SUFFIXES):
+    for name, suffix in product(("figure_1a", "figure_4ab"), figures.SUFFIXES):
         if (source / f"{name}.{suffix}").exists():
             shutil.copyfile(source / f"{name}.{suffix}", run.folder / f"{name}.{suffix}")
     return str(recipe.report(run, settings_of(run, recipe.TopActivatedArguments)))
@@ -256,12 +256,6 @@ def table_2(task: str) -> Callable[[Run, Path], str]:
         return str(report.write_report(run, of.paper, of.performance, trained, config["judges"], demonstration))
 
     return render
-
-
-def save(figure: Any, path: Path) -> None:
-    """As PNG and PDF."""
-    for suffix in SUFFIXES:
-        figure.savefig(path.with_suffix(f".{suffix}"), dpi=300)
 
 
 EXPERIMENTS = (

@@ -22,14 +22,11 @@ from accelerate import Accelerator
 
 from vision_bench import features, sae
 from vision_bench.data import ImageSet
-from vision_bench.metrics import semantic_consistency
+from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.models import ContrastiveModel
 
 FEATURES = ("poly", "sae", "ncl")
 CONTROLS = ("poly_unit", "random_relu", "random_mask")
-SAE_QUALITY = ("sae_fvu", "sae_l0", "sae_dead_share")
-MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
-CHUNK = 8192  # rows
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class FrozenModels:
         if name == "poly_unit":
             return F.normalize(poly)
         if name == "sae":
-            return self._latents(poly)
+            return sae.normalised_latents(self.encoder, poly)
         generator = torch.Generator().manual_seed(self.seed)
         if name == "random_relu":
             shape = self.encoder.d_in, self.encoder.d_latent
@@ -64,11 +61,6 @@ class FrozenModels:
         if name == "random_mask":
             return poly * (torch.rand(poly.shape, generator=generator).argsort(dim=1) < self.kept)
         raise ValueError(f"{name!r} is no kind of features; there are {', '.join(FEATURES + CONTROLS)}.")
-
-    @torch.no_grad()
-    def _latents(self, poly: torch.Tensor) -> torch.Tensor:
-        parts = F.normalize(poly).split(CHUNK)
-        return torch.cat([self.encoder.encode(part.to(self.encoder.decoder.device)).cpu() for part in parts])
 
 
 def cached(
@@ -110,7 +102,7 @@ def frozen_models(
         progress=True,
     ).autoencoder
     if accelerator.is_main_process:
-        for metric, value in zip(SAE_QUALITY, sae.evaluate(encoder, test), strict=True):
+        for metric, value in zip(sae.QUALITY, sae.evaluate(encoder, test), strict=True):
             if not run.find(metric, seed=seed):
                 run.add(metric, value, n=len(test), seed=seed, seconds=0.0, device=device_name(accelerator.device))
     kept = round(script.sae_k / encoder.d_latent * encoder.d_in)
@@ -141,10 +133,9 @@ def describe(
     if is_described(run, name, seeds):
         return
     start = time.monotonic()
-    found = semantic_consistency(test, labels)
-    values = (found.mean, found.chance, found.sparsity, found.live_dimensions)
+    found = semantic_consistency(test, labels).summary
     measured = {"n": len(test), "seconds": time.monotonic() - start, "device": device_name(device)}
     seed = seed_of(seeds)
-    for metric, value in zip(MEASURED, values, strict=True):
+    for metric, value in found.items():
         if not run.find(metric, seed=seed, features=name):
             run.add(metric, float(value), seed=seed, **measured, features=name)

@@ -41,7 +41,7 @@ from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet, stratified_fraction
 from vision_bench.features import normalise
 from vision_bench.finetune import CROPS_AND_FLIPS, LAYERS, Classifier, FinetuneConfig, embed, finetune
-from vision_bench.metrics import semantic_consistency
+from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.models import ContrastiveModel
 
 LOSSES = ("ce", "nce")
@@ -50,7 +50,6 @@ ADAPTERS = {"lora": LoraConfig, "monolora": MonoLoraConfig}
 METHODS = (*LOSSES, *CONTROLS, *ADAPTERS)
 ACCURACIES = ("train_top1", "validation_top1")
 FINAL = {name: f"finetuned_{name}" for name in ACCURACIES}  # of the weights that an arm ends with
-MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
 ADAPTER_IMAGES = 256  # test images on which the sparsity of monolora's latents is measured
 
 
@@ -235,7 +234,7 @@ def finetune_cell(
     )
     if accelerator.is_main_process:
         features = embed(found.model.to(accelerator.device), test)
-        what = semantic_consistency(features, test.labels)
+        what = semantic_consistency(features, test.labels).summary
         measured = {"seed": seed, "seconds": time.monotonic() - start, "device": device_name(accelerator.device)}
         arm = {"method": method, **condition}
         kept = len(train) - round(script.finetune_config(method, seed).held_out * len(train))
@@ -246,11 +245,7 @@ def finetune_cell(
             if metric in entry
         ]
         last = found.log[found.epoch - 1]
-        values = (what.mean, what.chance, what.sparsity, what.live_dimensions)
-        rows += [
-            run.row(metric, value, n=len(test), **measured, **arm)
-            for metric, value in zip(MEASURED, values, strict=True)
-        ]
+        rows += [run.row(metric, value, n=len(test), **measured, **arm) for metric, value in what.items()]
         if method == "monolora":
             pixels = normalise(test.images[:ADAPTER_IMAGES], test.mean, test.std)
             zeros = activation_sparsity(found.model.backbone, [{"x": pixels}]).overall

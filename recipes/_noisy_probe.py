@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from _features import is_described
 from _run import Interval, Run, interval
-from _vision import ProbingArguments
+from _vision import ProbingArguments, highest_with_signal
 
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet
@@ -37,17 +37,13 @@ class NoisyProbeArguments(ProbingArguments):
     @property
     def over(self) -> str:
         """What an interval is over, for the tables."""
-        of = (
-            "probes and noise, the models are the same" if self.shared_pretraining else "pretraining, noise and probes"
-        )
-        return f"Mean ± half-width of the 95 % interval over {len(self.seeds)} seeds ({of})."
+        return f"Mean ± half-width of the 95 % interval over {len(self.seeds)} seeds ({self.varied})."
 
-    def check(self, train: ImageSet) -> None:
+    def check(self, train: ImageSet, test: ImageSet) -> None:
         """As `ProbingArguments`; settles `noise_rate`: the paper's, or the highest tenth that leaves a signal."""
-        super().check(train)
+        super().check(train, test)
         if self.noise_rate is None:
-            no_signal = (train.num_classes - 1) / train.num_classes
-            self.noise_rate = max(i / 10 for i in range(10) if i / 10 <= PAPER_RATE and i / 10 < no_signal - 1e-9)
+            self.noise_rate = highest_with_signal([i / 10 for i in range(10)], train.num_classes)
 
 
 def noisy_probes(

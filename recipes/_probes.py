@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import _features
-from _features import FEATURES, MEASURED, SAE_QUALITY
+from _features import FEATURES
 from _run import Interval, Run, interval, paired_difference
 from _vision import ProbingArguments
+
+from vision_bench import sae
+from vision_bench.metrics import MEASURED
 
 CONTROLS = ("poly_decay", *_features.CONTROLS)
 ARMS = (*FEATURES, *CONTROLS)
@@ -129,14 +132,13 @@ def measured_header() -> list[str]:
 
 def notes(run: Run, script: ControlledArguments, cells: Sequence[Cell]) -> str:
     """What the tables of a recipe of probes mean."""
-    quality = [interval([row["value"] for row in run.find(metric)]).text(3) for metric in SAE_QUALITY]
+    quality = [interval([row["value"] for row in run.find(metric)]).text(3) for metric in sae.QUALITY]
     decays = ", ".join(f"{best_decay(run, **cell):g}" for cell in cells)
-    of = "probes and noise, the models are the same" if script.shared_pretraining else "pretraining, noise and probes"
     return (
-        f"\nMean ± half-width of the 95 % interval over {len(script.seeds)} seeds ({of}). The paper's numbers are of\n"
-        "another scale (ResNet-18, 200 epochs, 16384-2048 projector) unless that is what was run here. Consistency,\n"
-        "sparsity and live dimensions are of the clean test images; chance is the consistency with shuffled labels.\n"
-        "A consistency means little without the sparsity beside it.\n"
+        f"\nMean ± half-width of the 95 % interval over {len(script.seeds)} seeds ({script.varied}).\n"
+        "The paper's numbers are of another scale (ResNet-18, 200 epochs, 16384-2048 projector) unless that is what\n"
+        "was run here. Consistency, sparsity and live dimensions are of the clean test images; chance is the\n"
+        "consistency with shuffled labels. A consistency means little without the sparsity beside it.\n"
         f"poly_decay takes the best of {len(script.decays)} weight decays for each column on the test labels\n"
         f"themselves, which favours it ({decays});\n"
         "poly_unit, random_relu, random_mask: see recipes/_features.py.\n"

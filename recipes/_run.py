@@ -1,10 +1,15 @@
 """A recipe's run: the folder, its rows, their statistics and tables; `result_rows`, as the packages write rows too."""
 
+import sys
+from collections.abc import Callable
+
 from result_rows import (
+    DIVERGED,
     Interval,
     Run,
     commit,
     device_name,
+    file_checksum,
     interval,
     markdown_table,
     paired_difference,
@@ -14,14 +19,27 @@ from result_rows import (
 )
 
 __all__ = [
+    "DIVERGED",
     "Interval",
     "Run",
     "commit",
     "device_name",
+    "file_checksum",
     "interval",
     "markdown_table",
     "paired_difference",
     "read_rows",
+    "run_as_program",
     "versions",
     "write_atomic",
 ]
+
+
+def run_as_program(main: Callable[[], None]) -> None:
+    """Call a recipe's `main` on the command line; errors that the user can mend end the program with one line."""
+    try:
+        main()
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command continues.")

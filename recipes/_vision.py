@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from _run import Run
+from _settings import parse
 from accelerate import Accelerator
 
 from vision_bench.data import ImageSet, load_images, stratified_fraction
@@ -151,6 +154,36 @@ def start_accelerator(script: PretrainingArguments, recipe: str) -> Accelerator:
     return accelerator
 
 
+def start(
+    settings: type[ProbingArguments], arguments: list[str] | None, recipe: str
+) -> tuple[Any, dict[str, ImageSet], Accelerator, Run]:
+    """Settings, images by split, processes and the folder of a recipe; raises ValueError for what cannot work."""
+    script = parse(settings, arguments)
+    splits = dict(zip(SPLITS, load_splits(script), strict=True))
+    script.check(splits["train"], splits["test"])
+    accelerator = start_accelerator(script, recipe)
+    run = Run(script.output_dir, recipe, results_config(script), is_main=accelerator.is_main_process)
+    return script, splits, accelerator, run
+
+
+def finish(
+    accelerator: Accelerator, run: Run, report: Callable[[], str], draw: Callable[[], None] | None = None
+) -> None:
+    """Close the trackers; the main process writes `results.md`, draws, and prints the table."""
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        text = report()
+        run.write("results.md", text)
+        if draw is not None:
+            draw()
+        print(text)
+
+
+def highest_with_signal(rates: Sequence[float], num_classes: int) -> float:
+    """The highest noise rate at which the true class is still the most frequent one, else the highest of all."""
+    return max((rate for rate in rates if rate < (num_classes - 1) / num_classes - 1e-9), default=max(rates))
+
+
 def pretrained(
     script: PretrainingArguments,
     method: str,
@@ -217,7 +250,7 @@ class ProbingArguments(DownstreamArguments):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
 
-    def check(self, train: ImageSet) -> None:
+    def check(self, train: ImageSet, test: ImageSet) -> None:
         """Raise ValueError for settings that would fail only after pretraining."""
         for name in ("batch_size", "probe_batch_size"):
             if not 1 <= getattr(self, name) <= len(train):
@@ -231,6 +264,13 @@ class ProbingArguments(DownstreamArguments):
         for name in ("sae_learning_rate", "probe_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+
+    @property
+    def varied(self) -> str:
+        """What differs between the seeds."""
+        return (
+            "probes and noise, the models are the same" if self.shared_pretraining else "pretraining, noise and probes"
+        )
 
     def probe_settings(self) -> dict[str, Any]:
         """The arguments of `vision_bench.probe.fit_linear_probes` that all probes of a recipe share."""

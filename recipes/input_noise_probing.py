@@ -34,10 +34,9 @@ from _probes import (
     measured_header,
     notes,
 )
-from _run import Run, markdown_table
-from _settings import parse
+from _run import Run, markdown_table, run_as_program
 from _shifted import Trial, measure
-from _vision import SPLITS, load_splits, results_config, start_accelerator
+from _vision import finish, start
 
 from vision_bench import figures
 from vision_bench.corruptions import INPUT_NOISES, add_input_noise, add_pixel_noise
@@ -144,26 +143,17 @@ def draw(run: Run, script: InputNoiseArguments) -> None:
         f"{noise.replace('_', ' ').capitalize()} noise {scale:g}": {"noise": noise, "scale": scale},
     }
     drawings["figure_1b"] = figures.accuracy_bars(bars(run, conditions))
-    for (name, figure), suffix in itertools.product(drawings.items(), ("png", "pdf")):
-        figure.savefig(run.folder / f"{name}.{suffix}", dpi=300)
+    for name, figure in drawings.items():
+        figures.save(run.folder / name, figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
-    script = parse(InputNoiseArguments, arguments)
-    splits = dict(zip(SPLITS, load_splits(script), strict=True))
-    script.check(splits["train"])
-    accelerator = start_accelerator(script, "input_noise_probing")
-    run = Run(script.output_dir, "input_noise_probing", results_config(script), is_main=accelerator.is_main_process)
+    script, splits, accelerator, run = start(InputNoiseArguments, arguments, "input_noise_probing")
     for seed, seeds in script.models_of().items():
         measure(run, script, seed, splits, accelerator, trials(script, seeds, splits["test"]))
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        text = report(run, script)
-        run.write("results.md", text)
-        draw(run, script)
-        print(text)
+    finish(accelerator, run, lambda: report(run, script), lambda: draw(run, script))
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from _features import FEATURES, MEASURED, describe, frozen_models, is_described
+from _features import FEATURES, describe, frozen_models, is_described
 from _probes import (
     ACCURACY,
     ARMS,
@@ -33,14 +33,14 @@ from _probes import (
     measured_header,
     notes,
 )
-from _run import Run, device_name, markdown_table
-from _settings import parse
-from _vision import SPLITS, load_splits, results_config, start_accelerator
+from _run import Run, device_name, markdown_table, run_as_program
+from _vision import SPLITS, finish, highest_with_signal, start
 from accelerate import Accelerator
 
 from vision_bench import figures
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet
+from vision_bench.metrics import MEASURED
 from vision_bench.probe import fit_linear_probes, probe_accuracy
 
 PAPER = {  # Table 1, top-1 % at the noise rates 0, 0.1 ... 0.9
@@ -167,33 +167,25 @@ def report(run: Run, script: LabelNoiseArguments, num_classes: int) -> str:
 def draw(run: Run, script: LabelNoiseArguments, num_classes: int) -> None:
     """The label noise of Fig. 1(b), at the highest rate that leaves a signal, and the curves over all rates."""
     rates = sorted(script.noise_rates)
-    highest = max((rate for rate in rates if rate < (num_classes - 1) / num_classes - 1e-9), default=rates[-1])
+    highest = highest_with_signal(rates, num_classes)
     conditions = {f"{100 * rate:g} % wrong labels": {"noise_rate": rate} for rate in (rates[0], highest)}
     panels = curves(run, [{"noise_rate": rate} for rate in rates])
     drawings = {
         "figure_1b": figures.accuracy_bars(bars(run, conditions)),
         "all_rates": figures.noise_curves([100 * rate for rate in rates], panels, "share of wrong training labels, %"),
     }
-    for (name, figure), suffix in itertools.product(drawings.items(), ("png", "pdf")):
-        figure.savefig(run.folder / f"{name}.{suffix}", dpi=300)
+    for name, figure in drawings.items():
+        figures.save(run.folder / name, figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
-    script = parse(LabelNoiseArguments, arguments)
-    splits = dict(zip(SPLITS, load_splits(script), strict=True))
-    script.check(splits["train"])
-    accelerator = start_accelerator(script, "label_noise_probing")
-    run = Run(script.output_dir, "label_noise_probing", results_config(script), is_main=accelerator.is_main_process)
+    script, splits, accelerator, run = start(LabelNoiseArguments, arguments, "label_noise_probing")
     for seed in script.models_of():
         measure(run, script, seed, splits, accelerator)
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        text = report(run, script, splits["train"].num_classes)
-        run.write("results.md", text)
-        draw(run, script, splits["train"].num_classes)
-        print(text)
+    num_classes = splits["train"].num_classes
+    finish(accelerator, run, lambda: report(run, script, num_classes), lambda: draw(run, script, num_classes))
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

@@ -14,11 +14,11 @@ minutes of one core, is of another scale: a quarter of 1,437 digits, a network o
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 
 from _finetuning import FinetuningArguments, curves, levels, measure, start, tables
-from _run import Run
+from _run import Run, run_as_program
+from _vision import finish
 
 from vision_bench import figures
 
@@ -65,21 +65,16 @@ def draw(run: Run, script: NoisyArguments) -> None:
         ),
         "epochs": figures.finetuning_curves(*curves(run, script, noisiest), "epoch"),
     }
-    for (name, figure), suffix in itertools.product(drawings.items(), ("png", "pdf")):
-        figure.savefig(run.folder / f"{name}.{suffix}", dpi=300)
+    for name, figure in drawings.items():
+        figures.save(run.folder / name, figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Finetune what the output folder has no rows of, then write and print the table and draw the figures."""
     script, splits, accelerator, run = start(NoisyArguments, arguments, "noisy_finetuning")
     measure(run, script, splits, accelerator)
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        text = report(run, script)
-        run.write("results.md", text)
-        draw(run, script)
-        print(text)
+    finish(accelerator, run, lambda: report(run, script), lambda: draw(run, script))
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

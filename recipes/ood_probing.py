@@ -51,10 +51,10 @@ from _probes import (
     measured_header,
     notes,
 )
-from _run import Interval, Run, interval, markdown_table
+from _run import Interval, Run, interval, markdown_table, run_as_program
 from _settings import parse
 from _shifted import Trial, measure
-from _vision import SPLITS, load_splits, results_config, start_accelerator
+from _vision import SPLITS, finish, load_splits, results_config, start_accelerator
 
 from vision_bench import figures
 from vision_bench.data import ImageSet
@@ -251,28 +251,23 @@ def draw(run: Run, shifts: Mapping[str, ImageSet | Corruptions]) -> None:
             levels = range(1, SEVERITIES + 1)
             panels = curves(run, [CLEAN, *({**cells[name], "severity": level} for level in levels)])
             drawings[f"severities_{name}"] = figures.noise_curves([0, *levels], panels, "severity of the corruptions")
-    for (name, figure), suffix in itertools.product(drawings.items(), ("png", "pdf")):
-        figure.savefig(run.folder / f"{name}.{suffix}", dpi=300)
+    for name, figure in drawings.items():
+        figures.save(run.folder / name, figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
     script = parse(OodArguments, arguments)
     train, test = load_splits(script)
-    script.check(train)
+    script.check(train, test)
     shifts = load_shifts(script, train, test)
     accelerator = start_accelerator(script, "ood_probing")
     run = Run(script.output_dir, "ood_probing", config(script, shifts), is_main=accelerator.is_main_process)
     splits = dict(zip(SPLITS, (train, test), strict=True))
     for seed, seeds in script.models_of().items():
         measure(run, script, seed, splits, accelerator, trials(shifts, test, seeds))
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        text = report(run, script, shifts)
-        run.write("results.md", text)
-        draw(run, shifts)
-        print(text)
+    finish(accelerator, run, lambda: report(run, script, shifts), lambda: draw(run, shifts))
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

@@ -16,12 +16,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from _run import Run, device_name, interval, markdown_table
+from _run import Run, device_name, interval, markdown_table, run_as_program
 from _settings import parse
 from _vision import (
     METHODS,
     PretrainingArguments,
     ProbingArguments,
+    finish,
     load_splits,
     pretrained,
     results_config,
@@ -29,10 +30,9 @@ from _vision import (
 )
 
 from vision_bench.features import embed
-from vision_bench.metrics import semantic_consistency
+from vision_bench.metrics import MEASURED, semantic_consistency
 
 LOGGED = ("loss", "online_probe_train_top1", "online_probe_validation_top1", "knn_validation_top1")
-MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
 
 
 @dataclass
@@ -82,20 +82,13 @@ def main(arguments: list[str] | None = None) -> None:
                 continue
             seconds = time.monotonic() - start
             made = embed(model, validation.images, validation.mean, validation.std)["output"]
-            found = semantic_consistency(made, validation.labels)
-            values = dict(
-                zip(MEASURED, (found.mean, found.chance, found.sparsity, found.live_dimensions), strict=True)
-            )
-            for metric, value in ({name: log[-1][name] for name in LOGGED} | values).items():
+            found = semantic_consistency(made, validation.labels).summary
+            for metric, value in ({name: log[-1][name] for name in LOGGED} | found).items():
                 if not run.find(metric, **arm):
                     n = len(train.labels if "validation" not in metric and metric in LOGGED else validation.labels)
                     run.add(metric, float(value), n=n, seconds=seconds, device=device_name(), **arm)
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        text = report(run, script)
-        run.write("results.md", text)
-        print(text)
+    finish(accelerator, run, lambda: report(run, script))
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

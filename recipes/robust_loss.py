@@ -40,9 +40,8 @@ from _probes import (
     measured_header,
     notes,
 )
-from _run import Interval, Run, device_name, markdown_table, paired_difference
-from _settings import parse
-from _vision import SPLITS, load_splits, results_config, start_accelerator
+from _run import Interval, Run, device_name, markdown_table, paired_difference, run_as_program
+from _vision import SPLITS, finish, highest_with_signal, start
 from accelerate import Accelerator
 
 from vision_bench import figures
@@ -190,7 +189,7 @@ def report(run: Run, script: RobustLossArguments, num_classes: int) -> str:
 def draw(run: Run, script: RobustLossArguments, num_classes: int) -> None:
     """Fig. 6 at the highest rate that leaves a signal, and the curves over all rates."""
     rates = sorted(script.noise_rates)
-    highest = max((rate for rate in rates if rate < (num_classes - 1) / num_classes - 1e-9), default=rates[-1])
+    highest = highest_with_signal(rates, num_classes)
     short = {"ce": "CE", "sce": "SCE", "ce_scaled": f"{script.alpha:g} CE"}
     curves = {}
     for name, loss in itertools.product(FEATURES, ("ce", "sce")):
@@ -202,26 +201,18 @@ def draw(run: Run, script: RobustLossArguments, num_classes: int) -> None:
         ),
         "all_rates": figures.loss_curves([100 * rate for rate in rates], curves),
     }
-    for (name, figure), suffix in itertools.product(drawings.items(), ("png", "pdf")):
-        figure.savefig(run.folder / f"{name}.{suffix}", dpi=300)
+    for name, figure in drawings.items():
+        figures.save(run.folder / name, figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
-    script = parse(RobustLossArguments, arguments)
-    splits = dict(zip(SPLITS, load_splits(script), strict=True))
-    script.check(splits["train"])
-    accelerator = start_accelerator(script, "robust_loss")
-    run = Run(script.output_dir, "robust_loss", results_config(script), is_main=accelerator.is_main_process)
+    script, splits, accelerator, run = start(RobustLossArguments, arguments, "robust_loss")
     for seed in script.models_of():
         measure(run, script, seed, splits, accelerator)
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        text = report(run, script, splits["train"].num_classes)
-        run.write("results.md", text)
-        draw(run, script, splits["train"].num_classes)
-        print(text)
+    num_classes = splits["train"].num_classes
+    finish(accelerator, run, lambda: report(run, script, num_classes), lambda: draw(run, script, num_classes))
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

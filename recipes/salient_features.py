@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _features import FEATURES, MEASURED, describe, frozen_models
+from _features import FEATURES, describe, frozen_models
 from _noisy_probe import (
     ACCURACY,
     NoisyProbeArguments,
@@ -41,14 +41,13 @@ from _noisy_probe import (
     predictions,
     where_there_is_one,
 )
-from _run import Run, device_name, markdown_table
-from _settings import parse
-from _vision import SPLITS, load_splits, results_config, start_accelerator
+from _run import Run, device_name, markdown_table, run_as_program
+from _vision import SPLITS, finish, start
 from accelerate import Accelerator
 
 from vision_bench import figures
 from vision_bench.data import ImageSet
-from vision_bench.metrics import semantic_consistency
+from vision_bench.metrics import MEASURED, semantic_consistency
 
 CONSISTENCY, CHANCE = "salient_consistency", "salient_chance"
 DIFFERENCE, WITHIN_CLASS = "salient_difference", "salient_difference_within_class"
@@ -252,27 +251,16 @@ def draw(run: Run, script: SalientArguments) -> None:
                 interval=bounds(run, CONSISTENCY, name, group=group),
                 chance=over_seeds(run, CHANCE, name, group=group).mean,
             )
-    figure = figures.consistency_histograms(panels, BINS)
-    for suffix in ("png", "pdf"):
-        figure.savefig(run.folder / f"figure_4c.{suffix}", dpi=300)
+    figures.save(run.folder / "figure_4c", figures.consistency_histograms(panels, BINS))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figure."""
-    script = parse(SalientArguments, arguments)
-    splits = dict(zip(SPLITS, load_splits(script), strict=True))
-    script.check(splits["train"])
-    accelerator = start_accelerator(script, "salient_features")
-    run = Run(script.output_dir, "salient_features", results_config(script), is_main=accelerator.is_main_process)
+    script, splits, accelerator, run = start(SalientArguments, arguments, "salient_features")
     for seed in script.models_of():
         measure(run, script, seed, splits, accelerator)
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        text = report(run, script)
-        run.write("results.md", text)
-        draw(run, script)
-        print(text)
+    finish(accelerator, run, lambda: report(run, script), lambda: draw(run, script))
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from _claims import GRID, criterion_claims, distribution_claims, verdict
-from _run import Run, interval, markdown_table
+from _run import Run, interval, markdown_table, run_as_program
 from _settings import parse
 from tqdm.auto import tqdm
 
@@ -105,10 +105,13 @@ def add_theorems(run: Run, script: SeparabilityArguments, sparsity: float, seed:
         return
     start = time.monotonic()
     if seed is None:
+        rows = []
         for source, function in SOURCES.items():
             for theorem, quantity, value in evaluate(script, sparsity, function):
                 arm = {"theorem": theorem, "quantity": quantity, "source": source, "sparsity": sparsity}
-                run.add("value", float(value), n=1, seed=None, seconds=time.monotonic() - start, device=DEVICE, **arm)
+                seconds = time.monotonic() - start
+                rows.append(run.row("value", float(value), n=1, seed=None, seconds=seconds, device=DEVICE, **arm))
+        run.add_rows(rows)
         return
     generator = np.random.default_rng(seed)
 
@@ -117,12 +120,15 @@ def add_theorems(run: Run, script: SeparabilityArguments, sparsity: float, seed:
 
     batches = tqdm(range(BATCHES), desc=f"simulation, S = {sparsity:g}, seed {seed}")
     table = [evaluate(script, sparsity, simulated) for _ in batches]
+    rows = []
     for column in zip(*table, strict=True):
         values = np.array([value for _, _, value in column])
         arm = {"theorem": column[0][0], "quantity": column[0][1], "source": "simulation", "sparsity": sparsity}
         arm["standard_error"] = float(values.std(ddof=1) / BATCHES**0.5)
         seconds = time.monotonic() - start
-        run.add("value", float(values.mean()), n=script.draws, seed=seed, seconds=seconds, device=DEVICE, **arm)
+        value = float(values.mean())
+        rows.append(run.row("value", value, n=script.draws, seed=seed, seconds=seconds, device=DEVICE, **arm))
+    run.add_rows(rows)
 
 
 def report(run: Run, script: SeparabilityArguments) -> str:
@@ -178,9 +184,7 @@ def draw(script: SeparabilityArguments, folder: Path) -> None:
             title = f"S = {sparsity:g}"
             row.append(dict(title=title, label=label, levels=levels, **scores._asdict(), crossing=level))
         panels.append(row)
-    figure = figures.separability_curves(panels)
-    for suffix in ("png", "pdf"):
-        figure.savefig(folder / f"criterion.{suffix}", dpi=300)
+    figures.save(folder / "criterion", figures.separability_curves(panels))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -189,6 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     check(script)
     config = {k: v for k, v in asdict(script).items() if k not in ("output_dir", "seeds")}
     run = Run(script.output_dir, "separability", config | {"seeds": script.seeds})
+    run.bind()
     for sparsity in script.sparsities:
         for seed in (None, *script.seeds):
             add_theorems(run, script, sparsity, seed)
@@ -201,10 +206,12 @@ def main(arguments: list[str] | None = None) -> None:
             if run.find("claim", ties=ties, kind=kind):
                 continue
             start = time.monotonic()
+            rows = []
             for theorem, claim, holds in distribution_claims(ties) if kind is None else criterion_claims(ties, kind):
                 arm = {"theorem": theorem, "claim": claim, "ties": ties, "kind": kind, "verdict": verdict(holds)}
-                seconds = time.monotonic() - start
-                run.add("claim", float(holds.mean()), n=len(GRID), seed=None, seconds=seconds, device=DEVICE, **arm)
+                measured = {"seconds": time.monotonic() - start, "device": DEVICE}
+                rows.append(run.row("claim", float(holds.mean()), n=len(GRID), seed=None, **measured, **arm))
+            run.add_rows(rows)
     text = report(run, script)
     run.write("results.md", text)
     draw(script, run.folder)
@@ -212,4 +219,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _run import Interval, Run, device_name, interval, markdown_table, paired_difference
+from _run import Interval, Run, device_name, interval, markdown_table, paired_difference, run_as_program
 from _settings import parse
 
 from vision_bench import figures
@@ -110,7 +110,9 @@ def is_complete(run: Run, script: SuperpositionArguments, cell: dict[str, Any]) 
 def check(script: SuperpositionArguments) -> None:
     """Raise ValueError for settings that would fail later, before the encoders are trained."""
     for cell in cells(script):
-        n, _ = size_of(cell["size"])
+        n, m = size_of(cell["size"])
+        if m > n:
+            raise ValueError(f"sizes has {cell['size']!r}: n_dims is {m}; it must not exceed the {n} features.")
         if cell["samples"] < n:
             raise ValueError(f"samples is {cell['samples']} for {n} classes; give at least one for each class.")
         if not 0 <= cell["sparsity"] < 1:
@@ -134,11 +136,13 @@ def add_cell(run: Run, script: SuperpositionArguments, weight: torch.Tensor, cel
     result = classify(weight, cell["sparsity"], cell["samples"], seeds, *setting, progress=True)
     tables = [result.clean, result.label_noise, *result.input_noise]
     measured = {"n": N_TEST, "seconds": time.monotonic() - start, "device": device_name("cpu")}
+    rows = []
     for (noise, level), table in zip(conditions(script), tables, strict=True):
         for (i, features), (j, seed) in itertools.product(enumerate(ARMS), enumerate(seeds)):
             arm = cell | {"noise": noise, "level": level, "features": features}
             if not run.find("accuracy", seed=seed, **arm):
-                run.add("accuracy", float(table[i, j]), seed=seed, **measured, **arm)
+                rows.append(run.row("accuracy", float(table[i, j]), seed=seed, **measured, **arm))
+    run.add_rows(rows)
 
 
 def scores(run: Run, cell: dict[str, Any], noise: str, level: float) -> tuple[Interval, Interval, Interval]:
@@ -208,8 +212,8 @@ def draw(run: Run, script: SuperpositionArguments) -> None:
         gains[f"{noise} noise {level:g}"] = np.array([[one.mean for one in row] for row in table])
         widths[f"{noise} noise {level:g}"] = np.array([[one.half_width or np.nan for one in row] for row in table])
     drawings["phase"] = figures.phase_diagram(gains, widths, script.sample_sizes, script.sparsities)
-    for (name, figure), suffix in itertools.product(drawings.items(), ("png", "pdf")):
-        figure.savefig(run.folder / f"{name}.{suffix}", dpi=300)
+    for name, figure in drawings.items():
+        figures.save(run.folder / name, figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -217,6 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
     script = parse(SuperpositionArguments, arguments)
     check(script)
     run = Run(script.output_dir, "superposition", {k: v for k, v in asdict(script).items() if k != "output_dir"})
+    run.bind()
     for size in script.sizes:
         missing = [cell for cell in cells(script) if cell["size"] == size and not is_complete(run, script, cell)]
         if not missing:
@@ -225,10 +230,12 @@ def main(arguments: list[str] | None = None) -> None:
         weight = encoders(size, script)
         measured = {"n": weight.shape[-1], "seconds": time.monotonic() - start, "device": device_name("cpu")}
         arrangement = geometry(weight)
+        rows = []
         for metric, (i, features), (j, seed) in itertools.product(GEOMETRY, enumerate(ARMS), enumerate(script.seeds)):
             if not run.find(metric, seed=seed, size=size, features=features):
                 value = float(getattr(arrangement, metric)[i, j])
-                run.add(metric, value, seed=seed, **measured, size=size, features=features)
+                rows.append(run.row(metric, value, seed=seed, **measured, size=size, features=features))
+        run.add_rows(rows)
         for cell in missing:
             add_cell(run, script, weight[:, : len(seeds_of(script, cell))], cell)
     text = report(run, script)
@@ -238,4 +245,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

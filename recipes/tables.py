@@ -21,10 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _experiments import EXPERIMENTS, SUFFIXES, CannotShow, Experiment
+from _experiments import EXPERIMENTS, CannotShow, Experiment
 from _page import Section, lowered, page
-from _run import Run, read_rows, write_atomic
+from _run import Run, read_rows, run_as_program, write_atomic
 from _settings import parse
+
+from vision_bench.figures import SUFFIXES
 
 ITEMS = tuple(dict.fromkeys(item for experiment in EXPERIMENTS for item in experiment.items))
 ROWS, CONFIG = "results.jsonl", "config.json"
@@ -223,4 +225,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _features import FEATURES, MEASURED, describe, frozen_models, seed_of
+from _features import FEATURES, describe, frozen_models, seed_of
 from _noisy_probe import (
     ACCURACY,
     NoisyProbeArguments,
@@ -37,15 +37,14 @@ from _noisy_probe import (
     predictions,
     where_there_is_one,
 )
-from _run import Run, device_name, interval, markdown_table
-from _settings import parse
-from _vision import SPLITS, load_splits, results_config, start_accelerator
+from _run import Run, device_name, interval, markdown_table, run_as_program
+from _vision import SPLITS, finish, start
 from accelerate import Accelerator
 from scipy.stats import spearmanr
 
 from vision_bench import figures
 from vision_bench.data import ImageSet
-from vision_bench.metrics import purity, semantic_consistency, top_activated
+from vision_bench.metrics import MEASURED, purity, semantic_consistency, top_activated
 
 PURITY, PURITY_CHANCE, SHOWN = "top_purity", "chance_top_purity", "shown_dimensions"
 CORRELATION = "accuracy_purity_correlation"
@@ -67,8 +66,9 @@ class TopActivatedArguments(NoisyProbeArguments):
         if self.dimensions < 1:
             raise ValueError(f"dimensions is {self.dimensions}; it must be at least 1.")
 
-    def check_test(self, test: ImageSet) -> None:
-        """Raise ValueError for more images a dimension than there are."""
+    def check(self, train: ImageSet, test: ImageSet) -> None:
+        """As `NoisyProbeArguments`, and no more images of a dimension than there are."""
+        super().check(train, test)
         if self.samples > len(test):
             raise ValueError(f"samples is {self.samples} for {len(test)} test images; it must not exceed them.")
 
@@ -218,28 +218,16 @@ def draw(run: Run, script: TopActivatedArguments, images: ImageSet) -> None:
             title = f"{rank} class: {figures.readable(config['class_name'])}, {100 * config['class_accuracy']:.0f} %\n"
             of_class[name].append(grid(row, f"{title}dimension {config['dimension']}: ", images))
     for name, blocks in (("figure_1a", random), ("figure_4ab", of_class)):
-        figure = figures.image_grids(blocks)
-        for suffix in ("png", "pdf"):
-            figure.savefig(run.folder / f"{name}.{suffix}", dpi=300)
+        figures.save(run.folder / name, figures.image_grids(blocks))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
-    script = parse(TopActivatedArguments, arguments)
-    splits = dict(zip(SPLITS, load_splits(script), strict=True))
-    script.check(splits["train"])
-    script.check_test(splits["test"])
-    accelerator = start_accelerator(script, "top_activated_samples")
-    run = Run(script.output_dir, "top_activated_samples", results_config(script), is_main=accelerator.is_main_process)
+    script, splits, accelerator, run = start(TopActivatedArguments, arguments, "top_activated_samples")
     for seed in script.models_of():
         measure(run, script, seed, splits, accelerator)
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        text = report(run, script)
-        run.write("results.md", text)
-        draw(run, script, splits["test"])
-        print(text)
+    finish(accelerator, run, lambda: report(run, script), lambda: draw(run, script, splits["test"]))
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

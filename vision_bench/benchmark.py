@@ -30,18 +30,15 @@ from vision_bench import features, models, sae, zoo
 from vision_bench.corruption_sweep import Sweep, parse
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet, load_images, stratified_fraction
-from vision_bench.metrics import semantic_consistency
+from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.probe import Probes, fit_linear_probes, probe_accuracy
 from vision_bench.shifts import load_shifted, synthetic
 
 RECIPE = "vision_bench"
 KINDS = ("raw", "relu", "sae")
 ACCURACY = "offline_probe_top1"
-MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
-SAE_QUALITY = ("sae_fvu", "sae_l0", "sae_dead_share")
 SAE_SEED = 0
 PROBE_BATCH = 256  # images, or all where there are fewer
-CHUNK = 8192  # rows
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class Settings:
             "batch_size",
             "resume",
         }
-        return json.loads(json.dumps({k: v for k, v in asdict(self).items() if k not in left_out}))
+        return {k: v for k, v in asdict(self).items() if k not in left_out}
 
 
 class Features(NamedTuple):
@@ -365,7 +362,7 @@ def _complete(done: list[dict[str, Any]], subject: Subject, kind: str, settings:
     there = [row for row in done if row["config"]["features_id"] == subject.id and row["config"]["features"] == kind]
     tests = len(sweep.tests())
     probes = len(sweep.label_noise) * len(sweep.few_shots) * len(settings.seeds)
-    return len(there) == tests * (probes + len(MEASURED)) + (len(SAE_QUALITY) if kind == "sae" else 0)
+    return len(there) == tests * (probes + len(MEASURED)) + (len(sae.QUALITY) if kind == "sae" else 0)
 
 
 def _measure(
@@ -387,14 +384,13 @@ def _measure(
             )
         if encoder is not None and test == "clean":
             quality = sae.evaluate(encoder, F.normalize(given))
-            found += [(name, v, None, len(given), {}) for name, v in zip(SAE_QUALITY, quality, strict=True)]
+            found += [(name, v, None, len(given), {}) for name, v in zip(sae.QUALITY, quality, strict=True)]
         z = _of_kind(given, kind, encoder)
         accuracy = probe_accuracy(*probes, z, one.labels, topk=(1,))[1].tolist()
         for (shots, rate, seed), value in zip(cells, accuracy, strict=True):
             found.append((ACCURACY, value, seed, len(z), {"test": test, "few_shots": shots, "label_noise": rate}))
-        what = semantic_consistency(z, one.labels)
-        values = (what.mean, what.chance, what.sparsity, float(what.live_dimensions))
-        found += [(name, v, None, len(z), {"test": test}) for name, v in zip(MEASURED, values, strict=True)]
+        what = semantic_consistency(z, one.labels).summary
+        found += [(name, v, None, len(z), {"test": test}) for name, v in what.items()]
     common = {
         "model": subject.name,
         "pretrained": subject.pretrained,
@@ -441,7 +437,7 @@ def _autoencoder(
 def _of_kind(raw: torch.Tensor, kind: str, encoder: sae.TopKAutoencoder | None) -> torch.Tensor:
     """Features (n, d) of a kind, on the CPU."""
     if encoder is not None:
-        return torch.cat([encoder.encode(F.normalize(part).to(encoder.decoder)).cpu() for part in raw.split(CHUNK)])
+        return sae.normalised_latents(encoder, raw)
     return F.relu(raw) if kind == "relu" else raw
 
 

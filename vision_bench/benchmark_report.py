@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from result_rows import Interval, interval, write_atomic
-from vision_bench import figures
-from vision_bench.benchmark import ACCURACY, KINDS, MEASURED, SAE_QUALITY, Settings, Subject
+from vision_bench import figures, sae
+from vision_bench.benchmark import ACCURACY, KINDS, Settings, Subject
 from vision_bench.corruption_sweep import CLEAN, Sweep, parse
+from vision_bench.metrics import MEASURED
 
 Row = dict[str, Any]
 
@@ -48,9 +49,7 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
         }
         for subject in subjects
     }
-    figure = figures.robustness_dots(panels)
-    for suffix in ("png", "pdf"):
-        figure.savefig(folder / f"{FIGURE}.{suffix}", dpi=300)
+    figures.save(folder / FIGURE, figures.robustness_dots(panels))
     return text
 
 
@@ -171,7 +170,7 @@ def _markdown(
         text += "\nSparse autoencoders on clean test images:\n\n"
         lines = []
         for subject in subjects:
-            quality = (_find(rows, name, features_id=subject.id)[0]["value"] for name in SAE_QUALITY)
+            quality = (_find(rows, name, features_id=subject.id)[0]["value"] for name in sae.QUALITY)
             lines.append([labels[subject.id], *(f"{value:.3g}" for value in quality)])
         text += _table(["model", "variance unexplained", "active latents", "dead latents"], lines)
     return text

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 WIDTH = 3.4  # inch
+SUFFIXES = ("png", "pdf")
 # Okabe and Ito's colour-blind safe palette; black and white prints tell the arms apart by line style or hatch.
 COLOURS = {"mono": "#0072B2", "poly": "#D55E00"}
 LINES = {"mono": "-", "poly": "--"}
@@ -52,6 +55,12 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
             return draw(*args, **kwargs)
 
     return styled
+
+
+def save(path: Path, figure: Figure) -> None:
+    """Write `path`, a name without suffix, as PNG and PDF."""
+    for suffix in SUFFIXES:
+        figure.savefig(path.with_name(f"{path.name}.{suffix}"), dpi=300)
 
 
 @_styled
@@ -142,11 +151,9 @@ def noise_curves(
     """
     figure, axes = _figure(len(panels), 1, height=1.7 * len(panels) + 0.4, sharex=True)
     for ax, (name, arms) in zip(axes.flat, panels.items(), strict=True):
-        for arm, (mean, half_width) in arms.items():
+        for arm, found in arms.items():
             colour, line, _ = _FEATURES[arm]
-            low, high = np.asarray(mean) - np.asarray(half_width), np.asarray(mean) + np.asarray(half_width)
-            ax.plot(levels, mean, linestyle=line, color=colour, label=arm.replace("_", " "))
-            ax.fill_between(levels, low, high, color=colour, alpha=0.2, linewidth=0)
+            _curve(ax, levels, *found, linestyle=line, color=colour, label=arm.replace("_", " "))
         ax.set(ylabel=name, xlim=(levels[0], levels[-1]) if len(levels) > 1 else None)
         if ax is axes.flat[0]:
             low, high = ax.get_ylim()
@@ -170,12 +177,10 @@ def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], tuple[
     figure, axes = _figure(1, 1, height=2.4)
     ax = axes.flat[0]
     losses = list(dict.fromkeys(loss for _, loss in curves))
-    for (arm, loss), (mean, half_width) in curves.items():
+    for (arm, loss), found in curves.items():
         colour, _, _ = _FEATURES[arm]
-        low, high = np.asarray(mean) - np.asarray(half_width), np.asarray(mean) + np.asarray(half_width)
-        line = ("--", "-")[losses.index(loss)]
-        ax.plot(levels, mean, linestyle=line, color=colour, label=f"{arm.replace('_', ' ')}, {loss}")
-        ax.fill_between(levels, low, high, color=colour, alpha=0.15, linewidth=0)
+        line, label = ("--", "-")[losses.index(loss)], f"{arm.replace('_', ' ')}, {loss}"
+        _curve(ax, levels, *found, band=0.15, linestyle=line, color=colour, label=label)
     ax.set(xlabel="share of wrong training labels, %", ylabel="test accuracy, %")
     if len(levels) > 1:
         ax.set_xlim(levels[0], levels[-1])
@@ -206,15 +211,12 @@ def finetuning_curves(
     """
     figure, axes = _figure(len(panels), 1, height=1.45 * len(panels) + 0.5, sharex=True)
     for ax, (name, arms) in zip(axes.flat, panels.items(), strict=True):
-        for arm, (mean, half_width) in arms.items():
+        for arm, found in arms.items():
             colour, line = _FINETUNED[arm]
-            low, high = np.asarray(mean) - np.asarray(half_width), np.asarray(mean) + np.asarray(half_width)
-            marker = "o" if len(levels) < 20 else ""
-            ax.plot(
-                levels, mean, linestyle=line, marker=marker, markersize=2, color=colour, label=arm.replace("_", " ")
-            )
+            style: dict[str, Any] = {"linestyle": line, "markersize": 2, "color": colour}
+            style["marker"] = "o" if len(levels) < 20 else ""
             # Bands of the controls are fainter: five of them hide each other.
-            ax.fill_between(levels, low, high, color=colour, alpha=0.07 if "+" in arm else 0.2, linewidth=0)
+            _curve(ax, levels, *found, band=0.07 if "+" in arm else 0.2, label=arm.replace("_", " "), **style)
         ax.set_ylabel(name)
         if "ce" in arms:
             ax.set_ylim(max(-1, ax.get_ylim()[0]), min(101, ax.get_ylim()[1]))  # a share, whatever its interval
@@ -301,11 +303,9 @@ def gains_beside_paper(
         label: of the noise.
     """
     figure, axes = _figure(1, len(ours), height=2.0)
-    for ax, (arm, (mean, half_width)) in zip(axes.flat, ours.items(), strict=True):
+    for ax, (arm, found) in zip(axes.flat, ours.items(), strict=True):
         colour, line, _ = _FEATURES[arm]
-        low, high = np.asarray(mean) - np.asarray(half_width), np.asarray(mean) + np.asarray(half_width)
-        ax.plot(levels, mean, linestyle=line, color=colour, label="ours")
-        ax.fill_between(levels, low, high, color=colour, alpha=0.2, linewidth=0)
+        _curve(ax, levels, *found, linestyle=line, color=colour, label="ours")
         for marker, (data, arms) in zip("o^sD", published.items(), strict=False):
             ax.plot(
                 *zip(*sorted(arms[arm].items()), strict=True),
@@ -458,6 +458,17 @@ def image_grids(blocks: Mapping[str, Sequence[ImageGrid]]) -> Figure:
 
 def _shortened(name: str, length: int = 14) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def _curve(
+    ax: Axes, levels: Sequence[float], mean: ArrayLike, half_width: ArrayLike, band: float = 0.2, **style: Any
+) -> None:
+    """A line with its interval as a band of the opacity `band`, or as a bar where one level leaves a band no width."""
+    ax.plot(levels, mean, **style)
+    if len(levels) == 1:
+        ax.errorbar(levels, mean, yerr=half_width, color=style["color"], fmt="o", markersize=2, capsize=2)
+    low, high = np.asarray(mean) - np.asarray(half_width), np.asarray(mean) + np.asarray(half_width)
+    ax.fill_between(levels, low, high, color=style["color"], alpha=band, linewidth=0)
 
 
 def _figure(rows: int, columns: int, height: float, sharex: bool = False) -> tuple[Figure, np.ndarray[Any, Any]]:

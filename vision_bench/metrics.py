@@ -20,6 +20,9 @@ _BLOCK_VALUES = 2**17  # of a block of rows, held as floats: as many as stay in 
 _CHANCE_PAIRS = 1024  # of a dimension and a shuffle of the labels, at least, for the chance level
 
 
+MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
+
+
 class SemanticConsistency(NamedTuple):
     """What `semantic_consistency` found; a consistency means little without the sparsity and the chance level."""
 
@@ -30,6 +33,12 @@ class SemanticConsistency(NamedTuple):
     support: torch.Tensor  # (d,) int64, number of samples that activate a dimension
     chance: float  # `mean` with shuffled labels: what the supports alone give
     chance_per_dimension: torch.Tensor  # (d,) float64, a mean over the shuffles, NaN as `per_dimension`
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """What stands in a row of results, by the names in `MEASURED`."""
+        values = (self.mean, self.chance, self.sparsity, float(self.live_dimensions))
+        return dict(zip(MEASURED, values, strict=True))
 
 
 def semantic_consistency(

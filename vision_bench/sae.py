@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 KIND, CHECKPOINT_KIND = "sparse autoencoder", "sparse autoencoder in training"
 CHECKPOINT = "checkpoint.safetensors"
+QUALITY = ("sae_fvu", "sae_l0", "sae_dead_share")  # the fields of `Quality`, as rows of results name them
 MEDIAN_ROWS = 4096  # of the features, for the initial b_pre
 CHUNK = 4096  # rows of a pass over all features
 # Share of active latents up to which sparse products were faster than dense ones on a CPU (benchmarks/sae_step.py);
@@ -573,6 +574,13 @@ def evaluate(
     finally:
         autoencoder.train(was_training)
     return Quality(error / (variance * rows.n), count / rows.n, (fired == 0).double().mean().item())
+
+
+@torch.no_grad()
+def normalised_latents(autoencoder: TopKAutoencoder, features: torch.Tensor) -> torch.Tensor:
+    """Latents (n, d_latent), on the CPU, of features (n, d) once their rows are L2-normalised."""
+    parts = F.normalize(features).split(CHUNK)
+    return torch.cat([autoencoder.encode(part.to(autoencoder.decoder)).cpu() for part in parts])
 
 
 def save(path: str | Path, autoencoder: TopKAutoencoder, **header: Any) -> None:

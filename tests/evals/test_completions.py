@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals.completions import Completion, LineAppender, read_completions, read_lines
-from result_rows import locked
+from evals.completions import Completion, read_completions
+from result_rows import LineAppender, locked, read_lines
 
 
 def completion(prompt_id="0", **changes):

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals import generate as module
 from evals.answers import answer_log_likelihoods
-from evals.completions import LineAppender, read_completions
+from evals.completions import read_completions
 from evals.generate import GenerateSettings, generate
 from evals.models import Adapter
 from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt
-from result_rows import read_rows
+from result_rows import LineAppender, read_rows
 
 NEW_TOKENS = 16
 
@@ -277,7 +277,7 @@ def test_kill_9_and_resume(settings, tmp_path):
     whole = replace(settings, output_dir=str(tmp_path / "whole"), tasks=["beavertails_eval", "dolly"])
     generate(whole)
     program = (
-        "import time, evals.completions as c\n"
+        "import time, result_rows as c\n"
         "real = c.LineAppender.append\n"
         "def slowly(self, rows):\n    real(self, rows)\n    print('batch', flush=True)\n    time.sleep(0.3)\n"
         "c.LineAppender.append = slowly\n"

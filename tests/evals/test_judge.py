@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from evals.__main__ import main
-from evals.completions import LineAppender
 from evals.judge import judge
 from evals.verdicts import read_verdicts
-from result_rows import locked, read_rows
+from result_rows import LineAppender, locked, read_rows
 
 TEXTS = [(f"prompt {i} " * (1 + i % 5), "response " * (i % 7)) for i in range(10)]
 

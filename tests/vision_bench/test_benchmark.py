@@ -13,7 +13,7 @@ from timm.models import register_model
 from torchvision.transforms.v2.functional import to_pil_image
 
 from result_rows import interval, paired_difference
-from vision_bench import benchmark, features, models, probe, timm_models
+from vision_bench import benchmark, features, models, probe, sae, timm_models
 from vision_bench.__main__ import main
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import load_images, stratified_fraction
@@ -81,7 +81,7 @@ def test_every_cell_has_a_row_and_kinds_of_features_differ(folder, checkpoint):
         assert found(folder, "sparsity", model=model, features="sae", test="clean")[0]["value"] == pytest.approx(
             1 - 1 / 8, abs=0.02
         )
-        for metric in benchmark.SAE_QUALITY:
+        for metric in sae.QUALITY:
             assert len(found(folder, metric, model=model)) == 1
     assert {row["config"]["random_init"] for row in found(folder, model="small_conv")} == {True}
     clean = found(folder, model=str(checkpoint), features="raw", few_shots=1, label_noise=0, test="clean")
