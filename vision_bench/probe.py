@@ -309,6 +309,11 @@ def training_accuracy(
     num_classes = weights.shape[1]
     features = _check_features(features, dims=(2,))
     labels = _check_labels("labels", labels, num_classes, len(features), dims=1)
+    if len(label_sets) != len(weights):
+        expected = (len(weights), len(features))
+        raise ValueError(
+            f"label_sets has the shape {tuple(label_sets.shape)} for {len(weights)} probes; it must be {expected}."
+        )
     own = torch.cat(
         [
             probe_accuracy(weights[i : i + 1], biases[i : i + 1], features, noisy, topk=(1,))[1]
