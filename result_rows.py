@@ -382,7 +382,7 @@ def file_checksum(path: str | Path) -> str:
 class Interval(NamedTuple):
     """Mean of n values with the half-width of its 95 % interval (Student's t), None for a single value."""
 
-    mean: float
+    mean: float  # NaN of no value
     half_width: float | None
     n: int
 
@@ -391,19 +391,27 @@ class Interval(NamedTuple):
         return Interval(self.mean * factor, None if self.half_width is None else self.half_width * factor, self.n)
 
     def text(self, digits: int = 2, sign: bool = False) -> str:
-        """'91.23 ± 0.45', or only the mean."""
+        """'91.23 ± 0.45', or only the mean, or '-' where no value is defined."""
+        if self.n == 0:
+            return "-"
         mean = f"{self.mean:{'+' if sign else ''}.{digits}f}"
         return mean if self.half_width is None else f"{mean} ± {self.half_width:.{digits}f}"
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """95 % interval of the mean over seeds. Raises ValueError without values."""
+def interval(values: Sequence[float | None]) -> Interval:
+    """95 % interval of the mean over seeds; None, an undefined value, is left out.
+
+    Raises:
+        ValueError: there are no values at all.
+    """
     if not values:
         raise ValueError("an interval needs at least one value")
-    n, mean = len(values), sum(values) / len(values)
-    if n == 1:
-        return Interval(mean, None, 1)
-    error = (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5
+    numbers = [value for value in values if value is not None]
+    n = len(numbers)
+    if n < 2:
+        return Interval(numbers[0] if numbers else math.nan, None, n)
+    mean = sum(numbers) / n
+    error = (sum((v - mean) ** 2 for v in numbers) / (n - 1) / n) ** 0.5
     return Interval(mean, float(stats.t.ppf(0.975, n - 1)) * error, n)
 
 

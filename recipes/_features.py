@@ -138,4 +138,4 @@ def describe(
     seed = seed_of(seeds)
     for metric, value in found.items():
         if not run.find(metric, seed=seed, features=name):
-            run.add(metric, float(value), seed=seed, **measured, features=name)
+            run.add(metric, value, seed=seed, **measured, features=name)

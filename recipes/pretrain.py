@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
             for metric, value in ({name: log[-1][name] for name in LOGGED} | found).items():
                 if not run.find(metric, **arm):
                     n = len(train.labels if "validation" not in metric and metric in LOGGED else validation.labels)
-                    run.add(metric, float(value), n=n, seconds=seconds, device=device_name(), **arm)
+                    run.add(metric, value, n=n, seconds=seconds, device=device_name(), **arm)
     finish(accelerator, run, lambda: report(run, script))
 
 

@@ -111,8 +111,8 @@ def check(script: SuperpositionArguments) -> None:
     """Raise ValueError for settings that would fail later, before the encoders are trained."""
     for cell in cells(script):
         n, m = size_of(cell["size"])
-        if m > n:
-            raise ValueError(f"sizes has {cell['size']!r}: n_dims is {m}; it must not exceed the {n} features.")
+        if not 1 <= m <= n:
+            raise ValueError(f"sizes has {cell['size']!r}: n_dims is {m}; it must be in [1, {n}].")
         if cell["samples"] < n:
             raise ValueError(f"samples is {cell['samples']} for {n} classes; give at least one for each class.")
         if not 0 <= cell["sparsity"] < 1:

@@ -286,6 +286,9 @@ def test_intervals():
     assert found.mean == 3.5
     assert math.isclose(found.half_width, (high - low) / 2)
     assert interval([2.0]) == Interval(2.0, None, 1)
+    assert interval([2.0, None, 4.0]) == interval([2.0, 4.0])
+    assert interval([None, 2.0]) == Interval(2.0, None, 1)
+    assert interval([None, None]).text() == "-"
     assert interval([0.5, 0.5]).half_width == 0
     with pytest.raises(ValueError, match="at least one value"):
         interval([])

@@ -374,7 +374,7 @@ def _measure(
     encoder = _autoencoder(subject, raw, settings, device, progress) if kind == "sae" else None
     train = _of_kind(raw, kind, encoder)
     cells, probes = _probes(subject, train, settings, sweep, device, progress)
-    found: list[tuple[str, float, int | None, int, dict[str, Any]]] = []  # metric, value, seed, n, arm
+    found: list[tuple[str, float | None, int | None, int, dict[str, Any]]] = []  # metric, value, seed, n, arm
     for test, one in subject.tests.items():
         given = _load(one, subject)
         if given.shape[1] != raw.shape[1]:

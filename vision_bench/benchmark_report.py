@@ -85,7 +85,7 @@ def _cells(subject: Subject, label: str, kind: str, rows: Sequence[Row], sweep: 
                 "seeds": len(found),
                 "gain_over_raw": None if math.isnan(gain.mean) else gain.mean,
                 "gain_half_width": gain.half_width,
-                **{name: _number(_find(mine, name, test=test)[0]["value"]) for name in MEASURED},
+                **{name: _find(mine, name, test=test)[0]["value"] for name in MEASURED},
                 "test_images": found[0]["n"],
                 "training_images": mine[0]["config"]["training_images"],
                 "features_id": subject.id,
@@ -96,11 +96,6 @@ def _cells(subject: Subject, label: str, kind: str, rows: Sequence[Row], sweep: 
 
 def _find(rows: Iterable[Row], metric: str, **arm: Any) -> list[Row]:
     return [row for row in rows if row["metric"] == metric and all(row["config"].get(k) == v for k, v in arm.items())]
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if math.isnan(value) else value
 
 
 def _csv(cells: list[dict[str, Any]]) -> str:

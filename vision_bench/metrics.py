@@ -35,10 +35,10 @@ class SemanticConsistency(NamedTuple):
     chance_per_dimension: torch.Tensor  # (d,) float64, a mean over the shuffles, NaN as `per_dimension`
 
     @property
-    def summary(self) -> dict[str, float]:
-        """What stands in a row of results, by the names in `MEASURED`."""
+    def summary(self) -> dict[str, float | None]:
+        """What stands in a row of results, by the names in `MEASURED`; None for a consistency of no dimension."""
         values = (self.mean, self.chance, self.sparsity, float(self.live_dimensions))
-        return dict(zip(MEASURED, values, strict=True))
+        return {name: None if math.isnan(value) else value for name, value in zip(MEASURED, values, strict=True)}
 
 
 def semantic_consistency(

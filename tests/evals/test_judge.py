@@ -12,11 +12,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from evals.__main__ import main
 from evals.judge import judge
 from evals.verdicts import read_verdicts
-from result_rows import LineAppender, locked, read_rows
+from result_rows import LineAppender, read_rows
 
 TEXTS = [(f"prompt {i} " * (1 + i % 5), "response " * (i % 7)) for i in range(10)]
 
@@ -163,7 +164,7 @@ def test_a_killed_generation_of_this_folder_can_go_on_after_judging(completions_
 
 
 def test_one_process_at_a_time(folder, judges):
-    with locked(folder), pytest.raises(ValueError, match="Another process is working in"):
+    with FileLock(folder / ".lock"), pytest.raises(ValueError, match="Another process is working in"):
         judge(folder, judges)
 
 

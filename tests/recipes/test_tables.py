@@ -257,7 +257,7 @@ def test_folders_that_cannot_be_read(runs, tmp_path):
         main(["--runs", str(runs), "--output_dir", str(runs)])
     broken = salient(tmp_path / "broken")
     (broken / "results.jsonl").write_text("{\n")
-    with pytest.raises(ValueError, match=r"broken/results.jsonl, line 1 is not JSON"):
+    with pytest.raises(ValueError, match=r"broken/results.jsonl, line 1: not JSON"):
         main(["--runs", str(broken), *out])
     label_noise(tmp_path / "other_version", no_such_setting=1)
     with pytest.raises(
