@@ -324,9 +324,9 @@ def training_accuracy(
     for x, y in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
         sums.index_add_(0, y.to(sums.device), x.to(sums))
     counts = torch.bincount(labels, minlength=num_classes).to(sums.device)
-    means = sums / counts.clamp(min=1)[:, None]
+    means = (sums / counts.clamp(min=1)[:, None]).to(weights)
     offsets = torch.where(counts > 0, means.square().sum(dim=1) / 2, torch.inf)
-    nearest = [(x.to(weights) @ means.to(weights).T - offsets.to(weights)).argmax(dim=1) for x in features.split(CHUNK)]
+    nearest = [(x.to(weights) @ means.T - offsets).argmax(dim=1) for x in features.split(CHUNK)]
     return own, (torch.cat(nearest) == label_sets.to(weights.device)).double().mean(dim=1)
 
 

@@ -259,7 +259,9 @@ def test_training_accuracies_equal_counting(monkeypatch):
     for i in range(4):
         guesses = (x @ probes.weights[i].T + probes.biases[i]).argmax(dim=1)
         assert own[i].item() == pytest.approx((guesses == y[i]).double().mean().item())
-        assert class_means[i].item() == pytest.approx(np.mean([n == int(t) for n, t in zip(nearest, y[i], strict=True)]))
+        assert class_means[i].item() == pytest.approx(
+            np.mean([n == int(t) for n, t in zip(nearest, y[i], strict=True)])
+        )
     with pytest.raises(ValueError, match=r"label_sets has the shape \(3, 50\) for 4 probes; it must be \(4, 50\)"):
         training_accuracy(probes, x, y[:3], right)
 
