@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 UNEXPLAINED = 0.5  # share of the variance above which an autoencoder leaves out more than it keeps
 TRAINING_NOTE = (
-    "Own training labels: accuracy on the labels, wrong ones included, that the probes were trained on. Chance level:\n"
-    "of a guess, or of the most frequent class where that is more.\n"
+    "Own training labels: accuracy on the labels, wrong ones included, that the probes were trained on. Chance\n"
+    "level: of a guess, or of the most frequent class where that is more.\n"
 )
 
 
@@ -32,7 +32,7 @@ def unexplained(shares: Mapping[str, float | None]) -> str:
     if not poor:
         return ""
     return (
-        f"\n**Warning: variance unexplained above {UNEXPLAINED:g}:** {', '.join(poor)}. These latents do not represent\n"
-        "the features that they are made of: what sae gains or loses says nothing about making these monosemantic.\n"
+        f"\n**Warning: variance unexplained above {UNEXPLAINED:g}:** {', '.join(poor)}. These latents do not\n"
+        "represent the features that they are made of: what sae gains or loses says nothing about making these monosemantic.\n"
         "Train the autoencoder longer, or with more active latents.\n"
     )

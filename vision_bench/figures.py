@@ -421,7 +421,7 @@ def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, 
         ax.set_axisbelow(True)
     axes.flat[-1].set_xlabel("test accuracy of linear probes, %")
     axes.flat[-1].set_xlim(left=0)
-    _legend(figure, axes.flat[0])
+    _legend(figure, *axes.flat)
     return figure
 
 
@@ -496,7 +496,7 @@ def _figure(rows: int, columns: int, height: float, sharex: bool = False) -> tup
     return figure, figure.subplots(rows, columns, squeeze=False, sharex=sharex)
 
 
-def _legend(figure: Figure, ax: Axes) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    named = dict(zip(labels, handles, strict=True))  # each once
+def _legend(figure: Figure, *axes: Axes) -> None:
+    """A legend of what is drawn in any of the axes, each name once."""
+    named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=min(len(named), 3), frameon=False)
