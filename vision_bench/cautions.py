@@ -33,6 +33,6 @@ def unexplained(shares: Mapping[str, float | None]) -> str:
         return ""
     return (
         f"\n**Warning: variance unexplained above {UNEXPLAINED:g}:** {', '.join(poor)}. These latents do not\n"
-        "represent the features that they are made of: what sae gains or loses says nothing about making these monosemantic.\n"
-        "Train the autoencoder longer, or with more active latents.\n"
+        "represent the features that they are made of: what sae gains or loses says nothing about making these\n"
+        "monosemantic. Train the autoencoder longer, or with more active latents.\n"
     )

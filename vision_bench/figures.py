@@ -393,7 +393,7 @@ def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, 
     conditions = list(next(iter(next(iter(panels.values())).values())))
     names = [name.split("/")[-1] for name in conditions]
     names = [name if names.count(name) == 1 else whole for name, whole in zip(names, conditions, strict=True)]
-    titles = [_wrapped(model, 60) for model in panels]
+    titles = [_wrapped(model, 30) for model in panels]
     lines = sum(title.count("\n") for title in titles)
     height = len(panels) * (0.2 * len(conditions) + 0.35) + 0.13 * lines + 0.5
     figure, axes = _figure(len(panels), 1, height=height, sharex=True)
