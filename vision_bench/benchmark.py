@@ -1,9 +1,9 @@
 """Robustness and monosemanticity of frozen models: features once, then all probes and all tests on them.
 
-Training images give features, as they are (`raw`), after ReLU (`relu`), or as latents of a top-k sparse autoencoder
-(`sae`). Probes learn from them with a share of wrong labels (`label_noise`) of a share of the images (`few_shots`),
-and are tested on test images with noise and shifts. Every process of a launch computes its share of the features,
-then takes its share of the (model, kind of features) pairs.
+Training images give features, as they are (`raw`), L2-normalised (`unit`), after ReLU (`relu`), or as latents of a
+top-k sparse autoencoder of the normalised ones (`sae`). Probes learn from them with a share of wrong labels
+(`label_noise`) of a share of the images (`few_shots`), and are tested on test images with noise and shifts. Every
+process of a launch computes its share of the features, then takes its share of the (model, kind of features) pairs.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from vision_bench.corruption_sweep import Sweep, parse
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet, load_images, stratified_fraction
 from vision_bench.metrics import MEASURED, semantic_consistency
-from vision_bench.probe import Probes, fit_linear_probes, probe_accuracy
+from vision_bench.probe import NORM, TRAINING, Probes, fit_linear_probes, probe_accuracy, training_accuracy
 from vision_bench.shifts import load_shifted, synthetic
 
 RECIPE = "vision_bench"
-KINDS = ("raw", "relu", "sae")
+KINDS = ("raw", "unit", "relu", "sae")
 ACCURACY = "offline_probe_top1"
+SAME = "equals_raw"  # the metric of the row that stands for a kind of features which is not measured again
 SAE_SEED = 0
 PROBE_BATCH = 256  # images, or all where there are fewer
 
@@ -99,7 +100,7 @@ class Settings:
             "batch_size",
             "resume",
         }
-        return {k: v for k, v in asdict(self).items() if k not in left_out}
+        return {k: v for k, v in asdict(self).items() if k not in left_out} | {"probe_norm": NORM}
 
 
 class Features(NamedTuple):
@@ -118,6 +119,7 @@ class Subject(NamedTuple):
     pretrained: str  # in words, on what
     layer: str
     image_size: tuple[int, int]  # pixels
+    preprocessing: str  # in words, how its images are made
     train: Features
     tests: dict[str, Features]  # by the names of Sweep.tests
     num_classes: int
@@ -301,7 +303,8 @@ def _check(
     height, width = sets["train"].images.shape[2:]
     pretrained = frozen.pretrained + data.overlap(frozen)
     subject = Subject(
-        frozen.name, random, pretrained, layer, (height, width), train, found, sets["train"].num_classes,
+        frozen.name, random, pretrained, layer, (height, width), _preprocessing(frozen, settings, sets["train"]),
+        train, found, sets["train"].num_classes,
         _digest([asdict(one.source) for one in (train, *found.values())]),
     )  # fmt: skip
     return subject, frozen if is_missing else None
@@ -322,6 +325,14 @@ def _sets(frozen: zoo.Frozen, settings: Settings, data: _Data) -> dict[str, Imag
     else:
         mean, std = frozen.statistics
     return {name: replace(images, mean=mean, std=std) for name, images in sets.items()}
+
+
+def _preprocessing(frozen: zoo.Frozen, settings: Settings, images: ImageSet) -> str:
+    """How the images of a model are made, in words."""
+    size = settings.image_size or frozen.image_size
+    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (images.mean, images.std))
+    cut = f"shorter side to {size} pixels (bicubic), square cut at the centre" if size else "size as in the data set"
+    return f"{cut}; mean {mean}, standard deviation {std}"
 
 
 def _features(
@@ -413,48 +424,57 @@ def _complete(done: list[dict[str, Any]], subject: Subject, kind: str, settings:
     there = [row for row in done if row["config"]["features_id"] == subject.id and row["config"]["features"] == kind]
     if any(row["metric"] == DIVERGED for row in there):
         return True
+    if kind == "relu" and "raw" in settings.features and any(row["metric"] == SAME for row in there):
+        return True
     tests = len(sweep.tests())
     probes = len(sweep.label_noise) * len(sweep.few_shots) * len(settings.seeds)
-    return len(there) == tests * (probes + len(MEASURED)) + (len(sae.QUALITY) if kind == "sae" else 0)
+    expected = tests * (probes + len(MEASURED)) + len(TRAINING) * probes + (len(sae.QUALITY) if kind == "sae" else 0)
+    return sum(row["metric"] != SAME for row in there) == expected
 
 
 def _measure(
     results: Run, subject: Subject, kind: str, settings: Settings, sweep: Sweep, device: torch.device, progress: bool
 ) -> list[dict[str, Any]]:
-    """All rows of one kind of features of one model."""
+    """All rows of one kind of features of one model; a single one where `relu` equals `raw`, which is measured."""
     start = time.monotonic()
     raw = _load(subject.train, subject)
-    encoder = _autoencoder(subject, raw, settings, device, progress) if kind == "sae" else None
-    train = _of_kind(raw, kind, encoder)
-    cells, probes = _probes(subject, train, settings, sweep, device, progress)
-    found: list[tuple[str, float | None, int | None, int, dict[str, Any]]] = []  # metric, value, seed, n, arm
-    for test, one in subject.tests.items():
-        given = _load(one, subject)
-        if given.shape[1] != raw.shape[1]:
-            raise ValueError(
-                f"{subject.name} gives {raw.shape[1]} features of the training images and {given.shape[1]} of the "
-                f"test images ({test}); they must be as many."
-            )
-        if encoder is not None and test == "clean":
-            quality = sae.evaluate(encoder, F.normalize(given))
-            found += [(name, v, None, len(given), {}) for name, v in zip(sae.QUALITY, quality, strict=True)]
-        z = _of_kind(given, kind, encoder)
-        accuracy = probe_accuracy(*probes, z, one.labels, topk=(1,))[1].tolist()
-        for (shots, rate, seed), value in zip(cells, accuracy, strict=True):
-            found.append((ACCURACY, value, seed, len(z), {"test": test, "few_shots": shots, "label_noise": rate}))
-        what = semantic_consistency(z, one.labels).summary
-        found += [(name, v, None, len(z), {"test": test}) for name, v in what.items()]
     common = {
         "model": subject.name,
         "pretrained": subject.pretrained,
         "random_init": subject.random,
         "layer": subject.layer,
         "image_size": list(subject.image_size),
+        "preprocessing": subject.preprocessing,
         "dimensions": raw.shape[1],
         "training_images": len(raw),
         "features": kind,
         "features_id": subject.id,
     }
+    found: list[tuple[str, float | None, int | None, int, dict[str, Any]]] = []  # metric, value, seed, n, arm
+    if kind == "relu" and "raw" in settings.features and _is_non_negative(subject):
+        found.append((SAME, 1.0, None, len(raw), {}))
+    else:
+        encoder = _autoencoder(subject, raw, settings, device, progress) if kind == "sae" else None
+        cells, probes, training = _probes(subject, _of_kind(raw, kind, encoder), settings, sweep, device, progress)
+        for (shots, rate, seed), (images, *values) in zip(cells, training, strict=True):
+            arm = {"few_shots": shots, "label_noise": rate}
+            found += [(name, v, seed, images, arm) for name, v in zip(TRAINING, values, strict=True)]
+        for test, one in subject.tests.items():
+            given = _load(one, subject)
+            if given.shape[1] != raw.shape[1]:
+                raise ValueError(
+                    f"{subject.name} gives {raw.shape[1]} features of the training images and {given.shape[1]} of "
+                    f"the test images ({test}); they must be as many."
+                )
+            if encoder is not None and test == "clean":
+                quality = sae.evaluate(encoder, F.normalize(given))
+                found += [(name, v, None, len(given), {}) for name, v in zip(sae.QUALITY, quality, strict=True)]
+            z = _of_kind(given, kind, encoder)
+            accuracy = probe_accuracy(*probes, z, one.labels, topk=(1,))[1].tolist()
+            for (shots, rate, seed), value in zip(cells, accuracy, strict=True):
+                found.append((ACCURACY, value, seed, len(z), {"test": test, "few_shots": shots, "label_noise": rate}))
+            what = semantic_consistency(z, one.labels).summary
+            found += [(name, v, None, len(z), {"test": test}) for name, v in what.items()]
     seconds = time.monotonic() - start
     return [
         results.row(metric, value, n=n, seed=seed, seconds=seconds, device=device_name(device), **common, **arm)
@@ -464,6 +484,11 @@ def _measure(
 
 def _load(one: Features, subject: Subject) -> torch.Tensor:
     return features.load(one.folder, subject.layer, one.source)
+
+
+def _is_non_negative(subject: Subject) -> bool:
+    """Whether no feature of any image is negative, so that ReLU leaves all as they are."""
+    return all(bool((_load(one, subject) >= 0).all()) for one in (subject.train, *subject.tests.values()))
 
 
 def _autoencoder(
@@ -493,14 +518,17 @@ def _of_kind(raw: torch.Tensor, kind: str, encoder: sae.TopKAutoencoder | None) 
     """Features (n, d) of a kind, on the CPU."""
     if encoder is not None:
         return sae.normalised_latents(encoder, raw)
-    return F.relu(raw) if kind == "relu" else raw
+    return F.normalize(raw) if kind == "unit" else F.relu(raw) if kind == "relu" else raw
 
 
 def _probes(
     subject: Subject, train: torch.Tensor, settings: Settings, sweep: Sweep, device: torch.device, progress: bool
-) -> tuple[list[tuple[float, float, int]], Probes]:
-    """A probe for every (share of the images, share of wrong labels, seed), trained in one pass for each draw."""
-    cells, fitted = list[tuple[float, float, int]](), list[Probes]()
+) -> tuple[list[tuple[float, float, int]], Probes, list[tuple[int, float, float]]]:
+    """A probe for every (share of the images, share of wrong labels, seed), trained in one pass for each draw.
+
+    Also gives, for each probe, its number of training images and the two values of `training_accuracy`.
+    """
+    cells, fitted, training = list[tuple[float, float, int]](), list[Probes](), list[tuple[int, float, float]]()
     labels = subject.train.labels
     steps = settings.probe_epochs * (len(labels) // min(PROBE_BATCH, len(labels)))
     for shots in sweep.few_shots:
@@ -509,14 +537,17 @@ def _probes(
             drawn = stratified_fraction(labels, shots, torch.Generator().manual_seed(seeds[0]))
             batch = min(PROBE_BATCH, len(drawn))
             wanted = list(itertools.product(seeds, sweep.label_noise))
-            noisy = [
-                flip_labels(labels[drawn], rate, subject.num_classes, torch.Generator().manual_seed(seed))
-                for seed, rate in wanted
-            ]
+            noisy = torch.stack(
+                [
+                    flip_labels(labels[drawn], rate, subject.num_classes, torch.Generator().manual_seed(seed))
+                    for seed, rate in wanted
+                ]
+            )
+            z = (train if shots == 1 else train[drawn]).to(device)
             fitted.append(
                 fit_linear_probes(
-                    (train if shots == 1 else train[drawn]).to(device),
-                    torch.stack(noisy),
+                    z,
+                    noisy,
                     subject.num_classes,
                     epochs=max(1, round(steps / (len(drawn) // batch))),  # an incomplete batch is no step
                     batch_size=batch,
@@ -526,5 +557,7 @@ def _probes(
                     progress=progress,
                 )
             )
+            accuracies = training_accuracy(fitted[-1], z, noisy, labels[drawn])
+            training += [(len(drawn), own.item(), means.item()) for own, means in zip(*accuracies, strict=True)]
             cells += [(shots, rate, seed) for seed, rate in wanted]
-    return cells, Probes(*(torch.cat(parts) for parts in zip(*fitted, strict=True)))
+    return cells, Probes(*(torch.cat(parts) for parts in zip(*fitted, strict=True))), training

@@ -394,23 +394,34 @@ def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]], bins: 
     return figure
 
 
-_KINDS = _Styles({"raw": ("#D55E00", "o"), "relu": ("#0072B2", "s"), "sae": ("#009E73", "^")}, "vDP*X")  # with markers
+_KINDS = _Styles({  # colour, marker
+    "raw": ("#D55E00", "o"),
+    "unit": ("#000000", "D"),
+    "relu": ("#0072B2", "s"),
+    "sae": ("#009E73", "^"),
+}, "vP*X")  # fmt: skip
 
 
 @_styled
-def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]]) -> Figure:
+def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]]) -> Figure:
     """Accuracy under each corruption, with 95 % intervals, of the kinds of features of several models.
 
     Args:
-        panels: by model and kind of features ("raw", "relu", "sae"), mean and half-width in percent for each
-            corruption; the corruptions, the clean condition first, are the same in all.
+        panels: by model and kind of features ("raw", "unit", "relu", "sae"), mean and half-width of the accuracy and
+            its chance level, in percent, for each corruption; the corruptions, the clean condition first, are the same
+            in all.
     """
     conditions = list(next(iter(next(iter(panels.values())).values())))
-    figure, axes = _figure(len(panels), 1, height=len(panels) * (0.16 * len(conditions) + 0.35) + 0.5, sharex=True)
-    for ax, (model, kinds) in zip(axes.flat, panels.items(), strict=True):
+    names = [name.split("/")[-1] for name in conditions]
+    names = [name if names.count(name) == 1 else whole for name, whole in zip(names, conditions, strict=True)]
+    titles = [_wrapped(model, 30) for model in panels]
+    lines = sum(title.count("\n") for title in titles)
+    height = len(panels) * (0.2 * len(conditions) + 0.35) + 0.13 * lines + 0.5
+    figure, axes = _figure(len(panels), 1, height=height, sharex=True)
+    for ax, title, kinds in zip(axes.flat, titles, panels.values(), strict=True):
         for i, (kind, found) in enumerate(kinds.items()):
             colour, marker = _KINDS[kind]
-            means, errors = zip(*(found[name] for name in conditions), strict=True)
+            means, errors, chance = zip(*(found[name] for name in conditions), strict=True)
             places = np.arange(len(conditions)) + 0.22 * (i - (len(kinds) - 1) / 2)
             ax.errorbar(
                 means,
@@ -423,14 +434,21 @@ def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, 
                 capsize=1.5,
                 label=kind,
             )
-        ax.set(title=model, yticks=range(len(conditions)), yticklabels=[name.split("/")[-1] for name in conditions])
+        ends = np.arange(len(conditions))
+        ax.vlines(chance, ends - 0.45, ends + 0.45, color="black", linestyle=":", linewidth=0.8, label="chance level")
+        ax.set(title=title, yticks=range(len(conditions)), yticklabels=[_wrapped(name, 24) for name in names])
         ax.set_ylim(len(conditions) - 0.5, -0.5)
         ax.grid(axis="x", linewidth=0.3)
         ax.set_axisbelow(True)
     axes.flat[-1].set_xlabel("test accuracy of linear probes, %")
     axes.flat[-1].set_xlim(left=0)
-    _legend(figure, axes.flat[0])
+    _legend(figure, *axes.flat)
     return figure
+
+
+def _wrapped(name: str, width: int) -> str:
+    """A name of a model or a place in lines of at most `width` characters; none is left out."""
+    return "\n".join(name[start : start + width] for start in range(0, len(name), width))
 
 
 class ImageGrid(NamedTuple):
@@ -499,7 +517,7 @@ def _figure(rows: int, columns: int, height: float, sharex: bool = False) -> tup
     return figure, figure.subplots(rows, columns, squeeze=False, sharex=sharex)
 
 
-def _legend(figure: Figure, ax: Axes) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    named = dict(zip(labels, handles, strict=True))  # each once
+def _legend(figure: Figure, *axes: Axes) -> None:
+    """A legend of what is drawn in any of the axes, each name once."""
+    named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=min(len(named), 3), frameon=False)
