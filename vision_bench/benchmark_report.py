@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from result_rows import Interval, interval, paired_difference, write_atomic
+from result_rows import DIVERGED, Interval, interval, paired_difference, write_atomic
 from vision_bench import cautions, figures, sae
 from vision_bench.benchmark import ACCURACY, KINDS, SAME, Settings, Subject
 from vision_bench.corruption_sweep import CLEAN, Sweep, parse
@@ -43,7 +43,7 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
     text = _markdown(subjects, labels, kinds, cells, rows, settings, sweep)
     write_atomic(folder / TEXT, text)
     write_atomic(folder / TABLE, _csv(cells))
-    write_atomic(folder / DATA, _json(cells, settings))
+    write_atomic(folder / DATA, _json(cells, _diverged(subjects, labels, rows), settings))
     panels = {
         labels[subject.id]: {
             kind: _one_at_a_time(
@@ -52,15 +52,32 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
             for kind in kinds[subject.id]
         }
         for subject in subjects
+        if kinds[subject.id]
     }
-    figures.save(folder / FIGURE, figures.robustness_dots(panels))
+    if panels:
+        figures.save(folder / FIGURE, figures.robustness_dots(panels))
     return text
 
 
 def _kinds(subject: Subject, rows: Sequence[Row], settings: Settings) -> list[str]:
-    """The kinds of features in the table of a model: those asked for, without `relu` where it equals `raw`."""
-    same = "raw" in settings.features and _find(rows, SAME, features_id=subject.id)
-    return [kind for kind in KINDS if kind in settings.features and not (same and kind == "relu")]
+    """The kinds of features of a model that have numbers: those asked for, without `relu` where it equals `raw`."""
+    without = {row["config"]["features"] for row in _find(rows, DIVERGED, features_id=subject.id)}
+    if _relu_is_raw(subject, rows, settings):
+        without.add("relu")
+    return [kind for kind in KINDS if kind in settings.features and kind not in without]
+
+
+def _relu_is_raw(subject: Subject, rows: Sequence[Row], settings: Settings) -> bool:
+    return "raw" in settings.features and bool(_find(rows, SAME, features_id=subject.id))
+
+
+def _diverged(subjects: Sequence[Subject], labels: dict[str, str], rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Of what nothing could be measured, and why."""
+    return [
+        {"model": labels[subject.id], "features": row["config"]["features"], "reason": row["config"]["reason"]}
+        for subject in subjects
+        for row in _find(rows, DIVERGED, features_id=subject.id)
+    ]
 
 
 def _labels(subjects: Sequence[Subject]) -> dict[str, str]:
@@ -123,14 +140,15 @@ def _find(rows: Iterable[Row], metric: str, **arm: Any) -> list[Row]:
 
 def _csv(cells: list[dict[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(cells[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=list(cells[0]) if cells else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(cells)
     return text.getvalue()
 
 
-def _json(cells: list[dict[str, Any]], settings: Settings) -> str:
-    return json.dumps({"settings": settings.of_results(), "table": cells}, indent=1, allow_nan=False) + "\n"
+def _json(cells: list[dict[str, Any]], diverged: list[dict[str, str]], settings: Settings) -> str:
+    whole = {"settings": settings.of_results(), "table": cells, "diverged": diverged}
+    return json.dumps(whole, indent=1, allow_nan=False) + "\n"
 
 
 def _markdown(
@@ -149,7 +167,7 @@ def _markdown(
         size = " x ".join(map(str, subject.image_size))
         text += f"- **{labels[subject.id]}**: {subject.layer} at {size} pixels. Pretrained: {subject.pretrained}.\n"
         text += f"  Images: {subject.preprocessing}.\n"
-        if "relu" in settings.features and "relu" not in kinds[subject.id]:
+        if "relu" in settings.features and _relu_is_raw(subject, rows, settings):
             text += "  No feature is negative: `relu` equals `raw` and was not measured again.\n"
     text += "\nTop-1 accuracy of linear probes, %, by what they are tested on.\n\n"
     head = ["model", "features", "images", "wrong labels"]
@@ -181,9 +199,14 @@ def _markdown(
             if kind != "raw" and clean[f"gain_over_{base}"] is not None:
                 over = [Interval(mine[t][f"gain_over_{base}"], mine[t][width], seeds) for t in tests]
                 gains[base].append([*start, *(one.text(1, sign=True) for one in over)])
+    diverged = _diverged(subjects, labels, rows)
+    for one in diverged:
+        values.append([one["model"], one["features"], "-", "-", *["diverged"] * len(tests), *["-"] * len(what)])
     levels = {cell["test"]: f"{cell['chance_top1']:.1f}" for cell in cells}
-    values.append(["chance level", "-", "-", "-", *(levels[test] for test in tests), *["-"] * len(what)])
+    values.append(["chance level", "-", "-", "-", *(levels.get(test, "-") for test in tests), *["-"] * len(what)])
     text += _table([*head, *tests, *what], values) + cautions.untrained(untrained)
+    for one in diverged:
+        text += f"\n{one['model']}, {one['features']}: diverged, so that nothing could be measured: {one['reason']}.\n"
     for base, lines in gains.items():
         if lines:
             text += f"\nPoints over the {IN_WORDS[base]} of the same model, paired by seed.\n\n"
@@ -206,6 +229,7 @@ def _markdown(
         qualities = {
             labels[subject.id]: [_find(rows, name, features_id=subject.id)[0]["value"] for name in sae.QUALITY]
             for subject in subjects
+            if "sae" in kinds[subject.id]
         }
         lines = [[label, *("-" if v is None else f"{v:.3g}" for v in values)] for label, values in qualities.items()]
         text += _table(["model", "variance unexplained", "active latents", "dead latents"], lines)
