@@ -26,7 +26,7 @@ from vision_bench import storage
 # Of torch itself, and where timm notes what it was asked for and what the weights come from. All that timm makes of
 # its arguments is in other attributes, so that weights in a folder and in a file alone are one model.
 _RECORDS = {"_model_args", "pretrained_model_args", "pretrained_cfg", "default_cfg"}
-_NOT_COMPUTED = {*vars(nn.Module()), "_compiled_call_impl"} | _RECORDS
+_NOT_COMPUTED = {*vars(nn.Module()), "_compiled_call_impl", "_is_torch_compile"} | _RECORDS
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
@@ -111,25 +111,20 @@ class _Description:
         return name, _bytecode(function.__code__), values
 
 
-def _code(code: Any) -> str:
-    """What the code of a class or function is: the version of its package, or for want of one the whole file."""
+def _code(code: Any) -> Any:
+    """What the code of a class or function is: the version of its package, or for want of one the code itself."""
     package = (code.__module__ or "builtins").partition(".")[0]
     if package == "torch" or package in sys.stdlib_module_names:
         return ""  # computes the same in every version
-    module = sys.modules.get(code.__module__)
     version = getattr(sys.modules.get(package), "__version__", None)
     if version is not None:
         return str(version)
-    path = getattr(module, "__file__", None)
-    if path is not None:
-        return _file_digest(path)
-    functions = [part for part in vars(code).values() if isinstance(part, types.FunctionType)]  # of a notebook
-    return repr([_bytecode(function.__code__) for function in functions])
-
-
-@functools.cache
-def _file_digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    # The whole file, because a class may use its other functions, and what runs, because the file may have been edited
+    # after it was imported; there is no file of what is written in a notebook.
+    path = getattr(sys.modules.get(code.__module__), "__file__", None)
+    text = "" if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    functions = [part for part in (code, *vars(code).values()) if isinstance(part, types.FunctionType)]
+    return text, [_bytecode(function.__code__) for function in functions]
 
 
 def _bytecode(code: types.CodeType) -> Any:

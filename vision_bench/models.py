@@ -210,7 +210,12 @@ def load(path: str | Path) -> tuple[ContrastiveModel, dict[str, Any]]:
 
 def layers(model: nn.Module) -> tuple[str, ...]:
     """The layers whose features a model gives: all `LAYERS`, or of one that is a backbone alone the first of them."""
-    return LAYERS if isinstance(model, ContrastiveModel) else LAYERS[:1]
+    return LAYERS if isinstance(_uncompiled(model), ContrastiveModel) else LAYERS[:1]
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """What `torch.compile` was given, where `model` is what it returned."""
+    return getattr(model, "_orig_mod", model)
 
 
 def outputs(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -223,9 +228,9 @@ def fingerprint(model: nn.Module) -> str:
     """Of all that decides what the model computes in eval mode: weights, buffers, and `fingerprints.description`.
 
     It is the same on any device, in either mode, compiled, and after saving and loading. To hash 100 million float32
-    weights takes TIME of a CPU core: compute it once for a model.
+    weights takes about a second of a CPU core: compute it once for a model.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = _uncompiled(model)
     if isinstance(model, ContrastiveModel):
         kind = model.config.non_negative
     else:  # timm's say which model they are
