@@ -156,9 +156,7 @@ def notes(run: Run, script: ControlledArguments, cells: Sequence[Cell]) -> str:
     """What the tables of a recipe of probes mean."""
     fvu, *others = ([row["value"] for row in run.find(metric) if row["value"] is not None] for metric in sae.QUALITY)
     quality = [interval(values).text(3) if values else "-" for values in (fvu, *others)]
-    unscaled = (
-        "" if script.rescale else "The scale of features decides how fast these probes learn (rescale: false).\n"
-    )
+    unscaled = "" if script.rescale else "The scale of features decides how far these probes come (rescale: false).\n"
     decays = ", ".join(f"{best_decay(run, **cell):g}" for cell in cells)
     return (
         f"\nMean ± half-width of the 95 % interval over {len(script.seeds)} seeds ({script.varied}).\n"

@@ -179,14 +179,11 @@ def draw(run: Run, script: LabelNoiseArguments, num_classes: int) -> None:
     highest = highest_with_signal(rates, num_classes)
     conditions = {f"{100 * rate:g} % wrong labels": {"noise_rate": rate} for rate in (rates[0], highest)}
     panels = curves(run, [{"noise_rate": rate} for rate in rates])
+    chance, percents = chance_percent(run), [100 * rate for rate in rates]
+    label = "share of wrong training labels, %"
     drawings = {
-        "figure_1b": figures.accuracy_bars(bars(run, conditions), [chance_percent(run)] * len(conditions)),
-        "all_rates": figures.noise_curves(
-            [100 * rate for rate in rates],
-            panels,
-            "share of wrong training labels, %",
-            [chance_percent(run)] * len(rates),
-        ),
+        "figure_1b": figures.accuracy_bars(bars(run, conditions), [chance] * len(conditions)),
+        "all_rates": figures.noise_curves(percents, panels, label, [chance] * len(rates)),
     }
     for name, figure in drawings.items():
         figures.save(run.folder / name, figure)

@@ -248,9 +248,8 @@ def report(run: Run, script: OodArguments, shifts: Mapping[str, ImageSet | Corru
 def draw(run: Run, shifts: Mapping[str, ImageSet | Corruptions]) -> None:
     """Fig. 2(c), and for CIFAR-C the curves over the severities."""
     cells = {"no shift": CLEAN} | {name: cell_of(name, images) for name, images in shifts.items()}
-    drawings = {
-        "figure_2c": figures.accuracy_bars(bars(run, cells), [chance_percent(run, **cell) for cell in cells.values()])
-    }
+    chance = [chance_percent(run, **cell) for cell in cells.values()]
+    drawings = {"figure_2c": figures.accuracy_bars(bars(run, cells), chance)}
     for name, images in shifts.items():
         if isinstance(images, Corruptions):
             levels = range(1, SEVERITIES + 1)

@@ -42,7 +42,7 @@ from _noisy_probe import (
     where_there_is_one,
 )
 from _run import Run, device_name, markdown_table, run_as_program
-from _trained import own_labels
+from _trained import chance_percent, own_labels
 from _vision import SPLITS, finish, start
 from accelerate import Accelerator
 
