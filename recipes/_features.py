@@ -1,10 +1,10 @@
 """What the probing recipes probe: features of frozen models, and the controls that a claim about them must survive.
 
 `poly`: SimCLR's; `sae`: the latents of a top-k sparse autoencoder on them; `ncl`: those of non-negative contrastive
-learning. Controls: `poly_unit`, poly L2-normalised, as what the latents are computed from (a small scale regularises
-a probe of few steps by itself); `random_relu`, ReLU of a random projection of that (non-negative, as wide as the
-latents, nothing learned); `random_mask`, poly with a random choice of dimensions kept in each sample (as sparse as the
-latents).
+learning. Controls: `poly_unit`, poly L2-normalised, as what the latents are computed from (without `rescale` a small
+scale regularises a probe of few steps by itself); `random_relu`, ReLU of a random projection of that (non-negative, as
+wide as the latents, nothing learned); `random_mask`, poly with a random choice of dimensions kept in each sample (as
+sparse as the latents).
 """
 
 from __future__ import annotations
