@@ -15,9 +15,11 @@ import torch
 from _features import FEATURES
 from _probes import ACCURACY, ARMS, gain
 from _run import DIVERGED, Run
+from _trained import CHANCE
 
 from vision_bench import figures
 from vision_bench.metrics import MEASURED
+from vision_bench.probe import TRAINING
 from vision_bench.shifts import SEVERITIES
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet100": 100}
@@ -91,9 +93,11 @@ def crossed(metric: str, config: dict[str, Any], **axes: Sequence[Any]) -> list[
 
 
 def probed(config: dict[str, Any], features: Sequence[str] = ARMS, **axes: Sequence[Any]) -> list[Need]:
-    """Accuracies of probes, and what the features are."""
+    """Accuracies of probes, also on their training labels and by chance, and what the features are."""
+    trained = {name: values for name, values in axes.items() if name in ("loss", "noise_rate")}
     what = [need for metric in MEASURED for need in crossed(metric, config, features=features)]
-    return crossed(ACCURACY, config, features=features, **axes) + what
+    what += [need for metric in TRAINING for need in crossed(metric, config, features=features, **trained)]
+    return crossed(ACCURACY, config, features=features, **axes) + what + crossed(CHANCE, config)
 
 
 def input_noise_needs(config: dict[str, Any]) -> list[Need]:

@@ -1,10 +1,10 @@
 """What the probing recipes probe: features of frozen models, and the controls that a claim about them must survive.
 
 `poly`: SimCLR's; `sae`: the latents of a top-k sparse autoencoder on them; `ncl`: those of non-negative contrastive
-learning. Controls: `poly_unit`, poly L2-normalised, as what the latents are computed from (a small scale regularises
-a probe of few steps by itself); `random_relu`, ReLU of a random projection of that (non-negative, as wide as the
-latents, nothing learned); `random_mask`, poly with a random choice of dimensions kept in each sample (as sparse as the
-latents).
+learning. Controls: `poly_unit`, poly L2-normalised, as what the latents are computed from (without `rescale` a small
+scale regularises a probe of few steps by itself); `random_relu`, ReLU of a random projection of that (non-negative, as
+wide as the latents, nothing learned); `random_mask`, poly with a random choice of dimensions kept in each sample (as
+sparse as the latents).
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from _run import Run, device_name
+from _trained import CHANCE
 from _vision import METHODS, ProbingArguments, pretrained
 from accelerate import Accelerator
 
 from vision_bench import features, sae
 from vision_bench.data import ImageSet
-from vision_bench.metrics import MEASURED, semantic_consistency
+from vision_bench.metrics import MEASURED, chance_level, semantic_consistency
 from vision_bench.models import ContrastiveModel
 
 FEATURES = ("poly", "sae", "ncl")
@@ -78,7 +79,7 @@ def cached(
 def frozen_models(
     run: Run, script: ProbingArguments, seed: int, splits: Mapping[str, ImageSet], accelerator: Accelerator
 ) -> tuple[FrozenModels, dict[str, dict[str, torch.Tensor]]]:
-    """The models of a seed, trained or loaded, and what they make of each split; adds rows of the autoencoder.
+    """The models of a seed, trained or loaded, and what they make of each split; adds rows of encoder and chance.
 
     Returns:
         The models, and by split the argument `made` of `FrozenModels.features`.
@@ -102,9 +103,13 @@ def frozen_models(
         progress=True,
     ).autoencoder
     if accelerator.is_main_process:
+        measured = {"n": len(test), "seconds": 0.0, "device": device_name(accelerator.device)}
+        if not run.find(CHANCE):
+            level = chance_level(splits["test"].labels, splits["test"].num_classes)
+            run.add(CHANCE, level, seed=None, **measured)
         for metric, value in zip(sae.QUALITY, sae.evaluate(encoder, test), strict=True):
             if not run.find(metric, seed=seed):
-                run.add(metric, value, n=len(test), seed=seed, seconds=0.0, device=device_name(accelerator.device))
+                run.add(metric, value, seed=seed, **measured)
     kept = round(script.sae_k / encoder.d_latent * encoder.d_in)
     return FrozenModels(seed, contrastive, encoder, kept), made
 

@@ -60,6 +60,7 @@ _FINETUNED = _Styles({  # arms of finetuning: colour, line
     "lora": ("#999999", (0, (4, 1, 1, 1, 1, 1))),
     "monolora": ("#009E73", "-"),
 }, _LINE_STYLES)  # fmt: skip
+_CHANCE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 0.8}
 _STYLE: dict[Any, Any] = {"font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.2}
 
 
@@ -122,12 +123,15 @@ def gram_heatmaps(grams: Mapping[str, ArrayLike]) -> Figure:
 
 
 @_styled
-def accuracy_bars(conditions: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
+def accuracy_bars(
+    conditions: Mapping[str, Mapping[str, tuple[float, float]]], chance: Sequence[float] | None = None
+) -> Figure:
     """Accuracy of several arms side by side by condition (Fig. 1b, Fig. 5b).
 
     Args:
         conditions: by the name below the bars, mean and half-width of the interval of each arm, in percent. The arms
             are the same in all: mono and poly, or features of vision models.
+        chance: the chance level of each condition, in percent.
     """
     figure, axes = _figure(1, 1, height=1.9)
     ax = axes.flat[0]
@@ -149,6 +153,8 @@ def accuracy_bars(conditions: Mapping[str, Mapping[str, tuple[float, float]]]) -
             edgecolor="white",
             linewidth=0,
         )
+    if chance is not None:
+        ax.hlines(chance, places - 0.45, places + 0.45, label="chance level", **_CHANCE)
     ax.set(xticks=places, xticklabels=list(conditions), ylabel="test accuracy, %")
     ax.set_ylim(bottom=0)
     _legend(figure, ax)
@@ -157,7 +163,10 @@ def accuracy_bars(conditions: Mapping[str, Mapping[str, tuple[float, float]]]) -
 
 @_styled
 def noise_curves(
-    levels: Sequence[float], panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]], label: str
+    levels: Sequence[float],
+    panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]],
+    label: str,
+    chance: Sequence[float],
 ) -> Figure:
     """Curves with bands of their 95 % intervals against the level of a noise, panels above each other.
 
@@ -166,6 +175,7 @@ def noise_curves(
         panels: by the name of the vertical axis, mean (n,) and half-width (n,) of each kind of features. The first
             panel is of accuracies, the others of differences, with a line at 0.
         label: of the noise.
+        chance: (n,), the chance level of the accuracies, in percent.
     """
     figure, axes = _figure(len(panels), 1, height=1.7 * len(panels) + 0.4, sharex=True)
     for ax, (name, arms) in zip(axes.flat, panels.items(), strict=True):
@@ -174,6 +184,7 @@ def noise_curves(
             _curve(ax, levels, *found, linestyle=line, color=colour, label=arm.replace("_", " "))
         ax.set(ylabel=name, xlim=(levels[0], levels[-1]) if len(levels) > 1 else None)
         if ax is axes.flat[0]:
+            ax.plot(levels, chance, label="chance level", **_CHANCE)
             low, high = ax.get_ylim()
             ax.set_ylim(max(0, low), min(high, 100))  # a share, whatever its interval
         else:
@@ -184,13 +195,16 @@ def noise_curves(
 
 
 @_styled
-def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], tuple[ArrayLike, ArrayLike]]) -> Figure:
+def loss_curves(
+    levels: Sequence[float], curves: Mapping[tuple[str, str], tuple[ArrayLike, ArrayLike]], chance: float
+) -> Figure:
     """Accuracy against the label noise for kinds of features (colour) with two losses (dashed, solid; Fig. 6).
 
     Args:
         levels: (n,), shares of wrong labels in percent.
         curves: by (features, loss), mean (n,) and half-width (n,) of the interval, in percent; the loss that comes
             first is dashed.
+        chance: the chance level, in percent.
     """
     figure, axes = _figure(1, 1, height=2.4)
     ax = axes.flat[0]
@@ -199,6 +213,7 @@ def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], tuple[
         colour, _, _ = _FEATURES[arm]
         line, label = ("--", "-")[losses.index(loss)], f"{arm.replace('_', ' ')}, {loss}"
         _curve(ax, levels, *found, band=0.15, linestyle=line, color=colour, label=label)
+    ax.axhline(chance, label="chance level", **_CHANCE)
     ax.set(xlabel="share of wrong training labels, %", ylabel="test accuracy, %")
     if len(levels) > 1:
         ax.set_xlim(levels[0], levels[-1])
@@ -435,7 +450,7 @@ def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, 
                 label=kind,
             )
         ends = np.arange(len(conditions))
-        ax.vlines(chance, ends - 0.45, ends + 0.45, color="black", linestyle=":", linewidth=0.8, label="chance level")
+        ax.vlines(chance, ends - 0.45, ends + 0.45, label="chance level", **_CHANCE)
         ax.set(title=title, yticks=range(len(conditions)), yticklabels=[_wrapped(name, 24) for name in names])
         ax.set_ylim(len(conditions) - 0.5, -0.5)
         ax.grid(axis="x", linewidth=0.3)
