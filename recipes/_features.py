@@ -21,7 +21,7 @@ from _trained import CHANCE
 from _vision import METHODS, ProbingArguments, pretrained
 from accelerate import Accelerator
 
-from vision_bench import features, sae
+from vision_bench import features, models, sae
 from vision_bench.data import ImageSet
 from vision_bench.metrics import MEASURED, chance_level, semantic_consistency
 from vision_bench.models import ContrastiveModel
@@ -65,13 +65,24 @@ class FrozenModels:
 
 
 def cached(
-    script: ProbingArguments, contrastive: Mapping[str, ContrastiveModel], seed: int, split: str, images: ImageSet
+    script: ProbingArguments,
+    contrastive: Mapping[str, ContrastiveModel],
+    checkpoints: Mapping[str, str],
+    seed: int,
+    split: str,
+    images: ImageSet,
 ) -> dict[str, torch.Tensor]:
-    """Features (n, d) of a split under each model, from their shards where these exist. All processes make them."""
+    """Features (n, d) of a split under each model, from their shards where these exist. All processes make them.
+
+    Args:
+        checkpoints: the fingerprints of the models.
+    """
     found = {}
     for method, model in contrastive.items():
         folder = Path(script.output_dir) / "features" / f"{method}-{seed}-{split}"
-        of = features.extract(folder, model, images, split, [script.layer], progress=True)
+        of = features.extract(
+            folder, model, images, split, [script.layer], progress=True, checkpoint=checkpoints[method]
+        )
         found[method] = features.load(folder, script.layer, of)
     return found
 
@@ -85,18 +96,22 @@ def frozen_models(
         The models, and by split the argument `made` of `FrozenModels.features`.
     """
     contrastive = {
-        method: pretrained(script, method, seed, splits["train"], splits["test"], accelerator).model
+        method: pretrained(script, method, seed, splits["train"], splits["test"], accelerator).model.to(
+            accelerator.device
+        )
         for method in METHODS
     }
-    made = {split: cached(script, contrastive, seed, split, images) for split, images in splits.items()}
+    checkpoints = {method: models.fingerprint(model) for method, model in contrastive.items()}
+    made = {split: cached(script, contrastive, checkpoints, seed, split, images) for split, images in splits.items()}
     train, test = (F.normalize(made[split]["simclr"]) for split in ("train", "test"))
+    directions = train[train.any(dim=1)]  # a row of zeros has none
     encoder = sae.fit(
-        train,
+        directions,
         script.sae_latents or train.shape[1],
         script.sae_k,
         epochs=script.sae_epochs,
         learning_rate=script.sae_learning_rate,
-        batch_size=min(256, len(train)),
+        batch_size=min(256, len(directions)),
         seed=seed,
         accelerator=accelerator,
         checkpoint_dir=Path(script.output_dir) / "sae" / str(seed),
