@@ -1,7 +1,10 @@
 """Drawings: that nothing is cut off, and that what is asked for is drawn."""
 
+import math
+
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 
 from vision_bench import figures
 
@@ -50,3 +53,50 @@ def test_the_legend_names_the_kinds_of_all_models_and_the_chance_level():
     both = panels(["resnet18"], ["clean"], ["raw", "sae"]) | panels(["vit"], ["clean"])
     (legend,) = figures.robustness_dots(both).legends
     assert {text.get_text() for text in legend.get_texts()} == {"raw", "unit", "relu", "sae", "chance level"}
+
+
+ARMS = ["poly", "ncl", "a new kind", "another", *(f"kind {i}" for i in range(20))]
+
+
+def colours(figure):
+    """By the name in the legend, the colour as an RGB tuple."""
+    (legend,) = figure.legends
+    handles = [(handle.get_children() or [handle])[0] for handle in legend.legend_handles]
+    found = {}
+    for handle, text in zip(handles, legend.get_texts(), strict=True):
+        colour = handle.get_color() if hasattr(handle, "get_color") else handle.get_facecolor()
+        found[text.get_text()] = to_hex(colour)
+    return found
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda arms: figures.noise_curves(
+            [0, 1], {"accuracy": {arm: ([1, 2], [0, 0]) for arm in arms}}, "noise", 10.0
+        ),
+        lambda arms: figures.finetuning_curves([0, 1], {"accuracy": {arm: ([1, 2], [0, 0]) for arm in arms}}, "epoch"),
+        lambda arms: figures.accuracy_bars({"clean": dict.fromkeys(arms, (50.0, 1.0))}),
+        lambda arms: figures.loss_curves([0, 1], {(arm, "ce"): ([1, 2], [0, 0]) for arm in arms}, [10, 10]),
+        lambda arms: figures.robustness_dots(panels(["resnet18"], ["clean"], arms)),
+    ],
+)
+def test_an_arm_that_is_not_listed_has_a_colour_of_its_own(draw):
+    found, again = colours(draw(ARMS)), colours(draw(ARMS))
+    assert found == again
+    found.pop("chance level", None)
+    assert len(set(found.values())) == len(found) == len(ARMS)
+
+
+def test_gains_of_an_arm_that_is_not_listed_are_drawn():
+    (ax,) = figures.gains_beside_paper([0, 1], {"a new kind": ([1, 2], [0, 0])}, {}, "noise").axes
+    assert ax.get_title() == "a new kind"
+
+
+def test_a_note_stands_in_the_legend_and_undefined_means_leave_a_gap():
+    curves = {"ce": ([50.0, 60.0], [1.0, 1.0]), "nce": ([math.nan, 61.0], [0.0, 0.0])}
+    figure = figures.finetuning_curves(
+        [1, 2], {"accuracy": curves}, "epoch", notes={"nce": "1 of 2 diverged", "ce": ""}
+    )
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ce", "nce, 1 of 2 diverged"]
+    assert figure.axes[0].get_ylim()[1] > 60
