@@ -73,11 +73,11 @@ def colours(figure):
     "draw",
     [
         lambda arms: figures.noise_curves(
-            [0, 1], {"accuracy": {arm: ([1, 2], [0, 0]) for arm in arms}}, "noise", 10.0
+            [0, 1], {"accuracy": {arm: ([1, 2], [0, 0]) for arm in arms}}, "noise", [10, 10]
         ),
         lambda arms: figures.finetuning_curves([0, 1], {"accuracy": {arm: ([1, 2], [0, 0]) for arm in arms}}, "epoch"),
         lambda arms: figures.accuracy_bars({"clean": dict.fromkeys(arms, (50.0, 1.0))}),
-        lambda arms: figures.loss_curves([0, 1], {(arm, "ce"): ([1, 2], [0, 0]) for arm in arms}, [10, 10]),
+        lambda arms: figures.loss_curves([0, 1], {(arm, "ce"): ([1, 2], [0, 0]) for arm in arms}, 10.0),
         lambda arms: figures.robustness_dots(panels(["resnet18"], ["clean"], arms)),
     ],
 )
