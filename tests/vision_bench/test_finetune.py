@@ -353,6 +353,31 @@ def test_two_processes_finetune_one_model(tmp_path):
     assert weights_of(tmp_path / "two")[1]["epoch"] == max(log, key=lambda row: row["held_out_top1"])["epoch"]
 
 
+DIVERGING = """
+import dataclasses
+for rate in (1e10, 0.05):
+    settings = dataclasses.replace(config, learning_rate=rate, epochs=2)
+    try:
+        finetune.finetune(f"{sys.argv[1]}/{rate:g}", model, settings, train, test, accelerator)
+    except FloatingPointError as error:
+        print(f"process {accelerator.process_index} of {accelerator.num_processes}: {error}", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_notice_a_divergence_together_and_go_on(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM.replace("finetune.finetune(sys", "# (") + DIVERGING)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(tmp_path / "program.py"), str(tmp_path / "two"), "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    for process in (0, 1):
+        assert f"process {process} of 2: The training diverged in epoch 1: " in result.stdout
+    assert not (tmp_path / "two" / "1e+10" / "model.safetensors").exists()
+    assert (tmp_path / "two" / "0.05" / "model.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_a_pretrained_model_finetunes_better_than_an_untrained_one(tmp_path):
     train, test = load_images("digits", "train"), load_images("digits", "test")

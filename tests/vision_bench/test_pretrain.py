@@ -321,6 +321,24 @@ def test_a_killed_process_continues_to_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_second_process_in_the_folder_ends_with_an_error_and_the_first_is_undisturbed(tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), "60"]
+    first = subprocess.Popen(command)
+    while not (tmp_path / "log.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGSTOP)  # so that it has not ended before the second one asks
+    try:
+        second = subprocess.run(command, capture_output=True, text=True)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    assert second.returncode != 0
+    assert f"Another process is working in {tmp_path}; wait for it, or stop it." in second.stderr
+    assert first.wait() == 0
+    assert [row["epoch"] for row in log_of(tmp_path)] == list(range(1, 61))
+
+
+@pytest.mark.slow
 def test_bf16_and_compile_train_about_the_same(tmp_path):
     found = {}
     for options in (["no", ""], ["bf16", "compiled"]):
