@@ -230,12 +230,13 @@ def check_finite(values: torch.Tensor, name: str, first: int) -> torch.Tensor:
     """`values` (n, d) of n images, the first of which has the index `first`.
 
     Raises:
-        FloatingPointError: a value is NaN or infinite; names the image.
+        FloatingPointError: a value is NaN or infinite, or so large that the norm of its row is, which would make a row
+            of zeros of it wherever rows are normalised; names the image.
     """
-    finite = values.isfinite().all(dim=1)
+    finite = torch.linalg.vector_norm(values, dim=1).isfinite()
     if not finite.all():
         image = first + int((~finite).nonzero()[0])
-        raise FloatingPointError(f"{name} of image {image} has values that are NaN or infinite")
+        raise FloatingPointError(f"{name} of image {image} has values that are NaN or infinite, or their squares are")
     return values
 
 

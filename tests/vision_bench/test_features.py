@@ -213,7 +213,7 @@ def test_a_fingerprint_that_is_given_is_not_computed_again(model, images, tmp_pa
     assert features.source(model, images, "test", checkpoint=checkpoint) == made
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e30])
 def test_features_that_are_not_finite_are_refused_with_the_image(value, images, tmp_path, small_shards):
     plain = replace(images, images=images.images // 2, mean=(0.0,) * 3, std=(1.0,) * 3)
     plain.images[13, 0, 0, 0] = 255
