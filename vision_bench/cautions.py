@@ -17,7 +17,7 @@ def untrained(cells: Sequence[str]) -> str:
         return ""
     return (
         f"\n**Warning: not trained:** {'; '.join(cells)}. These probes fit the labels that they were trained on less\n"
-        "often than the nearest class mean does, a linear classifier that needs no training. Their accuracies, and\n"
+        "often than the nearest class mean by the same labels, a linear classifier without training. Their accuracies, and\n"
         "gains over or of them, say how far a probe came, not what the features bear. Give the probes more epochs.\n"
     )
 
