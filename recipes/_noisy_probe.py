@@ -76,7 +76,7 @@ def noisy_probes(
         progress=True,
         **script.probe_settings(),
     )
-    add_training(run, probes, train, noisy, images.labels, [(seed, {"features": name}) for seed in seeds])
+    add_training(run, probes, train, noisy, [(seed, {"features": name}) for seed in seeds])
     return probes
 
 

@@ -70,7 +70,7 @@ def fit(
         **script.probe_settings(),
     )
     arms = [(seed, {"features": name, "probe_weight_decay": decay}) for decay, seed in wanted]
-    add_training(run, probes, train, label_sets, of.labels, arms)
+    add_training(run, probes, train, label_sets, arms)
     return probes
 
 

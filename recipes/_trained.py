@@ -19,17 +19,16 @@ def add_training(
     probes: Probes,
     train: torch.Tensor,
     label_sets: torch.Tensor,
-    labels: torch.Tensor,
     arms: Sequence[tuple[int, dict[str, Any]]],
 ) -> None:
     """Add the rows of `TRAINING` that the run lacks, for each probe.
 
     Args:
-        train, label_sets, labels: as `vision_bench.probe.training_accuracy` takes them.
+        train, label_sets: as `features` and `label_sets` of `vision_bench.probe.training_accuracy` takes them.
         arms: the seed of each probe and what distinguishes its rows.
     """
     start = time.monotonic()
-    accuracies = training_accuracy(probes, train, label_sets, labels)
+    accuracies = training_accuracy(probes, train, label_sets)
     measured = {"n": len(train), "seconds": time.monotonic() - start, "device": device_name(probes.weights.device)}
     run.add_rows(
         [

@@ -111,7 +111,7 @@ def probe_arm(
     accuracy = probe_accuracy(*probes, test, splits["test"].labels, topk=(1,))[1]
     measured = {"n": len(test), "seconds": time.monotonic() - start, "device": device_name(device)}
     arms = [(seed, {"features": name, "noise_rate": rate, "probe_weight_decay": decay}) for decay, seed, rate in cells]
-    add_training(run, probes, train, label_sets, labels, arms)
+    add_training(run, probes, train, label_sets, arms)
     run.add_rows(
         [
             run.row(ACCURACY, value, seed=seed, **measured, **arm)

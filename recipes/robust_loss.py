@@ -120,7 +120,7 @@ def probe_arm(
         (seed, {"features": name, "loss": loss, "noise_rate": rate, "probe_weight_decay": decay})
         for loss, decay, seed, rate in probed
     ]
-    add_training(run, probes, train, label_sets, labels, arms)
+    add_training(run, probes, train, label_sets, arms)
     run.add_rows(
         [
             run.row(ACCURACY, value, seed=seed, **measured, **arm)

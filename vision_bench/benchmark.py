@@ -557,7 +557,7 @@ def _probes(
                     progress=progress,
                 )
             )
-            accuracies = training_accuracy(fitted[-1], z, noisy, labels[drawn])
+            accuracies = training_accuracy(fitted[-1], z, noisy)
             training += [(len(drawn), own.item(), means.item()) for own, means in zip(*accuracies, strict=True)]
             cells += [(shots, rate, seed) for seed, rate in wanted]
     return cells, Probes(*(torch.cat(parts) for parts in zip(*fitted, strict=True))), training

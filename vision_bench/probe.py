@@ -274,60 +274,76 @@ def probe_accuracy(
         raise ValueError(f"topk is {tuple(topk)} for {c} classes; every value must be in [1, {c}].")
     labels = _check_labels("labels", labels, c, len(features), dims=1).to(weights.device)
     _check_finite("features", features)
-    hits = torch.zeros(len(topk), k, dtype=torch.long, device=weights.device)
-    for start in range(0, len(features), CHUNK):
-        x = features[start : start + CHUNK].to(weights.device, weights.dtype)
-        y = labels[start : start + CHUNK, None]
-        for i in range(k):  # all probes at once would need k times the memory
-            right = (x @ weights[i].T + biases[i]).topk(max(topk), dim=1).indices == y
-            hits[:, i] += torch.stack([right[:, :t].sum() for t in topk])
+    hits = _hits(weights, biases, features, labels.expand(k, -1), topk)
     return {t: row.double() / len(features) for t, row in zip(topk, hits, strict=True)}
+
+
+def _hits(
+    weights: torch.Tensor,
+    biases: torch.Tensor,
+    features: torch.Tensor,
+    label_sets: torch.Tensor,
+    topk: Sequence[int] = (1,),
+) -> torch.Tensor:
+    """How many of the labels (k, n) of each probe are among its largest logits, (len(topk), k) int64."""
+    hits = torch.zeros(len(topk), len(weights), dtype=torch.long, device=weights.device)
+    for start in range(0, len(features), CHUNK):
+        x = features[start : start + CHUNK].to(weights)
+        y = label_sets[:, start : start + CHUNK, None].to(weights.device)
+        for i in range(len(weights)):  # all probes at once would need k times the memory
+            right = (x @ weights[i].T + biases[i]).topk(max(topk), dim=1).indices == y[i]
+            hits[:, i] += torch.stack([right[:, :t].sum() for t in topk])
+    return hits
 
 
 @torch.no_grad()
 def training_accuracy(
-    probes: Probes, features: torch.Tensor, label_sets: torch.Tensor, labels: torch.Tensor
+    probes: Probes, features: torch.Tensor, label_sets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top-1 accuracy of each probe on the labels that it was trained on, and what class means reach on the same.
+    """Top-1 accuracy of each probe on the labels that it was trained on, and that of class means on the same.
 
-    The second classifier is linear too and needs no training: it gives a sample the class whose mean, by the right
-    labels, is nearest. A probe that fits its own labels less often than this one is not trained.
+    The second classifier is linear too and needs no training: it gives a sample the class whose mean, by the same
+    labels, is nearest. A probe that fits its labels less often is not trained.
 
     Args:
         probes: k of them.
         features: (n, d) floating, on which the probes were fitted.
         label_sets: (k, n) integer in [0, num_classes), with which they were fitted.
-        labels: (n,) integer in [0, num_classes), the right ones.
 
     Returns:
         Two float64 tensors (k,) of values in [0, 1].
 
     Raises:
-        TypeError, ValueError: as `probe_accuracy`.
+        TypeError: features are not floating or labels not integer.
+        ValueError: shapes do not fit, or features or labels are out of range.
     """
     weights, biases = probes
-    num_classes = weights.shape[1]
+    k, num_classes, d = weights.shape
     features = _check_features(features, dims=(2,))
-    labels = _check_labels("labels", labels, num_classes, len(features), dims=1)
-    if len(label_sets) != len(weights):
-        expected = (len(weights), len(features))
+    label_sets = _check_labels("label_sets", label_sets, num_classes, len(features), dims=2)
+    if len(label_sets) != k or features.shape[1] != d:
         raise ValueError(
-            f"label_sets has the shape {tuple(label_sets.shape)} for {len(weights)} probes; it must be {expected}."
+            f"label_sets has the shape {tuple(label_sets.shape)} and features {tuple(features.shape)}; {k} probes of "
+            f"{d} features need ({k}, n) and (n, {d})."
         )
-    own = torch.cat(
-        [
-            probe_accuracy(weights[i : i + 1], biases[i : i + 1], features, noisy, topk=(1,))[1]
-            for i, noisy in enumerate(label_sets)
-        ]
-    )
-    sums = weights.new_zeros(weights.shape[1:], dtype=torch.float64)
-    for x, y in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
-        sums.index_add_(0, y.to(sums.device), x.to(sums))
+    _check_finite("features", features)
+    by_means = [
+        _hits(*_class_means(features, labels, num_classes, weights), features, labels[None]) for labels in label_sets
+    ]
+    hits = torch.cat([_hits(weights, biases, features, label_sets), torch.cat(by_means, dim=1)])
+    own, class_means = hits.double() / len(features)
+    return own, class_means
+
+
+def _class_means(features: torch.Tensor, labels: torch.Tensor, num_classes: int, like: torch.Tensor) -> Probes:
+    """The classifier of the nearest class mean: logits x m - |m|^2 / 2, minus infinity for a class without samples."""
+    sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64, device=features.device)
+    for x, y in zip(features.split(CHUNK), labels.to(features.device).split(CHUNK), strict=True):
+        sums.index_add_(0, y, x.double())
     counts = torch.bincount(labels, minlength=num_classes).to(sums.device)
-    means = (sums / counts.clamp(min=1)[:, None]).to(weights)
+    means = sums / counts.clamp(min=1)[:, None]
     offsets = torch.where(counts > 0, means.square().sum(dim=1) / 2, torch.inf)
-    nearest = [(x.to(weights) @ means.T - offsets).argmax(dim=1) for x in features.split(CHUNK)]
-    return own, (torch.cat(nearest) == label_sets.to(weights.device)).double().mean(dim=1)
+    return Probes(means.to(like)[None], -offsets.to(like)[None])
 
 
 @torch.no_grad()

@@ -117,7 +117,7 @@ def test_a_cell_equals_what_its_parts_give_one_by_one(folder, kind, shots, test)
     arm = {"model": "small_conv", "features": kind, "test": test}
     (row,) = found(folder, few_shots=shots, label_noise=rate, seed=seed, **arm)
     assert row["value"] == pytest.approx(probe_accuracy(*fitted, y, images.labels, topk=(1,))[1].item(), abs=1e-9)
-    expected = probe.training_accuracy(fitted, x[drawn], labels[None], train.labels[drawn])
+    expected = probe.training_accuracy(fitted, x[drawn], labels[None])
     for metric, value in zip(probe.TRAINING, expected, strict=True):
         (row,) = found(folder, metric, few_shots=shots, label_noise=rate, seed=seed, model="small_conv", features=kind)
         assert row["value"] == pytest.approx(value.item(), abs=1e-9)
