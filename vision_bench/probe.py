@@ -100,6 +100,7 @@ def fit_linear_probes(
         TypeError: features are not floating or labels not integer.
         ValueError: shapes do not fit, features are not finite, labels or a setting are out of range, or there are
             fewer samples than a batch.
+        FloatingPointError: the training of a probe diverged: a weight or bias is NaN or infinite.
     """
     views = _check_features(features, dims=(2, 3))
     views = views if views.ndim == 3 else views[None]
@@ -170,6 +171,13 @@ def fit_linear_probes(
         weights[members], biases[members] = group.weights, group.biases
     weights *= factor  # from the features of the training to those that were given
     biases -= weights @ shift
+    finite = weights.isfinite().all(dim=(1, 2)) & biases.isfinite().all(dim=1)
+    if not finite.all():
+        diverged = (~finite).nonzero().squeeze(1).tolist()
+        raise FloatingPointError(
+            f"the weights of {len(diverged)} of {k} probes, first {diverged[0]}, are NaN or infinite: their training "
+            "diverged; lower learning_rate"
+        )
     return Probes(weights, biases)
 
 

@@ -369,3 +369,12 @@ def test_bad_input_of_accuracies():
         knn_accuracy(x, y[0], x, y[0], temperature=0)
     with pytest.raises(ValueError, match="train has NaN"):
         knn_accuracy(NAN, y[0], x, y[0])
+
+
+@pytest.mark.parametrize("learning_rate", [3e38, [0.1, 3e38, 0.1]])
+def test_a_probe_that_diverges_has_no_weights(learning_rate):
+    torch.manual_seed(0)
+    features, labels = torch.randn(200, 8), torch.randint(4, (3, 200))
+    settings = {"epochs": 3, "batch_size": 50, "optimizer": "sgd", "learning_rate": learning_rate}
+    with pytest.raises(FloatingPointError, match=r"the weights of \d of 3 probes, first \d, are NaN or infinite"):
+        fit_linear_probes(features, labels, 4, **settings)
