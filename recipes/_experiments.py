@@ -76,7 +76,7 @@ class Experiment:
         """What a stopped run lacks, or None."""
         lacking = []
         for metric, arm, seeds in self.needs(run.config):
-            found = {row["seed"] for of in (metric, DIVERGED) for row in run.find(of, **arm)}
+            found = {row["seed"] for row in (*run.find(metric, **arm), *run.find(DIVERGED, **arm))}
             # what does not depend on a seed has None instead
             lacking += [(metric, arm | {"seed": seed}) for seed in seeds if not found & {seed, None}]
         if not lacking:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
+import os
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Set
@@ -37,7 +39,7 @@ def description(model: nn.Module) -> str:
     `..._cache`, which forward passes fill.
     """
     names = {id(part): name for name, part in model.named_modules()}
-    return repr([(name, _Description(names).of_module(part)) for name, part in model.named_modules()])
+    return repr([(name, _Description(names).module(part)) for name, part in model.named_modules()])
 
 
 class _Description:
@@ -47,12 +49,12 @@ class _Description:
         self.names = names
         self.path: list[int] = []  # ids of the objects that are being described, because objects may hold each other
 
-    def of_module(self, module: nn.Module) -> Any:
+    def module(self, module: nn.Module) -> Any:
         attributes = {name: value for name, value in vars(module).items() if name not in _NOT_COMPUTED}
         hooks = [list(vars(module)[name].values()) for name in _HOOKS]
-        return self._class(type(module)), self._attributes(attributes), self.of(hooks)
+        return self._class(type(module)), self._attributes(attributes), self.described(hooks)
 
-    def of(self, value: Any) -> Any:
+    def described(self, value: Any) -> Any:
         """Of any object."""
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes, range, torch.dtype)):
             return type(value).__name__, repr(value)
@@ -70,34 +72,41 @@ class _Description:
                 return self.names[id(value)]
             tensors = dict(value.named_parameters()) | dict(value.named_buffers())
             return description(value), storage.fingerprint(tensors)
-        if isinstance(value, (torch.Tensor, np.ndarray)):
-            return storage.fingerprint({"": torch.as_tensor(value)})
+        if isinstance(value, torch.Tensor):
+            return storage.fingerprint({"": value})
+        if isinstance(value, np.ndarray):
+            return str(value.dtype), self.described(value.tolist())
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
         if isinstance(value, torch.device):  # a model is the same on each
             return ""
         if isinstance(value, (torch.fx.Graph, torch.Graph)):
             return str(value)
         if isinstance(value, Mapping):
-            return sorted((repr(self.of(key)), self.of(element)) for key, element in value.items())
+            return sorted((repr(self.described(key)), self.described(element)) for key, element in value.items())
         if isinstance(value, Set):
-            return sorted(repr(self.of(element)) for element in value)
+            return sorted(repr(self.described(element)) for element in value)
         if isinstance(value, (list, tuple)):
-            return [self.of(element) for element in value]
+            return [self.described(element) for element in value]
         if isinstance(value, functools.partial):
-            return self.of(value.func), self.of(value.args), self.of(value.keywords)
+            return self.described(value.func), self.described(value.args), self.described(value.keywords)
         if isinstance(value, enum.Enum):
             return value.name
         if isinstance(value, type):
             return self._class(value)
         if isinstance(value, types.MethodType):
-            return self._function(value.__func__), self.of(value.__self__)
+            return self._function(value.__func__), self.described(value.__self__)
         if callable(value) and hasattr(value, "__qualname__"):
             return self._function(value)
         slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
         attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-        return self._class(type(value)), self._attributes(attributes | getattr(value, "__dict__", {}))
+        attributes |= getattr(value, "__dict__", {})
+        # Numbers of NumPy, slices, dates, patterns and the like have no attributes; an address says nothing.
+        text = "" if attributes else re.sub("0x[0-9a-f]+", "", repr(value))
+        return self._class(type(value)), text, self._attributes(attributes)
 
     def _attributes(self, attributes: Mapping[str, Any]) -> Any:
-        return [(name, self.of(attributes[name])) for name in sorted(attributes) if not name.endswith("_cache")]
+        return [(name, self.described(attributes[name])) for name in sorted(attributes) if not name.endswith("_cache")]
 
     def _class(self, cls: type) -> Any:
         return [(base.__module__, base.__qualname__, _code(base)) for base in cls.__mro__]
@@ -107,7 +116,7 @@ class _Description:
         if not isinstance(function, types.FunctionType) or not (function.__closure__ or "<" in function.__qualname__):
             return name  # there is one of that name
         cells = [getattr(cell, "cell_contents", None) for cell in function.__closure__ or ()]
-        values = self.of([function.__defaults__, function.__kwdefaults__, cells])
+        values = self.described([function.__defaults__, function.__kwdefaults__, cells])
         return name, _bytecode(function.__code__), values
 
 

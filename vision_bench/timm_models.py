@@ -56,10 +56,11 @@ def save(folder: str | Path, model: ContrastiveModel, images: ImageSet, training
     folder, config = Path(folder), model.config
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder is {folder}, which exists and is not empty; choose another.")
-    now = described(images)
-    there = training.get("images", now)
-    if changed := [f"{name} is {now[name]}, and {there[name]} in the training" for name in now
-                   if now[name] != there[name]]:  # fmt: skip
+    values = described(images)
+    trained_on = training.get("images", values)
+    changed = [f"{name} is {values[name]}, and {trained_on[name]} in the training" for name in values
+               if values[name] != trained_on[name]]  # fmt: skip
+    if changed:
         raise ValueError(f"images are not as those that the model was trained on: {'; '.join(changed)}.")
     if config.backbone != SMALL and config.stem == "timm":
         architecture, arguments = config.backbone.split(".")[0], dict(config.backbone_options)

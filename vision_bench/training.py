@@ -74,8 +74,8 @@ def check_validation(train: ImageSet, validation: ImageSet) -> None:
             f"validation has {validation.num_classes} classes and train {train.num_classes}, or the same in another "
             "order; both must have the same class_names."
         )
-    now, expected = described(validation), described(train)
-    if changed := [f"{k} {now[k]} instead of {expected[k]}" for k in expected if now[k] != expected[k]]:
+    values, expected = described(validation), described(train)
+    if changed := [f"{k} {values[k]} instead of {expected[k]}" for k in expected if values[k] != expected[k]]:
         raise ValueError(f"validation has another normalisation or size than train: {', '.join(changed)}.")
 
 

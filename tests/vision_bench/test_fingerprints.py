@@ -1,12 +1,17 @@
 """A model's fingerprint follows from all that it computes, and from nothing else."""
 
 import copy
+import enum
 import importlib
 import os
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -175,6 +180,72 @@ def test_what_is_in_no_state_dict_decides_too(other):
     assert equal_weights(Own(), other)
     assert models.fingerprint(Own()) == models.fingerprint(Own())
     assert models.fingerprint(Own()) != models.fingerprint(other)
+
+
+@dataclass
+class Settings:
+    window: int
+    names: set
+
+
+class Pooling(enum.Enum):
+    TOKEN = enum.auto()
+    MEAN = enum.auto()
+
+
+class Slotted:
+    __slots__ = ("size",)
+
+    def __init__(self, size):
+        self.size = size
+
+
+@pytest.mark.parametrize(
+    ("value", "other"),
+    [
+        (3, 4),
+        (0.1, 0.2),
+        (1, True),
+        ("avg", "token"),
+        (None, False),
+        ((1, 2), (2, 1)),
+        ([1, [2, {"a": 3}]], [1, [2, {"a": 4}]]),
+        ({"a", "b"}, {"a", "c"}),
+        (np.int64(3), np.int64(4)),
+        (np.float32(3), np.float32(4)),
+        (np.arange(3), np.arange(3)[::-1].copy()),
+        (slice(0, 2), slice(0, 3)),
+        (range(3), range(4)),
+        (Path("a"), Path("b")),
+        (re.compile("a"), re.compile("b")),
+        (torch.Size([1, 2]), torch.Size([2, 1])),
+        (torch.float32, torch.float64),
+        (torch.arange(3), torch.arange(3) + 1),
+        (partial(nn.LayerNorm, eps=1e-5), partial(nn.LayerNorm, eps=1e-6)),
+        (nn.GELU, nn.ReLU),
+        (torch.relu, torch.sigmoid),
+        (nn.functional.relu, nn.functional.gelu),
+        (scaled(1.0), scaled(2.0)),
+        (Settings(7, {"a", "b"}), Settings(8, {"a", "b"})),
+        (Settings(7, {"a", "b"}), Settings(7, {"a", "c"})),
+        (Pooling.TOKEN, Pooling.MEAN),
+        (Slotted(1), Slotted(2)),
+    ],
+)
+def test_an_attribute_of_any_type_decides(value, other):
+    first, again, second = Own(), Own(), Own()
+    first.attribute, again.attribute, second.attribute = value, copy.deepcopy(value), other
+    assert models.fingerprint(first) == models.fingerprint(again)
+    assert models.fingerprint(first) != models.fingerprint(second)
+    assert models.fingerprint(first) != models.fingerprint(Own())
+
+
+def test_objects_that_hold_each_other_are_described():
+    model, other = Own(), Own()
+    for one in (model, other):
+        one.parent, one.items = [one], {}
+        one.items["self"] = one.items
+    assert models.fingerprint(model) == models.fingerprint(other)
 
 
 OWN_FILE = """
