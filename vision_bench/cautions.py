@@ -17,7 +17,7 @@ def untrained(cells: Sequence[str]) -> str:
         return ""
     return (
         f"\n**Warning: not trained:** {'; '.join(cells)}. These probes fit the labels that they were trained on less\n"
-        "often than the nearest class mean by the same labels, a linear classifier without training. Their accuracies,\n"
+        "often than the nearest class mean by the same labels, a linear classifier without training. Their accuracy,\n"
         "and gains of them or over them, say how far a probe came, not what the features bear: give the probes more\n"
         "epochs, or another learning rate.\n"
     )
