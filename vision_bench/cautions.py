@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 UNEXPLAINED = 0.5  # share of the variance above which an autoencoder leaves out more than it keeps
@@ -25,11 +26,8 @@ def untrained(cells: Sequence[str]) -> str:
 
 def unexplained(shares: Mapping[str, float | None]) -> str:
     """A warning of autoencoders, by name, whose share of the variance unexplained is too large or undefined."""
-    poor = [
-        f"{name} ({'undefined' if share is None else f'{share:.2f}'})"
-        for name, share in shares.items()
-        if share is None or share > UNEXPLAINED
-    ]
+    numbers = {name: math.nan if share is None else share for name, share in shares.items()}
+    poor = [f"{name} ({share:.2f})" for name, share in numbers.items() if not share <= UNEXPLAINED]
     if not poor:
         return ""
     return (
