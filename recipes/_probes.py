@@ -154,8 +154,8 @@ def measured_header() -> list[str]:
 
 def notes(run: Run, script: ControlledArguments, cells: Sequence[Cell]) -> str:
     """What the tables of a recipe of probes mean."""
-    fvu, *others = ([row["value"] for row in run.find(metric) if row["value"] is not None] for metric in sae.QUALITY)
-    quality = [interval(values).text(3) if values else "-" for values in (fvu, *others)]
+    quality = [interval([row["value"] for row in run.find(metric)]) for metric in sae.QUALITY]
+    fvu, l0, dead = (one.text(3) for one in quality)
     unscaled = "" if script.rescale else "The scale of features decides how far these probes come (rescale: false).\n"
     decays = ", ".join(f"{best_decay(run, **cell):g}" for cell in cells)
     return (
@@ -167,8 +167,7 @@ def notes(run: Run, script: ControlledArguments, cells: Sequence[Cell]) -> str:
         f"themselves, which favours it ({decays});\n"
         "poly_unit, random_relu, random_mask: see recipes/_features.py.\n"
         f"{cautions.TRAINING_NOTE}{unscaled}"
-        f"SAE on test images: FVU {quality[0]}, L0 {quality[1]}, dead {quality[2]}.\n"
-        + cautions.unexplained({"sae": interval(fvu).mean if fvu else None})
+        f"SAE on test images: FVU {fvu}, L0 {l0}, dead {dead}.\n" + cautions.unexplained({"sae": quality[0].mean})
     )
 
 

@@ -111,7 +111,9 @@ def test(
         "device": device_name(probes[ARMS[0]].weights.device),
     }
     rows = [run.row(ACCURACY, v, seed=s, **measured, **trial.arm, **arm) for v, s, arm in found]
-    shift = {name: value for name, value in trial.arm.items() if name == "shift"}  # its classes may be as often not
+    shift = {
+        name: value for name, value in trial.arm.items() if name == "shift"
+    }  # of which classes may have other shares
     if not run.find(CHANCE, **shift):
         rows.append(run.row(CHANCE, chance_level(images.labels, images.num_classes), seed=None, **measured, **shift))
     run.add_rows(rows)

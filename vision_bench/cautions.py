@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 UNEXPLAINED = 0.5  # share of the variance above which an autoencoder leaves out more than it keeps
@@ -17,7 +18,7 @@ def untrained(cells: Sequence[str]) -> str:
         return ""
     return (
         f"\n**Warning: not trained:** {'; '.join(cells)}. These probes fit the labels that they were trained on less\n"
-        "often than the nearest class mean by the same labels, a linear classifier without training. Their accuracies,\n"
+        "often than the nearest class mean by the same labels, a linear classifier without training. Their accuracy,\n"
         "and gains of them or over them, say how far a probe came, not what the features bear: give the probes more\n"
         "epochs, or another learning rate.\n"
     )
@@ -25,11 +26,8 @@ def untrained(cells: Sequence[str]) -> str:
 
 def unexplained(shares: Mapping[str, float | None]) -> str:
     """A warning of autoencoders, by name, whose share of the variance unexplained is too large or undefined."""
-    poor = [
-        f"{name} ({'undefined' if share is None else f'{share:.2f}'})"
-        for name, share in shares.items()
-        if share is None or share > UNEXPLAINED
-    ]
+    numbers = {name: math.nan if share is None else share for name, share in shares.items()}
+    poor = [f"{name} ({share:.2f})" for name, share in numbers.items() if not share <= UNEXPLAINED]
     if not poor:
         return ""
     return (

@@ -21,9 +21,8 @@ SCHEDULES = ("cosine", "step", "constant")
 TRUST_COEFFICIENT, LARS_EPS = 0.02, 1e-8
 LEAST_PROBABILITY, LOG_OF_ZERO = 1e-7, math.log(1e-4)  # of the reverse cross entropy
 NORM = 8.0  # root of the mean square norm of rescaled features; chosen by measurement, see docs/measurements.md
+TRAINING = ("probe_training_top1", "class_means_training_top1")  # of `training_accuracy`, as rows of results name them
 CHUNK = 8192  # rows of a pass over all features
-# What `training_accuracy` gives, in rows of results.
-TRAINING = ("probe_training_top1", "class_means_training_top1")
 NEIGHBOUR_CHUNK = 1024  # rows whose neighbours are sought at once, among a chunk of the others
 
 PerProbe = float | Sequence[float] | torch.Tensor
@@ -335,23 +334,23 @@ def training_accuracy(
             f"{d} features need ({k}, n) and (n, {d})."
         )
     _check_finite("features", features)
-    by_means = [
-        _hits(*_class_means(features, labels, num_classes, weights), features, labels[None]) for labels in label_sets
-    ]
-    hits = torch.cat([_hits(weights, biases, features, label_sets), torch.cat(by_means, dim=1)])
-    own, class_means = hits.double() / len(features)
-    return own, class_means
+    own = _hits(weights, biases, features, label_sets)[0].double() / len(features)
+    by_means = [_hits(*_class_means(features, labels, weights), features, labels[None])[0] for labels in label_sets]
+    return own, torch.cat(by_means).double() / len(features)
 
 
-def _class_means(features: torch.Tensor, labels: torch.Tensor, num_classes: int, like: torch.Tensor) -> Probes:
-    """The classifier of the nearest class mean: logits x m - |m|^2 / 2, minus infinity for a class without samples."""
-    sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64, device=features.device)
-    for x, y in zip(features.split(CHUNK), labels.to(features.device).split(CHUNK), strict=True):
-        sums.index_add_(0, y, x.double())
-    counts = torch.bincount(labels, minlength=num_classes).to(sums.device)
+def _class_means(features: torch.Tensor, labels: torch.Tensor, like: torch.Tensor) -> Probes:
+    """The classifier of the nearest class mean in float64, with the shape of one of the weights (k, c, d) `like`.
+
+    Logits are x m - |m|^2 / 2, and minus infinity for a class without samples.
+    """
+    sums = like.new_zeros(like.shape[1:], dtype=torch.float64)
+    for x, y in zip(features.split(CHUNK), labels.to(like.device).split(CHUNK), strict=True):
+        sums.index_add_(0, y, x.to(sums))
+    counts = torch.bincount(labels.to(like.device), minlength=len(sums))
     means = sums / counts.clamp(min=1)[:, None]
-    offsets = torch.where(counts > 0, means.square().sum(dim=1) / 2, torch.inf)
-    return Probes(means.to(like)[None], -offsets.to(like)[None])
+    biases = torch.where(counts > 0, means.square().sum(dim=1) / -2, -torch.inf)
+    return Probes(means[None], biases[None])
 
 
 @torch.no_grad()
