@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,7 @@ def drawn(train: ImageSet, fraction: float, seed: int, noise_rate: float = 0.0) 
     if not noise_rate:
         return part
     labels = flip_labels(part.labels, noise_rate, train.num_classes, torch.Generator().manual_seed(seed))
-    return ImageSet.of(part.images, labels, part.class_names, (part.mean, part.std))
+    return replace(part, labels=labels)
 
 
 def measure(run: Run, script: FinetuningArguments, splits: Mapping[str, ImageSet], accelerator: Accelerator) -> None:

@@ -13,7 +13,8 @@ from _run import Run
 from _settings import parse
 from accelerate import Accelerator
 
-from vision_bench.data import ImageSet, load_images, stratified_fraction
+from vision_bench import data
+from vision_bench.data import ImageSet, stratified_fraction
 from vision_bench.models import LAYERS, ModelConfig
 from vision_bench.pretrain import PretrainConfig, Pretrained, pretrain
 from vision_bench.probe import OPTIMIZERS, SCHEDULES
@@ -38,6 +39,12 @@ class PretrainingArguments:
     checkpoints: str | None = field(default=None, metadata={"help": "Folder of the models; else in output_dir."})
     data: str = field(default="digits", metadata={"help": "Name of a data set, see vision_bench.data."})
     data_root: str | None = field(default=None, metadata={"help": "Folder where its files are."})
+    train_split: str = field(default="train", metadata={"help": "Name of the split of the training images."})
+    test_split: str = field(default="test", metadata={"help": "Of the test images; val or validation if none is."})
+    # The command's test_fraction; the recipes of finetuning have another option of that name.
+    test_from_train: float | None = field(
+        default=None, metadata={"help": "Share of the training split that is the test images, of each class."}
+    )
     train_fraction: float = field(default=1.0, metadata={"help": "Of the training images, drawn from each class."})
     image_size: int | None = field(default=None, metadata={"help": "Pixels; resized and cropped at the centre."})
     skip_corrupt: bool = field(default=False, metadata={"help": "Leave out images that cannot be decoded."})
@@ -120,23 +127,22 @@ def load_splits(script: PretrainingArguments) -> tuple[ImageSet, ImageSet]:
     Raises:
         ValueError: a set cannot be had, or the two do not have the same classes.
     """
-    train, test = (
-        load_images(
+    with data.warnings_in_one_line():
+        train, test = data.load_splits(
             script.data,
-            split,
             script.data_root,
+            script.train_split,
+            script.test_split,
+            script.test_from_train,
             image_size=script.image_size,
             skip_corrupt=script.skip_corrupt,
             label_column=script.label_column,
             memory_limit=int(script.memory_gib * 2**30),
             progress=True,
         )
-        for split in SPLITS
-    )
-    if train.class_names != test.class_names:
-        raise ValueError(f"data is {script.data!r}: its splits have other classes, or these in another order.")
     if script.train_fraction != 1:
-        drawn = stratified_fraction(train.labels, script.train_fraction, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        drawn = stratified_fraction(train.labels, script.train_fraction, generator, train.class_names)
         train = train.subset(drawn)
     return train, test
 

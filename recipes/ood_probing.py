@@ -59,7 +59,7 @@ from _trained import chance_percent
 from _vision import SPLITS, finish, load_splits, results_config, start_accelerator
 
 from vision_bench import figures
-from vision_bench.data import ImageSet
+from vision_bench.data import ImageSet, warnings_in_one_line
 from vision_bench.shifts import (
     DATA_ENDING,
     EXTRA_CORRUPTIONS,
@@ -139,7 +139,7 @@ def load_shifts(script: OodArguments, train: ImageSet, test: ImageSet) -> dict[s
         elif place.endswith(DATA_ENDING):
             found[name] = load_arrays(place, train)
         elif is_array:
-            found[name] = load_corruptions(place, train)
+            found[name] = load_corruptions(place, train, progress=True)
         else:
             place, _, split = (place, "", "") if Path(place).exists() else place.partition("@")
             found[name] = load_shifted(
@@ -269,7 +269,8 @@ def main(arguments: list[str] | None = None) -> None:
     script = parse(OodArguments, arguments)
     train, test = load_splits(script)
     script.check(train, test)
-    shifts = load_shifts(script, train, test)
+    with warnings_in_one_line():
+        shifts = load_shifts(script, train, test)
     accelerator = start_accelerator(script, "ood_probing")
     run = Run(script.output_dir, "ood_probing", config(script, shifts), is_main=accelerator.is_main_process)
     run.bind()

@@ -28,6 +28,15 @@ def _parser() -> argparse.ArgumentParser:
         "--dataset", help="digits (default), cifar10, cifar100, imagenet100, a folder, a set of the hub"
     )
     parser.add_argument("--data_root", help="folder of the data set's files")
+    parser.add_argument("--train_split", help="name of the split of the training images (default: train)")
+    parser.add_argument(
+        "--test_split", help="name of the split of the test images (default: test, else val or validation)"
+    )
+    parser.add_argument(
+        "--test_fraction", type=float, help="share of the training split that is the test images, of each class"
+    )
+    parser.add_argument("--skip_corrupt", action="store_true", help="leave out images that cannot be decoded")
+    parser.add_argument("--label_column", help="of a Hugging Face set, if it is not found")
     parser.add_argument("--image_size", type=int, help="pixels; by default what a model of timm was trained at")
     parser.add_argument("--limit", type=int, help="about so many images of the training and of the test set")
     parser.add_argument(
@@ -58,11 +67,13 @@ def main(arguments: list[str] | None = None) -> None:
     from accelerate import PartialState
 
     from vision_bench import benchmark, benchmark_report
+    from vision_bench.data import warnings_in_one_line
 
     assert given.keys() <= {field.name for field in fields(benchmark.Settings)}
     try:
         settings = benchmark.Settings(**given)
-        subjects, rows = benchmark.run(settings)
+        with warnings_in_one_line():
+            subjects, rows = benchmark.run(settings)
         if PartialState().is_main_process:
             print(benchmark_report.write(subjects, rows, settings))
     except (ValueError, TypeError, OSError) as error:

@@ -29,7 +29,7 @@ from result_rows import CONFIG, DIVERGED, Run, device_name
 from vision_bench import features, models, sae, zoo
 from vision_bench.corruption_sweep import Sweep, parse
 from vision_bench.corruptions import flip_labels
-from vision_bench.data import ImageSet, load_images, stratified_fraction
+from vision_bench.data import ImageSet, load_splits, stratified_fraction
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.probe import NORM, TRAINING, Probes, fit_linear_probes, probe_accuracy, training_accuracy
 from vision_bench.shifts import load_shifted, synthetic
@@ -53,8 +53,13 @@ class Settings:
     models: Sequence[str]  # see `zoo.load`
     output_dir: str
     random_init: Sequence[str] = ()  # models of timm, or small_conv, with random weights
-    dataset: str = "digits"  # see `data.load_images`
+    dataset: str = "digits"  # see `data.load_splits`, also for the next six
     data_root: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    test_fraction: float | None = None
+    skip_corrupt: bool = False
+    label_column: str | None = None
     image_size: int | None = None  # pixels; None: what a model of timm was trained at, else the data set's
     limit: int | None = None  # about so many images of the training and of the test set, drawn from each class
     corruptions: Sequence[str] = ("label_noise", "gaussian", "few_shots")  # see `corruption_sweep.parse`
@@ -158,25 +163,40 @@ class _Data:
             return " (the training images here)"
         if self._whole[size] in frozen.pretrained:
             return " (all training images, of which those here are a part)"
+        if re.search(rf"{zoo.FINGERPRINT} [0-9a-f]{{16}}$", frozen.pretrained):
+            return " (of an earlier version, so that they may be the training images here)"
         # A part of the set, or the same images at another size, has a fingerprint of its own.
         return " (not the training images here, but some images may be in both)"
 
     def _load(self, size: int | None) -> dict[str, ImageSet]:
         settings = self.settings
-        train, test = (
-            load_images(settings.dataset, split, settings.data_root, image_size=size, progress=self.progress)
-            for split in ("train", "test")
+        train, test = load_splits(
+            settings.dataset,
+            settings.data_root,
+            settings.train_split,
+            settings.test_split,
+            settings.test_fraction,
+            image_size=size,
+            skip_corrupt=settings.skip_corrupt,
+            label_column=settings.label_column,
+            progress=self.progress,
         )
-        if train.class_names != test.class_names:
-            raise ValueError(f"dataset is {settings.dataset!r}: its splits have other classes, or in another order.")
         self._whole[size] = train.fingerprint
         train, test = (_limited(images, settings.limit) for images in (train, test))
         for rate in self.sweep.few_shots:
-            stratified_fraction(train.labels, rate, torch.Generator().manual_seed(0))  # raises where none is left
+            # Raises where a class is left without images.
+            stratified_fraction(train.labels, rate, torch.Generator().manual_seed(0), train.class_names)
         sets = {"train": train, "clean": test}
         for shift in self.sweep.shifts:
             if shift is not None and shift.folder:
-                sets[str(shift)] = _limited(load_shifted(shift.folder, train, progress=self.progress), settings.limit)
+                shifted = load_shifted(
+                    shift.folder,
+                    train,
+                    skip_corrupt=settings.skip_corrupt,
+                    label_column=settings.label_column,
+                    progress=self.progress,
+                )
+                sets[str(shift)] = _limited(shifted, settings.limit)
             elif shift is not None:
                 sets[str(shift)] = synthetic(shift.name, test)
         return sets
@@ -186,7 +206,8 @@ def _limited(images: ImageSet, limit: int | None) -> ImageSet:
     if limit is None or limit >= len(images):
         return images
     try:
-        drawn = stratified_fraction(images.labels, limit / len(images), torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        drawn = stratified_fraction(images.labels, limit / len(images), generator, images.class_names)
     except ValueError as error:
         raise ValueError(f"limit is {limit} of {len(images)} images: {error}") from None
     return images.subset(drawn)

@@ -39,35 +39,41 @@ def flip_labels(
 ) -> torch.Tensor:
     """Symmetric label noise: exactly round(noise_rate * n) samples, drawn without replacement, get another label.
 
+    The new label is that of another class that has samples: one without samples would be wrong in every prediction,
+    so that a learner easily leaves it out, and the noise would cost less than its rate says.
+
     Args:
         labels: (n,) of an integer dtype, in [0, num_classes).
         noise_rate: share of the samples that are corrupted, in [0, 1].
-        num_classes: at least 2 if a label is to change.
+        num_classes: of which at least 2 must have samples if a label is to change.
         generator: of the samples and their new labels; on any device.
-        allow_true_class: draw the new label from all classes, the true one included, so that a rate of r changes only
-            about r (num_classes - 1) / num_classes of the labels.
+        allow_true_class: draw the new label from all c classes with samples, the true one included, so that a rate of
+            r changes only about r (c - 1) / c of the labels.
 
     Returns:
         A new tensor (n,) int64 on the device of `labels`.
 
     Raises:
         TypeError: the labels are not integers.
-        ValueError: a label, the rate or the number of classes is out of its range.
+        ValueError: a label, the rate or the number of classes is out of its range, or only one class has samples.
     """
     check_labels(labels, num_classes)
     if not 0 <= noise_rate <= 1:
         raise ValueError(f"noise_rate is {noise_rate}; it must be in [0, 1], 0.9 for 90 % of the labels.")
     flipped = round(noise_rate * len(labels))
-    if flipped and num_classes < 2 and not allow_true_class:
-        raise ValueError(f"num_classes is {num_classes}; a label can only change if there are at least 2 classes.")
+    classes, positions = labels.long().unique(return_inverse=True)
+    if flipped and len(classes) < 2 and not allow_true_class:
+        raise ValueError(
+            f"labels has samples of 1 class, with num_classes {num_classes}; a label can only change if there are "
+            "samples of at least 2 classes."
+        )
     device = generator.device
     chosen = torch.randperm(len(labels), generator=generator, device=device)[:flipped].to(labels.device)
-    # An offset of 1 to num_classes - 1 reaches each of the other classes with the same probability.
+    # An offset of 1 to len(classes) - 1 reaches each of the other classes with the same probability.
     lowest = 0 if allow_true_class else 1
-    offset = torch.randint(lowest, num_classes, (flipped,), generator=generator, device=device) if flipped else chosen
-    noisy = labels.long().clone()
-    noisy[chosen] = (noisy[chosen] + offset.to(labels.device)) % num_classes
-    return noisy
+    offset = torch.randint(lowest, len(classes), (flipped,), generator=generator, device=device) if flipped else chosen
+    positions[chosen] = (positions[chosen] + offset.to(labels.device)) % max(1, len(classes))
+    return classes[positions]
 
 
 def add_input_noise(images: torch.Tensor, kind: str, scale: float, generator: torch.Generator) -> torch.Tensor:

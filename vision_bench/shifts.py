@@ -7,9 +7,8 @@ ImageNet-Stylized, restricted to the classes of the training set; the arrays of 
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,10 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from vision_bench.data import SPLIT_NAMES, ImageSet, StreamedImages, load_images, resized
+from vision_bench import image_files
+from vision_bench.data import ImageSet, find_images, warn_of_training_images
+from vision_bench.image_files import in_threads, listed, resized
+from vision_bench.image_sources import Source, has_class_folders
 
 ANGLE = 25.0  # degrees, counter-clockwise
 EROSION = 1 / 16  # of the side of the image, from each edge of a bright part
@@ -27,8 +29,8 @@ SEVERITIES = 5
 # Of the 19 corruptions, those that are not of the benchmark but for validation (Hendrycks and Dietterich, 2019).
 EXTRA_CORRUPTIONS = ("gaussian_blur", "saturate", "spatter", "speckle_noise")
 LABELS = "labels.npy"
+CHUNK = 1024  # images
 DATA_ENDING, LABELS_ENDING = "_data.npy", "_labels.npy"
-SHOWN = 10  # names in an error
 
 
 def rotated(images: torch.Tensor) -> torch.Tensor:
@@ -69,7 +71,7 @@ def synthetic(kind: str, images: ImageSet) -> ImageSet:
     if kind not in SYNTHETIC:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(SYNTHETIC)}.")
     changed = torch.cat([SYNTHETIC[kind](images.images[start : start + 256]) for start in range(0, len(images), 256)])
-    return ImageSet.of(changed, images.labels, images.class_names, (images.mean, images.std))
+    return replace(images, images=changed, digests=image_files.digests(changed))
 
 
 def load_shifted(
@@ -97,24 +99,17 @@ def load_shifted(
         ValueError: as `load_images`; the map names classes that there are not, or a class of the training set is left
             without images, in which case the error lists these classes and those of the folder.
     """
-    found = load_images(
-        str(place),
-        split or ("." if _has_class_folders(Path(place)) else "test"),
-        image_size=_side(like),
-        skip_corrupt=skip_corrupt,
-        label_column=label_column,
-        memory_limit=0,  # nothing is decoded before it is known to be wanted
-        progress=progress,
-    )
-    labels = _labels_as(found, like, class_map, str(place))
-    kept = (labels >= 0).nonzero().squeeze(1)
-    assert isinstance(found.images, StreamedImages)
-    images: StreamedImages | torch.Tensor = found.images.subset(kept)
-    if images.shape.numel() <= memory_limit:
-        starts = range(0, len(images), 1024)
-        parts = [images[i : i + 1024] for i in tqdm(starts, desc=f"decoding {place}", disable=not progress)]
-        images = torch.cat(parts)
-    return ImageSet.of(images, labels[kept], like.class_names, (like.mean, like.std))
+    side = _side(like)
+    split = split or ("." if has_class_folders(Path(place)) else "test")
+    source = find_images(str(place), split, None, skip_corrupt, label_column, progress)
+    labels = _labels_as(source, like, class_map, str(place))
+    wanted = (labels >= 0).nonzero().squeeze(1)
+    _check_every_class(labels[wanted], like, place, source.class_names)
+    images, digests, kept = image_files.read(source.encoded, wanted, side, memory_limit, skip_corrupt, progress)
+    _check_every_class(labels[kept], like, place, source.class_names)
+    shifted = replace(like, images=images, labels=labels[kept], digests=digests)
+    warn_of_training_images(shifted, like, f"images of {place}")
+    return shifted
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ class Corruptions:
     files: dict[str, Path]  # by corruption
     labels: torch.Tensor  # (m,) int64, of the m images of each severity
     like: ImageSet
-    fingerprint: str  # of the labels and of 256 images of each file
+    fingerprint: str  # of the labels and of all images of each file
 
     def load(self, corruption: str, severity: int) -> ImageSet:
         """The m images of a corruption at a severity in 1 ... 5."""
@@ -133,13 +128,15 @@ class Corruptions:
         return _as_set(array, self.labels, self.like)
 
 
-def load_corruptions(folder: str | Path, like: ImageSet) -> Corruptions:
-    """What there is of CIFAR-10-C or CIFAR-100-C: `CORRUPTION.npy` and `labels.npy`, whose headers are checked.
+def load_corruptions(folder: str | Path, like: ImageSet, progress: bool = False) -> Corruptions:
+    """What there is of CIFAR-10-C or CIFAR-100-C: `CORRUPTION.npy` and `labels.npy`, which are read once.
 
     Args:
         folder: each `CORRUPTION.npy` is uint8 (5 m, h, w, 3), the same m test images at severity 1, then 2 to 5;
             `labels.npy` holds their 5 m labels.
-        like: the training images: the result has their class names in their order, size and statistics.
+        like: the training images: the result has their classes, size and statistics. Labels are the numbers that
+            these classes had before any were dropped.
+        progress: show a progress bar while reading.
 
     Raises:
         TypeError: labels are not integers.
@@ -155,16 +152,16 @@ def load_corruptions(folder: str | Path, like: ImageSet) -> Corruptions:
     files = {path.stem: path for path in sorted(folder.glob("*.npy")) if path.name != LABELS}
     if not files:
         raise ValueError(f"{folder} has {LABELS} but no array of a corruption, such as fog.npy.")
-    digest = hashlib.blake2b(every.numpy().tobytes(), digest_size=8)
-    for name, path in files.items():
-        array = _array(path)
+    arrays = {name: _array(path) for name, path in files.items()}
+    for name, array in arrays.items():
         if len(array) != len(every):
-            raise ValueError(f"{path} has {len(array)} images for the {len(every)} labels of {LABELS}.")
-        digest.update(name.encode() + repr(array.shape).encode())
-        digest.update(np.ascontiguousarray(array[:: max(1, len(array) // 256)]).data)
-    labels = every[: len(every) // SEVERITIES]
-    _check_classes(labels, like, folder)
-    return Corruptions(files, labels, like, digest.hexdigest())
+            raise ValueError(f"{files[name]} has {len(array)} images for the {len(every)} labels of {LABELS}.")
+    labels = _classes_of(every[: len(every) // SEVERITIES], like, folder)
+    names = list(files)
+    content = in_threads(lambda index: _content(arrays[names[index]]), range(len(names)))
+    hashed = list(tqdm(content, desc=f"hashing {folder}", total=len(names), unit="file", disable=not progress))
+    about = repr((labels.tolist(), names, hashed)).encode()
+    return Corruptions(files, labels, like, hashlib.blake2b(about, digest_size=8).hexdigest())
 
 
 def load_arrays(data: str | Path, like: ImageSet) -> ImageSet:
@@ -185,16 +182,9 @@ def load_arrays(data: str | Path, like: ImageSet) -> ImageSet:
     labels = _labels_of(data.with_name(data.name.removesuffix(DATA_ENDING) + LABELS_ENDING))
     if len(array) != len(labels):
         raise ValueError(f"{data} has {len(array)} images for {len(labels)} labels.")
-    _check_classes(labels, like, data)
-    return _as_set(array, labels, like)
-
-
-def _has_class_folders(folder: Path) -> bool:
-    """Whether its folders hold images, not the splits of a data set."""
-    if not folder.is_dir() or any(folder.glob("*/*.parquet")):
-        return False
-    there = {path.name for path in folder.iterdir() if path.is_dir()}
-    return bool(there) and there.isdisjoint(itertools.chain(*SPLIT_NAMES.values()))
+    images = _as_set(array, _classes_of(labels, like, data), like)
+    warn_of_training_images(images, like, f"images of {data}")
+    return images
 
 
 def _side(like: ImageSet) -> int:
@@ -204,39 +194,40 @@ def _side(like: ImageSet) -> int:
     return int(h)
 
 
-def _labels_as(found: ImageSet, like: ImageSet, class_map: Mapping[str, str] | None, place: str) -> torch.Tensor:
-    """Labels (n,) of `found` as classes of `like`, -1 for what it does not have."""
+def _labels_as(source: Source, like: ImageSet, class_map: Mapping[str, str] | None, place: str) -> torch.Tensor:
+    """Labels (n,) of a source as classes of `like`, -1 for what it does not have."""
     ours = {name: index for index, name in enumerate(like.class_names)}
     if len(ours) < len(like.class_names):
         raise ValueError("the training set has several classes of the same name; shifted images cannot be matched.")
     if class_map is None:
-        class_map = {name: name for name in found.class_names if name in ours}
+        class_map = {name: name for name in source.class_names if name in ours}
     else:
-        unknown = [name for name in class_map if name not in found.class_names]
+        unknown = [name for name in class_map if name not in source.class_names]
         if unknown:
-            raise ValueError(
-                f"class_map has the classes {_listed(unknown)}; {place} has {_listed(found.class_names)}."
-            )
+            raise ValueError(f"class_map has the classes {listed(unknown)}; {place} has {listed(source.class_names)}.")
         unknown = [name for name in class_map.values() if name not in ours]
         if unknown:
             raise ValueError(
-                f"class_map leads to {_listed(unknown)}; the training set has the classes {_listed(list(ours))}."
+                f"class_map leads to {listed(unknown)}; the training set has the classes {listed(list(ours))}."
             )
-    targets = torch.tensor([ours[class_map[name]] if name in class_map else -1 for name in found.class_names])
-    labels = targets[found.labels]
-    counts = torch.bincount(labels[labels >= 0], minlength=len(ours)).tolist()
-    empty = [name for name, count in zip(ours, counts, strict=True) if not count]
+    targets = torch.tensor([ours[class_map[name]] if name in class_map else -1 for name in source.class_names])
+    return targets[source.labels]
+
+
+def _check_every_class(labels: torch.Tensor, like: ImageSet, place: str | Path, names: Sequence[str] = ()) -> None:
+    """Raise ValueError unless there is an image of every class of the training set.
+
+    Args:
+        names: of the classes of `place`, for the error, if they have names.
+    """
+    counts = torch.bincount(labels, minlength=like.num_classes).tolist()
+    empty = [name for name, count in zip(like.class_names, counts, strict=True) if not count]
     if empty:
+        advice = f" It has the classes {listed(names)}; a class_map says which is which." if names else ""
         raise ValueError(
-            f"{len(empty)} of the {len(ours)} classes of the training set are left without images of {place}: "
-            f"{_listed(empty)}. It has the classes {_listed(found.class_names)}; a class_map says which is which."
+            f"{len(empty)} of the {like.num_classes} classes of the training set are left without images of {place}: "
+            f"{listed(empty)}.{advice}"
         )
-    return labels
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _read(path: Path) -> np.ndarray[Any, Any]:
@@ -255,6 +246,14 @@ def _array(path: Path) -> np.ndarray[Any, Any]:
     return array
 
 
+def _content(array: np.ndarray[Any, Any]) -> str:
+    """Hash of shape and pixels, read in parts."""
+    content = hashlib.blake2b(repr(array.shape).encode())
+    for start in range(0, len(array), CHUNK):
+        content.update(np.ascontiguousarray(array[start : start + CHUNK]).data)
+    return content.hexdigest()
+
+
 def _labels_of(path: Path) -> torch.Tensor:
     """(n,) int64."""
     array = _read(path)
@@ -265,25 +264,26 @@ def _labels_of(path: Path) -> torch.Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def _check_classes(labels: torch.Tensor, like: ImageSet, place: Path) -> None:
-    """Raise ValueError unless the labels are exactly the classes of the training set."""
-    others = sorted({int(label) for label in labels.unique()} - set(range(like.num_classes)))
+def _classes_of(numbers: torch.Tensor, like: ImageSet, place: Path) -> torch.Tensor:
+    """Labels (n,) of arrays, which number all classes of a data set, as the classes of the training set.
+
+    Raises:
+        ValueError: the labels are not exactly the classes of the training set; it names them.
+    """
+    classes = {number: index for index, number in enumerate(like.class_numbers)}
+    others = [str(number) for number in numbers.unique().tolist() if number not in classes]
     if others:
+        known = [f"{number} ({name})" for number, name in zip(classes, like.class_names, strict=True)]
         raise ValueError(
-            f"{place} has the labels {_listed([str(label) for label in others])}; the training set has "
-            f"{like.num_classes} classes, 0 to {like.num_classes - 1}."
+            f"{place} has the labels {listed(others)}; the training set has {len(known)} classes: {listed(known)}."
         )
-    counts = torch.bincount(labels, minlength=like.num_classes).tolist()
-    empty = [name for name, count in zip(like.class_names, counts, strict=True) if not count]
-    if empty:
-        raise ValueError(
-            f"{len(empty)} of the {like.num_classes} classes of the training set are left without images of {place}: "
-            f"{_listed(empty)}."
-        )
+    labels = torch.tensor([classes[number] for number in numbers.tolist()])
+    _check_every_class(labels, like, place)
+    return labels
 
 
 def _as_set(array: np.ndarray[Any, Any], labels: torch.Tensor, like: ImageSet) -> ImageSet:
     images = torch.from_numpy(np.array(array)).permute(0, 3, 1, 2).contiguous()
     if images.shape[1:] != like.images.shape[1:]:
         images = resized(images, _side(like))
-    return ImageSet.of(images, labels, like.class_names, (like.mean, like.std))
+    return replace(like, images=images, labels=labels, digests=image_files.digests(images))

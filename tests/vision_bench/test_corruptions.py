@@ -24,11 +24,15 @@ def test_exactly_the_rounded_share_of_labels_changes(n, num_classes, rate, seed,
     dtype = data.draw(st.sampled_from([torch.int64, torch.int32, torch.uint8]))
     labels = torch.randint(num_classes, (n,), generator=seeded(seed), dtype=dtype)
     before = labels.clone()
+    if labels.unique().numel() < 2 and round(rate * n):
+        with pytest.raises(ValueError, match="samples of at least 2 classes"):
+            flip_labels(labels, rate, num_classes, seeded(seed + 1))
+        return
     noisy = flip_labels(labels, rate, num_classes, seeded(seed + 1))
     assert noisy.dtype == torch.int64
     assert noisy.shape == labels.shape
     assert int((noisy != labels).sum()) == round(rate * n)
-    assert bool(((noisy >= 0) & (noisy < num_classes)).all())
+    assert set(noisy.tolist()) <= set(labels.tolist())  # never a class without samples
     assert torch.equal(labels, before)
     assert torch.equal(noisy, flip_labels(labels, rate, num_classes, seeded(seed + 1)))
 
@@ -46,6 +50,27 @@ def test_new_labels_are_uniform_over_the_other_classes_and_samples_over_position
     assert bool(((others - expected).abs() < 5 * expected**0.5).all())
     halves = flipped[: n // 2].sum(), flipped[n // 2 :].sum()
     assert abs(int(halves[0] - halves[1])) < 5 * (n / 4) ** 0.5
+
+
+def test_classes_without_samples_are_never_drawn_and_the_others_alike():
+    """As of a set that was filtered to 10 of 1,000 classes."""
+    classes = torch.arange(10) * 100 + 7
+    labels = classes[torch.arange(30_000) % 10]
+    noisy = flip_labels(labels, 0.4, 1000, seeded())
+    flipped = noisy != labels
+    assert int(flipped.sum()) == 12_000
+    assert torch.equal(noisy.unique(), classes)
+    counts = torch.bincount(noisy[flipped], minlength=1000)[classes]
+    assert bool(((counts - 1200).abs() < 5 * 1200**0.5).all())
+
+
+def test_where_every_class_has_samples_the_noise_of_a_seed_is_the_offset_that_it_draws():
+    labels = torch.arange(100) % 7
+    generator = seeded(3)
+    chosen = torch.randperm(100, generator=generator)[:40]
+    expected = labels.clone()
+    expected[chosen] = (labels[chosen] + torch.randint(1, 7, (40,), generator=generator)) % 7
+    assert torch.equal(flip_labels(labels, 0.4, 7, seeded(3)), expected)
 
 
 def test_another_seed_gives_other_noise():

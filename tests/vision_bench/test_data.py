@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,33 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from picture_files import as_tensor, features, make_folder, pixels, rows
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from vision_bench.data import IMAGENET100, STATISTICS, ImageSet, StreamedImages, load_images, stratified_fraction
+from vision_bench.data import (
+    IMAGENET100,
+    STATISTICS,
+    ImageSet,
+    StreamedImages,
+    load_images,
+    stratified_fraction,
+)
 
 needs_data = pytest.mark.skipif("MONO_TEST_DATA" not in os.environ, reason="MONO_TEST_DATA, real images, is not set")
-
-
-def pixels(seed, height=10, width=10):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def make_folder(root, splits=("train", "val"), classes=("cat", "dog", "emu"), per_class=4, shape=(10, 10)):
-    """PNG files root/split/class/i.png, of which pixels(seed) of the returned (path, class, seed) are the content."""
-    made = []
-    for split in splits:
-        for index, name in enumerate(classes):
-            (root / split / name).mkdir(parents=True)
-            for i in range(per_class):
-                path, seed = root / split / name / f"{i}.png", len(made)
-                Image.fromarray(pixels(seed, *shape)).save(path)
-                made.append((path, index, seed))
-    return made
-
-
-def as_tensor(array):
-    return torch.from_numpy(array.copy()).permute(2, 0, 1)
 
 
 def test_digits_need_no_files_and_their_splits_are_disjoint():
@@ -113,16 +101,7 @@ def test_class_folders_in_memory_and_streamed(tmp_path):
     assert torch.equal(torch.cat(list(batches)), loaded.images)
     validation = load_images(str(tmp_path), "test")  # called val here
     assert torch.equal(validation.images[0], as_tensor(pixels(12)))
-    assert len({loaded.fingerprint, streamed.fingerprint, validation.fingerprint}) == 3
-    assert load_images(str(tmp_path), "train", memory_limit=100).fingerprint == streamed.fingerprint
-
-
-def test_decoding_in_threads_keeps_the_order(tmp_path, monkeypatch):
-    make_folder(tmp_path, per_class=20)
-    expected = load_images(str(tmp_path), "train").images
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert torch.equal(load_images(str(tmp_path), "train").images, expected)
-    assert torch.equal(load_images(str(tmp_path), "train", memory_limit=0).images[:], expected)
+    assert loaded.fingerprint == streamed.fingerprint != validation.fingerprint
 
 
 def test_the_fingerprint_follows_pixels_labels_and_order():
@@ -138,60 +117,62 @@ def test_the_fingerprint_follows_pixels_labels_and_order():
         ImageSet.of(images, labels.flip(0), names).fingerprint,
         first.subset(torch.arange(20).flip(0)).fingerprint,
         first.subset(torch.arange(19)).fingerprint,
+        ImageSet.of(images, labels, ["a", "b", "d"]).fingerprint,
+        ImageSet.of(images, labels, [*names, "d"]).fingerprint,
     }
-    assert len(prints) == 5
+    assert len(prints) == 7
+    assert replace(first, labels=labels.flip(0)).fingerprint in prints
     assert first.subset(torch.arange(20)).fingerprint == first.fingerprint
     assert first.subset(torch.tensor([4, 2])).labels.tolist() == [1, 2]
     assert len(first.subset(torch.tensor([4, 2]))) == 2
 
 
-def test_a_broken_file_is_named_and_skipped_only_where_asked(tmp_path):
-    made = make_folder(tmp_path)
-    cut, text = made[5][0], made[9][0]
-    cut.write_bytes(cut.read_bytes()[:100])
-    text.write_text("not an image")
-    with pytest.raises(ValueError, match=rf"{cut}.*skip_corrupt"):
-        load_images(str(tmp_path), "train")
-    for limit in (2**30, 100):
-        with pytest.warns(UserWarning, match=rf"2 of 12 images.*{cut}, {text}"):
-            rest = load_images(str(tmp_path), "train", skip_corrupt=True, memory_limit=limit)
-        assert rest.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
-        assert torch.equal(rest.images[4:6], torch.stack([as_tensor(pixels(4)), as_tensor(pixels(6))]))
-    streamed = load_images(str(tmp_path), "train", memory_limit=100)
-    with pytest.raises(ValueError, match=str(cut)):
-        streamed.images[3:8]
+def test_every_image_decides_the_fingerprint_held_and_streamed(tmp_path):
+    """Also one of many that is replaced by one with the same name, size in bytes and time of change."""
+    path = make_folder(tmp_path, splits=("train",), per_class=200, shape=(4, 4))[301][0]
+    Image.fromarray(pixels(1, 4, 4)).save(path, "bmp")
+    index = 200 + sorted(str(i) for i in range(200)).index("101")  # files are in alphabetical order
+    size, times = path.stat().st_size, path.stat().st_mtime_ns
+
+    def fingerprints(change):
+        """The one fingerprint of held and streamed images after a change."""
+        made = {change(load_images(str(tmp_path), "train", memory_limit=limit)).fingerprint for limit in (0, 2**30)}
+        assert len(made) == 1
+        return made.pop()
+
+    changes = {
+        "none": lambda images: images,
+        "labels": lambda images: replace(images, labels=1 - images.labels.clamp(max=1)),
+        "subset with it": lambda images: images.subset(torch.arange(index - 5, index + 5)),
+        "subset without it": lambda images: images.subset(torch.arange(index + 1, index + 11)),
+    }
+    before = {name: fingerprints(change) for name, change in changes.items()}
+    Image.fromarray(pixels(2, 4, 4)).save(path, "bmp")
+    os.utime(path, ns=(times, times))
+    assert path.stat().st_size == size
+    after = {name: fingerprints(change) for name, change in changes.items()}
+    assert len({*before.values(), *after.values()}) == 7
+    assert before["subset without it"] == after["subset without it"]
 
 
-def test_a_set_whose_first_image_or_every_image_is_broken(tmp_path):
+def test_a_subset_of_streamed_images_reads_no_other_file(tmp_path):
     made = make_folder(tmp_path, splits=("train",))
-    made[0][0].write_text("")
-    with pytest.warns(UserWarning, match="1 of 12"):
-        assert len(load_images(str(tmp_path), "train", skip_corrupt=True)) == 11
-    for path, *_ in made:
-        path.write_text("")
-    with pytest.raises(ValueError, match="no readable image"):
-        load_images(str(tmp_path), "train", skip_corrupt=True)
+    streamed = load_images(str(tmp_path), "train", memory_limit=0)
+    for path, *_ in made[1:]:
+        path.unlink()
+    assert len(streamed.subset(torch.tensor([0, 5, 9])).fingerprint) == 18
 
 
-def test_images_of_several_sizes_need_image_size(tmp_path):
-    made = make_folder(tmp_path, splits=("train",), shape=(10, 14))
-    Image.fromarray(pixels(99, 30, 20)).save(made[7][0])
-    with pytest.raises(ValueError, match=rf"{made[7][0]} has 30 x 20 pixels and the first image 10 x 14; give image_"):
-        load_images(str(tmp_path), "train")
-    assert load_images(str(tmp_path), "train", image_size=8).images.shape == (12, 3, 8, 8)
+def test_the_same_files_have_one_fingerprint_in_folders_and_in_parquet(tmp_path):
+    import datasets
 
-
-def test_grey_palette_and_transparent_images_become_rgb_and_16_bits_are_refused(tmp_path):
-    make_folder(tmp_path, splits=("train",), classes=("a",), per_class=1)
-    grey = pixels(1)[..., 0]
-    Image.fromarray(grey).save(tmp_path / "train/a/1.png")
-    Image.fromarray(pixels(2)).convert("RGBA").save(tmp_path / "train/a/2.png")
-    images = load_images(str(tmp_path), "train").images
-    assert torch.equal(images[1], torch.from_numpy(grey).expand(3, -1, -1))
-    assert torch.equal(images[2], as_tensor(pixels(2)))
-    Image.fromarray(grey.astype(np.uint16) * 200).save(tmp_path / "train/a/3.png")
-    with pytest.raises(ValueError, match=r"3\.png has mode I;16"):
-        load_images(str(tmp_path), "train")
+    made = make_folder(tmp_path / "folders", splits=("train",))
+    content = {"picture": [{"bytes": path.read_bytes(), "path": None} for path, *_ in made]}
+    content["label"] = [label for _, label, _ in made]
+    kind = features(datasets.ClassLabel(names=["cat", "dog", "emu"]))
+    datasets.Dataset.from_dict(content, features=kind).to_parquet(str(tmp_path / "train.parquet"))
+    folders, parquet = (load_images(str(place), "train") for place in (tmp_path / "folders", tmp_path))
+    assert folders.fingerprint == parquet.fingerprint
 
 
 def test_imagenet100_takes_its_classes_out_of_all(tmp_path):
@@ -210,88 +191,12 @@ def test_imagenet100_takes_its_classes_out_of_all(tmp_path):
         load_images("imagenet100", "test")
 
 
-def rows(values, column="label"):
-    from io import BytesIO
-
-    encoded = []
-    for seed in range(len(values)):
-        buffer = BytesIO()
-        Image.fromarray(pixels(seed)).save(buffer, "png")
-        encoded.append({"bytes": buffer.getvalue(), "path": None})
-    return {"picture": encoded, column: values}
-
-
-def features(label, column="label"):
-    import datasets
-
-    return datasets.Features({"picture": datasets.Image(), column: label})
-
-
-def test_hugging_face_sets_saved_to_disk_and_as_parquet(tmp_path):
-    import datasets
-
-    label = datasets.ClassLabel(names=["x", "y", "z"])
-    train = datasets.Dataset.from_dict(rows([2, 0, 1, 2]), features=features(label))
-    test = datasets.Dataset.from_dict(rows([1, 1]), features=features(label))
-    datasets.DatasetDict({"train": train, "validation": test}).save_to_disk(str(tmp_path / "saved"))
-    (tmp_path / "parquet/data").mkdir(parents=True)
-    train.to_parquet(str(tmp_path / "parquet/data/train-00000-of-00001.parquet"))
-    test.to_parquet(str(tmp_path / "parquet/data/validation-00000-of-00001.parquet"))
-    prints = set()
-    for place in ("saved", "parquet"):
-        loaded = load_images(str(tmp_path / place), "train")
-        assert loaded.labels.tolist() == [2, 0, 1, 2]
-        assert loaded.class_names == ["x", "y", "z"]
-        assert torch.equal(loaded.images[3], as_tensor(pixels(3)))
-        assert load_images(str(tmp_path / place), "test").labels.tolist() == [1, 1]
-        prints.add(loaded.fingerprint)
-        with pytest.raises(ValueError, match=r"split is 'holdout'; .* splits.* train"):
-            load_images(str(tmp_path / place), "holdout")
-    assert len(prints) == 1
-
-
-@pytest.mark.parametrize(
-    ("values", "kind", "error", "words"),
-    [
-        ([0.5, 1.0], "float32", TypeError, "column 'label' of .* has dtype float"),
-        (["a", "b"], "string", TypeError, "class_encode_column"),
-        ([-1, 0], "int64", ValueError, "from -1 to 0"),
-        ([0, None], "int64", TypeError, "column 'label'"),
-    ],
-)
-def test_labels_that_are_no_class_indices_are_refused(tmp_path, values, kind, error, words):
-    import datasets
-
-    made = datasets.Dataset.from_dict(rows(values), features=features(datasets.Value(kind)))
-    made.save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(error, match=words):
-        load_images(str(tmp_path / "saved"), "train")
-
-
-def test_columns_that_are_missing_are_listed(tmp_path):
-    import datasets
-
-    kind = datasets.Value("int64")
-    datasets.Dataset.from_dict(rows([0, 1], "kind"), features=features(kind, "kind")).save_to_disk(str(tmp_path / "s"))
-    with pytest.raises(ValueError, match=r"label_column is None; .* picture, kind"):
-        load_images(str(tmp_path / "s"), "train")
-    assert load_images(str(tmp_path / "s"), "train", label_column="kind").class_names == ["0", "1"]
-    datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).save_to_disk(str(tmp_path / "t"))
-    with pytest.raises(ValueError, match="0 columns of images among text, label"):
-        load_images(str(tmp_path / "t"), "train")
-
-
-def test_a_broken_row_is_named(tmp_path):
-    import datasets
-
-    content = rows([0, 1, 0])
-    content["picture"][1]["bytes"] = b"no image"
-    made = datasets.Dataset.from_dict(content, features=features(datasets.ClassLabel(names=["x", "y"])))
-    made.save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(ValueError, match=r"row 1 of .*saved \(train\) is not a readable image"):
-        load_images(str(tmp_path / "saved"), "train")
-    with pytest.warns(UserWarning, match="row 1 of"):
-        assert load_images(str(tmp_path / "saved"), "train", skip_corrupt=True).labels.tolist() == [0, 0]
+def test_a_name_that_does_not_fit_its_folder_is_refused(tmp_path):
+    make_folder(tmp_path, splits=("train",), classes=[f"c{i}" for i in range(11)], per_class=1)
+    with pytest.raises(ValueError, match=r"name is 'cifar10', and .* has 11 classes: c0, "):
+        load_images("cifar10", "train", tmp_path)
+    with pytest.raises(ValueError, match="and digits is embedded"):
+        load_images("digits", "train", tmp_path)
 
 
 def test_torchvisions_cifar_files(tmp_path, monkeypatch):

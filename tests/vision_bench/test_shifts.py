@@ -165,6 +165,46 @@ def test_a_pair_of_arrays_is_a_test_set(tmp_path):
     assert found.labels.tolist() == [2, 1, 0, 0, 1, 2]
 
 
+def test_every_pixel_of_the_arrays_decides_the_fingerprint(tmp_path):
+    before = shifts.load_corruptions(make_corruptions(tmp_path / "c", per_severity=60), training_set())
+    fog = np.load(tmp_path / "c/fog.npy")
+    fog[201, 3, 4, 1] ^= 1
+    np.save(tmp_path / "c/fog.npy", fog)
+    assert shifts.load_corruptions(tmp_path / "c", training_set()).fingerprint != before.fingerprint
+
+
+def test_arrays_are_matched_by_the_number_that_a_class_had_before_others_were_dropped(tmp_path):
+    like = training_set(("cat", "dog", "emu", "fox")).subset(torch.tensor([1, 3])).with_classes(torch.tensor([1, 3]))
+    assert (like.class_names, like.labels.tolist()) == (["dog", "fox"], [0, 1])
+    np.save(tmp_path / "x_data.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    np.save(tmp_path / "x_labels.npy", np.array([3, 1, 3]))
+    assert shifts.load_arrays(tmp_path / "x_data.npy", like).labels.tolist() == [1, 0, 1]
+    np.save(tmp_path / "x_labels.npy", np.array([0, 1, 3]))
+    with pytest.raises(ValueError, match=r"has the labels 0; the training set has 2 classes: 1 \(dog\), 3 \(fox\)"):
+        shifts.load_arrays(tmp_path / "x_data.npy", like)
+
+
+def test_shifted_images_that_are_training_images_are_counted(tmp_path):
+    folder = make_folder(tmp_path / "photos/train", ["cat", "dog"])
+    like = load_images(str(tmp_path / "photos"), "train")
+    make_folder(tmp_path / "shift", ["cat", "dog"], shape=(12, 14))
+    (tmp_path / "shift/cat/1.png").write_bytes((folder / "cat/1.png").read_bytes())
+    like = load_images(str(tmp_path / "photos"), "train", image_size=8)
+    with pytest.warns(UserWarning, match=r"1 of the 4 images of .*shift are training images too"):
+        shifts.load_shifted(tmp_path / "shift", like)
+
+
+def test_a_class_that_is_left_with_broken_images_only_is_named(tmp_path):
+    folder = make_folder(tmp_path / "shift", ["cat", "dog", "emu"])
+    for i in range(2):
+        (folder / f"dog/{i}.png").write_text("no image")
+    with (
+        pytest.warns(UserWarning, match="cannot be decoded"),
+        pytest.raises(ValueError, match=r"left without .*: dog"),
+    ):
+        shifts.load_shifted(folder, training_set(), skip_corrupt=True)
+
+
 class Trap:
     def __reduce__(self):
         return (open, ("sprung", "w"))
@@ -186,7 +226,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path):
     folder = make_corruptions(tmp_path / "c")
     with pytest.raises(ValueError, match=r"1 of the 4 classes .* without images of .*: fox"):
         shifts.load_corruptions(folder, training_set(tuple(COLOURS)))
-    with pytest.raises(ValueError, match="has the labels 2; the training set has 2 classes, 0 to 1"):
+    with pytest.raises(ValueError, match=r"has the labels 2; the training set has 2 classes: 0 \(cat\), 1 \(dog\)"):
         shifts.load_corruptions(folder, training_set(("cat", "dog")))
     np.save(folder / "fog.npy", np.zeros((29, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match=r"fog.npy has 29 images for the 30 labels"):

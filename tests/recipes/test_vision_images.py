@@ -1,0 +1,113 @@
+"""The images of the recipes: splits, classes and files that are not as usual, and streaming, which changes nothing."""
+
+import io
+import json
+
+import pytest
+import torch
+from _finetuning import drawn
+from _vision import PretrainingArguments, load_splits
+from PIL import Image
+from pretrain import main
+
+from vision_bench.data import load_images
+
+SMALL = [
+    "--seeds",
+    "0",
+    "--methods",
+    "simclr",
+    "--pretraining_epochs",
+    "2",
+    "--warmup_epochs",
+    "1",
+    "--batch_size",
+    "32",
+]
+SMALL += ["--projector_hidden", "16", "--projector_out", "16"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """96 digits of each split as a data set without names of classes, whose labels are from 1, and two broken rows."""
+    import datasets
+
+    splits = {}
+    for split, name in (("train", "train"), ("test", "dev")):
+        images = load_images("digits", split).subset(torch.arange(96))
+        encoded = []
+        for pixels in images.images:
+            buffer = io.BytesIO()
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "png")
+            encoded.append({"bytes": buffer.getvalue(), "path": None})
+        encoded[7] = {"bytes": b"no image", "path": None}
+        rows = {"image": encoded, "label": (images.labels + 1).tolist()}
+        kinds = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        splits[name] = datasets.Dataset.from_dict(rows, features=kinds)
+    folder = tmp_path_factory.mktemp("sets") / "digits"
+    datasets.DatasetDict(splits).save_to_disk(str(folder))
+    return str(folder)
+
+
+def test_what_is_odd_about_the_images_is_one_line_each(place, tmp_path, capsys):
+    settings = PretrainingArguments(str(tmp_path), data=place, test_split="dev")
+    with pytest.raises(ValueError, match=r"row 7 of .*skip_corrupt"):
+        load_splits(settings)
+    settings.skip_corrupt = True
+    capsys.readouterr()
+    train, test = load_splits(settings)
+    assert train.class_names == test.class_names == [str(i) for i in range(1, 11)]
+    assert (len(train), len(test)) == (95, 95)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "arning" in line]
+    assert lines == [
+        f"Warning: 1 of 96 images cannot be decoded and are left out: row 7 of {place} (train)",
+        f"Warning: 1 of 96 images cannot be decoded and are left out: row 7 of {place} (dev)",
+        f"Warning: 1 of the 11 classes of {place} have no image and are dropped: 0",
+    ]
+
+
+def test_test_images_of_a_set_with_one_split(place, tmp_path):
+    settings = PretrainingArguments(str(tmp_path), data=place, skip_corrupt=True)
+    with pytest.raises(ValueError, match=r"splits train, dev\..*in recipes test_from_train"):
+        load_splits(settings)
+    settings.test_from_train = 0.2
+    train, test = load_splits(settings)
+    assert len(train) + len(test) == 95
+    counts = (train.labels.bincount() + test.labels.bincount()).tolist()
+    assert test.labels.bincount().tolist() == [round(0.2 * count) for count in counts]
+
+
+def test_wrong_labels_of_held_and_streamed_images_have_one_fingerprint(place, tmp_path):
+    settings = {"data": place, "test_split": "dev", "skip_corrupt": True}
+    held, streamed = (
+        load_splits(PretrainingArguments(str(tmp_path), memory_gib=gib, **settings))[0] for gib in (4.0, 0.0)
+    )
+    assert isinstance(held.images, torch.Tensor) != isinstance(streamed.images, torch.Tensor)
+    noisy = [drawn(images, 0.5, seed=0, noise_rate=0.4) for images in (held, streamed)]
+    assert noisy[0].fingerprint == noisy[1].fingerprint != drawn(held, 0.5, seed=0).fingerprint
+
+
+def test_a_run_with_held_images_goes_on_with_streamed_ones(place, tmp_path):
+    arguments = [
+        "--output_dir",
+        str(tmp_path),
+        "--data",
+        place,
+        "--test_split",
+        "dev",
+        "--skip_corrupt",
+        "True",
+        *SMALL,
+    ]
+    main(arguments)
+    model = tmp_path / "models/simclr-0/model.safetensors"
+    written = model.stat().st_mtime_ns
+    rows = (tmp_path / "results.jsonl").read_text()
+    (tmp_path / "results.jsonl").unlink()
+    main([*arguments, "--memory_gib", "0"])
+    assert model.stat().st_mtime_ns == written  # it was not trained again
+    values = [
+        {row["metric"]: row["value"] for row in map(json.loads, text.splitlines())}
+        for text in (rows, (tmp_path / "results.jsonl").read_text())
+    ]
+    assert values[0] == values[1]
