@@ -15,9 +15,11 @@ import torch
 from _features import FEATURES
 from _probes import ACCURACY, ARMS, gain
 from _run import DIVERGED, Run
+from _trained import CHANCE
 
 from vision_bench import figures
 from vision_bench.metrics import MEASURED
+from vision_bench.probe import TRAINING
 from vision_bench.shifts import SEVERITIES
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet100": 100}
@@ -74,8 +76,7 @@ class Experiment:
         """What a stopped run lacks, or None."""
         lacking = []
         for metric, arm, seeds in self.needs(run.config):
-            method = {"method": arm["method"], "step": None} if "method" in arm else arm
-            found = {row["seed"] for row in [*run.find(metric, **arm), *run.find(DIVERGED, **method)]}
+            found = {row["seed"] for row in [*run.find(metric, **arm), *diverged(run, arm)]}
             # what does not depend on a seed has None instead
             lacking += [(metric, arm | {"seed": seed}) for seed in seeds if not found & {seed, None}]
         if not lacking:
@@ -86,15 +87,23 @@ class Experiment:
         return f"rows of the metric {metric} ({first}{more})"
 
 
+def diverged(run: Run, arm: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows which say that an arm diverged, so that it has no others; they name its method and condition only."""
+    rows = run.find(DIVERGED, step=arm.get("step"))
+    return [row for row in rows if all(row["config"].get(name, value) == value for name, value in arm.items())]
+
+
 def crossed(metric: str, config: dict[str, Any], **axes: Sequence[Any]) -> list[Need]:
     """Every combination of values, for all seeds of the run."""
     return [(metric, dict(zip(axes, values, strict=True)), config["seeds"]) for values in product(*axes.values())]
 
 
 def probed(config: dict[str, Any], features: Sequence[str] = ARMS, **axes: Sequence[Any]) -> list[Need]:
-    """Accuracies of probes, and what the features are."""
+    """Accuracies of probes, also on their training labels and by chance, and what the features are."""
+    trained = {name: values for name, values in axes.items() if name in ("loss", "noise_rate")}
     what = [need for metric in MEASURED for need in crossed(metric, config, features=features)]
-    return crossed(ACCURACY, config, features=features, **axes) + what
+    what += [need for metric in TRAINING for need in crossed(metric, config, features=features, **trained)]
+    return crossed(ACCURACY, config, features=features, **axes) + what + crossed(CHANCE, config)
 
 
 def input_noise_needs(config: dict[str, Any]) -> list[Need]:

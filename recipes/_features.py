@@ -1,10 +1,10 @@
 """What the probing recipes probe: features of frozen models, and the controls that a claim about them must survive.
 
 `poly`: SimCLR's; `sae`: the latents of a top-k sparse autoencoder on them; `ncl`: those of non-negative contrastive
-learning. Controls: `poly_unit`, poly L2-normalised, as what the latents are computed from (a small scale regularises
-a probe of few steps by itself); `random_relu`, ReLU of a random projection of that (non-negative, as wide as the
-latents, nothing learned); `random_mask`, poly with a random choice of dimensions kept in each sample (as sparse as the
-latents).
+learning. Controls: `poly_unit`, poly L2-normalised, as what the latents are computed from (without `rescale` a small
+scale regularises a probe of few steps by itself); `random_relu`, ReLU of a random projection of that (non-negative, as
+wide as the latents, nothing learned); `random_mask`, poly with a random choice of dimensions kept in each sample (as
+sparse as the latents).
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from _run import Run, device_name
+from _trained import CHANCE
 from _vision import METHODS, ProbingArguments, pretrained
 from accelerate import Accelerator
 
-from vision_bench import features, sae
+from vision_bench import features, models, sae
 from vision_bench.data import ImageSet
-from vision_bench.metrics import MEASURED, semantic_consistency
+from vision_bench.metrics import MEASURED, chance_level, semantic_consistency
 from vision_bench.models import ContrastiveModel
 
 FEATURES = ("poly", "sae", "ncl")
@@ -64,13 +65,24 @@ class FrozenModels:
 
 
 def cached(
-    script: ProbingArguments, contrastive: Mapping[str, ContrastiveModel], seed: int, split: str, images: ImageSet
+    script: ProbingArguments,
+    contrastive: Mapping[str, ContrastiveModel],
+    checkpoints: Mapping[str, str],
+    seed: int,
+    split: str,
+    images: ImageSet,
 ) -> dict[str, torch.Tensor]:
-    """Features (n, d) of a split under each model, from their shards where these exist. All processes make them."""
+    """Features (n, d) of a split under each model, from their shards where these exist. All processes make them.
+
+    Args:
+        checkpoints: the fingerprints of the models.
+    """
     found = {}
     for method, model in contrastive.items():
         folder = Path(script.output_dir) / "features" / f"{method}-{seed}-{split}"
-        of = features.extract(folder, model, images, split, [script.layer], progress=True)
+        of = features.extract(
+            folder, model, images, split, [script.layer], progress=True, checkpoint=checkpoints[method]
+        )
         found[method] = features.load(folder, script.layer, of)
     return found
 
@@ -78,33 +90,41 @@ def cached(
 def frozen_models(
     run: Run, script: ProbingArguments, seed: int, splits: Mapping[str, ImageSet], accelerator: Accelerator
 ) -> tuple[FrozenModels, dict[str, dict[str, torch.Tensor]]]:
-    """The models of a seed, trained or loaded, and what they make of each split; adds rows of the autoencoder.
+    """The models of a seed, trained or loaded, and what they make of each split; adds rows of encoder and chance.
 
     Returns:
         The models, and by split the argument `made` of `FrozenModels.features`.
     """
     contrastive = {
-        method: pretrained(script, method, seed, splits["train"], splits["test"], accelerator).model
+        method: pretrained(script, method, seed, splits["train"], splits["test"], accelerator).model.to(
+            accelerator.device
+        )
         for method in METHODS
     }
-    made = {split: cached(script, contrastive, seed, split, images) for split, images in splits.items()}
+    checkpoints = {method: models.fingerprint(model) for method, model in contrastive.items()}
+    made = {split: cached(script, contrastive, checkpoints, seed, split, images) for split, images in splits.items()}
     train, test = (F.normalize(made[split]["simclr"]) for split in ("train", "test"))
+    directions = train[train.any(dim=1)]  # a row of zeros has none
     encoder = sae.fit(
-        train,
+        directions,
         script.sae_latents or train.shape[1],
         script.sae_k,
         epochs=script.sae_epochs,
         learning_rate=script.sae_learning_rate,
-        batch_size=min(256, len(train)),
+        batch_size=min(256, len(directions)),
         seed=seed,
         accelerator=accelerator,
         checkpoint_dir=Path(script.output_dir) / "sae" / str(seed),
         progress=True,
     ).autoencoder
     if accelerator.is_main_process:
+        measured = {"n": len(test), "seconds": 0.0, "device": device_name(accelerator.device)}
+        if not run.find(CHANCE):
+            level = chance_level(splits["test"].labels, splits["test"].num_classes)
+            run.add(CHANCE, level, seed=None, **measured)
         for metric, value in zip(sae.QUALITY, sae.evaluate(encoder, test), strict=True):
             if not run.find(metric, seed=seed):
-                run.add(metric, value, n=len(test), seed=seed, seconds=0.0, device=device_name(accelerator.device))
+                run.add(metric, value, seed=seed, **measured)
     kept = round(script.sae_k / encoder.d_latent * encoder.d_in)
     return FrozenModels(seed, contrastive, encoder, kept), made
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _run import Interval, Run, device_name, interval, markdown_table, paired_difference
+from _run import DIVERGED, Interval, Run, device_name, interval, markdown_table, paired_difference
 from _settings import parse
 from _vision import (
     SPLITS,
@@ -187,16 +187,30 @@ def drawn(train: ImageSet, fraction: float, seed: int, noise_rate: float = 0.0) 
 
 
 def measure(run: Run, script: FinetuningArguments, splits: Mapping[str, ImageSet], accelerator: Accelerator) -> None:
-    """Finetune and add the rows of every cell (seed x condition x method) that the run lacks."""
+    """Finetune and add the rows of every cell (seed x condition x method) that the run lacks.
+
+    A cell whose finetuning diverges is marked so, and those of a seed whose pretraining does; the others go on.
+    """
     for model_seed, seeds in script.models_of().items():
         cells = [
             (seed, condition, method)
             for seed, condition, method in itertools.product(seeds, script.conditions(), script.methods)
-            if not run.find(FINAL["validation_top1"], seed=seed, method=method, **condition)
+            if not any(
+                run.find(metric, seed=seed, method=method, **condition)
+                for metric in (FINAL["validation_top1"], DIVERGED)
+            )
         ]
         if not cells:
             continue
-        model = pretrained(script, "simclr", model_seed, splits["train"], splits["test"], accelerator).model
+        start = time.monotonic()
+        try:
+            model = pretrained(script, "simclr", model_seed, splits["train"], splits["test"], accelerator).model
+        except FloatingPointError as error:
+            measured = {"seconds": time.monotonic() - start, "device": device_name(accelerator.device)}
+            for seed, condition, method in cells:
+                arm = {"method": method, **condition}
+                run.add_diverged(f"pretraining: {error}", n=len(splits["train"]), seed=seed, **measured, **arm)
+            continue
         for seed, condition, method in cells:
             finetune_cell(run, script, model, seed, condition, method, splits, accelerator)
 
@@ -217,26 +231,30 @@ def finetune_cell(
     name = "-".join([method, *(f"{value:g}" for value in condition.values()), str(seed)])
     folder = Path(script.output_dir) / "finetuned" / name
     starting, adapter = adapted(model, method, script, seed) if method in ADAPTERS else (model, None)
-    run.bind()
-    found = finetune(
-        folder,
-        starting,
-        script.finetune_config(method, seed),
-        train,
-        test,
-        accelerator,
-        adapter=adapter,
-        checkpoint_minutes=script.checkpoint_minutes,
-        compile_model=script.compile,
-        workers=script.workers,
-        name=name,
-        progress=True,
-    )
-    if accelerator.is_main_process:
+    arm = {"method": method, **condition}
+    try:
+        found = finetune(
+            folder,
+            starting,
+            script.finetune_config(method, seed),
+            train,
+            test,
+            accelerator,
+            adapter=adapter,
+            checkpoint_minutes=script.checkpoint_minutes,
+            compile_model=script.compile,
+            workers=script.workers,
+            name=name,
+            progress=True,
+        )
+    except FloatingPointError as error:
+        measured = {"seconds": time.monotonic() - start, "device": device_name(accelerator.device)}
+        run.add_diverged(str(error), n=len(train), seed=seed, **measured, **arm)
+        found = None
+    if found is not None and accelerator.is_main_process:
         features = embed(found.model.to(accelerator.device), test)
         what = semantic_consistency(features, test.labels).summary
         measured = {"seed": seed, "seconds": time.monotonic() - start, "device": device_name(accelerator.device)}
-        arm = {"method": method, **condition}
         kept = len(train) - round(script.finetune_config(method, seed).held_out * len(train))
         counts = {"train_top1": kept, "online_train_top1": kept, "validation_top1": len(test)}
         rows = [
@@ -252,9 +270,9 @@ def finetune_cell(
             rows.append(run.row("adapter_sparsity", zeros, n=len(pixels), **measured, **arm))
         # The last of these says that the cell is complete.
         rows += [run.row(FINAL[m], last[m], n=counts[m], epoch=found.epoch, **measured, **arm) for m in ACCURACIES]
-        run.replace([*run.rows, *rows])
-        if not script.keep_models:
-            shutil.rmtree(folder)
+        run.add_rows(rows)
+    if accelerator.is_main_process and not script.keep_models:
+        shutil.rmtree(folder)
     accelerator.wait_for_everyone()
 
 
@@ -263,17 +281,27 @@ def percent(run: Run, metric: str, **arm: Any) -> list[dict[str, Any]]:
     return [row | {"value": 100 * row["value"]} for row in run.find(metric, **arm)]
 
 
+def defined(values: list[float]) -> Interval:
+    """The interval of values, of none where all seeds of an arm diverged."""
+    return interval(values or [None])
+
+
+def diverged(run: Run, script: FinetuningArguments, **arm: Any) -> str:
+    """How many of an arm's trainings diverged, in words; an empty text for none."""
+    count = len(run.find(DIVERGED, **arm))
+    total = len(script.seeds) * (1 if "fraction" in arm else len(script.conditions()))
+    return "" if count == 0 else "diverged" if count == total else f"{count} of {total} diverged"
+
+
 def mean(run: Run, metric: str, method: str, condition: Mapping[str, float]) -> Interval:
-    """Accuracy in percent at the end of finetuning."""
-    return interval([row["value"] for row in percent(run, FINAL[metric], method=method, **condition)])
+    """Accuracy in percent at the end of finetuning, over the seeds that did not diverge."""
+    return defined([row["value"] for row in percent(run, FINAL[metric], method=method, **condition)])
 
 
 def gain(run: Run, metric: str, method: str, condition: Mapping[str, float], over: str = "ce") -> Interval:
-    """Points of accuracy over another arm, paired by seed."""
+    """Points of accuracy over another arm, paired by the seeds of which neither diverged."""
     one, other = (percent(run, FINAL[metric], method=name, **condition) for name in (method, over))
-    found = paired_difference(one, other)
-    assert found is not None
-    return found
+    return paired_difference(one, other) or defined([])
 
 
 def tables(
@@ -293,12 +321,14 @@ def tables(
     header += [metric.replace("_", " ") for metric in MEASURED]
     lines = []
     for condition, method in itertools.product(conditions, script.methods):
-        cells = [mean(run, metric, method, condition).text(1) for metric in ACCURACIES]
+        note = diverged(run, script, method=method, **condition)
+        accuracies = [mean(run, metric, method, condition) for metric in ACCURACIES]
+        cells = [f"{one.text(1)} ({note})" if note and one.n else note or one.text(1) for one in accuracies]
         for metric in ACCURACIES:
             cells.append("-" if method == "ce" else gain(run, metric, method, condition).text(1, sign=True))
         for metric in MEASURED:
             values = [row["value"] for row in run.find(metric, method=method, **condition)]
-            cells.append(interval(values).text(0 if "live" in metric else 3))
+            cells.append(defined(values).text(0 if "live" in metric else 3))
         lines.append([name(condition), method, *cells])
     text = (
         "Top-1 accuracy in % after finetuning: on the training images with the labels that were trained on, and on\n"
@@ -322,7 +352,8 @@ def tables(
     adapters = f"Zeros among monolora's latents, all conditions: {interval(zeros).text(3)}.\n" if zeros else ""
     return text + (
         f"\n## Gains\n\n{markdown_table(header, lines)}"
-        f"\nMean ± half-width of the 95 % interval over {len(script.seeds)} seeds ({of}). The paper's numbers are of\n"
+        f"\nMean ± half-width of the 95 % interval over {len(script.seeds)} seeds ({of}); trainings that diverged\n"
+        "(NaN or infinite weights or scores) are counted in the table and enter no mean. The paper's numbers are of\n"
         "another scale (ResNet-18, ImageNet-100, 100 epochs). Accuracies are of eval mode, on images as they are.\n"
         "Consistency, sparsity and live dimensions are of the classified features of the test images; chance is the\n"
         f"consistency with shuffled labels. Controls: {controls}{100 * script.held_out:g} % held out.\n{adapters}"
@@ -333,14 +364,13 @@ def curves(
     run: Run, script: FinetuningArguments, condition: Mapping[str, float]
 ) -> tuple[list[int], dict[str, dict[str, tuple[list[float], list[float]]]]]:
     """Epochs, and mean and half-width of both accuracies of every arm at them, for a drawing."""
-    shown = run.find("validation_top1", seed=script.seeds[0], method="ce", **condition)
-    epochs = [row["config"]["epoch"] for row in shown]
+    epochs = sorted({row["config"]["epoch"] for row in run.find("validation_top1", **condition)})
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for metric, label in zip(ACCURACIES, ("training accuracy, %", "test accuracy, %"), strict=True):
         panels[label] = {}
         for method in script.methods:
             found = [
-                interval([row["value"] for row in percent(run, metric, method=method, epoch=epoch, **condition)])
+                defined([row["value"] for row in percent(run, metric, method=method, epoch=epoch, **condition)])
                 for epoch in epochs
             ]
             panels[label][method] = [one.mean for one in found], [one.half_width or 0.0 for one in found]
@@ -374,4 +404,5 @@ def start(
     script.check(splits["train"])
     accelerator = start_accelerator(script, recipe)
     run = Run(script.output_dir, recipe, results_config(script), is_main=accelerator.is_main_process)
+    run.bind()
     return script, splits, accelerator, run

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from _features import is_described
 from _run import Interval, Run, interval
+from _trained import add_training
 from _vision import ProbingArguments, highest_with_signal
 
 from vision_bench.corruptions import flip_labels
@@ -47,23 +48,36 @@ class NoisyProbeArguments(ProbingArguments):
 
 
 def noisy_probes(
-    script: NoisyProbeArguments, train: torch.Tensor, images: ImageSet, seeds: Sequence[int], device: torch.device
+    run: Run,
+    script: NoisyProbeArguments,
+    name: str,
+    train: torch.Tensor,
+    images: ImageSet,
+    seeds: Sequence[int],
+    device: torch.device,
 ) -> Probes:
-    """A probe for each seed of noise and initial weights, of the features (n, d) of the training images."""
+    """A probe for each seed of noise and initial weights, of the features (n, d) of the training images.
+
+    Adds rows of what they fit of their labels to the run, for the kind of features `name`.
+    """
     assert script.noise_rate is not None  # settled by `check`
-    noisy = [
-        flip_labels(images.labels, script.noise_rate, images.num_classes, torch.Generator().manual_seed(seed))
-        for seed in seeds
-    ]
-    return fit_linear_probes(
+    noisy = torch.stack(
+        [
+            flip_labels(images.labels, script.noise_rate, images.num_classes, torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
+    )
+    probes = fit_linear_probes(
         train.to(device),
-        torch.stack(noisy),
+        noisy,
         images.num_classes,
         seeds=list(seeds),
         device=device,
         progress=True,
         **script.probe_settings(),
     )
+    add_training(run, probes, train, noisy, [(seed, {"features": name}) for seed in seeds])
+    return probes
 
 
 @torch.no_grad()

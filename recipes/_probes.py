@@ -12,10 +12,11 @@ from typing import Any
 
 import _features
 from _features import FEATURES
-from _run import Interval, Run, interval, paired_difference
+from _run import Interval, Run, interval, markdown_table, paired_difference
+from _trained import chance_percent, own_labels
 from _vision import ProbingArguments
 
-from vision_bench import sae
+from vision_bench import cautions, sae
 from vision_bench.metrics import MEASURED
 
 CONTROLS = ("poly_decay", *_features.CONTROLS)
@@ -100,7 +101,28 @@ def accuracy_lines(run: Run, cells: Sequence[Cell]) -> list[list[str]]:
             for metric in MEASURED
         ]
         lines.append([name, *(mean(run, name, **cell).text(1) for cell in cells), *what])
-    return lines
+    levels = (f"{chance_percent(run, **cell):.1f}" for cell in cells)
+    return [*lines, ["chance level", *levels, *["-"] * len(MEASURED)]]
+
+
+def training_table(run: Run, header: Sequence[str], cells: Sequence[Cell], probed: Sequence[Cell]) -> str:
+    """Accuracy of the probes of each arm on their own training labels, and a warning of those not trained.
+
+    Args:
+        header: of the columns after the first.
+        cells: where poly_decay's weight decay is chosen, for each column.
+        probed: what the rows of the probes of each column have in common.
+    """
+    lines, untrained = [], []
+    for name in ARMS:
+        lines.append([name])
+        for column, cell, arm in zip(header, cells, probed, strict=True):
+            decay = best_decay(run, **cell) if name == "poly_decay" else 0.0
+            text, why = own_labels(run, features=name, probe_weight_decay=decay, **arm)
+            lines[-1].append(text)
+            untrained += [f"{name}, {column} ({why})"] if why else []
+    text = "\nAccuracy of the probes on their own training labels, wrong ones included, %.\n\n"
+    return text + markdown_table(["features", *header], lines) + cautions.untrained(untrained)
 
 
 def compared() -> list[tuple[str, str, str]]:
@@ -132,7 +154,9 @@ def measured_header() -> list[str]:
 
 def notes(run: Run, script: ControlledArguments, cells: Sequence[Cell]) -> str:
     """What the tables of a recipe of probes mean."""
-    quality = [interval([row["value"] for row in run.find(metric)]).text(3) for metric in sae.QUALITY]
+    quality = [interval([row["value"] for row in run.find(metric)]) for metric in sae.QUALITY]
+    fvu, l0, dead = (one.text(3) for one in quality)
+    unscaled = "" if script.rescale else "The scale of features decides how far these probes come (rescale: false).\n"
     decays = ", ".join(f"{best_decay(run, **cell):g}" for cell in cells)
     return (
         f"\nMean ± half-width of the 95 % interval over {len(script.seeds)} seeds ({script.varied}).\n"
@@ -142,7 +166,8 @@ def notes(run: Run, script: ControlledArguments, cells: Sequence[Cell]) -> str:
         f"poly_decay takes the best of {len(script.decays)} weight decays for each column on the test labels\n"
         f"themselves, which favours it ({decays});\n"
         "poly_unit, random_relu, random_mask: see recipes/_features.py.\n"
-        f"SAE on test images: FVU {quality[0]}, L0 {quality[1]}, dead {quality[2]}.\n"
+        f"{cautions.TRAINING_NOTE}{unscaled}"
+        f"SAE on test images: FVU {fvu}, L0 {l0}, dead {dead}.\n" + cautions.unexplained({"sae": quality[0].mean})
     )
 
 

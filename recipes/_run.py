@@ -41,7 +41,7 @@ def run_as_program(main: Callable[[], None]) -> None:
     """Call a recipe's `main` on the command line; errors that the user can mend end the program with one line."""
     try:
         main()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command continues.")

@@ -14,12 +14,14 @@ import torch
 from _features import FrozenModels, describe, frozen_models, is_described
 from _probes import ACCURACY, ARMS, ControlledArguments, kind_of
 from _run import Run, device_name
+from _trained import CHANCE, add_training
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from vision_bench.data import ImageSet
 from vision_bench.features import embed
-from vision_bench.probe import Probes, fit_linear_probes, probe_accuracy
+from vision_bench.metrics import chance_level
+from vision_bench.probe import TRAINING, Probes, fit_linear_probes, probe_accuracy
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def probes_of(script: ControlledArguments, name: str, seeds: Sequence[int]) -> l
 
 
 def fit(
+    run: Run,
     script: ControlledArguments,
     name: str,
     train: torch.Tensor,
@@ -53,11 +56,12 @@ def fit(
     seeds: list[int],
     device: torch.device,
 ) -> Probes:
-    """The probes of a kind of features on clean training images, in one pass."""
+    """The probes of a kind of features on clean training images, in one pass; adds rows of what they fit of these."""
     wanted = probes_of(script, name, seeds)
-    return fit_linear_probes(
+    label_sets = of.labels.expand(len(wanted), -1)
+    probes = fit_linear_probes(
         train.to(device),
-        of.labels.expand(len(wanted), -1),
+        label_sets,
         of.num_classes,
         weight_decay=[decay for decay, _ in wanted],
         seeds=[seed for _, seed in wanted],
@@ -65,6 +69,9 @@ def fit(
         progress=True,
         **script.probe_settings(),
     )
+    arms = [(seed, {"features": name, "probe_weight_decay": decay}) for decay, seed in wanted]
+    add_training(run, probes, train, label_sets, arms)
+    return probes
 
 
 def test(
@@ -103,7 +110,13 @@ def test(
         "seconds": time.monotonic() - start,
         "device": device_name(probes[ARMS[0]].weights.device),
     }
-    run.replace([*run.rows, *(run.row(ACCURACY, v, seed=s, **measured, **trial.arm, **arm) for v, s, arm in found)])
+    rows = [run.row(ACCURACY, v, seed=s, **measured, **trial.arm, **arm) for v, s, arm in found]
+    shift = {
+        name: value for name, value in trial.arm.items() if name == "shift"
+    }  # of which classes may have other shares
+    if not run.find(CHANCE, **shift):
+        rows.append(run.row(CHANCE, chance_level(images.labels, images.num_classes), seed=None, **measured, **shift))
+    run.add_rows(rows)
 
 
 def measure(
@@ -121,7 +134,8 @@ def measure(
     seeds = script.models_of()[seed]
     probed = sum(len(script.decays_of(name)) for name in ARMS)
     missing = [t for t in trials if any(len(run.find(ACCURACY, seed=s, **t.arm)) < probed for s in t.seeds)]
-    if not missing and all(is_described(run, name, seeds) for name in ARMS):
+    trained = all(len(run.find(metric, seed=one)) == probed for metric in TRAINING for one in seeds)
+    if not missing and trained and all(is_described(run, name, seeds) for name in ARMS):
         return
     models, made = frozen_models(run, script, seed, splits, accelerator)
     if not accelerator.is_main_process:
@@ -132,6 +146,6 @@ def measure(
             run, name, models.features(kind_of(name), made["test"]), splits["test"].labels, seeds, accelerator.device
         )
         train = models.features(kind_of(name), made["train"])
-        probes[name] = fit(script, name, train, splits["train"], seeds, accelerator.device)
+        probes[name] = fit(run, script, name, train, splits["train"], seeds, accelerator.device)
     for trial in tqdm(missing, desc="shifted images", unit="set"):
         test(run, script, trial, models, probes, seeds)

@@ -169,6 +169,7 @@ def start(
     script.check(splits["train"], splits["test"])
     accelerator = start_accelerator(script, recipe)
     run = Run(script.output_dir, recipe, results_config(script), is_main=accelerator.is_main_process)
+    run.bind()
     return script, splits, accelerator, run
 
 
@@ -245,6 +246,10 @@ class ProbingArguments(DownstreamArguments):
     probe_learning_rate: float = field(default=0.4, metadata={"help": "1.5 with sgd for ImageNet-100."})
     probe_schedule: str = field(default="cosine", metadata={"help": "cosine, or step for ImageNet-100."})
     standardize: bool = field(default=False, metadata={"help": "Standardise each feature before probing."})
+    rescale: bool = field(
+        default=True,
+        metadata={"help": "Probe all features at one mean norm. false as in the paper: their scale decides."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -287,4 +292,5 @@ class ProbingArguments(DownstreamArguments):
             "learning_rate": self.probe_learning_rate,
             "schedule": self.probe_schedule,
             "standardize": self.standardize,
+            "rescale": self.rescale,
         }

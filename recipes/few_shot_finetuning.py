@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from _finetuning import FinetuningArguments, curves, levels, measure, start, tables
+from _finetuning import FinetuningArguments, curves, diverged, levels, measure, start, tables
 from _run import Run, run_as_program
 from _vision import finish
 
@@ -60,11 +60,22 @@ def draw(run: Run, script: FewShotArguments) -> None:
     fewest = min(script.conditions(), key=lambda condition: condition["fraction"])
     percents = [100 * fraction for fraction in script.fractions]
     paper: dict[float | None, float] = {100 * at: PAPER[at] for at in script.fractions if at in PAPER}
+    arms = script.methods
+    notes = {arm: diverged(run, script, method=arm) for arm in arms}
     drawings = {
         "figure_3ab": figures.finetuning_curves(
-            percents, levels(run, script), "share of the training set, %", logarithmic=True, published=paper
+            percents,
+            levels(run, script),
+            "share of the training set, %",
+            logarithmic=True,
+            published=paper,
+            notes=notes,
         ),
-        "epochs": figures.finetuning_curves(*curves(run, script, fewest), "epoch"),
+        "epochs": figures.finetuning_curves(
+            *curves(run, script, fewest),
+            "epoch",
+            notes={arm: diverged(run, script, method=arm, **fewest) for arm in arms},
+        ),
     }
     for name, figure in drawings.items():
         figures.save(run.folder / name, figure)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from _finetuning import FinetuningArguments, curves, levels, measure, start, tables
+from _finetuning import FinetuningArguments, curves, diverged, levels, measure, start, tables
 from _run import Run, run_as_program
 from _vision import finish
 
@@ -59,11 +59,21 @@ def draw(run: Run, script: NoisyArguments) -> None:
     """Fig. 3(c) with training accuracy and gains, and the accuracies per epoch at the highest rate."""
     noisiest = max(script.conditions(), key=lambda condition: condition["noise_rate"])
     percents = [100 * rate for rate in script.noise_rates]
+    arms = script.methods
+    notes = {arm: diverged(run, script, method=arm) for arm in arms}
     drawings = {
         "figure_3c": figures.finetuning_curves(
-            percents, levels(run, script), "share of wrong training labels, %", published={None: PAPER}
+            percents,
+            levels(run, script),
+            "share of wrong training labels, %",
+            published={None: PAPER},
+            notes=notes,
         ),
-        "epochs": figures.finetuning_curves(*curves(run, script, noisiest), "epoch"),
+        "epochs": figures.finetuning_curves(
+            *curves(run, script, noisiest),
+            "epoch",
+            notes={arm: diverged(run, script, method=arm, **noisiest) for arm in arms},
+        ),
     }
     for name, figure in drawings.items():
         figures.save(run.folder / name, figure)

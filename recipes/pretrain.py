@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from _run import Run, device_name, interval, markdown_table, run_as_program
+from _run import DIVERGED, Run, device_name, interval, markdown_table, run_as_program
 from _settings import parse
 from _vision import (
     METHODS,
@@ -28,7 +28,9 @@ from _vision import (
     results_config,
     start_accelerator,
 )
+from accelerate import Accelerator
 
+from vision_bench.data import ImageSet
 from vision_bench.features import embed
 from vision_bench.metrics import MEASURED, semantic_consistency
 
@@ -52,8 +54,10 @@ def report(run: Run, script: PretrainArguments) -> str:
     lines = []
     for method in script.methods:
         rows = {metric: run.find(metric, method=method) for metric in (*LOGGED, *MEASURED)}
-        cells = [interval([row["value"] for row in found]).text(3) for found in rows.values()]
-        lines.append([method, str(len(rows["loss"])), *cells])
+        count = len(run.find(DIVERGED, method=method))
+        cells = [interval([row["value"] for row in found] or [None]).text(3) for found in rows.values()]
+        seeds = str(len(rows["loss"])) + (f" ({count} more diverged)" if count else "")
+        lines.append([method, seeds, *cells])
     header = ["method", "seeds", *((*LOGGED, *MEASURED))]
     text = f"# Pretraining on {script.data}: {script.backbone}, {script.pretraining_epochs} epochs\n\n"
     text += markdown_table([name.replace("_", " ") for name in header], lines)
@@ -65,28 +69,59 @@ def report(run: Run, script: PretrainArguments) -> str:
     )
 
 
+def measured(
+    script: PretrainArguments,
+    method: str,
+    seed: int,
+    train: ImageSet,
+    validation: ImageSet,
+    accelerator: Accelerator,
+) -> dict[str, float | None]:
+    """What the table says of a model, trained now or before; in the main process.
+
+    Raises:
+        FloatingPointError: the training diverged.
+        ValueError: the model's log has no accuracies on these test images.
+    """
+    model, log = pretrained(script, method, seed, train, validation, accelerator)
+    if not accelerator.is_main_process:
+        return {}
+    if lacking := [name for name in LOGGED if name not in log[-1]]:
+        raise ValueError(
+            f"the model of {method}, seed {seed}, was trained beside other test images or by an older version: its "
+            f"log has no {', '.join(lacking)} on these; choose another --checkpoints."
+        )
+    made = embed(model.to(accelerator.device), validation.images, validation.mean, validation.std)["output"]
+    return {name: log[-1][name] for name in LOGGED} | semantic_consistency(made, validation.labels).summary
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Train the models that the output folder lacks, then write and print the table."""
     script = parse(PretrainArguments, arguments, shared_with=ProbingArguments)
     train, validation = load_splits(script)
     accelerator = start_accelerator(script, "pretrain")
     run = Run(script.output_dir, "pretrain", results_config(script), is_main=accelerator.is_main_process)
+    run.bind()
     for seed in script.seeds:
         for method in script.methods:
             arm = {"seed": seed, "method": method}
-            if all(run.find(metric, **arm) for metric in (*LOGGED, *MEASURED)):
+            if run.find(DIVERGED, **arm) or all(run.find(metric, **arm) for metric in (*LOGGED, *MEASURED)):
                 continue
             start = time.monotonic()
-            model, log = pretrained(script, method, seed, train, validation, accelerator)
+            try:
+                values = measured(script, method, seed, train, validation, accelerator)
+            except FloatingPointError as error:
+                seconds = time.monotonic() - start
+                run.add_diverged(
+                    str(error), n=len(train), seconds=seconds, device=device_name(accelerator.device), **arm
+                )
+                continue
             if not accelerator.is_main_process:
                 continue
-            seconds = time.monotonic() - start
-            made = embed(model, validation.images, validation.mean, validation.std)["output"]
-            found = semantic_consistency(made, validation.labels).summary
-            for metric, value in ({name: log[-1][name] for name in LOGGED} | found).items():
-                if not run.find(metric, **arm):
-                    n = len(train.labels if "validation" not in metric and metric in LOGGED else validation.labels)
-                    run.add(metric, value, n=n, seconds=seconds, device=device_name(), **arm)
+            common = {"seconds": time.monotonic() - start, "device": device_name(accelerator.device), **arm}
+            counts = {metric: len(train if metric in LOGGED[:2] else validation) for metric in values}
+            missing = [metric for metric in values if not run.find(metric, **arm)]
+            run.add_rows([run.row(metric, values[metric], n=counts[metric], **common) for metric in missing])
     finish(accelerator, run, lambda: report(run, script))
 
 

@@ -39,15 +39,17 @@ from _probes import (
     mean,
     measured_header,
     notes,
+    training_table,
 )
 from _run import Interval, Run, device_name, markdown_table, paired_difference, run_as_program
+from _trained import add_training, chance_percent
 from _vision import SPLITS, finish, highest_with_signal, start
 from accelerate import Accelerator
 
 from vision_bench import figures
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet
-from vision_bench.probe import fit_linear_probes, probe_accuracy
+from vision_bench.probe import TRAINING, fit_linear_probes, probe_accuracy
 
 LOSSES = {"ce": "cross entropy", "sce": "symmetric cross entropy", "ce_scaled": "alpha times cross entropy"}
 
@@ -99,9 +101,10 @@ def probe_arm(
         for rate in script.noise_rates
     }
     weights = [script.weights(loss) for loss, *_ in probed]
+    label_sets = torch.stack([noisy[seed, rate] for *_, seed, rate in probed])
     probes = fit_linear_probes(
         train.to(device),
-        torch.stack([noisy[seed, rate] for *_, seed, rate in probed]),
+        label_sets,
         num_classes,
         weight_decay=[decay for _, decay, *_ in probed],
         alpha=[alpha for alpha, _ in weights],
@@ -113,12 +116,18 @@ def probe_arm(
     )
     accuracy = probe_accuracy(*probes, test, splits["test"].labels, topk=(1,))[1]
     measured = {"n": len(test), "seconds": time.monotonic() - start, "device": device_name(device)}
-    rows = []
-    for (loss, decay, seed, rate), value in zip(probed, accuracy.tolist(), strict=True):
-        arm = {"features": name, "loss": loss, "noise_rate": rate, "probe_weight_decay": decay}
-        if not run.find(ACCURACY, seed=seed, **arm):
-            rows.append(run.row(ACCURACY, value, seed=seed, **measured, **arm))
-    run.replace([*run.rows, *rows])
+    arms = [
+        (seed, {"features": name, "loss": loss, "noise_rate": rate, "probe_weight_decay": decay})
+        for loss, decay, seed, rate in probed
+    ]
+    add_training(run, probes, train, label_sets, arms)
+    run.add_rows(
+        [
+            run.row(ACCURACY, value, seed=seed, **measured, **arm)
+            for (seed, arm), value in zip(arms, accuracy.tolist(), strict=True)
+            if not run.find(ACCURACY, seed=seed, **arm)
+        ]
+    )
     describe(run, name, test, splits["test"].labels, seeds, device)
 
 
@@ -126,7 +135,7 @@ def is_complete(run: Run, script: RobustLossArguments, name: str, seeds: list[in
     """Whether the folder has every row of one kind of features."""
     probes = len(LOSSES) * len(script.noise_rates) * len(script.decays_of(name))
     return is_described(run, name, seeds) and all(
-        len(run.find(ACCURACY, features=name, seed=seed)) == probes for seed in seeds
+        len(run.find(metric, features=name, seed=seed)) == probes for metric in (ACCURACY, *TRAINING) for seed in seeds
     )
 
 
@@ -165,6 +174,7 @@ def report(run: Run, script: RobustLossArguments, num_classes: int) -> str:
     for loss, words in LOSSES.items():
         text += f"\n## {loss}: {words}\n\n"
         text += markdown_table([*header, *measured_header()], accuracy_lines(run, cells[loss]))
+        text += training_table(run, header[1:], cells[loss], cells[loss])
         text += "\nPoints gained over poly with the same loss, paired by seed:\n\n"
         text += markdown_table(header, gain_lines(run, cells[loss]))
     text += "\n## Points that the loss adds, paired by seed\n\n"
@@ -197,9 +207,10 @@ def draw(run: Run, script: RobustLossArguments, num_classes: int) -> None:
         curves[name, short[loss]] = [one.mean for one in found], [one.half_width or 0.0 for one in found]
     drawings = {
         "figure_6": figures.accuracy_bars(
-            bars(run, {short[loss]: {"loss": loss, "noise_rate": highest} for loss in LOSSES})
+            bars(run, {short[loss]: {"loss": loss, "noise_rate": highest} for loss in LOSSES}),
+            [chance_percent(run)] * len(LOSSES),
         ),
-        "all_rates": figures.loss_curves([100 * rate for rate in rates], curves),
+        "all_rates": figures.loss_curves([100 * rate for rate in rates], curves, chance_percent(run)),
     }
     for name, figure in drawings.items():
         figures.save(run.folder / name, figure)

@@ -42,10 +42,11 @@ from _noisy_probe import (
     where_there_is_one,
 )
 from _run import Run, device_name, markdown_table, run_as_program
+from _trained import chance_percent, own_labels
 from _vision import SPLITS, finish, start
 from accelerate import Accelerator
 
-from vision_bench import figures
+from vision_bench import cautions, figures
 from vision_bench.data import ImageSet
 from vision_bench.metrics import MEASURED, semantic_consistency
 
@@ -176,7 +177,7 @@ def measure(
     for name in missing:
         start = time.monotonic()
         train, test = (models.features(name, made[split]) for split in SPLITS)
-        probes = noisy_probes(script, train, splits["train"], seeds, device)
+        probes = noisy_probes(run, script, name, train, splits["train"], seeds, device)
         salient = salient_dimensions(test, labels, script.absolute)
         right = predictions(probes, test) == labels
         measured = {"seconds": time.monotonic() - start, "device": device_name(device)}
@@ -211,19 +212,30 @@ def report(run: Run, script: SalientArguments) -> str:
     text = f"# Semantic consistency of the most active dimension: {script.data}, {script.backbone}\n\n"
     text += f"Linear probes trained with {100 * script.noise_rate:g} % wrong labels, test samples that they "
     text += "classify rightly and wrongly.\n\n"
-    header = ["features", "top-1, %", *GROUPS, "right - wrong", "bootstrap", "the paper's claim"]
-    lines, controls = [], []
+    header = [
+        "features",
+        "top-1, %",
+        "own training labels, %",
+        *GROUPS,
+        "right - wrong",
+        "bootstrap",
+        "the paper's claim",
+    ]
+    lines, controls, untrained = [], [], []
     for name in FEATURES:
         means = [over_seeds(run, CONSISTENCY, name, group=group).text(3) for group in GROUPS]
         low, high = bounds(run, DIFFERENCE, name)
-        line = [name, over_seeds(run, ACCURACY, name).scaled(100).text(1), *means]
+        own, why = own_labels(run, features=name)
+        untrained += [f"{name} ({why})"] if why else []
+        line = [name, over_seeds(run, ACCURACY, name).scaled(100).text(1), own, *means]
         line += [over_seeds(run, DIFFERENCE, name).text(4, sign=True), f"{low:+.4f} to {high:+.4f}"]
         lines.append([*line, verdict(run, name)])
         chance = [over_seeds(run, CHANCE, name, group=group) for group in GROUPS]
         line = [name, *(one.text(3) for one in chance), f"{chance[0].mean - chance[1].mean:+.4f}"]
         line += [where_there_is_one(run, script, WITHIN_CLASS, name, 4)]
         controls.append([*line, *(over_seeds(run, metric, name).text(3) for metric in LIKE_FEATURES)])
-    text += markdown_table(header, lines)
+    text += markdown_table(header, lines) + cautions.untrained(untrained)
+    text += f"\nChance level of top-1: {chance_percent(run):.1f} %.\n"
     text += "\n## What it must be held against\n\n"
     header = ["features", "chance, right", "chance, wrong", "right - wrong by chance", "right - wrong within classes"]
     text += markdown_table([*header, *(metric.replace("_", " ") for metric in LIKE_FEATURES)], controls)

@@ -38,11 +38,12 @@ from _noisy_probe import (
     where_there_is_one,
 )
 from _run import Run, device_name, interval, markdown_table, run_as_program
+from _trained import chance_percent, own_labels
 from _vision import SPLITS, finish, start
 from accelerate import Accelerator
 from scipy.stats import spearmanr
 
-from vision_bench import figures
+from vision_bench import cautions, figures
 from vision_bench.data import ImageSet
 from vision_bench.metrics import MEASURED, purity, semantic_consistency, top_activated
 
@@ -148,7 +149,7 @@ def measure(
     for name in missing:
         start = time.monotonic()
         train, test = (models.features(name, made[split]) for split in SPLITS)
-        probes = noisy_probes(script, train, splits["train"], seeds, device)
+        probes = noisy_probes(run, script, name, train, splits["train"], seeds, device)
         measured = {"seconds": time.monotonic() - start, "device": device_name(device)}
         for one, weights, predicted in zip(seeds, probes.weights, predictions(probes, test), strict=True):
             accuracy = class_accuracies(predicted, images.labels, images.num_classes)
@@ -163,19 +164,30 @@ def report(run: Run, script: TopActivatedArguments) -> str:
         f"The {script.samples} test images with the largest value of a dimension, over all dimensions that so many "
     )
     text += f"images activate;\nlinear probes trained with {100 * script.noise_rate:g} % wrong labels.\n\n"
-    header = ["features", "purity", "by chance", "dimensions", "top-1, %", "correlation of accuracy and purity"]
+    header = [
+        "features",
+        "purity",
+        "by chance",
+        "dimensions",
+        "top-1, %",
+        "own training labels, %",
+        "correlation of accuracy and purity",
+    ]
     lines = [
         [
             name,
             *(over_seeds(run, metric, name).text(3) for metric in (PURITY, PURITY_CHANCE)),
             over_seeds(run, SHOWN, name).text(0),
             over_seeds(run, ACCURACY, name).scaled(100).text(1),
+            own_labels(run, features=name)[0],
             where_there_is_one(run, script, CORRELATION, name, 2),
             *(over_seeds(run, metric, name).text(0 if "live" in metric else 3) for metric in MEASURED),
         ]
         for name in FEATURES
     ]
     text += markdown_table([*header, *(metric.replace("_", " ") for metric in MEASURED)], lines)
+    untrained = [f"{name} ({why})" for name in FEATURES if (why := own_labels(run, features=name)[1])]
+    text += cautions.untrained(untrained) + f"\nChance level of top-1: {chance_percent(run):.1f} %.\n"
     text += "\n## The dimension with the largest weight of the class with the lowest and the highest accuracy\n\n"
     lines = []
     for name, rank in itertools.product(FEATURES, RANKS):

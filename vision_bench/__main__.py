@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         help="label_noise, few_shots, gaussian, uniform, uniform_centred, rotated, inverted, thinned, folder=PATH; "
         "every combination is measured; by default label_noise=0.4,0.8 gaussian=0.6 few_shots=0.1",
     )  # fmt: skip
-    parser.add_argument("--features", nargs="+", metavar="KIND", help="raw, relu, sae (default: all)")
+    parser.add_argument("--features", nargs="+", metavar="KIND", help="raw, unit, relu, sae (default: all)")
     parser.add_argument("--layer", help="backbone, projector or output; by default the last one that a model has")
     parser.add_argument("--seeds", type=int, nargs="+", help="of probes, wrong labels and drawn images (default: 0-4)")
     parser.add_argument("--sae_k", type=int, help="active latents (default: an eighth of the dimensions)")

@@ -1,9 +1,9 @@
 """Robustness and monosemanticity of frozen models: features once, then all probes and all tests on them.
 
-Training images give features, as they are (`raw`), after ReLU (`relu`), or as latents of a top-k sparse autoencoder
-(`sae`). Probes learn from them with a share of wrong labels (`label_noise`) of a share of the images (`few_shots`),
-and are tested on test images with noise and shifts. Every process of a launch computes its share of the features,
-then takes its share of the (model, kind of features) pairs.
+Training images give features, as they are (`raw`), L2-normalised (`unit`), after ReLU (`relu`), or as latents of a
+top-k sparse autoencoder of the normalised ones (`sae`). Probes learn from them with a share of wrong labels
+(`label_noise`) of a share of the images (`few_shots`), and are tested on test images with noise and shifts. Every
+process of a launch computes its share of the features, then takes its share of the (model, kind of features) pairs.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from result_rows import CONFIG, Run, device_name
+from result_rows import CONFIG, DIVERGED, Run, device_name
 from vision_bench import features, models, sae, zoo
 from vision_bench.corruption_sweep import Sweep, parse
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet, load_splits, stratified_fraction
 from vision_bench.metrics import MEASURED, semantic_consistency
-from vision_bench.probe import Probes, fit_linear_probes, probe_accuracy
+from vision_bench.probe import NORM, TRAINING, Probes, fit_linear_probes, probe_accuracy, training_accuracy
 from vision_bench.shifts import load_shifted, synthetic
 
 RECIPE = "vision_bench"
-KINDS = ("raw", "relu", "sae")
+KINDS = ("raw", "unit", "relu", "sae")
 ACCURACY = "offline_probe_top1"
+SAME = "equals_raw"  # the metric of the row that stands for a kind of features which is not measured again
 SAE_SEED = 0
 PROBE_BATCH = 256  # images, or all where there are fewer
 
@@ -104,7 +105,7 @@ class Settings:
             "batch_size",
             "resume",
         }
-        return {k: v for k, v in asdict(self).items() if k not in left_out}
+        return {k: v for k, v in asdict(self).items() if k not in left_out} | {"probe_norm": NORM}
 
 
 class Features(NamedTuple):
@@ -123,6 +124,7 @@ class Subject(NamedTuple):
     pretrained: str  # in words, on what
     layer: str
     image_size: tuple[int, int]  # pixels
+    preprocessing: str  # in words, how its images are made
     train: Features
     tests: dict[str, Features]  # by the names of Sweep.tests
     num_classes: int
@@ -231,11 +233,14 @@ def run(settings: Settings) -> tuple[list[Subject], list[dict[str, Any]]]:
     main = accelerator.is_main_process
     results = _begin(settings, main)
     data = _Data(settings, sweep, main)
-    subjects = [
+    checked = [
         _check(name, random, settings, sweep, data, accelerator.device)
         for random, names in ((False, settings.models), (True, settings.random_init))
         for name in names
     ]
+    subjects = [subject for subject, _ in checked]
+    to_extract = {subject.id: frozen for subject, frozen in checked if frozen is not None}
+    del checked  # a model is not held longer than until its features are computed
     by_id: dict[str, Subject] = {}
     for subject in subjects:
         if by_id.setdefault(subject.id, subject) is not subject:
@@ -248,21 +253,28 @@ def run(settings: Settings) -> tuple[list[Subject], list[dict[str, Any]]]:
                 f"{subject.label}: {subject.layer} at {subject.image_size[0]} x {subject.image_size[1]} pixels, "
                 f"pretrained: {subject.pretrained}"
             )
+    units = []
     for subject in subjects:
-        _extract(subject, settings, sweep, data)
-
-    units = [
-        (subject, kind)
-        for subject, kind in itertools.product(subjects, settings.features)
-        if not _complete(results.rows, subject, kind, settings, sweep)
-    ]
+        kinds = [kind for kind in settings.features if not _complete(results.rows, subject, kind, settings, sweep)]
+        if not kinds:
+            continue
+        try:
+            if subject.id in to_extract:
+                _extract(subject, to_extract.pop(subject.id), settings, sweep, data)
+            units += [(subject, kind) for kind in kinds]
+        except FloatingPointError as error:
+            diverged = [_diverged(results, subject, kind, str(error), accelerator.device) for kind in kinds]
+            results.add_rows(diverged)
     processes = accelerator.num_processes
     for first in tqdm(range(0, len(units), processes), desc="kinds of features", disable=not main or not units):
         made: list[dict[str, Any]] = []
         if first + accelerator.process_index < len(units):
             subject, kind = units[first + accelerator.process_index]
-            made = _measure(results, subject, kind, settings, sweep, accelerator.device, main)
-        results.replace([*results.rows, *gather_object(made)])
+            try:
+                made = _measure(results, subject, kind, settings, sweep, accelerator.device, main)
+            except (FloatingPointError, sae.NoVariance) as error:
+                made = [_diverged(results, subject, kind, str(error), accelerator.device)]
+        results.add_rows(gather_object(made))
     return subjects, results.rows
 
 
@@ -278,34 +290,45 @@ def _begin(settings: Settings, is_main: bool) -> Run:
     return results
 
 
-def _check(name: str, random: bool, settings: Settings, sweep: Sweep, data: _Data, device: torch.device) -> Subject:
-    """A model that gives features of one size for the images, or an error."""
+def _check(
+    name: str, random: bool, settings: Settings, sweep: Sweep, data: _Data, device: torch.device
+) -> tuple[Subject, zoo.Frozen | None]:
+    """A model that gives features of one size for the images, or an error.
+
+    Where the cache lacks features, the model stays in memory: read again later, its file could have become another.
+    """
     frozen = zoo.load(name, random)
+    checkpoint = models.fingerprint(frozen.model)
     layer = settings.layer or models.layers(frozen.model)[-1]
     if layer not in models.layers(frozen.model):
         raise ValueError(f"layer is {layer!r}; {frozen.name} has {', '.join(models.layers(frozen.model))}.")
     sets = _sets(frozen, settings, data)
     cache = Path(settings.cache_dir or Path(settings.output_dir) / "cache")
     found = {
-        test: _features(cache, frozen, layer, sets[of], test if test == "train" else f"test, {test}", noise)
+        test: _features(
+            cache, frozen, checkpoint, layer, sets[of], test if test == "train" else f"test, {test}", noise
+        )
         for test, of, noise in _passes(sweep)
     }
     train = found["train"]
-    if any(features.missing(one.folder, one.source) for one in found.values()):
+    is_missing = any(features.missing(one.folder, one.source) for one in found.values())
+    if is_missing:
         width = _check_features(frozen, layer, sets, device)
     else:
         width = next(features.shards(train.folder, layer, train.source)).shape[1]
-    if settings.sae_k is not None and settings.sae_k > width and "sae" in settings.features:
+    if settings.sae_k is not None and width is not None and settings.sae_k > width and "sae" in settings.features:
         raise ValueError(
             f"sae_k is {settings.sae_k}; {frozen.name} has {width} features, and it must not exceed them."
         )
     del found["train"]
     height, width = sets["train"].images.shape[2:]
     pretrained = frozen.pretrained + data.overlap(frozen)
-    return Subject(
-        frozen.name, random, pretrained, layer, (height, width), train, found, sets["train"].num_classes,
+    subject = Subject(
+        frozen.name, random, pretrained, layer, (height, width), _preprocessing(frozen, settings, sets["train"]),
+        train, found, sets["train"].num_classes,
         _digest([asdict(one.source) for one in (train, *found.values())]),
     )  # fmt: skip
+    return subject, frozen if is_missing else None
 
 
 def _passes(sweep: Sweep) -> list[tuple[str, str, features.InputNoise | None]]:
@@ -325,10 +348,24 @@ def _sets(frozen: zoo.Frozen, settings: Settings, data: _Data) -> dict[str, Imag
     return {name: replace(images, mean=mean, std=std) for name, images in sets.items()}
 
 
+def _preprocessing(frozen: zoo.Frozen, settings: Settings, images: ImageSet) -> str:
+    """How the images of a model are made, in words."""
+    size = settings.image_size or frozen.image_size
+    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (images.mean, images.std))
+    cut = f"shorter side to {size} pixels (bicubic), square cut at the centre" if size else "size as in the data set"
+    return f"{cut}; mean {mean}, standard deviation {std}"
+
+
 def _features(
-    cache: Path, frozen: zoo.Frozen, layer: str, images: ImageSet, split: str, noise: features.InputNoise | None
+    cache: Path,
+    frozen: zoo.Frozen,
+    checkpoint: str,
+    layer: str,
+    images: ImageSet,
+    split: str,
+    noise: features.InputNoise | None,
 ) -> Features:
-    of = features.source(frozen.model, images, split, [layer], noise=noise)
+    of = features.source(frozen.model, images, split, [layer], noise=noise, checkpoint=checkpoint)
     words = re.sub(r"[^\w.]+", "_", f"{Path(frozen.name).name}-{split}".replace("-", "_"))
     return Features(cache / f"{words[-60:]}-{_digest(asdict(of))}", of, images.labels)
 
@@ -338,31 +375,35 @@ def _digest(of: Any) -> str:
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _check_features(frozen: zoo.Frozen, layer: str, sets: dict[str, ImageSet], device: torch.device) -> int:
-    """The d of features (n, d). Raises ValueError if those of some images are not so, or d is not one for all."""
+def _check_features(frozen: zoo.Frozen, layer: str, sets: dict[str, ImageSet], device: torch.device) -> int | None:
+    """The d of features (n, d), None if none are finite, which `_extract` reports.
+
+    Raises:
+        ValueError: those of some images are not (n, d), or d is not one for all.
+    """
     widths = {}
     frozen.model.to(device)
     for name, images in sets.items():
         try:
             few = images.images[: min(3, len(images))]
             made = features.embed(frozen.model, few, images.mean, images.std, [layer], batch_size=2)
+        except FloatingPointError:
+            continue
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{frozen.name} gives no features of {name} images of {' x '.join(map(str, images.images.shape[2:]))} "
                 f"pixels: {error} (--image_size sets the pixels.)"
             ) from None
         widths[name] = made[layer].shape[1]
+    frozen.model.to("cpu")  # until its features are computed
     if len(set(widths.values())) > 1:
         raise ValueError(f"{frozen.name} gives features of different sizes: {widths}; they must be of one.")
-    return widths["train"]
+    return next(iter(widths.values()), None)
 
 
-def _extract(subject: Subject, settings: Settings, sweep: Sweep, data: _Data) -> None:
-    """Compute the features that the cache lacks, which takes the model only if there are any."""
+def _extract(subject: Subject, frozen: zoo.Frozen, settings: Settings, sweep: Sweep, data: _Data) -> None:
+    """Compute the features that the cache lacks. Raises FloatingPointError in every process if some are not finite."""
     wanted = {"train": subject.train, **subject.tests}
-    if not any(features.missing(one.folder, one.source) for one in wanted.values()):
-        return
-    frozen = zoo.load(subject.name, subject.random)
     sets = _sets(frozen, settings, data)
     for name, of, noise in _passes(sweep):
         one = wanted[name]
@@ -375,54 +416,86 @@ def _extract(subject: Subject, settings: Settings, sweep: Sweep, data: _Data) ->
             batch_size=settings.batch_size,
             progress=True,
             noise=noise,
+            checkpoint=one.source.checkpoint,
         )
+    frozen.model.to("cpu")
+
+
+def _diverged(results: Run, subject: Subject, kind: str, reason: str, device: torch.device) -> dict[str, Any]:
+    """The row that marks a kind of features of a model of which nothing can be measured."""
+    return results.row(
+        DIVERGED,
+        1.0,
+        n=len(subject.train.labels),
+        seed=None,
+        seconds=0.0,
+        device=device_name(device),
+        model=subject.name,
+        pretrained=subject.pretrained,
+        random_init=subject.random,
+        layer=subject.layer,
+        features=kind,
+        features_id=subject.id,
+        reason=reason,
+    )
 
 
 def _complete(done: list[dict[str, Any]], subject: Subject, kind: str, settings: Settings, sweep: Sweep) -> bool:
     """Whether there is every row of a kind of features of a model; they are written together."""
     there = [row for row in done if row["config"]["features_id"] == subject.id and row["config"]["features"] == kind]
+    if any(row["metric"] == DIVERGED for row in there):
+        return True
+    if kind == "relu" and "raw" in settings.features and any(row["metric"] == SAME for row in there):
+        return True
     tests = len(sweep.tests())
     probes = len(sweep.label_noise) * len(sweep.few_shots) * len(settings.seeds)
-    return len(there) == tests * (probes + len(MEASURED)) + (len(sae.QUALITY) if kind == "sae" else 0)
+    expected = tests * (probes + len(MEASURED)) + len(TRAINING) * probes + (len(sae.QUALITY) if kind == "sae" else 0)
+    return sum(row["metric"] != SAME for row in there) == expected
 
 
 def _measure(
     results: Run, subject: Subject, kind: str, settings: Settings, sweep: Sweep, device: torch.device, progress: bool
 ) -> list[dict[str, Any]]:
-    """All rows of one kind of features of one model."""
+    """All rows of one kind of features of one model; a single one where `relu` equals `raw`, which is measured."""
     start = time.monotonic()
     raw = _load(subject.train, subject)
-    encoder = _autoencoder(subject, raw, settings, device, progress) if kind == "sae" else None
-    train = _of_kind(raw, kind, encoder)
-    cells, probes = _probes(subject, train, settings, sweep, device, progress)
-    found: list[tuple[str, float | None, int | None, int, dict[str, Any]]] = []  # metric, value, seed, n, arm
-    for test, one in subject.tests.items():
-        given = _load(one, subject)
-        if given.shape[1] != raw.shape[1]:
-            raise ValueError(
-                f"{subject.name} gives {raw.shape[1]} features of the training images and {given.shape[1]} of the "
-                f"test images ({test}); they must be as many."
-            )
-        if encoder is not None and test == "clean":
-            quality = sae.evaluate(encoder, F.normalize(given))
-            found += [(name, v, None, len(given), {}) for name, v in zip(sae.QUALITY, quality, strict=True)]
-        z = _of_kind(given, kind, encoder)
-        accuracy = probe_accuracy(*probes, z, one.labels, topk=(1,))[1].tolist()
-        for (shots, rate, seed), value in zip(cells, accuracy, strict=True):
-            found.append((ACCURACY, value, seed, len(z), {"test": test, "few_shots": shots, "label_noise": rate}))
-        what = semantic_consistency(z, one.labels).summary
-        found += [(name, v, None, len(z), {"test": test}) for name, v in what.items()]
     common = {
         "model": subject.name,
         "pretrained": subject.pretrained,
         "random_init": subject.random,
         "layer": subject.layer,
         "image_size": list(subject.image_size),
+        "preprocessing": subject.preprocessing,
         "dimensions": raw.shape[1],
         "training_images": len(raw),
         "features": kind,
         "features_id": subject.id,
     }
+    found: list[tuple[str, float | None, int | None, int, dict[str, Any]]] = []  # metric, value, seed, n, arm
+    if kind == "relu" and "raw" in settings.features and _is_non_negative(subject):
+        found.append((SAME, 1.0, None, len(raw), {}))
+    else:
+        encoder = _autoencoder(subject, raw, settings, device, progress) if kind == "sae" else None
+        cells, probes, training = _probes(subject, _of_kind(raw, kind, encoder), settings, sweep, device, progress)
+        for (shots, rate, seed), (images, *values) in zip(cells, training, strict=True):
+            arm = {"few_shots": shots, "label_noise": rate}
+            found += [(name, v, seed, images, arm) for name, v in zip(TRAINING, values, strict=True)]
+        for test, one in subject.tests.items():
+            given = _load(one, subject)
+            if given.shape[1] != raw.shape[1]:
+                raise ValueError(
+                    f"{subject.name} gives {raw.shape[1]} features of the training images and {given.shape[1]} of "
+                    f"the test images ({test}); they must be as many."
+                )
+            if encoder is not None and test == "clean":
+                quality = sae.evaluate(encoder, F.normalize(given))
+                found += [(name, v, None, len(given), {}) for name, v in zip(sae.QUALITY, quality, strict=True)]
+            z = _of_kind(given, kind, encoder)
+            accuracy = probe_accuracy(*probes, z, one.labels, topk=(1,))[1].tolist()
+            for (shots, rate, seed), value in zip(cells, accuracy, strict=True):
+                found.append((ACCURACY, value, seed, len(z), {"test": test, "few_shots": shots, "label_noise": rate}))
+            what = semantic_consistency(z, one.labels).summary
+            found += [(name, v, None, len(z), {"test": test}) for name, v in what.items()]
     seconds = time.monotonic() - start
     return [
         results.row(metric, value, n=n, seed=seed, seconds=seconds, device=device_name(device), **common, **arm)
@@ -434,11 +507,18 @@ def _load(one: Features, subject: Subject) -> torch.Tensor:
     return features.load(one.folder, subject.layer, one.source)
 
 
+def _is_non_negative(subject: Subject) -> bool:
+    """Whether no feature of any image is negative, so that ReLU leaves all as they are."""
+    return all(bool((_load(one, subject) >= 0).all()) for one in (subject.train, *subject.tests.values()))
+
+
 def _autoencoder(
     subject: Subject, raw: torch.Tensor, settings: Settings, device: torch.device, progress: bool
 ) -> sae.TopKAutoencoder:
     """Trained on the L2-normalised training features, without labels; continued or taken from the cache."""
     directions = F.normalize(raw[raw.any(dim=1)])  # a row of zeros has none
+    if not len(directions):
+        raise sae.NoVariance("all training features are 0")
     of = subject.train.folder
     k = settings.sae_k or max(1, round(raw.shape[1] / 8))
     return sae.fit(
@@ -459,14 +539,17 @@ def _of_kind(raw: torch.Tensor, kind: str, encoder: sae.TopKAutoencoder | None) 
     """Features (n, d) of a kind, on the CPU."""
     if encoder is not None:
         return sae.normalised_latents(encoder, raw)
-    return F.relu(raw) if kind == "relu" else raw
+    return F.normalize(raw) if kind == "unit" else F.relu(raw) if kind == "relu" else raw
 
 
 def _probes(
     subject: Subject, train: torch.Tensor, settings: Settings, sweep: Sweep, device: torch.device, progress: bool
-) -> tuple[list[tuple[float, float, int]], Probes]:
-    """A probe for every (share of the images, share of wrong labels, seed), trained in one pass for each draw."""
-    cells, fitted = list[tuple[float, float, int]](), list[Probes]()
+) -> tuple[list[tuple[float, float, int]], Probes, list[tuple[int, float, float]]]:
+    """A probe for every (share of the images, share of wrong labels, seed), trained in one pass for each draw.
+
+    Also gives, for each probe, its number of training images and the two values of `training_accuracy`.
+    """
+    cells, fitted, training = list[tuple[float, float, int]](), list[Probes](), list[tuple[int, float, float]]()
     labels = subject.train.labels
     steps = settings.probe_epochs * (len(labels) // min(PROBE_BATCH, len(labels)))
     for shots in sweep.few_shots:
@@ -475,14 +558,17 @@ def _probes(
             drawn = stratified_fraction(labels, shots, torch.Generator().manual_seed(seeds[0]))
             batch = min(PROBE_BATCH, len(drawn))
             wanted = list(itertools.product(seeds, sweep.label_noise))
-            noisy = [
-                flip_labels(labels[drawn], rate, subject.num_classes, torch.Generator().manual_seed(seed))
-                for seed, rate in wanted
-            ]
+            noisy = torch.stack(
+                [
+                    flip_labels(labels[drawn], rate, subject.num_classes, torch.Generator().manual_seed(seed))
+                    for seed, rate in wanted
+                ]
+            )
+            z = (train if shots == 1 else train[drawn]).to(device)
             fitted.append(
                 fit_linear_probes(
-                    (train if shots == 1 else train[drawn]).to(device),
-                    torch.stack(noisy),
+                    z,
+                    noisy,
                     subject.num_classes,
                     epochs=max(1, round(steps / (len(drawn) // batch))),  # an incomplete batch is no step
                     batch_size=batch,
@@ -492,5 +578,7 @@ def _probes(
                     progress=progress,
                 )
             )
+            accuracies = training_accuracy(fitted[-1], z, noisy)
+            training += [(len(drawn), own.item(), means.item()) for own, means in zip(*accuracies, strict=True)]
             cells += [(shots, rate, seed) for seed, rate in wanted]
-    return cells, Probes(*(torch.cat(parts) for parts in zip(*fitted, strict=True)))
+    return cells, Probes(*(torch.cat(parts) for parts in zip(*fitted, strict=True))), training

@@ -1,8 +1,8 @@
 """Features of frozen models: computed once, kept in shards whose header says what they are of.
 
-A folder holds safetensors files of `SHARD_ROWS` rows. Every process of an accelerate launch computes each so-many-th
-shard, the shards do not depend on how many processes there are, and those that exist already are kept: a stopped pass
-continues, and no more than one shard is ever in memory.
+A folder holds safetensors files, whose number of rows follows from the size of the images alone. With p processes of
+an accelerate launch every process computes each p-th shard. Shards that exist already are kept, so that a pass that
+was stopped continues, and no more than one shard is ever in memory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from vision_bench.data import Images, ImageSet
 
 KIND = "feature shard"
-SHARD_ROWS = 8192
+SHARD_ROWS = 8192  # at most
+SHARD_PIXELS = 2**23  # 8,192 images of 32 x 32 pixels, 167 of 224 x 224, which a CPU takes a minute or two for
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,18 @@ class Source:
     data: str  # fingerprint of the images
     split: str
     count: int  # of images
+    image_size: tuple[int, int]  # their height and width in pixels
     layers: tuple[str, ...]  # of models.LAYERS
     normalised: bool  # rows L2-normalised
     mean: tuple[float, ...]  # of the channels, with which the images were normalised
     std: tuple[float, ...]
     noise: str | None  # on the images
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a shard but the last: fewer for larger images, as many on every machine."""
+        height, width = self.image_size
+        return min(SHARD_ROWS, max(32, SHARD_PIXELS // (height * width)))
 
 
 def source(
@@ -76,6 +85,7 @@ def source(
     layers: Sequence[str] | None = None,
     normalised: bool = False,
     noise: InputNoise | None = None,
+    checkpoint: str | None = None,
 ) -> Source:
     """What the features of `images` under `model` are of; the arguments are those of `extract`.
 
@@ -83,10 +93,11 @@ def source(
         ValueError: a layer that the model does not have.
     """
     return Source(
-        models.fingerprint(model),
+        models.fingerprint(model) if checkpoint is None else checkpoint,
         images.fingerprint,
         split,
         len(images.images),
+        (images.images.shape[2], images.images.shape[3]),
         tuple(sorted(_layers(model, layers))),
         normalised,
         tuple(images.mean),
@@ -105,6 +116,7 @@ def extract(
     batch_size: int = 256,
     progress: bool = False,
     noise: InputNoise | None = None,
+    checkpoint: str | None = None,
 ) -> Source:
     """Compute the shards that `folder` lacks, in one pass in eval mode, and return what they are of, for `load`.
 
@@ -118,34 +130,47 @@ def extract(
         layers: of `models.layers(model)`, by default the last: "output", or "backbone" of a plain backbone.
         normalised: L2-normalise the rows.
         batch_size: of the forward passes.
-        progress: show a progress bar in the main process.
+        progress: show a progress bar of this process's images in the main process.
         noise: on the images, after their normalisation.
+        checkpoint: `models.fingerprint(model)` where the caller has it; for several passes of one model it is then
+            computed once.
 
     Raises:
+        FloatingPointError: a value is NaN or infinite; in every process. The shards before it stay.
         ValueError: a layer that the model does not have, features that are not (n, d) with one d, or the folder holds
             other features.
         OSError: a shard cannot be written; those before it stay.
     """
     state = PartialState()
     folder = Path(folder)
-    wanted = source(model, images, split, layers, normalised, noise)
+    wanted = source(model, images, split, layers, normalised, noise, checkpoint)
     model.to(state.device)
-    paths = _paths(folder, wanted.count)
+    paths = _paths(folder, wanted)
     mine = []
     for i in range(state.process_index, len(paths), state.num_processes):
         if paths[i].exists():
             _check(paths[i], wanted)
         else:
-            mine.append(i)
-    for i in tqdm(mine, desc=f"features of {split}", unit="shard", disable=not (progress and state.is_main_process)):
-        first = i * SHARD_ROWS
-        rows = images.images[first : first + SHARD_ROWS]
-        perturb = noise.starting_at(first) if noise is not None else None
-        made = embed(model, rows, images.mean, images.std, wanted.layers, batch_size, perturb)
-        if normalised:
-            made = {layer: F.normalize(values) for layer, values in made.items()}
-        storage.save(paths[i], KIND, made, asdict(wanted))
-    state.wait_for_everyone()
+            mine.append(range(i * wanted.shard_rows, min((i + 1) * wanted.shard_rows, wanted.count)))
+    broken = None
+    shown = progress and state.is_main_process
+    with tqdm(total=sum(map(len, mine)), desc=f"features of {split}", unit="image", disable=not shown) as bar:
+        for rows in mine:
+            pixels = images.images[rows.start : rows.stop]
+            perturb = noise.starting_at(rows.start) if noise is not None else None
+            try:
+                made = embed(
+                    model, pixels, images.mean, images.std, wanted.layers, batch_size, perturb, rows.start, bar.update
+                )
+            except FloatingPointError as error:
+                broken = str(error)
+                break
+            if normalised:
+                made = {layer: F.normalize(values) for layer, values in made.items()}
+            storage.save(paths[rows.start // wanted.shard_rows], KIND, made, asdict(wanted))
+    for reason in gather_object([broken]):  # which waits for all processes
+        if reason is not None:
+            raise FloatingPointError(f"{split}: {reason}")
     return wanted
 
 
@@ -158,19 +183,24 @@ def embed(
     layers: Sequence[str] | None = None,
     batch_size: int = 256,
     perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    first: int = 0,
+    report: Callable[[int], object] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Features (n, d) float32, on the CPU, of images (n, 3, h, w) uint8, by layer; computed in eval mode.
 
     Args:
-        model, layers: as in `extract`.
+        model, layers: as in `extract`. The model computes on the device on which it is.
         mean, std: of the data set's channels, for images in [0, 1].
         perturb: what becomes of the normalised images (b, 3, h, w) float32, batch after batch in their order.
+        first: index of the first image in its set, for errors.
+        report: called after each batch with its number of images.
 
     Raises:
+        FloatingPointError: a value is NaN or infinite; names the layer and the image.
         ValueError: a layer that the model does not have, or features that are not (n, d) with one d.
     """
     wanted = _layers(model, layers)
-    device = next(model.parameters()).device
+    device = next(itertools.chain(model.parameters(), model.buffers(), [torch.empty(0)])).device
     was_training = model.training
     model.eval()
     parts: dict[str, list[torch.Tensor]] = {layer: [] for layer in wanted}
@@ -186,10 +216,28 @@ def embed(
                         f"of {tuple(x.shape)}; it must be (n, d){f', here {shape}' if there else ''}, of the same d "
                         "for every batch. Models of timm give that with num_classes=0 and their pooling."
                     )
-                there.append(made[layer].float().cpu())
+                values = made[layer].float()
+                check_finite(values, f"the {layer}", first + start)
+                there.append(values.cpu())
+            if report is not None:
+                report(len(x))
     finally:
         model.train(was_training)
     return {layer: torch.cat(values) for layer, values in parts.items()}
+
+
+def check_finite(values: torch.Tensor, name: str, first: int) -> torch.Tensor:
+    """`values` (n, d) of n images, the first of which has the index `first`.
+
+    Raises:
+        FloatingPointError: a value is NaN or infinite, or so large that the norm of its row is, which would make a row
+            of zeros of it wherever rows are normalised; names the image.
+    """
+    finite = torch.linalg.vector_norm(values, dim=1).isfinite()
+    if not finite.all():
+        image = first + int((~finite).nonzero()[0])
+        raise FloatingPointError(f"{name} of image {image} has values that are NaN or infinite, or their squares are")
+    return values
 
 
 def normalise(
@@ -209,7 +257,7 @@ def shards(folder: str | Path, layer: str, wanted: Source) -> Iterator[torch.Ten
     """
     if layer not in wanted.layers:
         raise ValueError(f"{folder} has the layers {', '.join(wanted.layers)}, not {layer!r}.")
-    paths = _paths(Path(folder), wanted.count)
+    paths = _paths(Path(folder), wanted)
     for path in paths:
         _check(path, wanted)
     for path in paths:
@@ -222,7 +270,7 @@ def missing(folder: str | Path, wanted: Source) -> bool:
     Raises:
         ValueError: the folder holds other features than `wanted`.
     """
-    paths = _paths(Path(folder), wanted.count)
+    paths = _paths(Path(folder), wanted)
     for path in paths:
         if path.exists():
             _check(path, wanted)
@@ -255,8 +303,8 @@ def _layers(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
     return list(layers)
 
 
-def _paths(folder: Path, count: int) -> list[Path]:
-    number = -(-count // SHARD_ROWS)
+def _paths(folder: Path, wanted: Source) -> list[Path]:
+    number = -(-wanted.count // wanted.shard_rows)
     return [folder / f"{i:05d}-of-{number:05d}.safetensors" for i in range(number)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
@@ -23,7 +24,25 @@ SUFFIXES = ("png", "pdf")
 # Okabe and Ito's colour-blind safe palette; black and white prints tell the arms apart by line style or hatch.
 COLOURS = {"mono": "#0072B2", "poly": "#D55E00"}
 LINES = {"mono": "-", "poly": "--"}
-_FEATURES = {  # features of vision models: colour, line, hatch
+_LINE_STYLES = ("-.", "-", "--", ":")
+
+
+class _Styles(dict[str, tuple[Any, ...]]):
+    """By the name of an arm its colour and what else tells it apart; a name not listed gets a colour of its own."""
+
+    def __init__(self, listed: Mapping[str, tuple[Any, ...]], *others: Sequence[Any]) -> None:
+        super().__init__(listed)
+        self.others = others  # values of what follows the colour, for names not listed
+
+    def __missing__(self, arm: str) -> tuple[Any, ...]:
+        place = len(self)
+        hue = 0.618034 * place % 1  # the golden ratio keeps any number of hues apart
+        self[arm] = colorsys.hsv_to_rgb(hue, 0.8, 0.6), *(values[place % len(values)] for values in self.others)
+        return self[arm]
+
+
+_FEATURES = _Styles({  # features of vision models: colour, line, hatch
+    "mono": (COLOURS["mono"], "-", ""),
     "poly": ("#D55E00", "--", "////"),
     "sae": ("#009E73", "-", ""),
     "ncl": ("#0072B2", "-", ""),
@@ -31,8 +50,8 @@ _FEATURES = {  # features of vision models: colour, line, hatch
     "poly_unit": ("#000000", (0, (1, 1)), "----"),
     "random_relu": ("#CC79A7", "-.", "\\\\\\\\"),
     "random_mask": ("#999999", (0, (4, 1, 1, 1, 1, 1)), "xxxx"),
-}
-_FINETUNED = {  # arms of finetuning: colour, line
+}, _LINE_STYLES, ("++++", "oooo", "****"))  # fmt: skip
+_FINETUNED = _Styles({  # arms of finetuning: colour, line
     "ce": (COLOURS["poly"], "--"),
     "nce": (COLOURS["mono"], "-"),
     "ce+weight_decay": ("#E69F00", ":"),
@@ -40,7 +59,8 @@ _FINETUNED = {  # arms of finetuning: colour, line
     "ce+early_stopping": ("#CC79A7", "-."),
     "lora": ("#999999", (0, (4, 1, 1, 1, 1, 1))),
     "monolora": ("#009E73", "-"),
-}
+}, _LINE_STYLES)  # fmt: skip
+_CHANCE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 0.8}
 _STYLE: dict[Any, Any] = {"font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.2}
 
 
@@ -103,22 +123,24 @@ def gram_heatmaps(grams: Mapping[str, ArrayLike]) -> Figure:
 
 
 @_styled
-def accuracy_bars(conditions: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
+def accuracy_bars(
+    conditions: Mapping[str, Mapping[str, tuple[float, float]]], chance: Sequence[float] | None = None
+) -> Figure:
     """Accuracy of several arms side by side by condition (Fig. 1b, Fig. 5b).
 
     Args:
         conditions: by the name below the bars, mean and half-width of the interval of each arm, in percent. The arms
             are the same in all: mono and poly, or features of vision models.
+        chance: the chance level of each condition, in percent.
     """
     figure, axes = _figure(1, 1, height=1.9)
     ax = axes.flat[0]
     places = np.arange(len(conditions))
     names = list(next(iter(conditions.values())))
     width = 0.8 / len(names)
-    styles = {"mono": (COLOURS["mono"], "-", "")} | _FEATURES
     for i, arm in enumerate(names):
         means, errors = zip(*(arms[arm] for arms in conditions.values()), strict=True)
-        colour, _, hatch = styles[arm]
+        colour, _, hatch = _FEATURES[arm]
         ax.bar(
             places + (i - (len(names) - 1) / 2) * width,
             means,
@@ -131,6 +153,8 @@ def accuracy_bars(conditions: Mapping[str, Mapping[str, tuple[float, float]]]) -
             edgecolor="white",
             linewidth=0,
         )
+    if chance is not None:
+        ax.hlines(chance, places - 0.45, places + 0.45, label="chance level", **_CHANCE)
     ax.set(xticks=places, xticklabels=list(conditions), ylabel="test accuracy, %")
     ax.set_ylim(bottom=0)
     _legend(figure, ax)
@@ -139,7 +163,10 @@ def accuracy_bars(conditions: Mapping[str, Mapping[str, tuple[float, float]]]) -
 
 @_styled
 def noise_curves(
-    levels: Sequence[float], panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]], label: str
+    levels: Sequence[float],
+    panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]],
+    label: str,
+    chance: Sequence[float],
 ) -> Figure:
     """Curves with bands of their 95 % intervals against the level of a noise, panels above each other.
 
@@ -148,6 +175,7 @@ def noise_curves(
         panels: by the name of the vertical axis, mean (n,) and half-width (n,) of each kind of features. The first
             panel is of accuracies, the others of differences, with a line at 0.
         label: of the noise.
+        chance: (n,), the chance level of the accuracies, in percent.
     """
     figure, axes = _figure(len(panels), 1, height=1.7 * len(panels) + 0.4, sharex=True)
     for ax, (name, arms) in zip(axes.flat, panels.items(), strict=True):
@@ -156,6 +184,7 @@ def noise_curves(
             _curve(ax, levels, *found, linestyle=line, color=colour, label=arm.replace("_", " "))
         ax.set(ylabel=name, xlim=(levels[0], levels[-1]) if len(levels) > 1 else None)
         if ax is axes.flat[0]:
+            ax.plot(levels, chance, label="chance level", **_CHANCE)
             low, high = ax.get_ylim()
             ax.set_ylim(max(0, low), min(high, 100))  # a share, whatever its interval
         else:
@@ -166,13 +195,16 @@ def noise_curves(
 
 
 @_styled
-def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], tuple[ArrayLike, ArrayLike]]) -> Figure:
+def loss_curves(
+    levels: Sequence[float], curves: Mapping[tuple[str, str], tuple[ArrayLike, ArrayLike]], chance: float
+) -> Figure:
     """Accuracy against the label noise for kinds of features (colour) with two losses (dashed, solid; Fig. 6).
 
     Args:
         levels: (n,), shares of wrong labels in percent.
         curves: by (features, loss), mean (n,) and half-width (n,) of the interval, in percent; the loss that comes
             first is dashed.
+        chance: the chance level, in percent.
     """
     figure, axes = _figure(1, 1, height=2.4)
     ax = axes.flat[0]
@@ -181,6 +213,7 @@ def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], tuple[
         colour, _, _ = _FEATURES[arm]
         line, label = ("--", "-")[losses.index(loss)], f"{arm.replace('_', ' ')}, {loss}"
         _curve(ax, levels, *found, band=0.15, linestyle=line, color=colour, label=label)
+    ax.axhline(chance, label="chance level", **_CHANCE)
     ax.set(xlabel="share of wrong training labels, %", ylabel="test accuracy, %")
     if len(levels) > 1:
         ax.set_xlim(levels[0], levels[-1])
@@ -197,17 +230,19 @@ def finetuning_curves(
     label: str,
     logarithmic: bool = False,
     published: Mapping[float | None, float] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> Figure:
     """Curves of the arms of finetuning with bands of their 95 % intervals, panels above each other (Fig. 3).
 
     Args:
         levels: (n,), what the horizontal axis shows: epochs, training images, wrong labels.
         panels: by the name of the vertical axis, mean (n,) and half-width (n,) of each arm. A panel without the arm
-            "ce" is of differences from it and has a line at 0.
+            "ce" is of differences from it and has a line at 0. NaN leaves a gap.
         label: of the horizontal axis.
         logarithmic: whether that axis is, with a tick at every level.
         published: the paper's largest differences, in the panels of differences, by level: a hollow marker, or a thin
             line under None, where the paper does not say at which level.
+        notes: what the legend says behind the names of arms, such as "diverged".
     """
     figure, axes = _figure(len(panels), 1, height=1.45 * len(panels) + 0.5, sharex=True)
     for ax, (name, arms) in zip(axes.flat, panels.items(), strict=True):
@@ -216,7 +251,8 @@ def finetuning_curves(
             style: dict[str, Any] = {"linestyle": line, "markersize": 2, "color": colour}
             style["marker"] = "o" if len(levels) < 20 else ""
             # Bands of the controls are fainter: five of them hide each other.
-            _curve(ax, levels, *found, band=0.07 if "+" in arm else 0.2, label=arm.replace("_", " "), **style)
+            name_and_note = ", ".join(filter(None, [arm.replace("_", " "), (notes or {}).get(arm)]))
+            _curve(ax, levels, *found, band=0.07 if "+" in arm else 0.2, label=name_and_note, **style)
         ax.set_ylabel(name)
         if "ce" in arms:
             ax.set_ylim(max(-1, ax.get_ylim()[0]), min(101, ax.get_ylim()[1]))  # a share, whatever its interval
@@ -373,23 +409,34 @@ def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]], bins: 
     return figure
 
 
-_KINDS = {"raw": ("#D55E00", "o"), "relu": ("#0072B2", "s"), "sae": ("#009E73", "^")}  # colour, marker
+_KINDS = _Styles({  # colour, marker
+    "raw": ("#D55E00", "o"),
+    "unit": ("#000000", "D"),
+    "relu": ("#0072B2", "s"),
+    "sae": ("#009E73", "^"),
+}, "vP*X")  # fmt: skip
 
 
 @_styled
-def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]]) -> Figure:
+def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]]) -> Figure:
     """Accuracy under each corruption, with 95 % intervals, of the kinds of features of several models.
 
     Args:
-        panels: by model and kind of features ("raw", "relu", "sae"), mean and half-width in percent for each
-            corruption; the corruptions, the clean condition first, are the same in all.
+        panels: by model and kind of features ("raw", "unit", "relu", "sae"), mean and half-width of the accuracy and
+            its chance level, in percent, for each corruption; the corruptions, the clean condition first, are the same
+            in all.
     """
     conditions = list(next(iter(next(iter(panels.values())).values())))
-    figure, axes = _figure(len(panels), 1, height=len(panels) * (0.16 * len(conditions) + 0.35) + 0.5, sharex=True)
-    for ax, (model, kinds) in zip(axes.flat, panels.items(), strict=True):
+    names = [name.split("/")[-1] for name in conditions]
+    names = [name if names.count(name) == 1 else whole for name, whole in zip(names, conditions, strict=True)]
+    titles = [_wrapped(model, 30) for model in panels]
+    lines = sum(title.count("\n") for title in titles)
+    height = len(panels) * (0.2 * len(conditions) + 0.35) + 0.13 * lines + 0.5
+    figure, axes = _figure(len(panels), 1, height=height, sharex=True)
+    for ax, title, kinds in zip(axes.flat, titles, panels.values(), strict=True):
         for i, (kind, found) in enumerate(kinds.items()):
             colour, marker = _KINDS[kind]
-            means, errors = zip(*(found[name] for name in conditions), strict=True)
+            means, errors, chance = zip(*(found[name] for name in conditions), strict=True)
             places = np.arange(len(conditions)) + 0.22 * (i - (len(kinds) - 1) / 2)
             ax.errorbar(
                 means,
@@ -402,14 +449,21 @@ def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, 
                 capsize=1.5,
                 label=kind,
             )
-        ax.set(title=model, yticks=range(len(conditions)), yticklabels=[name.split("/")[-1] for name in conditions])
+        ends = np.arange(len(conditions))
+        ax.vlines(chance, ends - 0.45, ends + 0.45, label="chance level", **_CHANCE)
+        ax.set(title=title, yticks=range(len(conditions)), yticklabels=[_wrapped(name, 24) for name in names])
         ax.set_ylim(len(conditions) - 0.5, -0.5)
         ax.grid(axis="x", linewidth=0.3)
         ax.set_axisbelow(True)
     axes.flat[-1].set_xlabel("test accuracy of linear probes, %")
     axes.flat[-1].set_xlim(left=0)
-    _legend(figure, axes.flat[0])
+    _legend(figure, *axes.flat)
     return figure
+
+
+def _wrapped(name: str, width: int) -> str:
+    """A name of a model or a place in lines of at most `width` characters; none is left out."""
+    return "\n".join(name[start : start + width] for start in range(0, len(name), width))
 
 
 class ImageGrid(NamedTuple):
@@ -478,7 +532,7 @@ def _figure(rows: int, columns: int, height: float, sharex: bool = False) -> tup
     return figure, figure.subplots(rows, columns, squeeze=False, sharex=sharex)
 
 
-def _legend(figure: Figure, ax: Axes) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    named = dict(zip(labels, handles, strict=True))  # each once
+def _legend(figure: Figure, *axes: Axes) -> None:
+    """A legend of what is drawn in any of the axes, each name once."""
+    named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=min(len(named), 3), frameon=False)

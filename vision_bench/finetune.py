@@ -28,7 +28,7 @@ from timm.scheduler import MultiStepLRScheduler
 from torch import nn
 
 from vision_bench import models, storage, training
-from vision_bench.features import normalise
+from vision_bench.features import check_finite, normalise
 from vision_bench.views import SimCLRViews
 
 if TYPE_CHECKING:
@@ -160,17 +160,14 @@ def finetune(
         progress: show a progress bar in the main process.
 
     Raises:
-        ValueError: other classes in `validation`, fewer images than a batch, a batch size that the processes cannot
-            share, another precision, or a folder that holds another training.
-        FloatingPointError: the loss is no longer finite.
+        ValueError: other classes or another normalisation in `validation`, fewer images than a batch, a batch size
+            that the processes cannot share, another precision, or a folder that holds another training or in which
+            another process is training.
+        FloatingPointError: the training diverged: the loss, a weight, a feature or a score is NaN or infinite.
     """
     folder = Path(folder)
     accelerator = accelerator or Accelerator()
-    if train.class_names != validation.class_names:
-        raise ValueError(
-            f"validation has {validation.num_classes} classes and train {train.num_classes}, or the same in another "
-            "order; both must have the same class_names."
-        )
+    training.check_validation(train, validation)
     kept, held_out = _split(train, config)
     training.check(config, len(kept), accelerator)
     what = {
@@ -179,16 +176,19 @@ def finetune(
         "adapter": dict(adapter or {}),
         "config": asdict(config),
         "data": train.fingerprint,
+        "images": training.described(train),
         "validation": validation.fingerprint,
         "num_classes": train.num_classes,
         "precision": accelerator.mixed_precision,
     }
-    torch.manual_seed(config.seed)
-    classifier = Classifier(model, config, train.num_classes)
     if not (folder / training.MODEL).exists():
-        _Run(
-            folder, classifier, config, kept, held_out, validation, accelerator, compile_model, workers, what
-        ).run(checkpoint_minutes, name, progress)  # fmt: skip
+        with training.held(folder, accelerator):
+            torch.manual_seed(config.seed)
+            classifier = Classifier(model, config, train.num_classes)
+            run = _Run(
+                folder, classifier, config, kept, held_out, validation, accelerator, compile_model, workers, what
+            )
+            run.run(checkpoint_minutes, name, progress)
     # Of the file, whose weights may be those of an earlier epoch.
     tensors, header = storage.load(folder / training.MODEL, KIND)
     training.refuse_another(folder / training.MODEL, header["what"], what)
@@ -230,6 +230,7 @@ class _Run(training.Training):
     ) -> None:
         self.config, self.held_out, self.validation = config, held_out, validation
         self.classifier = classifier
+        self.remedy = f"Lower learning_rate (here {config.learning_rate:g})"
         self.views = None
         if config.views is not None:
             self.views = SimCLRViews(train.images.shape[-1], train.mean, train.std, **config.views)
@@ -267,11 +268,6 @@ class _Run(training.Training):
     def end_epoch(self, epoch: int, sums: list[float]) -> dict[str, Any]:
         """The accuracies in eval mode, in the main process only."""
         loss, right, images = sums
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss of epoch {epoch} is {loss}. Lower learning_rate (here {self.config.learning_rate:g}); "
-                f"delete {self.folder} to start anew."
-            )
         entry = {"loss": loss / images, "online_train_top1": right / images}
         monitored = epoch % self.config.monitor_epochs == 0 or epoch == self.epochs
         if monitored and self.accelerator.is_main_process:
@@ -298,7 +294,11 @@ class _Run(training.Training):
 
 @torch.no_grad()
 def embed(classifier: Classifier, images: ImageSet, batch_size: int = 256) -> torch.Tensor:
-    """What `classifier` classifies, (n, d) float32 on the CPU, of images as they are, in eval mode."""
+    """What `classifier` classifies, (n, d) float32 on the CPU, of images as they are, in eval mode.
+
+    Raises:
+        FloatingPointError: a value is NaN or infinite.
+    """
     device = next(classifier.parameters()).device
     was_training = classifier.training
     classifier.eval()
@@ -306,7 +306,8 @@ def embed(classifier: Classifier, images: ImageSet, batch_size: int = 256) -> to
     try:
         for start in range(0, len(images), batch_size):
             pixels = images.images[start : start + batch_size].to(device)
-            parts.append(classifier.features(normalise(pixels, images.mean, images.std)).float().cpu())
+            features = classifier.features(normalise(pixels, images.mean, images.std)).float().cpu()
+            parts.append(check_finite(features, "the features", start))
     finally:
         classifier.train(was_training)
     return torch.cat(parts)
@@ -314,7 +315,12 @@ def embed(classifier: Classifier, images: ImageSet, batch_size: int = 256) -> to
 
 @torch.no_grad()
 def accuracy(classifier: Classifier, images: ImageSet) -> float:
-    """Share in [0, 1] of the images, as they are, whose label `classifier` predicts in eval mode."""
+    """Share in [0, 1] of the images, as they are, whose label `classifier` predicts in eval mode.
+
+    Raises:
+        FloatingPointError: a feature or a logit is NaN or infinite.
+    """
     head = classifier.classifier
     logits = F.linear(embed(classifier, images).to(head.weight.device), head.weight, head.bias)
+    check_finite(logits, "the logits", 0)
     return (logits.argmax(dim=1).cpu() == images.labels).float().mean().item()

@@ -110,6 +110,15 @@ def semantic_consistency(
     )
 
 
+def chance_level(labels: torch.Tensor, num_classes: int) -> float:
+    """Accuracy in [0, 1] without looking at the images: of a guess, or of the most frequent class if that is more.
+
+    `labels` (n,) are integers in [0, num_classes), of the samples that are classified.
+    """
+    check_labels(labels, num_classes)
+    return max(1 / num_classes, torch.bincount(labels).max().item() / len(labels))
+
+
 def top_activated(features: torch.Tensor, k: int, eps: float = 1e-5) -> torch.Tensor:
     """The k samples that activate each dimension most, the strongest first: (n, d) floating-point -> (d, k) int64.
 

@@ -7,6 +7,7 @@ SimCLR has no sigma, non-negative contrastive learning (NCL) has one; L2 normali
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,12 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vision_bench import storage
+from vision_bench import fingerprints, storage
 
 KIND = "model"
 LAYERS = ("backbone", "projector", "output")
 STEMS = ("timm", "cifar")
 SMALL = "small_conv"
+
+
+def identity(x: torch.Tensor) -> torch.Tensor:
+    """x."""
+    return x
 
 
 def rep_relu(x: torch.Tensor) -> torch.Tensor:
@@ -32,7 +38,7 @@ def rep_relu(x: torch.Tensor) -> torch.Tensor:
 
 
 NON_NEGATIVE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "none": lambda x: x,
+    "none": identity,
     "relu": F.relu,
     "rep_relu": rep_relu,
     "relu2": lambda x: F.relu(x).square(),
@@ -204,7 +210,12 @@ def load(path: str | Path) -> tuple[ContrastiveModel, dict[str, Any]]:
 
 def layers(model: nn.Module) -> tuple[str, ...]:
     """The layers whose features a model gives: all `LAYERS`, or of one that is a backbone alone the first of them."""
-    return LAYERS if isinstance(model, ContrastiveModel) else LAYERS[:1]
+    return LAYERS if isinstance(_uncompiled(model), ContrastiveModel) else LAYERS[:1]
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """What `torch.compile` was given, where `model` is what it returned."""
+    return getattr(model, "_orig_mod", model)
 
 
 def outputs(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -214,9 +225,17 @@ def outputs(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of what the model is and all its weights and buffers; on any device, equal after saving and loading."""
+    """Of all that decides what the model computes in eval mode: weights, buffers, and `fingerprints.description`.
+
+    It is the same on any device, in either mode, compiled, and after saving and loading. To hash 100 million float32
+    weights takes about a second of a CPU core: compute it once for a model.
+    """
+    model = _uncompiled(model)
     if isinstance(model, ContrastiveModel):
         kind = model.config.non_negative
     else:  # timm's say which model they are
         kind = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
-    return f"{kind}-{storage.fingerprint(model.state_dict())}"
+    # The buffers that are not saved, such as the frequencies of position embeddings, decide too.
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    described = hashlib.sha256(f"{fingerprints.description(model)} {storage.fingerprint(tensors)}".encode())
+    return f"{kind}-{described.hexdigest()}"

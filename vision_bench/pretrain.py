@@ -11,12 +11,13 @@ without any training, in the backbone features. (A linear probe trained afterwar
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -33,6 +34,8 @@ from vision_bench.views import SimCLRViews
 if TYPE_CHECKING:
     from vision_bench.data import ImageSet
 
+MONITORED = ("online_probe_validation_top1", "knn_validation_top1")
+VALIDATION = "validation_images"  # of the log: the fingerprint of those that MONITORED are of
 WARMUP_START = 3e-5  # learning rate of the first step, as the official schedule
 
 
@@ -62,11 +65,11 @@ class PretrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         for name in ("learning_rate", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite.")
         for name in ("classifier_learning_rate", "weight_decay", "activation_bonus"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and finite.")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"warmup_epochs is {self.warmup_epochs}; it must be in [0, {self.epochs}), the epochs.")
         try:
@@ -133,26 +136,34 @@ def pretrain(
         progress: show a progress bar in the main process.
 
     Raises:
-        ValueError: fewer images than a batch, a batch size that the processes cannot share, another precision, or a
-            folder that holds another training.
-        FloatingPointError: the loss is no longer finite.
+        ValueError: fewer images than a batch, a batch size that the processes cannot share, another precision, other
+            classes or another normalisation in `validation`, or a folder that holds another training or in which
+            another process is training.
+        FloatingPointError: the training diverged: the loss or a weight is NaN or infinite.
     """
     folder = Path(folder)
     accelerator = accelerator or Accelerator()
     training.check(config, len(train), accelerator)
+    if validation is not None:
+        training.check_validation(train, validation)
     what = {
         "config": asdict(config),
         "data": train.fingerprint,
+        "images": training.described(train),
         "num_classes": train.num_classes,
         "precision": accelerator.mixed_precision,
     }
-    finished = _finished(folder, model_config, what)
-    if finished is not None:
+    finished = _finished(folder, model_config, what, validation)
+    if finished is not None:  # reading needs no lock
         return finished
-    run = _Run(
-        folder, model_config, config, train, validation, accelerator, monitor_epochs, compile_model, workers, what
-    )
-    run.run(checkpoint_minutes, name, progress)
+    with training.held(folder, accelerator):
+        finished = _finished(folder, model_config, what, validation)  # by a process that has just ended
+        if finished is not None:
+            return finished
+        run = _Run(
+            folder, model_config, config, train, validation, accelerator, monitor_epochs, compile_model, workers, what
+        )
+        run.run(checkpoint_minutes, name, progress)
     # as a loaded model is: convolutions round otherwise in the layout of training
     run.model.to("cpu").to(memory_format=torch.contiguous_format).eval()
     if accelerator.num_processes > 1:  # the statistics of batch normalisation may differ between them
@@ -160,14 +171,28 @@ def pretrain(
     return Pretrained(run.model, run.log)
 
 
-def _finished(folder: Path, model_config: models.ModelConfig, what: Mapping[str, Any]) -> Pretrained | None:
-    """The model of a folder whose training has ended."""
+def _finished(
+    folder: Path, model_config: models.ModelConfig, what: Mapping[str, Any], validation: ImageSet | None
+) -> Pretrained | None:
+    """The model of a folder whose training has ended, with the accuracies that are of these validation images."""
     path = folder / training.MODEL
     if not path.exists():
         return None
     model, there = models.load(path)
+    if "images" not in there:
+        warnings.warn(
+            f"{path} is of an older version and does not say how its images were normalised; it is taken to be with "
+            f"mean {what['images']['mean']} and deviation {what['images']['std']}, as the images given.",
+            stacklevel=3,
+        )
+        there["images"] = what["images"]
     training.refuse_another(path, {"model": asdict(model.config), **there}, {"model": asdict(model_config), **what})
-    return Pretrained(model, training.read_log(folder))
+    log = training.read_log(folder)
+    for entry in log:
+        if validation is None or entry.get(VALIDATION) != validation.fingerprint:
+            for name in MONITORED:
+                entry.pop(name, None)
+    return Pretrained(model, log)
 
 
 class _Run(training.Training):
@@ -187,6 +212,10 @@ class _Run(training.Training):
         what: Mapping[str, Any],
     ) -> None:
         self.config, self.validation, self.monitor_epochs = config, validation, monitor_epochs
+        self.remedy = (
+            f"Lower learning_rate (here {config.learning_rate:g}) or classifier_learning_rate "
+            f"({config.classifier_learning_rate:g}), or lengthen warmup_epochs ({config.warmup_epochs})"
+        )
         self.views = SimCLRViews(train.images.shape[-1], train.mean, train.std, **config.views)
         torch.manual_seed(config.seed)
         self.model = models.ContrastiveModel(model_config)
@@ -231,11 +260,6 @@ class _Run(training.Training):
         """The same in every process, except for the validation accuracies."""
         loss, right, views = sums
         loss /= views
-        if not np.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss of epoch {epoch} is {loss}. Lower learning_rate (here {self.config.learning_rate:g}) or "
-                f"lengthen warmup_epochs ({self.config.warmup_epochs}); delete {self.folder} to start anew."
-            )
         entry = {"loss": loss, "online_probe_train_top1": right / views}
         monitored = epoch % self.monitor_epochs == 0 or epoch == self.epochs
         if monitored and self.validation is not None and self.accelerator.is_main_process:
@@ -246,7 +270,7 @@ class _Run(training.Training):
         self.model.to("cpu").eval()
         models.save(self.folder / training.MODEL, self.model, {k: v for k, v in self.what.items() if k != "model"})
 
-    def _monitor(self, validation: ImageSet) -> dict[str, float]:
+    def _monitor(self, validation: ImageSet) -> dict[str, Any]:
         made = {}
         for name, images in (("train", self.data), ("validation", validation)):
             made[name] = features.embed(self.model, images.images, images.mean, images.std, ["backbone"])["backbone"]
@@ -255,10 +279,8 @@ class _Run(training.Training):
         weights, biases = classifier.weight.detach().cpu()[None], classifier.bias.detach().cpu()[None]
         online = probe_accuracy(weights, biases, made["validation"], validation.labels, topk=(1,))
         bank = made["train"].to(self.accelerator.device), self.data.labels, made["validation"], validation.labels
-        return {
-            "online_probe_validation_top1": float(online[1][0]),
-            "knn_validation_top1": knn_accuracy(*bank, k=min(20, len(self.data.labels))),
-        }
+        values = float(online[1][0]), knn_accuracy(*bank, k=min(20, len(self.data.labels)))
+        return {VALIDATION: validation.fingerprint, **dict(zip(MONITORED, values, strict=True))}
 
 
 def _optimizer(trainee: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:

@@ -20,6 +20,8 @@ OPTIMIZERS = ("lars", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 TRUST_COEFFICIENT, LARS_EPS = 0.02, 1e-8
 LEAST_PROBABILITY, LOG_OF_ZERO = 1e-7, math.log(1e-4)  # of the reverse cross entropy
+NORM = 8.0  # root of the mean square norm of rescaled features; chosen by measurement, see docs/measurements.md
+TRAINING = ("probe_training_top1", "class_means_training_top1")  # of `training_accuracy`, as rows of results name them
 CHUNK = 8192  # rows of a pass over all features
 NEIGHBOUR_CHUNK = 1024  # rows whose neighbours are sought at once, among a chunk of the others
 
@@ -50,6 +52,7 @@ def fit_linear_probes(
     alpha: PerProbe = 1.0,
     beta: PerProbe = 0.0,
     standardize: bool = False,
+    rescale: bool = True,
     seeds: int | Sequence[int] = 0,
     order_seed: int | None = None,
     device: torch.device | str | None = None,
@@ -79,6 +82,10 @@ def fit_linear_probes(
             plain cross entropy; symmetric cross entropy is alpha 6.0, beta 0.1 for 100 classes.
         standardize: train on (x - mean) / standard deviation of each feature. The result is for raw features all
             the same; a feature that is constant gets the weight 0.
+        rescale: train on features times one number, by which the root of the mean square norm of a row is `NORM`, so
+            that learning rate and weight decay mean the same whatever the scale: the logits for c x are those for x.
+            The result is for the features as given. False is the paper's protocol, in which the scale of the
+            features decides how fast a probe learns and how strongly its weights decay.
         seeds: of the initial weights, and of the order of the samples and views unless `order_seed` is given. Probes
             of equal seed start equal.
         order_seed: the same order for all probes: one read of the features a step whatever the seeds.
@@ -92,6 +99,7 @@ def fit_linear_probes(
         TypeError: features are not floating or labels not integer.
         ValueError: shapes do not fit, features are not finite, labels or a setting are out of range, or there are
             fewer samples than a batch.
+        FloatingPointError: the training of a probe diverged: a weight or bias is NaN or infinite.
     """
     views = _check_features(features, dims=(2, 3))
     views = views if views.ndim == 3 else views[None]
@@ -125,7 +133,7 @@ def fit_linear_probes(
 
     device = views.device if device is None else torch.device(device)
     dtype = torch.float64 if views.dtype == torch.float64 else torch.float32
-    moments = _standardization(views, device) if standardize else None
+    shift, factor = (part.to(device, dtype) for part in _scaling(views, standardize, rescale))
 
     # Probes of one seed see the same batches: one product for all of them, one for each seed otherwise.
     keys = [seed if order_seed is None else order_seed for seed in seeds]
@@ -148,13 +156,11 @@ def fit_linear_probes(
             for generator, _, _ in groups
         ]
         for step in range(steps):
-            factor = _schedule(schedule, milestones, epoch, epochs, step / steps)
+            share = _schedule(schedule, milestones, epoch, epochs, step / steps)
             for (order, view), (_, group, _) in zip(orders, groups, strict=True):
                 batch = order[step * batch_size : (step + 1) * batch_size]
                 x = _rows(views, view[batch], batch, dtype, device)
-                if moments is not None:
-                    x = (x - moments[0]) * moments[1]
-                group.step(x, batch.to(device), factor)
+                group.step((x - shift) * factor, batch.to(device), share)
             bar.update()
     bar.close()
 
@@ -162,9 +168,15 @@ def fit_linear_probes(
     biases = torch.empty(k, num_classes, dtype=dtype, device=device)
     for _, group, members in groups:
         weights[members], biases[members] = group.weights, group.biases
-    if moments is not None:  # from standardised to raw features
-        weights *= moments[1]
-        biases -= weights @ moments[0]
+    weights *= factor  # from the features of the training to those that were given
+    biases -= weights @ shift
+    finite = weights.isfinite().all(dim=(1, 2)) & biases.isfinite().all(dim=1)
+    if not finite.all():
+        diverged = (~finite).nonzero().squeeze(1).tolist()
+        raise FloatingPointError(
+            f"the weights of {len(diverged)} of {k} probes, first {diverged[0]}, are NaN or infinite: their training "
+            "diverged; lower learning_rate"
+        )
     return Probes(weights, biases)
 
 
@@ -269,14 +281,76 @@ def probe_accuracy(
         raise ValueError(f"topk is {tuple(topk)} for {c} classes; every value must be in [1, {c}].")
     labels = _check_labels("labels", labels, c, len(features), dims=1).to(weights.device)
     _check_finite("features", features)
-    hits = torch.zeros(len(topk), k, dtype=torch.long, device=weights.device)
-    for start in range(0, len(features), CHUNK):
-        x = features[start : start + CHUNK].to(weights.device, weights.dtype)
-        y = labels[start : start + CHUNK, None]
-        for i in range(k):  # all probes at once would need k times the memory
-            right = (x @ weights[i].T + biases[i]).topk(max(topk), dim=1).indices == y
-            hits[:, i] += torch.stack([right[:, :t].sum() for t in topk])
+    hits = _hits(weights, biases, features, labels.expand(k, -1), topk)
     return {t: row.double() / len(features) for t, row in zip(topk, hits, strict=True)}
+
+
+def _hits(
+    weights: torch.Tensor,
+    biases: torch.Tensor,
+    features: torch.Tensor,
+    label_sets: torch.Tensor,
+    topk: Sequence[int] = (1,),
+) -> torch.Tensor:
+    """How many of the labels (k, n) of each probe are among its largest logits, (len(topk), k) int64."""
+    hits = torch.zeros(len(topk), len(weights), dtype=torch.long, device=weights.device)
+    for start in range(0, len(features), CHUNK):
+        x = features[start : start + CHUNK].to(weights)
+        y = label_sets[:, start : start + CHUNK, None].to(weights.device)
+        for i in range(len(weights)):  # all probes at once would need k times the memory
+            right = (x @ weights[i].T + biases[i]).topk(max(topk), dim=1).indices == y[i]
+            hits[:, i] += torch.stack([right[:, :t].sum() for t in topk])
+    return hits
+
+
+@torch.no_grad()
+def training_accuracy(
+    probes: Probes, features: torch.Tensor, label_sets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top-1 accuracy of each probe on the labels that it was trained on, and that of class means on the same.
+
+    The second classifier is linear too and needs no training: it gives a sample the class whose mean, by the same
+    labels, is nearest. A probe that fits its labels less often is not trained.
+
+    Args:
+        probes: k of them.
+        features: (n, d) floating, on which the probes were fitted.
+        label_sets: (k, n) integer in [0, num_classes), with which they were fitted.
+
+    Returns:
+        Two float64 tensors (k,) of values in [0, 1].
+
+    Raises:
+        TypeError: features are not floating or labels not integer.
+        ValueError: shapes do not fit, or features or labels are out of range.
+    """
+    weights, biases = probes
+    k, num_classes, d = weights.shape
+    features = _check_features(features, dims=(2,))
+    label_sets = _check_labels("label_sets", label_sets, num_classes, len(features), dims=2)
+    if len(label_sets) != k or features.shape[1] != d:
+        raise ValueError(
+            f"label_sets has the shape {tuple(label_sets.shape)} and features {tuple(features.shape)}; {k} probes of "
+            f"{d} features need ({k}, n) and (n, {d})."
+        )
+    _check_finite("features", features)
+    own = _hits(weights, biases, features, label_sets)[0].double() / len(features)
+    by_means = [_hits(*_class_means(features, labels, weights), features, labels[None])[0] for labels in label_sets]
+    return own, torch.cat(by_means).double() / len(features)
+
+
+def _class_means(features: torch.Tensor, labels: torch.Tensor, like: torch.Tensor) -> Probes:
+    """The classifier of the nearest class mean in float64, with the shape of one of the weights (k, c, d) `like`.
+
+    Logits are x m - |m|^2 / 2, and minus infinity for a class without samples.
+    """
+    sums = like.new_zeros(like.shape[1:], dtype=torch.float64)
+    for x, y in zip(features.split(CHUNK), labels.to(like.device).split(CHUNK), strict=True):
+        sums.index_add_(0, y, x.to(sums))
+    counts = torch.bincount(labels.to(like.device), minlength=len(sums))
+    means = sums / counts.clamp(min=1)[:, None]
+    biases = torch.where(counts > 0, means.square().sum(dim=1) / -2, -torch.inf)
+    return Probes(means[None], biases[None])
 
 
 @torch.no_grad()
@@ -359,18 +433,27 @@ def _rows(
     return rows.to(device, dtype)
 
 
-def _standardization(views: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and 1 / standard deviation (0 where the feature is constant) over all views and samples, each (d,)."""
+def _scaling(views: torch.Tensor, standardize: bool, rescale: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift and factor, (d,) in float64, of the features (x - shift) * factor that probes are trained on.
+
+    Statistics are over all views and samples. A feature that does not vary has the factor 0 if standardised.
+    """
     count = views.shape[0] * views.shape[1]
-    mean = torch.zeros(views.shape[2], dtype=torch.float64, device=views.device)
-    variance = torch.zeros_like(mean)
+    shift = torch.zeros(views.shape[2], dtype=torch.float64, device=views.device)
+    factor = torch.ones_like(shift)
+    if not (standardize or rescale):
+        return shift, factor
+    if standardize:
+        for chunk in _chunks(views):
+            shift += chunk.double().sum(dim=0) / count
+    square = torch.zeros_like(shift)  # the mean of each feature's square after the shift
     for chunk in _chunks(views):
-        mean += chunk.double().sum(dim=0) / count
-    for chunk in _chunks(views):
-        variance += (chunk.double() - mean).square().sum(dim=0) / count
-    constant = variance <= (1e-6 * mean.abs()).square()
-    dtype = torch.float64 if views.dtype == torch.float64 else torch.float32
-    return mean.to(device, dtype), torch.where(constant, 0.0, variance.rsqrt()).to(device, dtype)
+        square += (chunk.double() - shift).square().sum(dim=0) / count
+    if standardize:
+        constant = square <= (1e-6 * shift.abs()).square()
+        factor = torch.where(constant, 0.0, square.rsqrt())
+    norm = (square * factor.square()).sum().sqrt()
+    return shift, factor * (NORM / norm if rescale and norm > 0 else 1.0)
 
 
 def _chunks(views: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from result_rows import locked
 from vision_bench import storage
 
 if TYPE_CHECKING:
@@ -316,6 +319,10 @@ class TopKAutoencoder(nn.Module):
         self.threshold.copy_(torch.stack(least).mean() if least else torch.zeros(()))
 
 
+class NoVariance(ValueError):
+    """Features that are all equal, on which no autoencoder can be trained or measured."""
+
+
 class Quality(NamedTuple):
     """How well an autoencoder does on features, in eval mode."""
 
@@ -383,7 +390,10 @@ def fit(
     Raises:
         TypeError: features are not floating.
         ValueError: a setting is out of range, features are not finite, a row of them is 0 or all are equal, there are
-            fewer samples than a batch, or the checkpoint is of other settings or features, or of more epochs.
+            fewer samples than a batch, the checkpoint is of other settings or features, or of more epochs, or another
+            process is training in its folder.
+        FloatingPointError: the training diverged: the loss or a weight is NaN or infinite. The checkpoint before it
+            stays.
         OSError: the checkpoint cannot be written.
     """
     rows = _Rows(features)
@@ -393,8 +403,8 @@ def fit(
         raise ValueError(f"batch_size is {batch_size} for {rows.n} samples; it must be in [1, {rows.n}].")
     if batch_size % processes:
         raise ValueError(f"batch_size is {batch_size} for {processes} processes; it must be a multiple of them.")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate is {learning_rate}; it must be above 0.")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate is {learning_rate}; it must be above 0 and finite.")
     if not aux_coefficient >= 0:
         raise ValueError(f"aux_coefficient is {aux_coefficient}; it must be at least 0.")
     k_aux = min(d_latent, 2 ** max(round(np.log2(rows.d / 2)), 0)) if k_aux is None else k_aux
@@ -418,42 +428,52 @@ def fit(
         "learning_rate": learning_rate, "aux_coefficient": aux_coefficient, "k_aux": k_aux, "dead_after": dead_after,
         "seed": seed, "log_every": log_every, "features": rows.fingerprint(),
     }  # fmt: skip
-    checkpoint = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
-    if checkpoint is not None and checkpoint.exists():
-        training.load(checkpoint, settings)
-    else:
-        subset = np.random.default_rng([seed, 0]).permutation(rows.n)[:MEDIAN_ROWS]
-        with torch.no_grad():
-            autoencoder.pre_bias.copy_(geometric_median(rows.take(np.sort(subset))))
-
     total = epochs * steps_per_epoch
-    if training.step > total:
-        raise ValueError(
-            f"epochs is {epochs}, {total} steps, and {checkpoint} was trained for {training.step}; ask for at least "
-            "as many, or choose another checkpoint_dir."
-        )
-    autoencoder.train()
-    share = batch_size // processes
-    order, order_epoch = np.empty(0, dtype=np.int64), -1
-    bar = tqdm(total=total, initial=training.step, desc=f"SAE {d_latent}, k {k}", disable=not progress or rank > 0)
-    for step in range(training.step, total):
-        epoch, within = divmod(step, steps_per_epoch)
-        if epoch != order_epoch:
-            order, order_epoch = np.random.default_rng([seed, 1, epoch]).permutation(rows.n), epoch
-        start = within * batch_size + rank * share
-        x = rows.take(order[start : start + share]).to(autoencoder.decoder)
-        training.update(x, variance, aux_coefficient, k_aux, accelerator)
-        if training.step % log_every == 0 or training.step == total:
-            training.write_row(epoch)
-        if checkpoint is not None and (training.step % checkpoint_every == 0 or training.step == total) and rank == 0:
-            training.save(checkpoint, settings)
-        bar.update()
-    bar.close()
+    checkpoint = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
+    with ExitStack() as held:
+        if checkpoint is not None and rank == 0 and _steps(checkpoint) < total:
+            held.enter_context(locked(checkpoint.parent))
+        if checkpoint is not None and checkpoint.exists():
+            training.load(checkpoint, settings)
+        else:
+            subset = np.random.default_rng([seed, 0]).permutation(rows.n)[:MEDIAN_ROWS]
+            with torch.no_grad():
+                autoencoder.pre_bias.copy_(geometric_median(rows.take(np.sort(subset))))
+        if training.step > total:
+            raise ValueError(
+                f"epochs is {epochs}, {total} steps, and {checkpoint} was trained for {training.step}; ask for at "
+                "least as many, or choose another checkpoint_dir."
+            )
+        autoencoder.train()
+        share = batch_size // processes
+        order, order_epoch = np.empty(0, dtype=np.int64), -1
+        bar = tqdm(total=total, initial=training.step, desc=f"SAE {d_latent}, k {k}", disable=not progress or rank > 0)
+        for step in range(training.step, total):
+            epoch, within = divmod(step, steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = np.random.default_rng([seed, 1, epoch]).permutation(rows.n), epoch
+            start = within * batch_size + rank * share
+            x = rows.take(order[start : start + share]).to(autoencoder.decoder)
+            training.update(x, variance, aux_coefficient, k_aux, accelerator)
+            is_last = training.step == total
+            if is_last or training.step % log_every == 0 or training.step % checkpoint_every == 0:
+                training.check(learning_rate)
+            if is_last or training.step % log_every == 0:
+                training.write_row(epoch)
+            if checkpoint is not None and rank == 0 and (is_last or training.step % checkpoint_every == 0):
+                training.save(checkpoint, settings)
+            bar.update()
+        bar.close()
     if accelerator is not None:
         accelerator.wait_for_everyone()
     if batch_topk:
         autoencoder.estimate_threshold(features, share)
     return Fit(autoencoder.eval(), training.log)
+
+
+def _steps(checkpoint: Path) -> int:
+    """The steps that a checkpoint was trained for, 0 if there is none."""
+    return int(storage.read_header(checkpoint, CHECKPOINT_KIND)["step"]) if checkpoint.exists() else 0
 
 
 class _Training:
@@ -509,6 +529,15 @@ class _Training:
             self.idle = torch.where(fired > 0, 0, self.idle + len(x) * processes)
             self.sums += measured
 
+    def check(self, learning_rate: float) -> None:
+        """Raise FloatingPointError if a weight, or the loss since the last row, is NaN or infinite."""
+        broken = storage.non_finite({"the loss": self.sums, **dict(self.autoencoder.named_parameters())})
+        if broken is not None:
+            raise FloatingPointError(
+                f"The training of the autoencoder diverged before step {self.step}: {broken} is NaN or infinite. "
+                f"Lower learning_rate (here {learning_rate:g})."
+            )
+
     def write_row(self, epoch: int) -> None:
         loss, fvu, l0 = (self.sums[:3] / self.sums[3]).tolist()
         dead = (self.idle >= self.dead_after).double().mean().item()
@@ -554,11 +583,13 @@ def evaluate(
 ) -> Quality:
     """Quality on features (n, d) or shards of them, in eval mode; the mode it was in is restored.
 
+    Rows of zeros, as normalisation leaves them of an image without active features, count as any other row.
+
     Raises:
         TypeError, ValueError: as `fit`, for the features.
     """
     rows = _Rows(features)
-    variance = rows.check()
+    variance = rows.check(zeros=True)
     was_training = autoencoder.training
     autoencoder.eval()
     error = count = 0.0
@@ -653,21 +684,24 @@ class _Rows:
             result[torch.from_numpy(here).to(self.device)] = self.shards[i].detach()[rows].to(result)
         return result
 
-    def check(self) -> float:
-        """The mean squared distance from the mean; raises ValueError for rows that cannot be trained on."""
+    def check(self, zeros: bool = False) -> float:
+        """The mean squared distance from the mean; raises ValueError for rows that cannot be trained on, or measured.
+
+        `zeros` allows rows of zeros, which only a loss relative to their size cannot do with.
+        """
         mean = torch.zeros(self.d, dtype=torch.float64, device=self.device)
         for start, chunk in self._chunks():
             finite, power = chunk.isfinite().all(dim=1), chunk.any(dim=1)
             if not finite.all():
                 row = start + int((~finite).nonzero()[0])
                 raise ValueError(f"features has NaN or infinite values, first in row {row}; extract them again.")
-            if not power.all():
+            if not zeros and not power.all():
                 row = start + int((~power).nonzero()[0])
                 raise ValueError(f"features has a row of zeros, first {row}: the loss is relative; leave them out.")
             mean += chunk.double().sum(dim=0) / self.n
         variance = sum((chunk.double() - mean).square().sum().item() for _, chunk in self._chunks()) / self.n
         if not variance > 1e-12 * mean.square().sum().item():
-            raise ValueError("features has equal rows only; there is no variance to explain.")
+            raise NoVariance("features has equal rows only; there is no variance to explain")
         return variance
 
     def _chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -676,7 +710,8 @@ class _Rows:
                 yield int(start) + first, shard[first : first + CHUNK].detach()
 
     def fingerprint(self) -> str:
-        """Of the shape and 64 rows: tells features of another checkpoint from those of a run to be continued."""
-        sample = self.take(np.linspace(0, self.n - 1, min(64, self.n)).astype(np.int64))
-        described = json.dumps([self.n, self.d]).encode()
-        return hashlib.sha256(described + sample.cpu().numpy().tobytes()).hexdigest()[:16]
+        """Of the shape and all rows, in whatever shards they are."""
+        digest = hashlib.sha256(json.dumps([self.n, self.d, str(self.dtype)]).encode())
+        for _, chunk in self._chunks():
+            digest.update(chunk.to(self.dtype).cpu().contiguous().numpy().data)
+        return digest.hexdigest()

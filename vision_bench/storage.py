@@ -91,3 +91,12 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def non_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor with a value that is NaN or infinite, None if there is none."""
+    names = [name for name, tensor in tensors.items() if tensor.is_floating_point() or tensor.is_complex()]
+    if not names:
+        return None
+    finite = torch.stack([tensors[name].detach().isfinite().all() for name in names]).tolist()
+    return next((name for name, is_finite in zip(names, finite, strict=True) if not is_finite), None)

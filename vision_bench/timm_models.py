@@ -17,6 +17,7 @@ from torch import nn
 
 from vision_bench.data import ImageSet
 from vision_bench.models import SMALL, ContrastiveModel, ModelConfig, build_backbone
+from vision_bench.training import described
 
 TRAINING = "vision_bench_training"  # of config.json: what the weights come from
 # Where register_model looks for them.
@@ -48,12 +49,19 @@ def save(folder: str | Path, model: ContrastiveModel, images: ImageSet, training
         images: any split of the set it was trained on, for the mean, the deviation and the size of the images.
 
     Raises:
-        ValueError: the folder has files.
+        ValueError: the folder has files, or `training` says that the images were normalised otherwise or of another
+            size.
         OSError: it cannot be written.
     """
     folder, config = Path(folder), model.config
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder is {folder}, which exists and is not empty; choose another.")
+    values = described(images)
+    trained_on = training.get("images", values)
+    changed = [f"{name} is {values[name]}, and {trained_on[name]} in the training" for name in values
+               if values[name] != trained_on[name]]  # fmt: skip
+    if changed:
+        raise ValueError(f"images are not as those that the model was trained on: {'; '.join(changed)}.")
     if config.backbone != SMALL and config.stem == "timm":
         architecture, arguments = config.backbone.split(".")[0], dict(config.backbone_options)
     else:
@@ -62,13 +70,13 @@ def save(folder: str | Path, model: ContrastiveModel, images: ImageSet, training
         arguments = own | config.backbone_options
     exported = timm.create_model(architecture, num_classes=0, **arguments)
     exported.load_state_dict(model.backbone.state_dict())
-    there = getattr(model.backbone, "pretrained_cfg", {})
+    cfg = getattr(model.backbone, "pretrained_cfg", {})
     about = {
         "architecture": architecture,
         "tag": "vision_bench",  # these are not the weights that timm has under the name
         "num_classes": 0,
-        "classifier": there.get("classifier"),
-        "first_conv": there.get("first_conv"),
+        "classifier": cfg.get("classifier"),
+        "first_conv": cfg.get("first_conv"),
         "input_size": tuple(images.images.shape[1:]),
         "test_input_size": None,
         "crop_pct": 1.0,

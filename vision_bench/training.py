@@ -7,19 +7,23 @@ the tensors that the state holds (with the same number of processes, on the CPU 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from result_rows import locked
 from vision_bench import storage
 
 if TYPE_CHECKING:
@@ -56,6 +60,25 @@ def check(config: Config, images: int, accelerator: Accelerator) -> None:
         raise ValueError(f"precision is {accelerator.mixed_precision!r}; it must be one of {', '.join(PRECISIONS)}.")
 
 
+def described(images: ImageSet) -> dict[str, Any]:
+    """What a checkpoint says of the images that it was trained on, beside their fingerprint: how they were normalised
+    and their height and width in pixels.
+    """
+    return {"mean": list(images.mean), "std": list(images.std), "image_size": list(images.images.shape[2:])}
+
+
+def check_validation(train: ImageSet, validation: ImageSet) -> None:
+    """Raise ValueError unless both sets have the same classes and are normalised in the same way."""
+    if train.class_names != validation.class_names:
+        raise ValueError(
+            f"validation has {validation.num_classes} classes and train {train.num_classes}, or the same in another "
+            "order; both must have the same class_names."
+        )
+    values, expected = described(validation), described(train)
+    if changed := [f"{k} {values[k]} instead of {expected[k]}" for k in expected if values[k] != expected[k]]:
+        raise ValueError(f"validation has another normalisation or size than train: {', '.join(changed)}.")
+
+
 def refuse_another(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ValueError that names the differences between what `path` was trained with and what is asked for now."""
 
@@ -70,6 +93,13 @@ def refuse_another(path: Path, there: Mapping[str, Any], now: Mapping[str, Any])
                if old.get(k) != new.get(k)]  # fmt: skip
     if changed:
         raise ValueError(f"{path} is of another training ({'; '.join(changed)}). Choose another folder, or delete it.")
+
+
+@contextmanager
+def held(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the folder for the processes of this launch. Raises ValueError if others are training in it."""
+    with locked(folder) if accelerator.is_main_process else nullcontext():
+        yield
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -89,16 +119,19 @@ def seed_of(*numbers: int) -> int:
 class Training:
     """One training: the tensors that change, and the loop over the steps that change them.
 
-    A subclass defines `step`, `end_epoch` and `save_model`, and, if its state has more than the module, the optimiser
-    and `sums`, `more_state` and `set_more_state`. The folder's state, if there is one, is loaded here.
+    A subclass defines `step`, `end_epoch` and `save_model`, in `remedy` what to do against divergence, and, if its
+    state has more than the module, the optimiser and `sums`, `more_state` and `set_more_state`. The folder's state, if
+    there is one, is loaded here.
 
     Args:
         what: everything that decides the result, JSON-serialisable; a folder of another training is refused.
         data: at least a batch of images; what an epoch leaves over of the last batch waits for another one.
         module: with all weights and buffers of the state, on the accelerator's device.
         schedule: of timm, updated by the step's number.
-        sums: number of figures that the steps of an epoch add up.
+        sums: number of figures that the steps of an epoch add up, the loss first.
     """
+
+    remedy: str
 
     def __init__(
         self,
@@ -120,7 +153,7 @@ class Training:
         self.steps_per_epoch = len(data) // config.batch_size
         self.total = config.epochs * self.steps_per_epoch
         self.sums = torch.zeros(sums, dtype=torch.float64, device=accelerator.device)
-        self.step_number = 0
+        self.step_number = self.saved_step = 0
         self.log: list[dict[str, Any]] = []
         if (folder / STATE).exists():
             self._load_state()
@@ -154,7 +187,12 @@ class Training:
         """Take over what `more_state` gave."""
 
     def run(self, checkpoint_minutes: float, name: str, progress: bool) -> None:
-        """Take the steps that are left, save the model, and remove the state."""
+        """Take the steps that are left, save the model, and remove the state.
+
+        Raises:
+            FloatingPointError: at the end of an epoch, in every process: the loss, a weight, or what is measured is
+                NaN or infinite. The state before it stays.
+        """
         saved = time.monotonic()
         started, images = time.monotonic(), 0
         shown = progress and self.accelerator.is_main_process
@@ -213,8 +251,25 @@ class Training:
         self.sums.zero_()
         epoch = self.step_number // self.steps_per_epoch
         entry = {"epoch": epoch, "step": self.step_number, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        problem = None
+        if not all(map(math.isfinite, sums)):
+            problem = f"the loss is {sums[0]}"
+        elif name := storage.non_finite(self.raw.state_dict()):
+            problem = f"{name} is NaN or infinite"
+        else:
+            try:
+                entry |= self.end_epoch(epoch, sums)
+            except FloatingPointError as error:
+                problem = str(error)
+        for reason in gather_object([problem]):
+            if reason is not None:
+                kept = f", which keeps the state of step {self.saved_step}," if self.saved_step else ""
+                raise FloatingPointError(
+                    f"The training diverged in epoch {epoch}: {reason}. {self.remedy}; delete {self.folder}{kept} to "
+                    "start anew."
+                )
         # What end_epoch measures is not counted in the speed.
-        return entry | self.end_epoch(epoch, sums) | {"images_per_second": images / (ended - started)}
+        return entry | {"images_per_second": images / (ended - started)}
 
     def _write_log(self, entry: dict[str, Any], name: str) -> None:
         self.log.append(entry)
@@ -222,15 +277,18 @@ class Training:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
-        self.accelerator.log({f"{name}/{k}": v for k, v in entry.items() if k != "step"}, step=entry["step"])
+        numbers = {f"{name}/{k}": v for k, v in entry.items() if k != "step" and isinstance(v, (int, float))}
+        self.accelerator.log(numbers, step=entry["step"])
 
     def _save_state(self) -> None:
         if not self.accelerator.is_main_process:
             return
-        tensors = {f"trainee.{name}": tensor for name, tensor in self.raw.state_dict().items()}
+        tensors = {f"trainee.{name}": tensor for name, tensor in self.raw.state_dict().items()} | {"sums": self.sums}
+        if storage.non_finite(tensors):  # the end of the epoch reports it, and the state before it stays
+            return
+        self.saved_step = self.step_number
         for number, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in values.items()}
-        tensors["sums"] = self.sums
         more, header = self.more_state()
         storage.save(
             self.folder / STATE,
@@ -253,7 +311,7 @@ class Training:
             state.setdefault(int(number), {})[name] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.set_more_state(named("more."), header.get("more", {}))
-        self.step_number = header["step"]
+        self.step_number = self.saved_step = header["step"]
         if self.accelerator.is_main_process:
             self.sums.copy_(tensors["sums"])
             # Epochs that ended after the state was saved are trained again.

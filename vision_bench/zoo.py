@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from vision_bench.data import Statistics
 from vision_bench.timm_models import TRAINING
 
 FINGERPRINT = "images of the fingerprint"  # in Frozen.pretrained where they are known
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 RANDOM_SEED = 0  # of weights that nothing was trained on
 
 
@@ -29,14 +31,13 @@ class Frozen(NamedTuple):
     name: str
     model: nn.Module
     pretrained: str  # in words, what its weights come from
-    statistics: (
-        tuple[Statistics, Statistics] | None
-    )  # of the channels; None: those of the data set, as in our training
-    image_size: int | None  # pixels; None: that of the data set
+    # Mean and deviation of the channels that the model was trained with; None: not known, those of the data set.
+    statistics: tuple[Statistics, Statistics] | None
+    image_size: int | None  # pixels of a side that the model was trained at; None: that of the data set
 
 
 def load(name: str, random: bool = False) -> Frozen:
-    """A frozen model by name.
+    """A frozen model by name. What exists as a file or folder is never taken for anything else.
 
     Args:
         name: a model of timm, with or without a tag; "hf-hub:USER/NAME"; a checkpoint of ours (its file or folder); a
@@ -45,20 +46,26 @@ def load(name: str, random: bool = False) -> Frozen:
         random: with weights drawn at random, for a model of timm or "small_conv" only.
 
     Raises:
-        ValueError: there is no such model or file, its weights cannot be had, do not fit, or there are none.
+        ValueError: there is no such model or file, its weights cannot be had, do not fit, or there are none; the name
+            means a model of timm and a file or folder; or a weight is NaN or infinite.
     """
     if random:
         return _random(name)
     source, _, place = name.partition(":")
     if source in ("hf-hub", "hf_hub"):
         return _timm(name, f"weights of {place} on the hub")
-    architecture, _, file = name.partition("=")
-    if file:
-        return _with_weights(name, architecture, _safetensors(Path(file)))
     path = Path(place if source == "local-dir" else name)
-    if path.exists():
+    if path.exists():  # asked before anything in the name has a meaning: a folder may be called lr=0.1
+        if name in timm.list_models() or timm.is_model_pretrained(name):
+            raise ValueError(
+                f"{name} is a model of timm and a file or folder here. Write ./{name} for the latter; for the former "
+                "run the command in another folder."
+            )
         return _local(name, path)
-    if source == "local-dir" or "/" in name or path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+    architecture, _, file = name.partition("=")
+    if file and not {"/", "\\", ":"} & set(architecture):
+        return _with_weights(name, architecture, _safetensors(Path(file), architecture))
+    if source == "local-dir" or {"/", "\\"} & set(name) or path.suffix in (".safetensors", *PICKLES):
         hint = "" if source == "local-dir" else f" A model of the hub is written hf-hub:{name}."
         raise ValueError(f"there is no file or folder {path}.{hint}")
     _check_name(name)
@@ -102,7 +109,11 @@ def _local(name: str, path: Path) -> Frozen:
     config = path / "config.json"
     if path.is_dir() and config.is_file():
         if not (path / "model.safetensors").is_file():  # timm would open a pickle
-            raise ValueError(f"{path} has no model.safetensors; save the weights with safe_serialization=True.")
+            pickled = next((file for file in sorted(path.iterdir()) if file.suffix in PICKLES), None)
+            raise ValueError(
+                f"{path} has no model.safetensors; save the weights with safe_serialization=True."
+                + ("" if pickled is None else _conversion(pickled, path / "model.safetensors", str(path)))
+            )
         try:
             about = json.loads(config.read_text(encoding="utf-8"))
             training = about.get(TRAINING)
@@ -118,7 +129,19 @@ def _local(name: str, path: Path) -> Frozen:
             "a folder with timm's config.json (timm.models.save_for_hf)."
         )
     model, training = models.load(file)
-    return Frozen(name, model, _training({"method": model.config.method} | training), None, None)
+    images = training.get("images")
+    if images is None:
+        warnings.warn(
+            f"{file} is of an older version and does not say with which mean and deviation its images were "
+            "normalised; those of the data set are taken, which may be others.",
+            stacklevel=4,
+        )
+        statistics, image_size = None, None
+    else:
+        height, width = images["image_size"]
+        statistics, image_size = (tuple(images["mean"]), tuple(images["std"])), height if height == width else None
+    words = _training({"method": model.config.method} | training)
+    return _finite(Frozen(name, model, words, statistics, image_size))
 
 
 def _training(training: dict[str, Any]) -> str:
@@ -156,19 +179,42 @@ def _timm(creates: str, pretrained: str, name: str | None = None) -> Frozen:
 
 def _frozen(name: str, model: nn.Module, pretrained: str) -> Frozen:
     if not getattr(model, "pretrained_cfg", None):  # small_conv
-        return Frozen(name, model.eval(), pretrained, None, None)
+        return _finite(Frozen(name, model.eval(), pretrained, None, None))
     wanted = resolve_model_data_config(model)
-    return Frozen(
-        name, model.eval(), pretrained, (tuple(wanted["mean"]), tuple(wanted["std"])), int(wanted["input_size"][-1])
-    )
+    statistics = tuple(wanted["mean"]), tuple(wanted["std"])
+    return _finite(Frozen(name, model.eval(), pretrained, statistics, int(wanted["input_size"][-1])))
 
 
-def _safetensors(path: Path) -> Path:
+def _finite(frozen: Frozen) -> Frozen:
+    if tensor := storage.non_finite(frozen.model.state_dict()):
+        raise ValueError(
+            f"{frozen.name} has NaN or infinite weights, first in {tensor}: nothing can be measured on it."
+        )
+    return frozen
+
+
+def _safetensors(path: Path, architecture: str = "MODEL") -> Path:
+    """The path, if it is of a file that may be opened."""
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is not a .safetensors file, and others are not opened: they may run code.")
+        converted = path.with_suffix(".safetensors")
+        raise ValueError(
+            f"{path} is not a .safetensors file, and others are not opened: they may run code."
+            + (_conversion(path, converted, f"{architecture}={converted}") if path.suffix in PICKLES else "")
+        )
     if not path.is_file():
         raise ValueError(f"there is no file {path}.")
     return path
+
+
+def _conversion(pickled: Path, converted: Path, name: str) -> str:
+    """The lines that turn a pickled file of weights into one that is opened, to follow an error."""
+    return (
+        f" Two lines of Python convert {pickled} without running code in it; name the model as {name} then. Where the "
+        "weights lie deeper in the file, write a key such as ['state_dict'] behind torch.load(...).\n"
+        "import torch, safetensors.torch\n"
+        f"safetensors.torch.save_file(torch.load({str(pickled)!r}, map_location='cpu', weights_only=True), "
+        f"{str(converted)!r})"
+    )
 
 
 def _check_name(name: str) -> None:

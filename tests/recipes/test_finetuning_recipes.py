@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import _finetuning
@@ -12,8 +13,12 @@ import noisy_finetuning
 import pytest
 import torch
 import yaml
+from _experiments import EXPERIMENTS
 from _finetuning import adapted, drawn
 from _run import Run
+from _settings import parse
+from _vision import results_config
+from filelock import FileLock
 
 from vision_bench import models
 from vision_bench.data import load_images
@@ -163,6 +168,70 @@ def test_noisy_finetuning_leaves_rows_table_and_pictures(folder, tmp_path):
     for name in ("figure_3c", "epochs"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
     assert (tmp_path / "finetuned" / "nce-0.1-0.6-1" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*FEW, "--methods", "ce", "nce", "ce+weight_decay", "ce+dropout", "ce+early_stopping"],
+        [*VIT, "--fractions", "0.5", "--methods", "ce", "nce", "lora", "monolora"],
+    ],
+)
+def test_arms_that_diverge_are_marked_and_have_no_numbers(arguments, tmp_path, monkeypatch):
+    command = ["--output_dir", str(tmp_path), *arguments, "--finetuning_learning_rate", "1e10"]
+    few_shot_finetuning.main(command)
+    script = parse(few_shot_finetuning.FewShotArguments, command)
+    cells = {(s, m, f) for s in script.seeds for m in script.methods for f in script.fractions}
+    marked = rows(tmp_path, "diverged")
+    assert {(row["seed"], row["config"]["method"], row["config"]["fraction"]) for row in marked} == cells
+    assert {row["metric"] for row in rows(tmp_path)} == {"diverged"}
+    assert "The training diverged in epoch" in marked[0]["config"]["reason"]
+    table = (tmp_path / "results.md").read_text()
+    for method, fraction in itertools.product(script.methods, script.fractions):
+        assert f"| {100 * fraction:g} % | {method} | diverged | diverged | - | - | - | - | - | - |" in table
+    assert not list((tmp_path / "finetuned").iterdir())
+    monkeypatch.setattr(_finetuning, "finetune", lambda *_, **__: pytest.fail("it diverged already"))
+    few_shot_finetuning.main(command)
+    assert (tmp_path / "results.md").read_text() == table
+    (figure,) = (one for one in EXPERIMENTS if one.recipe == "few_shot_finetuning")
+    assert figure.missing(Run(tmp_path, figure.recipe, results_config(script))) is None
+
+
+def test_the_other_arms_and_seeds_go_on_where_one_diverges(folder, tmp_path, monkeypatch):
+    """nce diverges for one of two seeds; that seed has no number anywhere, and the legend says so."""
+    drawn_with = []
+    figures = few_shot_finetuning.figures
+    monkeypatch.setattr(figures, "finetuning_curves", recording(figures.finetuning_curves, drawn_with))
+
+    def diverging(path, model, config, *rest, **named):
+        if config.loss == "nce" and config.seed == 1:
+            config = replace(config, learning_rate=1e10)
+        return finetune(path, model, config, *rest, **named)
+
+    monkeypatch.setattr(_finetuning, "finetune", diverging)
+    command = [*FEW, "--methods", "ce", "nce", "--checkpoints", str(folder / "models")]
+    few_shot_finetuning.main(["--output_dir", str(tmp_path), *command])
+    assert {(row["seed"], row["config"]["method"]) for row in rows(tmp_path, "diverged")} == {(1, "nce")}
+    final = rows(tmp_path, "finetuned_validation_top1")
+    assert {(row["seed"], row["config"]["method"]) for row in final} == {(0, "ce"), (1, "ce"), (0, "nce")}
+    value = rows(tmp_path, "finetuned_validation_top1", method="nce", fraction=0.1)[0]["value"]
+    assert f"| {100 * value:.1f} (1 of 2 diverged) | " in (tmp_path / "results.md").read_text()
+    labels = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in drawn_with]
+    assert labels == [["ce", "nce, 2 of 4 diverged"], ["ce", "nce, 1 of 2 diverged"]]
+
+
+def test_a_pretraining_that_diverges_marks_the_arms_of_its_seed(tmp_path):
+    command = ["--output_dir", str(tmp_path), *FEW, "--methods", "ce", "nce", "--learning_rate", "1e38"]
+    few_shot_finetuning.main([*command, "--optimizer", "sgd"])
+    marked = rows(tmp_path, "diverged")
+    assert len(marked) == 2 * 2 * 2
+    assert marked[0]["config"]["reason"].startswith("pretraining: The training diverged in epoch 1")
+
+
+def test_a_folder_that_another_process_holds_is_refused_before_pretraining(tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="Another process is working in"):
+        few_shot_finetuning.main(["--output_dir", str(tmp_path), *FEW])
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == []
 
 
 def test_wrong_labels_are_drawn_after_the_images_and_the_same_for_all_arms():

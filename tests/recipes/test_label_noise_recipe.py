@@ -6,7 +6,15 @@ import shutil
 import label_noise_probing
 import pytest
 import tables
+import torch
+from _run import interval
 from label_noise_probing import main
+
+from vision_bench import models
+from vision_bench.corruptions import flip_labels
+from vision_bench.data import load_images
+from vision_bench.features import embed
+from vision_bench.probe import TRAINING, fit_linear_probes, probe_accuracy, training_accuracy
 
 SMALL = ["--seeds", "0", "1", "--noise_rates", "0", "0.6", "--pretraining_epochs", "2", "--warmup_epochs", "1"]
 SMALL += ["--projector_hidden", "32", "--projector_out", "32", "--sae_k", "4", "--sae_epochs", "4"]
@@ -62,6 +70,60 @@ def test_what_the_features_are_stands_beside_their_accuracy(folder):
     assert "| ncl, the paper, ImageNet-100 | -0.1 | +5.7 |" in table
     assert "| sae over random_relu |" in table
     assert "no signal is left at a rate of 90 %" in table
+
+
+def test_what_probes_fit_of_their_own_labels_and_chance_stand_in_the_table(folder):
+    train, test = load_images("digits", "train"), load_images("digits", "test")
+    for metric in TRAINING:
+        cells = {(r["config"]["features"], r["config"]["noise_rate"], r["seed"]) for r in rows(folder, metric)}
+        assert cells == {(arm, rate, seed) for arm in ARMS for rate in (0, 0.6) for seed in (0, 1)}
+        assert {row["n"] for row in rows(folder, metric)} == {1437}
+    model, _ = models.load(folder / "models" / "ncl-1" / "model.safetensors")
+    x = embed(model, train.images, train.mean, train.std, ["output"])["output"]
+    noisy = flip_labels(train.labels, 0.6, 10, torch.Generator().manual_seed(1))[None]
+    expected = training_accuracy(fit_linear_probes(x, noisy, 10, epochs=4, seeds=1), x, noisy)
+    for metric, value in zip(TRAINING, expected, strict=True):
+        assert values(folder, metric, features="ncl", noise_rate=0.6, seed=1) == pytest.approx(
+            [value.item()], abs=2e-3
+        )
+    text = (folder / "results.md").read_text()
+    table = text.split("on their own training labels, wrong ones included, %.")[1].split("## Points")[0]
+    own, means = (interval([100 * v for v in values(folder, m, features="sae", noise_rate=0.6)]) for m in TRAINING)
+    trained = "" if own.mean >= means.mean else " (not trained)"
+    assert f" {own.text(1)}{trained} |" in next(line for line in table.splitlines() if line.startswith("| sae |"))
+    assert ("**Warning: not trained:**" in table) == ("(not trained)" in table)
+    (chance,) = values(folder, "chance_top1")
+    assert chance == 37 / 360 == torch.bincount(test.labels).max().item() / len(test)
+    assert "| chance level | 10.3 | 10.3 | - | - | - | - |" in text
+
+
+def test_the_papers_protocol_can_be_run_and_its_rows_are_not_mixed_with_others(folder, tmp_path):
+    command = ["--output_dir", str(tmp_path), *SMALL, "--checkpoints", str(folder / "models")]
+    main([*command, "--rescale", "false"])
+    train, test = load_images("digits", "train"), load_images("digits", "test")
+    model, _ = models.load(folder / "models" / "ncl-1" / "model.safetensors")
+    x, y = (embed(model, s.images, s.mean, s.std, ["output"])["output"] for s in (train, test))
+    probes = fit_linear_probes(x, train.labels[None], 10, epochs=4, seeds=1, rescale=False)
+    expected = probe_accuracy(*probes, y, test.labels, topk=(1,))[1].item()
+    assert values(tmp_path, features="ncl", noise_rate=0, seed=1) == pytest.approx([expected], abs=1.1 / 360)
+    assert values(tmp_path, features="poly_unit") != values(folder, features="poly_unit")
+    assert "decides how far these probes come (rescale: false)" in (tmp_path / "results.md").read_text()
+    assert "(rescale: false)" not in (folder / "results.md").read_text()
+    with pytest.raises(ValueError, match=r"another configuration \(rescale: False there, True now\)"):
+        main(command)
+    described = json.loads((tmp_path / "config.json").read_text())
+    del described["config"]["rescale"]  # as the folders were before there was the setting
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="another configuration"):
+        main(command)
+
+
+def test_poor_autoencoders_are_pointed_out(folder, tmp_path):
+    assert "variance unexplained" not in (folder / "results.md").read_text() or max(values(folder, "sae_fvu")) > 0.5
+    command = ["--output_dir", str(tmp_path), *SMALL, "--checkpoints", str(folder / "models")]
+    main([*command, "--sae_k", "1", "--sae_epochs", "1"])
+    assert min(values(tmp_path, "sae_fvu")) > 0.5
+    assert "**Warning: variance unexplained above 0.5:** sae (" in (tmp_path / "results.md").read_text()
 
 
 def test_pictures_are_left(folder):

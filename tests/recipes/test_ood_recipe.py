@@ -103,6 +103,14 @@ def test_a_row_equals_the_shift_probed_by_hand(folder):
     assert found == pytest.approx(right.double().mean().item(), abs=1.1 / 360)
 
 
+def test_the_chance_level_is_that_of_the_images_of_a_shift(folder):
+    test = load_images("digits", "test")
+    level = torch.bincount(test.labels).max().item() / len(test)
+    levels = {row["config"].get("shift"): row["value"] for row in rows(folder, "chance_top1")}
+    assert levels == dict.fromkeys([None, "none", "rotated", "inverted", "thinned"], level)
+    assert "| chance level | 10.3 |" in (folder / "results.md").read_text()
+
+
 def test_sets_that_are_read_give_what_the_same_images_give_elsewhere(folder, arrays):
     for arm in ("poly", "sae", "ncl"):
         for seed in (0, 1):

@@ -1,12 +1,16 @@
 """The pretraining recipe at a size of seconds, and the configurations of the paper."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import _vision
 import label_noise_probing
 import pretrain as recipe
 import pytest
+import torch
 from _settings import parse
+from filelock import FileLock
 from pretrain import main
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
@@ -48,6 +52,44 @@ def test_same_settings_reprint_and_others_are_refused(folder, capsys):
     assert "| simclr | 2 |" in capsys.readouterr().out
     with pytest.raises(ValueError, match="another configuration"):
         main(["--output_dir", str(folder), *SMALL, "--temperature", "0.5"])
+
+
+def test_a_model_that_diverges_is_marked_and_the_others_go_on(tmp_path, monkeypatch):
+    real = _vision.pretrain
+
+    def diverging(folder, model_config, config, *rest, **named):
+        if model_config.non_negative != "none" and config.seed == 1:
+            config = replace(config, learning_rate=1e38, optimizer="sgd")
+        return real(folder, model_config, config, *rest, **named)
+
+    monkeypatch.setattr(_vision, "pretrain", diverging)
+    main(["--output_dir", str(tmp_path), *SMALL])
+    (marked,) = [row for row in rows(tmp_path) if row["metric"] == "diverged"]
+    assert (marked["config"]["method"], marked["seed"]) == ("ncl", 1)
+    assert "diverged in epoch 1" in marked["config"]["reason"]
+    others = [(row["config"]["method"], row["seed"]) for row in rows(tmp_path) if row["metric"] == "sparsity"]
+    assert others == [("simclr", 0), ("ncl", 0), ("simclr", 1)]
+    assert "| ncl | 1 (1 more diverged) |" in (tmp_path / "results.md").read_text()
+    monkeypatch.setattr(_vision, "pretrain", lambda *_, **__: pytest.fail("nothing is left to do"))
+    main(["--output_dir", str(tmp_path), *SMALL])
+
+
+def test_a_folder_that_another_process_holds_is_refused_before_training(tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="Another process is working in"):
+        main(["--output_dir", str(tmp_path), *SMALL])
+    assert not (tmp_path / "models").exists()
+
+
+def test_models_of_other_test_images_lend_no_accuracies(folder, tmp_path, monkeypatch):
+    load = _vision.load_images
+
+    def fewer(name, split, *rest, **named):
+        images = load(name, split, *rest, **named)
+        return images.subset(torch.arange(100)) if split == "test" else images
+
+    monkeypatch.setattr(_vision, "load_images", fewer)
+    with pytest.raises(ValueError, match="simclr, seed 0, was trained beside other test images"):
+        main(["--output_dir", str(tmp_path), *SMALL, "--checkpoints", str(folder / "models")])
 
 
 @pytest.mark.parametrize("name", ["cifar100", "imagenet100"])

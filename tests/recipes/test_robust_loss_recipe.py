@@ -59,6 +59,8 @@ def test_a_row_equals_a_probe_trained_with_the_loss_by_autograd(folder, loss):
     train, test = load_images("digits", "train"), load_images("digits", "test")
     model, _ = models.load(folder / "models" / "ncl-1" / "model.safetensors")
     x, validation = (embed(model, split.images, split.mean, split.std)["output"] for split in (train, test))
+    scale = 8 / x.square().sum(dim=1).mean().sqrt()
+    x, validation = scale * x, scale * validation
     labels = flip_labels(train.labels, 0.6, 10, torch.Generator().manual_seed(1))
     start = torch.Generator().manual_seed(1)
     probe = torch.nn.Linear(32, 10)

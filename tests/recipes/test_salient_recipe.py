@@ -11,6 +11,8 @@ import torch
 from _run import Run
 from salient_features import SalientArguments, bootstrap, main, salient_dimensions, within_class
 
+from vision_bench.probe import TRAINING
+
 SMALL = ["--seeds", "0", "1", "--pretraining_epochs", "2", "--warmup_epochs", "1", "--projector_hidden", "32"]
 SMALL += ["--projector_out", "32", "--sae_k", "4", "--sae_epochs", "4", "--probe_epochs", "4", "--draws", "200"]
 
@@ -157,11 +159,18 @@ def test_a_difference_within_classes_that_there_is_not_has_no_row(tmp_path):
         salient_features.add_seed(run, script, name, salient, labels == 0, labels, seed, measured)
         for metric in ("semantic_consistency", "chance_consistency", "sparsity"):
             run.add(metric, 0.5, n=40, seed=seed, features=name, **measured)
+        for metric, value in zip(TRAINING, (0.2, 0.1 + 0.2 * (name == "ncl")), strict=True):
+            run.add(metric, value, n=40, seed=seed, features=name, **measured)
+    run.add("chance_top1", 0.5, n=40, seed=None, **measured)
     assert not run.find("salient_difference_within_class")
     assert len(run.find("offline_probe_top1")) == 6
     assert "NaN" not in (tmp_path / "results.jsonl").read_text()
     run.add("salient_difference_within_class", 0.25, n=40, seed=1, features="sae", **measured)
-    held_against = salient_features.report(run, script).split("## What it must be held against")[1]
+    text = salient_features.report(run, script)
+    assert "Chance level of top-1: 50.0 %." in text
+    assert "not trained:** ncl (20.0 %, class means 30.0 %). " in text
+    assert "| ncl | 50.0 ± 0.0 | 20.0 ± 0.0 (not trained) |" in text
+    held_against = text.split("## What it must be held against")[1]
     lines = [line for line in held_against.splitlines() if line.startswith(("| poly |", "| sae |"))]
     assert [line.split(" | ")[4] for line in lines] == ["-", "+0.2500 (1 of 2 seeds)"]
 

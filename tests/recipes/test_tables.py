@@ -12,6 +12,8 @@ from _experiments import EXPERIMENTS
 from _run import Run
 from tables import main
 
+from vision_bench.probe import TRAINING
+
 ARMS = ("poly", "sae", "ncl", "poly_decay", "poly_unit", "random_relu", "random_mask")
 MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
 BY = {experiment.recipe: experiment for experiment in EXPERIMENTS}
@@ -39,6 +41,13 @@ def probed(metric="offline_probe_top1", **axes):
         for name in ARMS
         for i, cell in enumerate(cells)
     ]
+    trained = {name: values for name, values in axes.items() if name in ("noise_rate", "loss")}
+    for name, cell, one in itertools.product(ARMS, itertools.product(*trained.values()), TRAINING):
+        decay = 0.1 if name == "poly_decay" else 0.0
+        arm = {"features": name, "probe_weight_decay": decay} | dict(zip(trained, cell, strict=True))
+        rows.append((one, 0.3, arm))
+    rows.append(("chance_top1", 0.1, {}))
+    rows += [("chance_top1", 0.1, {"shift": shift}) for shift in axes.get("shift", ())]
     rows += [(measured, 0.2, {"features": name}) for measured in MEASURED for name in ARMS]
     return rows + [(quality, 0.1, {}) for quality in ("sae_fvu", "sae_l0", "sae_dead_share")]
 
@@ -54,6 +63,7 @@ def shifted(folder, **config):
     for name, corruption, severity in itertools.product(ARMS, ("fog", "snow"), range(1, 6)):
         arm = {"features": name, "probe_weight_decay": 0.1, "shift": "c", "extra": False}
         rows.append(("offline_probe_top1", 0.5, arm | {"corruption": corruption, "severity": severity}))
+    rows.append(("chance_top1", 0.1, {"shift": "c"}))
     shifts = {"rotated": "1", "sketch": "2", "c": "3"}
     known = {"data": "digits", "decays": [0.1], "class_map": None, "shifts": shifts}
     return write(folder, "ood_probing", known | config, rows)
@@ -61,7 +71,8 @@ def shifted(folder, **config):
 
 def salient(folder, **config):
     rows = [("offline_probe_top1", 0.5, {"features": name}) for name in ARMS[:3]]
-    rows += [(metric, 0.3, {"features": name}) for metric in MEASURED for name in ARMS[:3]]
+    rows += [(metric, 0.3, {"features": name}) for metric in (*MEASURED, *TRAINING) for name in ARMS[:3]]
+    rows.append(("chance_top1", 0.1, {}))
     of_group = {"low": 0.1, "high": 0.4, "histogram": [0.0, 0.5, 0.5]}
     for name in ARMS[:3]:
         rows.append(("salient_difference", 0.1, {"features": name, "low": 0.05, "high": 0.2}))
@@ -199,7 +210,7 @@ def test_a_stopped_run_is_not_shown_as_whole(runs, tmp_path):
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     kept = [r for r in rows if not (r["config"].get("features") == "ncl" and r["seed"] == 1)]
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    lacks = "lacks rows of the metric offline_probe_top1 (features ncl, noise_rate 0.0, seed 1 and 6 more)"
+    lacks = "lacks rows of the metric offline_probe_top1 (features ncl, noise_rate 0.0, seed 1 and 12 more)"
     main(["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")])
     assert lacks in (tmp_path / "out" / "results.md").read_text()
     assert not (tmp_path / "out" / "label_noise_probing").exists()
@@ -347,7 +358,8 @@ def test_image_grids_are_taken_from_the_run(tmp_path):
         "shown_dimensions",
         "accuracy_purity_correlation",
     )
-    rows = [(metric, 0.5, one) for metric in (*metrics, *MEASURED) for one in arm]
+    rows = [(metric, 0.5, one) for metric in (*metrics, *MEASURED, *TRAINING) for one in arm]
+    rows.append(("chance_top1", 0.1, {}))
     shown = {"class_name": "cat", "class_accuracy": 0.5, "consistency": 0.1, "dimension": 3}
     rows += [
         ("class_dimension_purity", 0.5, one | shown | {"rank": rank}) for one in arm for rank in ("worst", "best")

@@ -12,6 +12,8 @@ from top_activated_samples import TopActivatedArguments, add_seed, class_accurac
 
 from vision_bench import figures
 from vision_bench.data import ImageSet, load_images
+from vision_bench.metrics import MEASURED
+from vision_bench.probe import TRAINING
 
 SMALL = ["--seeds", "0", "1", "--pretraining_epochs", "2", "--warmup_epochs", "1", "--projector_hidden", "32"]
 SMALL += ["--projector_out", "32", "--sae_k", "8", "--sae_epochs", "4", "--probe_epochs", "4", "--samples", "4"]
@@ -85,15 +87,18 @@ def test_a_correlation_that_there_is_not_has_no_row(tmp_path, recwarn):
     for name, seed in itertools.product(("poly", "sae", "ncl"), (0, 1)):
         accuracy = torch.tensor([0.5, 0.5, 0.5 + (name == "ncl")], dtype=torch.float64)
         add_seed(run, script, name, features, images, torch.eye(3), accuracy, seed, seed, measured)
-        for metric in ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions"):
+        for metric in (*MEASURED, *TRAINING):
             run.add(metric, 0.5, n=6, seed=seed, features=name, **measured)
+    run.add("chance_top1", 0.4, n=6, seed=None, **measured)
     assert not run.find("accuracy_purity_correlation")
     assert len(run.find("offline_probe_top1")) == 6  # the row that says that the kind of features is complete
     assert "NaN" not in (tmp_path / "results.jsonl").read_text()
     assert not recwarn.list
     run.add("accuracy_purity_correlation", 0.25, n=3, seed=1, features="sae", **measured)
-    lines = [line for line in report(run, script).splitlines() if line.startswith(("| poly |", "| sae |"))]
-    assert [line.split(" | ")[5] for line in lines] == ["-", "+0.25 (1 of 2 seeds)"]
+    text = report(run, script)
+    assert "Chance level of top-1: 40.0 %." in text
+    lines = [line for line in text.splitlines() if line.startswith(("| poly |", "| sae |"))]
+    assert [line.split(" | ")[6] for line in lines] == ["-", "+0.25 (1 of 2 seeds)"]
 
 
 def test_table_and_pictures(folder):
@@ -148,7 +153,7 @@ def test_what_shared_models_show_is_measured_once_and_has_no_interval(folder, tm
     for metric in ("chance_top_purity", "offline_probe_top1"):  # of shuffled labels, and of probes
         assert {row["seed"] for row in rows(tmp_path, metric)} == {0, 1}
     line = next(line for line in (tmp_path / "results.md").read_text().splitlines() if line.startswith("| ncl |"))
-    assert ["±" in cell for cell in line.split("|")[2:-1]] == [False, True, False, True, True] + [False] * 4
+    assert ["±" in cell for cell in line.split("|")[2:-1]] == [False, True, False, True, True, True] + [False] * 4
     monkeypatch.setattr(top_activated_samples, "frozen_models", None)  # nothing is measured again
     main(command)
 

@@ -21,7 +21,7 @@ from vision_bench.metrics import semantic_consistency
 from vision_bench.probe import fit_linear_probes, probe_accuracy
 from vision_bench.shifts import load_shifted, synthetic
 
-QUICK = ["--limit", "300", "--seeds", "0", "1", "--probe_epochs", "4", "--sae_epochs", "3"]
+QUICK = ["--limit", "300", "--seeds", "0", "1", "--probe_epochs", "20", "--sae_epochs", "3"]
 CORRUPTIONS = ["--corruptions", "label_noise=0.4", "few_shots=0.5", "gaussian=0.5", "rotated"]
 SMALL = ["--random_init", "small_conv"]
 TESTS = ("clean", "gaussian 0.5", "rotated", "rotated + gaussian 0.5")
@@ -68,7 +68,7 @@ def test_every_cell_has_a_row_and_kinds_of_features_differ(folder, checkpoint):
     assert cells == {
         (model, kind, shots, rate, test, seed)
         for model in names
-        for kind in benchmark.KINDS
+        for kind in ("raw", "unit", "sae")
         for shots in (1, 0.5)
         for rate in (0, 0.4)
         for test in TESTS
@@ -83,13 +83,18 @@ def test_every_cell_has_a_row_and_kinds_of_features_differ(folder, checkpoint):
         )
         for metric in sae.QUALITY:
             assert len(found(folder, metric, model=model)) == 1
+        # no feature of these two is negative
+        assert [row["config"]["features"] for row in found(folder, benchmark.SAME, model=model)] == ["relu"]
+        training = found(folder, probe.TRAINING[0], model=model)
+        assert len(training) == len(found(folder, probe.TRAINING[1], model=model)) == 3 * 2 * 2 * 2
+        assert {row["n"] for row in training} == {299, 149}
     assert {row["config"]["random_init"] for row in found(folder, model="small_conv")} == {True}
     clean = found(folder, model=str(checkpoint), features="raw", few_shots=1, label_noise=0, test="clean")
     assert clean[0]["value"] != clean[1]["value"]
     assert {row["n"] for row in found(folder)} == {301}  # rounded in each class
 
 
-@pytest.mark.parametrize(("kind", "shots", "test"), [("raw", 1, "clean"), ("relu", 0.5, "rotated + gaussian 0.5")])
+@pytest.mark.parametrize(("kind", "shots", "test"), [("raw", 1, "clean"), ("unit", 0.5, "rotated + gaussian 0.5")])
 def test_a_cell_equals_what_its_parts_give_one_by_one(folder, kind, shots, test):
     rate, seed = 0.4, 1
     torch.manual_seed(0)
@@ -103,15 +108,19 @@ def test_a_cell_equals_what_its_parts_give_one_by_one(folder, kind, shots, test)
     noise = features.InputNoise("gaussian", 0.5).starting_at(0) if "gaussian" in test else None
     x = features.embed(model, train.images, train.mean, train.std)["backbone"]
     y = features.embed(model, images.images, images.mean, images.std, perturb=noise)["backbone"]
-    if kind == "relu":
-        x, y = F.relu(x), F.relu(y)
+    if kind == "unit":
+        x, y = F.normalize(x), F.normalize(y)
     drawn = stratified_fraction(train.labels, shots, torch.Generator().manual_seed(seed))
     labels = flip_labels(train.labels[drawn], rate, 10, torch.Generator().manual_seed(seed))
-    # 4 epochs of all 299 images are 4 steps, and so are 4 of the half: 149 images are less than one batch of 256
-    fitted = fit_linear_probes(x[drawn], labels[None], 10, epochs=4, batch_size=min(256, len(drawn)), seeds=seed)
+    # 20 epochs of all 299 images are 20 steps, and so are 20 of the half: 149 images are less than one batch of 256
+    fitted = fit_linear_probes(x[drawn], labels[None], 10, epochs=20, batch_size=min(256, len(drawn)), seeds=seed)
     arm = {"model": "small_conv", "features": kind, "test": test}
     (row,) = found(folder, few_shots=shots, label_noise=rate, seed=seed, **arm)
     assert row["value"] == pytest.approx(probe_accuracy(*fitted, y, images.labels, topk=(1,))[1].item(), abs=1e-9)
+    expected = probe.training_accuracy(fitted, x[drawn], labels[None])
+    for metric, value in zip(probe.TRAINING, expected, strict=True):
+        (row,) = found(folder, metric, few_shots=shots, label_noise=rate, seed=seed, model="small_conv", features=kind)
+        assert row["value"] == pytest.approx(value.item(), abs=1e-9)
     what = semantic_consistency(y, images.labels)
     for metric, value in (("semantic_consistency", what.mean), ("sparsity", what.sparsity)):
         assert found(folder, metric, **arm)[0]["value"] == pytest.approx(value, abs=1e-6)
@@ -152,7 +161,18 @@ def test_the_table_says_what_is_pretrained_on_what_and_agrees_with_the_rows(fold
         if cell["features"] != "raw":
             gain = paired_difference(found(folder, **arm), base).scaled(100)
             assert (cell["gain_over_raw"], cell["gain_half_width"]) == pytest.approx(gain[:2])
-            assert f"{gain.mean:+.1f}" in text
+            assert gain.text(1, sign=True) in text
+        if cell["features"] == "sae":
+            gain = paired_difference(found(folder, **arm), found(folder, **arm | {"features": "unit"})).scaled(100)
+            assert (cell["gain_over_unit"], cell["gain_over_unit_half_width"]) == pytest.approx(gain[:2])
+            assert gain.text(1, sign=True) in text
+        training = {k: v for k, v in arm.items() if k != "test"}
+        own, means = (interval([100 * row["value"] for row in found(folder, m, **training)]) for m in probe.TRAINING)
+        assert (cell["training_top1"], cell["training_half_width"]) == pytest.approx(own[:2])
+        assert cell["class_means_training_top1"] == pytest.approx(means.mean)
+        assert cell["trained"] == (own.mean >= means.mean)
+        assert f"| {own.text(1)}" in text
+        assert cell["chance_top1"] == pytest.approx(100 * 31 / 301)  # of the test images
         assert expected.text(1) in text
         assert (
             cell["semantic_consistency"]
@@ -160,6 +180,12 @@ def test_the_table_says_what_is_pretrained_on_what_and_agrees_with_the_rows(fold
                 "value"
             ]
         )
+    digits = load_images("digits", "train")
+    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (digits.mean, digits.std))
+    assert text.count("No feature is negative: `relu` equals `raw` and was not measured again.\n") == 2
+    assert "| relu |" not in text
+    assert "| chance level | - | - | - | 10.3 | 10.3 | 10.3 | 10.3 | - |" in text
+    assert text.count(f"  Images: size as in the data set; mean {mean}, standard deviation {std}.\n") == 2
     assert (folder / "robustness.png").stat().st_size > 5000
     assert (folder / "robustness.pdf").read_bytes().startswith(b"%PDF")
 
@@ -197,7 +223,7 @@ def test_a_second_run_with_the_same_features_makes_no_forward_pass(folder, check
     assert {row["config"]["label_noise"] for row in found(tmp_path / "b")} == {0, 0.6}
     arm = {"label_noise": 0, "few_shots": 1, "model": str(checkpoint)}
     for test in ("clean", "gaussian 0.5"):
-        for kind in benchmark.KINDS:
+        for kind in ("raw", "unit", "sae"):
             first, second = (found(f, test=test, features=kind, **arm) for f in (folder, tmp_path / "b"))
             assert [row["value"] for row in first] == [row["value"] for row in second]
     with pytest.raises(SystemExit, match="a forward pass"):
@@ -231,11 +257,11 @@ def test_a_stopped_run_continues_to_the_same_rows(folder, checkpoint, tmp_path, 
         main(command)
     main([*command, "--resume"])
     assert results(stopped) == results(folder)
-    assert len(calls) == 3 + 4  # two of the six pairs were there
+    assert len(calls) == 3 + 6  # two of the eight pairs were there
     assert (stopped / "results.csv").read_text() == (folder / "results.csv").read_text()
     main([*command, "--resume"])
-    assert len(calls) == 7
-    with pytest.raises(SystemExit, match=r"of another configuration \(probe_epochs: 4 there, 5 now\)"):
+    assert len(calls) == 9
+    with pytest.raises(SystemExit, match=r"of another configuration \(probe_epochs: 20 there, 5 now\)"):
         main([*command, "--resume", "--probe_epochs", "5"])
 
 
@@ -247,7 +273,7 @@ def test_models_and_kinds_of_features_may_be_added(folder, checkpoint, tmp_path)
     model = models.ContrastiveModel(models.ModelConfig("test_resnet", projector_hidden=8, projector_out=4))
     timm_models.save(tmp_path / "resnet", model, load_images("digits", "test", image_size=32), {})
     main([str(tmp_path / "resnet"), "--features", "raw", "--output_dir", str(grown), *QUICK, *CORRUPTIONS, "--resume"])
-    assert len(results(grown)) == len(before) + 4 * (2 * 2 * 2 + 4)
+    assert len(results(grown)) == len(before) + 4 * (2 * 2 * 2 + 4) + 2 * (2 * 2 * 2)
     assert found(grown, model=str(tmp_path / "resnet"))[0]["config"]["image_size"] == [32, 32]
     assert set(before) < set(results(grown))
 
@@ -278,6 +304,136 @@ def odd_negative(pretrained, **kwargs):
     return Odd(lambda x: -x.flatten(1).abs() - 1)
 
 
+@register_model
+def odd_pixels(pretrained, **kwargs):
+    return Odd(lambda x: x.flatten(1))
+
+
+@register_model
+def odd_large_pixels(pretrained, **kwargs):
+    return Odd(lambda x: 2.0**9 * x.flatten(1))
+
+
+@register_model
+def odd_silent(pretrained, **kwargs):
+    """Nothing for images of some brightness."""
+    return Odd(lambda x: x.flatten(1) * (x.mean(dim=(1, 2, 3)) > -0.05)[:, None])
+
+
+def test_the_scale_of_a_models_features_decides_nothing(tmp_path):
+    for name in ("odd_pixels", "odd_large_pixels"):
+        command = ["--random_init", name, "--output_dir", str(tmp_path / name), "--corruptions", "label_noise=0.4"]
+        main([*command, "few_shots=0.5", *QUICK])
+    metrics = (benchmark.ACCURACY, *probe.TRAINING, *sae.QUALITY)
+    for metric in metrics:
+        first, second = (
+            {
+                (*(row["config"].get(k) for k in ("features", "few_shots", "label_noise")), row["seed"]): row["value"]
+                for row in found(tmp_path / name, metric)
+            }
+            for name in ("odd_pixels", "odd_large_pixels")
+        )
+        assert first == second
+        if metric in (benchmark.ACCURACY, *probe.TRAINING):
+            assert {key[0] for key in first} == {"raw", "unit", "relu", "sae"}
+    clean = found(tmp_path / "odd_large_pixels", features="raw", label_noise=0, few_shots=1)
+    assert min(row["value"] for row in clean) > 0.5
+
+
+def test_probes_that_are_not_trained_and_autoencoders_that_explain_little_are_pointed_out(tmp_path):
+    command = ["--random_init", "odd_pixels", "--features", "raw", "sae", "--corruptions", "--limit", "300"]
+    main([*command, "--output_dir", str(tmp_path / "few"), "--probe_epochs", "1", "--sae_epochs", "1", "--sae_k", "1"])
+    text = (tmp_path / "few" / "results.md").read_text()
+    own, means = (found(tmp_path / "few", metric, features="raw") for metric in probe.TRAINING)
+    own, means = (100 * sum(row["value"] for row in rows) / 5 for rows in (own, means))
+    assert own < means
+    warning = (
+        f"odd_pixels (random), raw, 100 % of the images, 0 % wrong labels ({own:.1f} %, class means {means:.1f} %)"
+    )
+    assert f"**Warning: not trained:** {warning}" in text
+    assert " (not trained) |" in text
+    (row,) = found(tmp_path / "few", "sae_fvu")
+    assert row["value"] > 0.5
+    assert f"**Warning: variance unexplained above 0.5:** odd_pixels (random) ({row['value']:.2f})." in text
+    trained = json.loads((tmp_path / "few" / "results.json").read_text())["table"][0]["trained"]
+    assert trained is False
+    main([*command, "--output_dir", str(tmp_path / "many")])
+    assert found(tmp_path / "many", "sae_fvu")[0]["value"] < 0.5
+    assert "not trained" not in (tmp_path / "many" / "results.md").read_text()
+    assert "Warning" not in (tmp_path / "many" / "results.md").read_text()
+
+
+def test_rows_of_zeros_among_the_features_do_not_end_the_command(tmp_path):
+    main(["--random_init", "odd_silent", "--features", "raw", "unit", "relu", "--output_dir", str(tmp_path), *QUICK])
+    test = load_images("digits", "test")
+    silent = features.normalise(test.images, test.mean, test.std).mean(dim=(1, 2, 3)) <= -0.05
+    assert 0.2 < silent.double().mean() < 0.8
+    assert {row["config"]["features"] for row in found(tmp_path)} == {"raw", "unit", "relu"}
+
+
+def test_relu_that_equals_raw_is_measured_only_without_raw(tmp_path, monkeypatch):
+    command = [*SMALL, "--output_dir", str(tmp_path), "--corruptions", *QUICK]
+    main([*command, "--features", "relu"])
+    alone = found(tmp_path, features="relu")
+    assert len(alone) == 2
+    assert "| relu | 100 %" in (tmp_path / "results.md").read_text()
+    main([*command, "--features", "raw", "relu", "--resume"])
+    assert [row["value"] for row in found(tmp_path, features="raw")] == [row["value"] for row in alone]
+    assert found(tmp_path, features="relu") == alone
+    main(
+        [
+            *command,
+            "--output_dir",
+            str(tmp_path / "b"),
+            "--cache_dir",
+            str(tmp_path / "cache"),
+            "--features",
+            "relu",
+            "raw",
+        ]
+    )
+    assert len(found(tmp_path / "b", benchmark.SAME)) == 1
+    assert not found(tmp_path / "b", features="relu")
+    main(
+        [
+            *command,
+            "--output_dir",
+            str(tmp_path / "b"),
+            "--cache_dir",
+            str(tmp_path / "cache"),
+            "--features",
+            "relu",
+            "--resume",
+        ]
+    )
+    assert [row["value"] for row in found(tmp_path / "b", features="relu")] == [row["value"] for row in alone]
+    assert "| relu | 100 %" in (tmp_path / "b" / "results.md").read_text()
+    monkeypatch.setattr(benchmark, "_measure", no_pass)
+    main(
+        [
+            *command,
+            "--output_dir",
+            str(tmp_path / "b"),
+            "--cache_dir",
+            str(tmp_path / "cache"),
+            "--resume",
+            "--features",
+            "raw",
+            "relu",
+        ]
+    )
+
+
+def test_a_folder_of_probes_that_the_scale_decided_on_is_refused(folder, checkpoint, tmp_path):
+    old = tmp_path / "run"
+    shutil.copytree(folder, old)
+    described = json.loads((old / "config.json").read_text())
+    del described["config"]["probe_norm"]
+    (old / "config.json").write_text(json.dumps(described))
+    with pytest.raises(SystemExit, match=r"of another configuration \(probe_norm"):
+        main([str(checkpoint), *SMALL, "--output_dir", str(old), *QUICK, *CORRUPTIONS, "--resume"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -290,7 +446,7 @@ def odd_negative(pretrained, **kwargs):
         ([*SMALL, "--corruptions", "few_shots=0.001"], "would be left with none"),
         (
             ["--random_init", "small_conv", "--features", "pca"],
-            r"features has \['pca'\]; it must be of raw, relu, sae",
+            r"features has \['pca'\]; it must be of raw, unit, relu, sae",
         ),
         ([*SMALL, "--layer", "output"], "layer is 'output'; small_conv has backbone"),
         ([*SMALL, "--layer", "head"], "layer is 'head'; it must be one of backbone"),

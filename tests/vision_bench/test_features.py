@@ -159,6 +159,72 @@ def test_what_is_missing_is_known_without_a_pass(model, images, tmp_path, small_
     assert missing(tmp_path, wanted)
 
 
+@pytest.mark.parametrize(("size", "rows"), [(8, 8192), (32, 8192), (64, 2048), (224, 167), (1024, 32)])
+def test_shards_are_smaller_where_images_are_larger(size, rows, model):
+    images = Images(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    wanted = features.source(model, images, "test", checkpoint="known")
+    assert wanted.shard_rows == rows
+    assert wanted.image_size == (size, size)
+
+
+class NotFinite(torch.nn.Module):
+    """A backbone whose feature 1 of an image whose first pixel is above 0.9 is not finite."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.weight, self.value = torch.nn.Parameter(torch.ones(1)), value
+
+    def forward(self, x):
+        z = x.flatten(1)[:, :5] * self.weight
+        z[:, 1] = torch.where(x[:, 0, 0, 0] > 0.9, self.value, z[:, 1])
+        return z
+
+
+def test_a_kill_loses_no_more_than_a_shard_and_progress_counts_images(tmp_path, monkeypatch, capsys):
+    pixels = torch.randint(0, 256, (70, 3, 512, 512), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    images, passes, model = Images(pixels), [], NotFinite(0.0)
+
+    def outputs(model, x):
+        passes.append(len(x))
+        if sum(passes) > 40:
+            raise KeyboardInterrupt
+        return real(model, x)
+
+    real = models.outputs
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "outputs", outputs)
+        with pytest.raises(KeyboardInterrupt):
+            extract(tmp_path, model, images, "test", batch_size=8, progress=True)
+    assert len(list(tmp_path.iterdir())) == 1  # of three shards of 32, 32 and 6 images
+    shown = capsys.readouterr().err
+    assert "| 40/70 " in shown
+    assert "image/s" in shown or "s/image" in shown
+    counts = []
+    monkeypatch.setattr(features, "embed", lambda m, rows, *rest: counts.append(len(rows)) or embed(m, rows, *rest))
+    extract(tmp_path, model, images, "test", batch_size=8)
+    assert counts == [32, 6]
+
+
+def test_a_fingerprint_that_is_given_is_not_computed_again(model, images, tmp_path, monkeypatch):
+    checkpoint = models.fingerprint(model)
+    monkeypatch.setattr(models, "fingerprint", lambda _: pytest.fail("the weights were hashed again"))
+    made = extract(tmp_path, model, images, "test", checkpoint=checkpoint)
+    assert made.checkpoint == checkpoint
+    assert features.source(model, images, "test", checkpoint=checkpoint) == made
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e30])
+def test_features_that_are_not_finite_are_refused_with_the_image(value, images, tmp_path, small_shards):
+    plain = replace(images, images=images.images // 2, mean=(0.0,) * 3, std=(1.0,) * 3)
+    plain.images[13, 0, 0, 0] = 255
+    message = "the backbone of image 13 has values that are NaN or infinite"
+    with pytest.raises(FloatingPointError, match=message):
+        embed(NotFinite(value), plain.images, plain.mean, plain.std, batch_size=4)
+    with pytest.raises(FloatingPointError, match=f"^test: {message}"):
+        extract(tmp_path, NotFinite(value), plain, "test", batch_size=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000-of-00003.safetensors"]
+
+
 class ChangingWidth(torch.nn.Module):
     """A backbone whose features are as many as a batch has images, or are maps."""
 

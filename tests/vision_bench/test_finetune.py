@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 
 from vision_bench import finetune, models, pretrain, storage, training
 from vision_bench.corruptions import flip_labels
@@ -225,10 +226,51 @@ def test_another_seed_gives_another_model(digits, model, tmp_path):
     assert not torch.equal(one.model.classifier.weight, other.model.classifier.weight)
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(digits, model, tmp_path):
-    with pytest.raises(FloatingPointError, match="Lower learning_rate"):
-        finetune.finetune(tmp_path, model, changed(learning_rate=1e18, optimizer="sgd"), *digits)
+@pytest.mark.parametrize(
+    "settings", [{}, {"loss": "nce"}, {"held_out": 0.3}, {"monitor_epochs": 3}, {"layer": "backbone"}]
+)
+@pytest.mark.parametrize("learning_rate", [1e10, 1e18])
+def test_a_finetuning_that_diverges_stops(learning_rate, settings, digits, model, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"diverged in epoch \d: .*Lower learning_rate \(here 1e\+1"):
+        finetune.finetune(tmp_path, model, changed(learning_rate=learning_rate, **settings), *digits)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_weights_that_break_in_the_last_step_are_noticed(digits, model, tmp_path):
+    """One step: its loss is that of the pretrained weights, and the weights after it are infinite."""
+    config = changed(epochs=1, batch_size=150, learning_rate=3e38)
+    with pytest.raises(FloatingPointError, match=r"diverged in epoch 1: .* NaN or infinite"):
+        finetune.finetune(tmp_path, model, config, *digits)
+
+
+def test_accuracies_and_features_that_are_not_finite_are_no_numbers(digits, model):
+    torch.manual_seed(0)
+    classifier = finetune.Classifier(model, CONFIG, 10)
+    with torch.no_grad():
+        classifier.projector[2].bias.fill_(10.0)
+        classifier.classifier.weight.fill_(3e38)  # finite, and the logits are not
+    with pytest.raises(FloatingPointError, match="the logits of image 0 has values that are NaN or infinite"):
+        finetune.accuracy(classifier, digits[1])
+    with torch.no_grad():
+        classifier.projector[2].bias[3] = torch.inf
+    with pytest.raises(FloatingPointError, match="the features of image 0"):
+        finetune.embed(classifier, digits[1])
+
+
+def test_two_processes_never_finetune_in_one_folder(digits, model, tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="Another process is working in"):
+        finetune.finetune(tmp_path, model, CONFIG, *digits)
+
+
+def test_images_that_are_normalised_otherwise_are_refused(digits, model, tmp_path):
+    train, validation = digits
+    other = ImageSet.of(train.images, train.labels, train.class_names)
+    with pytest.raises(ValueError, match="validation has another normalisation or size than train"):
+        finetune.finetune(tmp_path, model, CONFIG, other, validation)
+    finetune.finetune(tmp_path, model, CONFIG, train, validation)
+    both = (ImageSet.of(one.images, one.labels, one.class_names) for one in digits)
+    with pytest.raises(ValueError, match=r"another training \(mean: .* there, .* now"):
+        finetune.finetune(tmp_path, model, CONFIG, *both)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +351,31 @@ def test_two_processes_finetune_one_model(tmp_path):
     assert [row["epoch"] for row in log] == list(range(1, 21))
     assert log[-1]["loss"] < log[0]["loss"]
     assert weights_of(tmp_path / "two")[1]["epoch"] == max(log, key=lambda row: row["held_out_top1"])["epoch"]
+
+
+DIVERGING = """
+import dataclasses
+for rate in (1e10, 0.05):
+    settings = dataclasses.replace(config, learning_rate=rate, epochs=2)
+    try:
+        finetune.finetune(f"{sys.argv[1]}/{rate:g}", model, settings, train, test, accelerator)
+    except FloatingPointError as error:
+        print(f"process {accelerator.process_index} of {accelerator.num_processes}: {error}", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_notice_a_divergence_together_and_go_on(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM.replace("finetune.finetune(sys", "# (") + DIVERGING)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(tmp_path / "program.py"), str(tmp_path / "two"), "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    for process in (0, 1):
+        assert f"process {process} of 2: The training diverged in epoch 1: " in result.stdout
+    assert not (tmp_path / "two" / "1e+10" / "model.safetensors").exists()
+    assert (tmp_path / "two" / "0.05" / "model.safetensors").exists()
 
 
 @pytest.mark.slow

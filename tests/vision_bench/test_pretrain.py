@@ -9,10 +9,11 @@ import time
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from vision_bench import features, models, pretrain, storage
-from vision_bench.data import load_images
+from vision_bench.data import ImageSet, load_images
 from vision_bench.models import ModelConfig
 from vision_bench.pretrain import PretrainConfig
 
@@ -174,11 +175,82 @@ def test_another_seed_gives_another_model(digits, uninterrupted, tmp_path):
     assert models.fingerprint(model) != models.fingerprint(models.load(uninterrupted / "model.safetensors")[0])
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(digits, tmp_path):
-    config = PretrainConfig(epochs=2, batch_size=64, warmup_epochs=0, optimizer="sgd", learning_rate=1e18)
-    with pytest.raises((FloatingPointError, ValueError), match=r"learning_rate|finite|NaN"):
-        pretrain.pretrain(tmp_path, MODEL, config, digits[0])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": 1e18}, "diverged in epoch 1: the loss is nan. Lower learning_rate .here 1e.18. or"),
+        ({"classifier_learning_rate": 1e38}, r"diverged in epoch 1: classifier\.weight is NaN or infinite\. Lower"),
+        # one step an epoch: its loss is that of the initial weights
+        (
+            {"batch_size": 200, "learning_rate": 3e38},
+            "diverged in epoch 1: the backbone of image 0 has values that are NaN or infinite",
+        ),
+    ],
+)
+def test_a_training_that_diverges_stops_and_leaves_no_model(settings, message, digits, tmp_path):
+    config = PretrainConfig(**{"epochs": 2, "batch_size": 64, "warmup_epochs": 0, "optimizer": "sgd"} | settings)
+    with pytest.raises(FloatingPointError, match=message):
+        pretrain.pretrain(tmp_path, MODEL, config, *digits, monitor_epochs=1, checkpoint_minutes=0)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_the_state_before_the_divergence_stays(digits, tmp_path, monkeypatch):
+    real = pretrain._Run.step
+
+    def broken(run, *batch):
+        real(run, *batch)
+        if run.step_number == 4:  # the second step of the second epoch of three
+            with torch.no_grad():
+                run.model.projector[0].bias[0] = torch.nan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain._Run, "step", broken)
+        with pytest.raises(
+            FloatingPointError, match=r"epoch 2: .*delete .*, which keeps the state of step 4, to start"
+        ):
+            pretrain.pretrain(tmp_path, MODEL, CONFIG, *digits, checkpoint_minutes=0)
+    tensors, header = storage.load(tmp_path / "training.safetensors", "training state")
+    assert header["step"] == 4
+    assert storage.non_finite(tensors) is None
+    pretrain.pretrain(tmp_path, MODEL, CONFIG, *digits)  # goes on from there
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_checkpoint_says_how_its_images_were_normalised(digits, tmp_path, uninterrupted):
+    train, validation = digits
+    expected = {"mean": list(train.mean), "std": list(train.std), "image_size": [8, 8]}
+    assert models.load(uninterrupted / "model.safetensors")[1]["images"] == expected
+    other = ImageSet.of(train.images, train.labels, train.class_names)  # of ImageNet's mean, as a folder of them has
+    assert other.fingerprint == train.fingerprint
+    with pytest.raises(ValueError, match=r"another training \(mean: .* there, .* now; std: "):
+        pretrain.pretrain(uninterrupted, MODEL, CONFIG, other)
+    with pytest.raises(
+        ValueError, match=r"validation has another normalisation or size than train: mean .* instead of"
+    ):
+        pretrain.pretrain(tmp_path, MODEL, CONFIG, other, validation)
+    model, training = models.load(uninterrupted / "model.safetensors")
+    del training["images"]
+    models.save(tmp_path / "model.safetensors", model, training)
+    with pytest.warns(UserWarning, match="does not say how its images were normalised; it is taken to be with mean"):
+        pretrain.pretrain(tmp_path, MODEL, CONFIG, train)
+
+
+def test_accuracies_of_a_finished_training_are_of_its_own_validation_images(digits, uninterrupted):
+    train, validation = digits
+    names = ("online_probe_validation_top1", "knn_validation_top1")
+    assert all(name in pretrain.pretrain(uninterrupted, MODEL, CONFIG, *digits).log[-1] for name in names)
+    log = pretrain.pretrain(uninterrupted, MODEL, CONFIG, train, validation.subset(torch.arange(50))).log
+    assert not any(name in entry for entry in log for name in names)
+    assert log[-1]["online_probe_train_top1"] > 0
+
+
+def test_two_processes_never_train_in_one_folder(digits, tmp_path, uninterrupted):
+    with FileLock(tmp_path / ".lock"):
+        with pytest.raises(ValueError, match="Another process is working in"):
+            pretrain.pretrain(tmp_path, MODEL, CONFIG, *digits)
+        assert not (tmp_path / "log.jsonl").exists()
+    with FileLock(uninterrupted / ".lock"):  # a model that is there is read by anyone
+        pretrain.pretrain(uninterrupted, MODEL, CONFIG, *digits)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +258,8 @@ def test_a_loss_that_is_not_finite_stops_the_training(digits, tmp_path):
     [
         ({"epochs": 0}, "epochs is 0; it must be at least 1"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; it must be above 0 and finite"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan; it must be at least 0 and finite"),
         ({"epochs": 3, "warmup_epochs": 3}, r"warmup_epochs is 3; it must be in \[0, 3\)"),
         ({"weight_decay": 0.0}, "weight_decay is 0, and timm's LARS"),
         ({"views": {"size": 8}}, "views is {'size': 8}, settings of SimCLRViews"),
@@ -244,6 +318,24 @@ def test_a_killed_process_continues_to_the_same_bits(tmp_path):
     subprocess.run(command("killed"), check=True)
     whole, continued = (models.load(tmp_path / name / "model.safetensors")[0] for name in ("whole", "killed"))
     assert models.fingerprint(whole) == models.fingerprint(continued)
+
+
+@pytest.mark.slow
+def test_a_second_process_in_the_folder_ends_with_an_error_and_the_first_is_undisturbed(tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), "60"]
+    first = subprocess.Popen(command)
+    while not (tmp_path / "log.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGSTOP)  # so that it has not ended before the second one asks
+    try:
+        second = subprocess.run(command, capture_output=True, text=True)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    assert second.returncode != 0
+    assert f"Another process is working in {tmp_path}; wait for it, or stop it." in second.stderr
+    assert first.wait() == 0
+    assert [row["epoch"] for row in log_of(tmp_path)] == list(range(1, 61))
 
 
 @pytest.mark.slow

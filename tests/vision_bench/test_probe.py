@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from vision_bench import probe
 from vision_bench.corruptions import flip_labels
+from vision_bench.data import load_images
 from vision_bench.losses import symmetric_cross_entropy
-from vision_bench.probe import fit_linear_probes, knn_accuracy, probe_accuracy
+from vision_bench.probe import fit_linear_probes, knn_accuracy, probe_accuracy, training_accuracy
 
 
 def data(n=70, d=12, classes=5, k=3, seed=0, dtype=torch.float32):
@@ -32,10 +33,12 @@ def loss_of(logits, labels, alpha, beta):
 
 def fit_plainly(
     features, labels, classes, *, epochs, batch_size, optimizer, rate, decay=0.0, momentum=0.9, schedule="cosine",
-    alpha=1.0, beta=0.0, seed=0, order_seed=None,
+    alpha=1.0, beta=0.0, seed=0, order_seed=None, rescale=True,
 ):  # fmt: skip
-    """One nn.Linear by autograd and a stock optimiser."""
+    """One nn.Linear by autograd and a stock optimiser, on features whose rows have the mean square norm 64."""
     views = features if features.ndim == 3 else features[None]
+    scale = 8 / views.double().square().sum(-1).mean().sqrt().item() if rescale else 1.0
+    views = views * scale
     _, n, d = views.shape
     start = torch.Generator().manual_seed(seed)
     head = nn.Linear(d, classes).to(features.dtype)
@@ -65,17 +68,18 @@ def fit_plainly(
             stock.zero_grad()
             loss_of(head(x), labels[batch], alpha, beta).backward()
             stock.step()
-    return head.weight.detach(), head.bias.detach()
+    return head.weight.detach() * scale, head.bias.detach()
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])
 @pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
-@pytest.mark.parametrize("order_seed", [None, 4])
-def test_equals_separate_programs_with_settings_per_probe(optimizer, schedule, order_seed):
+@pytest.mark.parametrize(("order_seed", "rescale"), [(None, True), (4, True), (4, False)])
+def test_equals_separate_programs_with_settings_per_probe(optimizer, schedule, order_seed, rescale):
     x, y = data()
     rates = [0.4, 0.1, 1.5] if optimizer == "lars" else [0.1, 0.02, 0.2]
     decays, seeds, alphas, betas = [0.0, 1e-2, 0.3], [3, 1, 3], [1.0, 6.0, 0.5], [0.0, 0.1, 0.2]
-    shared = {"epochs": 5, "batch_size": 16, "optimizer": optimizer, "schedule": schedule, "order_seed": order_seed}
+    shared = {"epochs": 5, "batch_size": 16, "optimizer": optimizer, "schedule": schedule}
+    shared |= {"order_seed": order_seed, "rescale": rescale}
     probes = fit_linear_probes(
         x, y, 5, learning_rate=rates, weight_decay=decays, alpha=alphas, beta=betas, seeds=seeds, **shared
     )
@@ -138,6 +142,7 @@ def test_the_loss_is_that_of_the_losses_module():
 def test_clamped_probabilities_have_no_reverse_gradient():
     x, y = data(40, 3, 4, 1, dtype=torch.float64)
     shared = {"epochs": 20, "batch_size": 8, "optimizer": "sgd", "schedule": "constant", "alpha": 6.0, "beta": 0.1}
+    shared["rescale"] = False
     x = x * 40  # saturates the softmax
     probes = fit_linear_probes(x, y, 4, learning_rate=1.0, **shared)
     assert ((x @ probes.weights[0].T + probes.biases[0]).softmax(1) < 1e-7).any()
@@ -155,12 +160,13 @@ def test_views_are_drawn_for_each_sample_and_epoch():
         torch.testing.assert_close(probes.weights[i], weight, rtol=1e-5, atol=1e-5)
 
 
-def test_standardised_probes_apply_to_raw_features():
+@pytest.mark.parametrize("rescale", [True, False])
+def test_standardised_probes_apply_to_raw_features(rescale):
     x, y = data(dtype=torch.float64)
     x = x * torch.logspace(-3, 3, 12) + 5
     x[:, 4] = 3.7
     kept = [i for i in range(12) if i != 4]
-    shared = {"epochs": 3, "batch_size": 16, "optimizer": "sgd"}
+    shared = {"epochs": 3, "batch_size": 16, "optimizer": "sgd", "rescale": rescale}
     raw = fit_linear_probes(x, y, 5, learning_rate=0.1, standardize=True, **shared)
     assert (raw.weights[:, :, 4] == 0).all()
     normal = (x - x.mean(0)) / x.std(0, correction=0)
@@ -169,6 +175,97 @@ def test_standardised_probes_apply_to_raw_features():
         weight, bias = fit_plainly(normal, y[i], 5, rate=0.1, **shared)
         expected = normal[:, kept] @ weight[:, kept].T + bias
         torch.testing.assert_close(x @ raw.weights[i].T + raw.biases[i], expected, rtol=1e-6, atol=1e-6)
+
+
+EVERY_SETTING = [
+    {},
+    {"optimizer": "sgd", "learning_rate": 0.1},
+    {"optimizer": "sgd", "schedule": "step", "weight_decay": 0.3},
+    {"weight_decay": [0.0, 1e-2, 0.3], "alpha": 6.0, "beta": 0.1},
+    {"standardize": True, "weight_decay": 1e-2},
+]
+
+
+@pytest.mark.parametrize("setting", EVERY_SETTING)
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_power_of_two_as_scale_of_the_features_changes_no_bit(setting, views):
+    x, y = data()
+    x = torch.stack([x, -x])[:views].squeeze(0)
+    shared = {"epochs": 4, "batch_size": 16} | setting
+    weights, biases = fit_linear_probes(x, y, 5, **shared)
+    for scale in (2.0**-10, 0.5, 2.0**10):
+        scaled = fit_linear_probes(scale * x, y, 5, **shared)
+        assert torch.equal(scale * scaled.weights, weights)
+        if "standardize" not in setting:
+            assert torch.equal(scaled.biases, biases)
+        torch.testing.assert_close(scaled.biases, biases, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(scale=st.floats(1e-3, 1e3), setting=st.sampled_from(EVERY_SETTING), seed=st.integers(0, 99))
+def test_the_scale_of_the_features_changes_no_logit(scale, setting, seed):
+    x, y = data(seed=seed, dtype=torch.float64)
+    shared = {"epochs": 4, "batch_size": 16, "seeds": seed} | setting
+    first, second = (fit_linear_probes(c * x, y, 5, **shared) for c in (1.0, scale))
+    for i in range(len(y)):
+        logits = x @ first.weights[i].T + first.biases[i]
+        torch.testing.assert_close(scale * x @ second.weights[i].T + second.biases[i], logits, rtol=1e-7, atol=1e-7)
+
+
+def test_unscaled_probes_are_what_the_scale_makes_of_them_and_zeros_are_left_alone():
+    x, y = data()
+    first, second = (fit_linear_probes(c * x, y, 5, epochs=4, batch_size=16, rescale=False) for c in (1.0, 0.01))
+    assert (first.weights - 0.01 * second.weights).abs().max() > 0.1
+    weights, biases = fit_linear_probes(torch.zeros_like(x), y, 5, epochs=4, batch_size=16)
+    assert weights.isfinite().all()
+    assert biases.isfinite().all()
+
+
+def real_features(dtype=torch.float32):
+    digits = load_images("digits", "train")
+    return digits.images[:, 0].flatten(1).to(dtype), digits.labels
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer": "sgd", "learning_rate": 0.4}])
+def test_probes_of_features_of_any_scale_learn_what_a_converged_regression_does(optimizer):
+    x, y = real_features()
+    for features in (x, F.normalize(x), F.relu(x - x.mean(dim=0))):
+        for scale in (1e-3, 1.0, 1e3):
+            probes = fit_linear_probes(scale * features, y[None], 10, **optimizer)
+            own, class_means = training_accuracy(probes, scale * features, y[None])
+            assert own.item() > 0.985  # converged: 1.0
+            assert own > class_means + 0.05
+
+
+def test_an_untrained_probe_fits_its_labels_less_often_than_class_means():
+    x, y = real_features()
+    noisy = torch.stack([flip_labels(y, rate, 10, torch.Generator().manual_seed(0)) for rate in (0.0, 0.4, 0.8)])
+    small = F.normalize(x) * 1e-2
+    untrained = fit_linear_probes(small, noisy, 10, epochs=10, optimizer="sgd", rescale=False)
+    own, class_means = training_accuracy(untrained, small, noisy)
+    assert (own < class_means - 0.01).all()
+    own, class_means = training_accuracy(fit_linear_probes(small, noisy, 10), small, noisy)
+    assert (own > class_means).all()
+
+
+def test_training_accuracies_equal_counting(monkeypatch):
+    monkeypatch.setattr(probe, "CHUNK", 7)
+    x, y = data(50, 6, 7, 4)
+    y[3] %= 5  # two of the seven classes have no sample
+    probes = probe.Probes(torch.randn(4, 7, 6), torch.randn(4, 7))
+    own, class_means = training_accuracy(probes, x, y)
+    for i in range(4):
+        guesses = (x @ probes.weights[i].T + probes.biases[i]).argmax(dim=1)
+        assert own[i].item() == pytest.approx((guesses == y[i]).double().mean().item())
+        means = {c: x[y[i] == c].mean(dim=0) for c in y[i].unique().tolist()}
+        nearest = [min(means, key=lambda c: (x[j] - means[c]).norm().item()) for j in range(50)]
+        assert class_means[i].item() == pytest.approx(
+            np.mean([n == int(t) for n, t in zip(nearest, y[i], strict=True)])
+        )
+    with pytest.raises(ValueError, match=r"label_sets has the shape \(3, 50\) .*; 4 probes of 6 features need"):
+        training_accuracy(probes, x, y[:3])
+    with pytest.raises(ValueError, match="label_sets has values from 0 to 7"):
+        training_accuracy(probes, x, y + (y == 6).long())
 
 
 def test_memory_mapped_and_half_precision_features(tmp_path):
@@ -272,3 +369,12 @@ def test_bad_input_of_accuracies():
         knn_accuracy(x, y[0], x, y[0], temperature=0)
     with pytest.raises(ValueError, match="train has NaN"):
         knn_accuracy(NAN, y[0], x, y[0])
+
+
+@pytest.mark.parametrize("learning_rate", [3e38, [0.1, 3e38, 0.1]])
+def test_a_probe_that_diverges_has_no_weights(learning_rate):
+    torch.manual_seed(0)
+    features, labels = torch.randn(200, 8), torch.randint(4, (3, 200))
+    settings = {"epochs": 3, "batch_size": 50, "optimizer": "sgd", "learning_rate": learning_rate}
+    with pytest.raises(FloatingPointError, match=r"the weights of \d of 3 probes, first \d, are NaN or infinite"):
+        fit_linear_probes(features, labels, 4, **settings)

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vision_bench import sae
+from vision_bench import sae, storage
 from vision_bench.metrics import fraction_of_variance_unexplained
 from vision_bench.sae import TopKAutoencoder, evaluate, fit, geometric_median
 
@@ -280,6 +281,63 @@ def test_interrupted_training_continues_exactly(tmp_path, monkeypatch):
         fit(x, 64, 3, checkpoint_dir=tmp_path, **shared)
     with pytest.raises(ValueError, match=r"of other settings or features \(features: "):
         fit(x + 1, 64, 2, checkpoint_dir=tmp_path, **shared)
+
+
+@pytest.mark.parametrize("row", [1, 150, 298])
+def test_a_checkpoint_is_of_all_rows_of_its_features(row, tmp_path):
+    x = planted(300)
+    fit(x, 32, 2, epochs=1, batch_size=50, checkpoint_dir=tmp_path)
+    fit([x[:7], x[7:]], 32, 2, epochs=1, batch_size=50, checkpoint_dir=tmp_path)  # the same rows in two shards
+    other = x.clone()
+    other[row, 3] += 1e-3
+    with pytest.raises(ValueError, match=r"of other settings or features \(features: "):
+        fit(other, 32, 2, epochs=2, batch_size=50, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"of other settings or features \(features: "):
+        fit(x[torch.randperm(300)], 32, 2, epochs=2, batch_size=50, checkpoint_dir=tmp_path)
+
+
+def test_a_training_that_diverges_stops_and_its_last_whole_checkpoint_stays(tmp_path, monkeypatch):
+    x, update = planted(300), sae._Training.update
+
+    def broken(self, *arguments):
+        update(self, *arguments)
+        if self.step == 9:
+            with torch.no_grad():
+                self.autoencoder.encoder[1, 2] = torch.nan
+
+    shared = {"epochs": 3, "batch_size": 50, "checkpoint_dir": tmp_path, "checkpoint_every": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(sae._Training, "update", broken)
+        with pytest.raises(
+            FloatingPointError, match=r"diverged before step 12: .* is NaN or infinite\. Lower learning_rate"
+        ):
+            fit(x, 32, 2, **shared)
+    tensors, header = storage.load(tmp_path / "checkpoint.safetensors", sae.CHECKPOINT_KIND)
+    assert header["step"] == 8
+    assert storage.non_finite({name: t for name, t in tensors.items() if name != "model.threshold"}) is None
+    assert fit(x, 32, 2, **shared).log[-1]["step"] == 18
+    with pytest.raises(FloatingPointError, match="diverged before step"):
+        fit(x, 32, 2, epochs=30, batch_size=50, learning_rate=1e30)
+
+
+def test_two_processes_never_train_on_one_checkpoint(tmp_path):
+    x, shared = planted(300), {"batch_size": 50, "checkpoint_dir": tmp_path}
+    fit(x, 32, 2, epochs=1, **shared)
+    with FileLock(tmp_path / ".lock"):
+        fit(x, 32, 2, epochs=1, **shared)  # nothing is left to do
+        with pytest.raises(ValueError, match="Another process is working in"):
+            fit(x, 32, 2, epochs=2, **shared)
+
+
+def test_rows_of_zeros_are_measured_and_not_trained_on():
+    x = planted(300)
+    autoencoder = fit(x, 32, 2, epochs=3, batch_size=50).autoencoder
+    with_zeros = torch.cat([x[:100], torch.zeros(2, 16)])
+    quality = evaluate(autoencoder, with_zeros)
+    expected = fraction_of_variance_unexplained(autoencoder(with_zeros).reconstruction.detach(), with_zeros)
+    assert quality.fvu == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="a row of zeros, first 100"):
+        fit(with_zeros, 32, 2, epochs=1, batch_size=50)
 
 
 def test_batch_topk_keeps_k_per_sample_on_average_and_a_threshold_for_inference():

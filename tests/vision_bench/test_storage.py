@@ -38,6 +38,14 @@ def test_a_fingerprint_tells_other_tensors(changed):
     assert storage.fingerprint(changed) != storage.fingerprint(TENSORS)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_the_first_tensor_that_is_not_finite_is_named(value):
+    assert storage.non_finite(TENSORS) is None
+    assert storage.non_finite({"count": torch.tensor(3)}) is None
+    broken = torch.tensor([0.0, value], dtype=torch.bfloat16)
+    assert storage.non_finite(TENSORS | {"broken": broken, "more": broken}) == "broken"
+
+
 def test_a_failed_write_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     storage.save(path, "thing", TENSORS, {"seed": 1})

@@ -64,6 +64,15 @@ def test_a_network_of_timm_gets_a_new_classifier_and_small_conv_none(images, tmp
         timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True, num_classes=7)
 
 
+def test_a_folder_is_normalised_as_the_training_says(images, tmp_path):
+    said = {"mean": list(images.mean), "std": list(images.std), "image_size": [32, 32]}
+    timm_models.save(tmp_path / "same", trained(backbone="test_resnet"), images, {"images": said})
+    for name, value in (("mean", [0.5] * 3), ("std", [0.1] * 3), ("image_size", [64, 64])):
+        with pytest.raises(ValueError, match=f"not as those that the model was trained on: {name} is"):
+            timm_models.save(tmp_path / "f", trained(backbone="test_resnet"), images, {"images": said | {name: value}})
+    assert not (tmp_path / "f").exists()
+
+
 def test_a_network_of_timm_is_loaded_without_this_package(images, tmp_path):
     timm_models.save(tmp_path / "backbone", trained(backbone="test_resnet"), images, {})
     program = (
