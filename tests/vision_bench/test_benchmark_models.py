@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from result_rows import DIVERGED
 from vision_bench import benchmark, features, models, pretrain, storage, timm_models, zoo
 from vision_bench.__main__ import main
-from vision_bench.data import ImageSet, load_images
+from vision_bench.data import load_images
 
 QUICK = ["--limit", "200", "--seeds", "0", "--probe_epochs", "4", "--sae_epochs", "2"]
 CORRUPTIONS = ["--corruptions", "gaussian=0.5,2", "rotated"]
@@ -111,9 +112,7 @@ def test_a_checkpoint_is_measured_alike_whatever_way_its_images_are_named(tmp_pa
         photographs(tmp_path / "photos", split, images.subset(torch.arange(0, len(images), 3)))
     by_path = load_images(str(tmp_path / "photos"), "train")
     assert by_path.mean != sets["train"].mean
-    trained_on = ImageSet.of(
-        by_path.images, by_path.labels, by_path.class_names, (sets["train"].mean, sets["train"].std)
-    )
+    trained_on = replace(by_path, mean=sets["train"].mean, std=sets["train"].std)
     config = pretrain.PretrainConfig(epochs=1, batch_size=64, warmup_epochs=0)
     model_config = models.ModelConfig("small_conv", projector_hidden=8, projector_out=4)
     model, _ = pretrain.pretrain(tmp_path / "model", model_config, config, trained_on)
