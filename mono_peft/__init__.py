@@ -2,7 +2,7 @@
 
 from .config import MonoLoraConfig
 from .layer import MonoLoraLayer
-from .model import MonoLoraModel
+from .model import DivergedError, MonoLoraModel
 from .register import refuse_lora_optimizers, register_monolora
 
 register_monolora(MonoLoraConfig, MonoLoraModel)
@@ -14,6 +14,7 @@ from .replace import replace_adapter  # noqa: E402
 
 __all__ = [
     "ActivationSparsity",
+    "DivergedError",
     "MonoLoraConfig",
     "MonoLoraLayer",
     "MonoLoraModel",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .layer import MonoLoraLayer
+from .model import DivergedError, check_finite
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -40,6 +42,8 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
     Raises:
         ValueError: no adapter is active, `batches` holds no token, a mask is not of that shape or does not fit a
             module's input, or an encoder-decoder model gets a mask with zeros, which is right for one half only.
+        DivergedError: a weight of an active adapter, or a latent of a token that counts, is NaN or infinite. Such a
+            latent would count as one that fires, or ReLU would hide it.
     """
     model = getattr(model, "_orig_mod", model)  # a compiled model would skip the hooks
     device = next(model.parameters()).device
@@ -50,6 +54,7 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
                 "the model has no active MonoLoRA adapter to measure; enable it, or load one with "
                 "PeftModel.from_pretrained (LoRA has no activation, its sparsity is 0)."
             )
+        check_finite(_active_weights(model))
         model.eval()
         try:
             with torch.no_grad():
@@ -74,6 +79,21 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
         per_module={name: 1 - int(c.fired.sum()) / (c.tokens * c.fired.numel()) for name, c in reached.items()},
         dead=int((fired == 0).sum()) / fired.numel(),
     )
+
+
+def _active_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{part}.{adapter}": getattr(module, part)[adapter].weight
+        for name, module, adapter in _active_adapters(model)
+        for part in module.adapter_layer_names
+    }
+
+
+def _active_adapters(model: nn.Module) -> Iterator[tuple[str, MonoLoraLayer, str]]:
+    """Name of the layer, the layer, and the adapter's name, of all that contribute to the model's output."""
+    for name, module in model.named_modules():
+        if isinstance(module, MonoLoraLayer) and not module.disable_adapters:
+            yield from ((name, module, a) for a in module.active_adapters if a in module.monolora_activation)
 
 
 def _token_mask(model: nn.Module, mask: Any) -> torch.Tensor | None:
@@ -112,6 +132,11 @@ class _ZeroCount:
                     "and no attention_mask."
                 )
             rows = rows[self.mask.reshape(-1).to(rows.device).bool()]
+        if not torch.isfinite(rows).all():
+            raise DivergedError(
+                f"The latents of {self.name} hold NaN or infinity, so that they have no sparsity: the model's inputs "
+                "or its base weights do, or its dtype overflowed."
+            )
         self.tokens += len(rows)
         self.fired += (rows != 0).sum(0).cpu()
 
@@ -120,14 +145,12 @@ class _ZeroCount:
 def _count_zeros(model: nn.Module) -> Iterator[dict[str, _ZeroCount]]:
     counts: dict[str, _ZeroCount] = {}
     handles = []
-    for name, module in model.named_modules():
-        if not isinstance(module, MonoLoraLayer) or module.disable_adapters:
-            continue
-        active = [adapter for adapter in module.active_adapters if adapter in module.monolora_activation]
-        for adapter in active:
-            key = name if len(active) == 1 else f"{name} ({adapter})"
-            counts[key] = _ZeroCount(key, module.r[adapter], module.units_dim)
-            handles.append(module.monolora_activation[adapter].register_forward_hook(counts[key]))
+    active = list(_active_adapters(model))
+    adapters = Counter(name for name, _, _ in active)
+    for name, module, adapter in active:
+        key = name if adapters[name] == 1 else f"{name} ({adapter})"
+        counts[key] = _ZeroCount(key, module.r[adapter], module.units_dim)
+        handles.append(module.monolora_activation[adapter].register_forward_hook(counts[key]))
     try:
         yield counts
     finally:
@@ -139,6 +162,7 @@ class SparsityCallback(TrainerCallback):
     """Adds `monolora_sparsity` and `monolora_dead` (see `ActivationSparsity`) to the lines that a Trainer logs.
 
     When the model is saved, it warns of modules whose units are all dead: such a module gets no gradient any more.
+    Where weights or latents are NaN or infinite it warns, and the line gets neither number; training goes on.
     The measures stand beside the loss in `state.log_history` and in every logger of `report_to`:
 
         trainer.add_callback(SparsityCallback(trainer, batches))
@@ -160,6 +184,13 @@ class SparsityCallback(TrainerCallback):
         callbacks.remove(self)
         callbacks.insert(0, self)
 
+    def _measured(self, state: TrainerState) -> ActivationSparsity | None:
+        try:
+            return activation_sparsity(self.trainer.model, self.batches)
+        except DivergedError as error:
+            warnings.warn(f"MonoLoRA has no sparsity at step {state.global_step}: {error}", stacklevel=3)
+            return None
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -170,13 +201,17 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return  # a line of an evaluation, or the closing summary
-        sparsity = activation_sparsity(self.trainer.model, self.batches)
+        sparsity = self._measured(state)
+        if sparsity is None:
+            return
         measured = {"monolora_sparsity": sparsity.overall, "monolora_dead": sparsity.dead}
         logs.update(measured)
         state.log_history[-1].update(measured)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        sparsity = activation_sparsity(self.trainer.model, self.batches)
+        sparsity = self._measured(state)
+        if sparsity is None:
+            return
         silent = [name for name, share in sparsity.per_module.items() if share == 1]
         if silent:
             warnings.warn(

@@ -16,6 +16,8 @@ from torch.nn import functional
 from torch.nn.modules import module as torch_module
 
 _DRAWS = 2**16  # values of a 16-bit number
+# In this range 16 bits round neither p nor 1 - p by more than a thousandth of it; a rate outside takes the plain path.
+_DROPOUT_RATES = (0.01, 0.99)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS)
 
@@ -31,14 +33,17 @@ def is_safe(
     """Whether `relu_update` may take the place of calling these modules one by one.
 
     It may not where somebody else acts on a module's call (hooks of accelerate, DeepSpeed, or our own measurements),
-    where weights are not plain tensors (quantised, sharded), where dtypes are mixed, or under autocast, torch.compile
-    and torch.func, which work on the single operations.
+    where weights are not plain tensors (quantised, sharded), where dtypes are mixed, where dropout is too rare or too
+    likely for its 16 bits, or under autocast, torch.compile and torch.func, which work on the single operations.
     """
     if x.device.type not in ("cpu", "cuda") or torch.is_autocast_enabled(x.device.type) or any(_GLOBAL_HOOKS):
         return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     if type(activation) is not nn.ReLU or type(dropout) not in (nn.Dropout, nn.Identity):
+        return False
+    lowest, highest = _DROPOUT_RATES
+    if dropout.training and type(dropout) is nn.Dropout and not lowest <= dropout.p <= highest:
         return False
     for module in (base, dropout, encoder, activation, decoder):
         attributes = module.__dict__
@@ -63,12 +68,13 @@ def relu_update(
 ) -> torch.Tensor:
     """The base's output for x of shape (..., in_features) plus s B relu(A dropout(x)), where `is_safe`.
 
-    Dropout's probability takes effect in steps of 2^-16.
+    Dropout's probability is rounded to a multiple of 2^-16, and what is kept is scaled up by that probability, so that
+    the expectation of the input stays as it is. The result is a tensor of its own, which may be modified in place.
     """
     dropped = round(getattr(dropout, "p", 0.0) * _DRAWS) if dropout.training else 0
     keep = _kept_elements(x, dropped) if dropped else None
     result: torch.Tensor = _ReluUpdate.apply(
-        x, base.weight, base.bias, encoder.weight, decoder.weight, keep, scaling, _DRAWS / max(_DRAWS - dropped, 1)
+        x, base.weight, base.bias, encoder.weight, decoder.weight, keep, scaling, _DRAWS / (_DRAWS - dropped)
     )
     return result
 
@@ -99,16 +105,22 @@ class _ReluUpdate(torch.autograd.Function):
         rescale: float,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        result = functional.linear(rows, weight, bias)
+        # Autograd lets nobody modify a view from a custom function in place, so that the view is what is written to.
+        result = x.new_empty(*x.shape[:-1], len(weight))
+        result_rows = result.view(len(rows), len(weight))
+        if bias is None:
+            torch.mm(rows, weight.t(), out=result_rows)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=result_rows)
         seen = rows if keep is None else keep.view(rows.shape).to(x.dtype).mul_(rows)
         latents = seen @ encoder.t()
         if keep is not None:
             latents *= rescale
         latents.clamp_(min=0)
-        result.addmm_(latents, decoder.t(), alpha=scaling)
+        result_rows.addmm_(latents, decoder.t(), alpha=scaling)
         ctx.save_for_backward(x, weight, bias, encoder, decoder, keep, latents)
         ctx.factors = scaling, rescale
-        return result.view(*x.shape[:-1], result.shape[-1])
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

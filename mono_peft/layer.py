@@ -42,6 +42,7 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("monolora_encoder", "monolora_decoder")
     # Every other dict keyed by adapter; PEFT deletes and moves adapters by this list.
     other_param_names = ("r", "initial_scaling", "scaling", "monolora_dropout", "monolora_activation")
+    weight_is_read: bool | None = None  # while bypass.py watches a pass: whether somebody has read `weight`
     units_dim = -1  # dimension of the latents that counts the r units
     # PEFT's, declared because mypy does not follow PEFT.
     active_adapters: list[str]
@@ -186,6 +187,14 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter_name], device=x.device)
             result = result.index_add(0, rows, self.update(adapter_name, x[rows]).to(result.dtype))
         return result
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base layer's weight, for code that looks at its dtype and device. What computes with it bypasses us."""
+        if self.weight_is_read is not None:
+            self.weight_is_read = True
+        weight: torch.Tensor = super().weight
+        return weight
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scale s of `adapter`, where this layer has it, to `scale` times its configured value."""

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
-from mono_peft import MonoLoraConfig, SparsityCallback, activation_sparsity
+from mono_peft import DivergedError, MonoLoraConfig, SparsityCallback, activation_sparsity
 
 
 @pytest.fixture
@@ -114,6 +114,56 @@ def test_bad_input(llama, model, input_ids):
         activation_sparsity(model, [{"input_ids": input_ids}])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", ["monolora_encoder", "monolora_decoder"])
+def test_weights_that_are_not_finite_have_no_sparsity(model, input_ids, part, value):
+    """ReLU hides an encoder of -infinity, and no latent shows a broken decoder of the last layer."""
+    model.get_submodule(f"base_model.model.model.layers.1.self_attn.v_proj.{part}.default").weight.data[0, 0] = value
+    with pytest.raises(DivergedError, match=rf"1 tensors .* NaN or infinity .*1\.self_attn\.v_proj\.{part}"):
+        activation_sparsity(model, [{"input_ids": input_ids}])
+    assert issubclass(DivergedError, ValueError)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_broken_weights_of_an_adapter_that_is_not_active_do_not_matter(model, input_ids):
+    expected = activation_sparsity(model, [{"input_ids": input_ids}])
+    model.add_adapter("other", MonoLoraConfig(r=2, init_weights=False))
+    for name, parameter in model.named_parameters():
+        if ".other." in name:
+            parameter.data.fill_(float("nan"))
+    assert activation_sparsity(model, [{"input_ids": input_ids}]) == expected
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_have_no_sparsity(llama, input_ids, activation, value):
+    model = get_peft_model(llama, MonoLoraConfig(activation=activation, init_weights=False))
+    llama.model.norm.weight.data.fill_(value)  # behind every adapter, so that all is well
+    assert activation_sparsity(model, [{"input_ids": input_ids}]).overall < 1
+    llama.model.embed_tokens.weight.data[input_ids[1, 3], 5] = value
+    with pytest.raises(DivergedError, match=r"latents of .*layers\.0\.self_attn\.q_proj hold NaN or infinity"):
+        activation_sparsity(model, [{"input_ids": input_ids}])
+
+
+def test_padding_may_be_nan(input_ids):
+    class PerToken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(100, 8), nn.Linear(8, 3)
+
+        def forward(self, input_ids, attention_mask):
+            return self.head(self.table(input_ids))
+
+    model = get_peft_model(PerToken(), MonoLoraConfig(target_modules=["head"]))
+    batch = padded(input_ids, [9, 4, 6])
+    expected = activation_sparsity(model, [batch])
+    model.base_model.model.table.weight.data[0] = float("nan")  # the padding token's
+    assert activation_sparsity(model, [batch]) == expected
+    batch["attention_mask"][1, 4] = 1
+    with pytest.raises(DivergedError, match="head hold NaN"):
+        activation_sparsity(model, [batch])
+
+
 @pytest.mark.parametrize("mask", [torch.ones(3, 1, 9, 9), {"full_attention": torch.ones(3, 9)}])
 def test_masks_that_do_not_name_tokens(model, input_ids, mask):
     with pytest.raises(ValueError, match=r"must have the shape \(batch, tokens\) to tell padding apart, got"):
@@ -187,3 +237,25 @@ def test_the_callback_warns_of_a_dead_module_at_a_save(model, input_ids, tmp_pat
     modules = list(activation_sparsity(model, [batch]).per_module)
     with pytest.warns(UserWarning, match=rf"1 of {len(modules)} MonoLoRA modules are dead.*\({modules[0]}\)"):
         train_a_step()
+
+
+def test_the_callback_logs_no_number_of_a_diverged_adapter(model, input_ids, tmp_path):
+    data = Dataset.from_dict({"input_ids": input_ids.tolist(), "labels": input_ids.tolist()})
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, use_cpu=True, report_to="none", save_steps=2, logging_steps=1, disable_tqdm=True
+    )
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                next(p for n, p in model.named_parameters() if "monolora_decoder" in n).data.fill_(float("nan"))
+
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Break()])
+    trainer.add_callback(SparsityCallback(trainer, [padded(input_ids, [9, 4, 6])]))
+    with pytest.warns(UserWarning, match=r"no sparsity at step 2: 1 tensors of this adapter hold NaN") as warned:
+        trainer.train()
+    assert len([w for w in warned if "no sparsity at step 2" in str(w.message)]) == 2  # the line and the save
+    first, second = [line for line in trainer.state.log_history if "loss" in line]
+    assert 0 < first["monolora_sparsity"] < 1
+    assert not {"monolora_sparsity", "monolora_dead"} & second.keys()
+    assert trainer.state.global_step == 2

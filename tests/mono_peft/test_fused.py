@@ -9,6 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import (
+    LEDConfig,
+    LEDForConditionalGeneration,
+    LongformerConfig,
+    LongformerForMaskedLM,
+    RoCBertConfig,
+    RoCBertForMaskedLM,
+)
 
 from mono_peft import MonoLoraConfig, activation_sparsity, fused
 
@@ -25,10 +33,7 @@ def plain(layer, x):
 
 
 def is_fused(layer, x):
-    result = layer(x)
-    return type(result.grad_fn).__name__.startswith(("_ReluUpdate", "ViewBackward")) and "ReluUpdate" in str(
-        [type(f).__name__ for f in (result.grad_fn, *(g for g, _ in result.grad_fn.next_functions))]
-    )
+    return type(layer(x).grad_fn).__name__ == "_ReluUpdateBackward"
 
 
 def gradients(layer, run, x, out_weight):
@@ -122,6 +127,31 @@ def test_the_share_of_dropped_elements(dropout):
     assert neighbours == pytest.approx((1 - dropout) ** 2, abs=4 / n**0.5)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    dropout=st.one_of(
+        st.floats(0, 1, exclude_max=True),
+        st.floats(0, 2**-12),
+        st.floats(0, 24).map(lambda bits: 1 - 2**-bits),
+        st.sampled_from([0.01, 0.99, 2**-16, 1 - 2**-16, 1 - 2**-17]),
+    )
+)
+def test_any_declared_probability_takes_effect_and_the_expectation_stays(dropout):
+    """The encoder is a sum of 65,536 ones: the latent is the share that is kept times what it is scaled up by."""
+    torch.manual_seed(0)
+    n, tokens = 2**16, 64
+    _, layer = adapted(nn.Linear(n, 1, bias=False).double(), lora_dropout=dropout, r=1, lora_alpha=1)
+    nn.init.zeros_(layer.base_layer.weight)
+    nn.init.ones_(layer.monolora_encoder.default.weight)
+    nn.init.ones_(layer.monolora_decoder.default.weight)
+    layer.train()
+    sums = layer(torch.ones(tokens, n, dtype=torch.float64))
+    kept = sums.sum().item() * (1 - dropout)
+    expected, deviation = n * tokens * (1 - dropout), (n * tokens * dropout * (1 - dropout)) ** 0.5
+    # Six standard deviations, a few elements for rare events, and a thousandth of the rarer outcome for rounded rates.
+    assert abs(kept - expected) <= 6 * deviation + 6 + n * tokens * min(dropout, 1 - dropout) * 1e-3
+
+
 def test_dropout_is_off_in_evaluation_and_repeats_under_a_seed():
     _, layer = adapted(nn.Linear(30, 5), lora_dropout=0.5)
     x = torch.randn(4, 30)
@@ -134,6 +164,93 @@ def test_dropout_is_off_in_evaluation_and_repeats_under_a_seed():
     assert not torch.equal(layer(x), first)
     torch.manual_seed(1)
     assert torch.equal(layer(x), first)
+
+
+class InPlace(nn.Module):
+    """A linear layer whose output is modified in place, as ReLU(inplace=True) and `/=` do."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.linear, self.change = nn.Linear(6, 5), change
+
+    def forward(self, x):
+        y = self.linear(x)
+        return self.change(y) if self.change is not None else y
+
+
+IN_PLACE = {
+    "relu": (nn.ReLU(inplace=True), torch.relu),
+    "division": (lambda y: y.div_(3), lambda y: y / 3),
+    "an exponential": (lambda y: y.exp_(), torch.exp),
+    "a view": (lambda y: (y[..., :2].mul_(3), y)[1], lambda y: torch.cat([y[..., :2] * 3, y[..., 2:]], -1)),
+    "a reshaped view": (lambda y: y.view(-1).sigmoid_().view_as(y), torch.sigmoid),
+    "a mask": (lambda y: y.masked_fill_(y < 0, 7.0), lambda y: y.masked_fill(y < 0, 7.0)),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("lead", [(4,), (2, 3), (2, 1, 3), ()])
+def test_the_output_can_be_modified_in_place(name, lead):
+    torch.manual_seed(0)
+    change, same = IN_PLACE[name]
+    config = MonoLoraConfig(target_modules=["linear"], r=3, init_weights=False)
+    model = get_peft_model(InPlace(change).double(), config, autocast_adapter_dtype=False)
+    layer = model.base_model.model.linear
+    x = torch.randn(*lead, 6, dtype=torch.float64, requires_grad=True)
+    assert is_fused(layer, x)
+    out_weight = torch.randn(*lead, 5, dtype=torch.float64)
+    result, ours, x_ours = gradients(layer, model, x, out_weight)
+    expected, theirs, x_theirs = gradients(layer, lambda x: same(plain(layer, x)), x, out_weight)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(x_ours, x_theirs)
+    assert ours.keys() == theirs.keys()
+    for weight, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[weight])
+    weights = (layer.monolora_encoder.default.weight, layer.monolora_decoder.default.weight)
+    assert torch.autograd.gradcheck(lambda *_: model(x), (x, *weights))
+    assert torch.autograd.gradgradcheck(lambda *_: model(x), (x, *weights))
+
+
+SMALL = {"vocab_size": 50, "pad_token_id": 1, "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **SMALL}
+MODELS_IN_PLACE = {
+    "longformer": lambda: LongformerForMaskedLM(LongformerConfig(attention_window=4, **ENCODER)),
+    "led": lambda: LEDForConditionalGeneration(
+        LEDConfig(
+            vocab_size=50, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, attention_window=4, dropout=0.0,
+            attention_dropout=0.0, activation_dropout=0.0, decoder_start_token_id=2,
+        )
+    ),
+    "roc_bert": lambda: RoCBertForMaskedLM(
+        RoCBertConfig(
+            pronunciation_vocab_size=20, pronunciation_embed_dim=8, shape_vocab_size=20, shape_embed_dim=8, **ENCODER
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS_IN_PLACE)
+def test_models_that_work_in_place_train_as_without_fusing(name, monkeypatch):
+    torch.manual_seed(0)
+    base = MODELS_IN_PLACE[name]()
+    ids = torch.randint(3, 20, (2, 8), generator=torch.Generator().manual_seed(1))
+    steps = []
+    for fusing in (True, False):
+        torch.manual_seed(1)
+        config = MonoLoraConfig(target_modules="all-linear", r=4, init_weights=False)
+        model = get_peft_model(copy.deepcopy(base), config).train()
+        if not fusing:
+            monkeypatch.setattr(fused, "is_safe", lambda *args: False)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        steps.append((loss, {n: p for n, p in model.named_parameters() if p.requires_grad}))
+    (loss, ours), (expected, theirs) = steps
+    torch.testing.assert_close(loss, expected)
+    for weight, value in ours.items():
+        torch.testing.assert_close(value, theirs[weight], rtol=1e-4, atol=1e-6, msg=weight)
 
 
 class OwnForward(nn.Linear):

@@ -66,10 +66,16 @@ class Tokens(nn.Module):
         return self.head(self.table(x))
 
 
-def llama():
+def llama(**options):
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    )
+        LlamaConfig(
+            vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, **options
+        )
+    )  # fmt: skip
+
+
+def tied_llama():
+    return llama(tie_word_embeddings=True)
 
 
 def gpt2():
@@ -113,6 +119,9 @@ ROWS = {
     ),
     "llama head": Row(llama, {"modules_to_save": ["lm_head"]}),
     "llama embedding": Row(llama, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "llama tokens": Row(llama, {"trainable_token_indices": [3, 7]}),
+    "llama tied, tokens": Row(tied_llama, {"target_modules": "all-linear", "trainable_token_indices": [3, 7]}),
+    "llama tied, embedding": Row(tied_llama, {"target_modules": ["embed_tokens", "q_proj"]}),
     "gpt2": Row(gpt2, {"task_type": "CAUSAL_LM"}),
     "bert": Row(bert, {"task_type": "SEQ_CLS"}),
     "t5": Row(t5, {"task_type": "SEQ_2_SEQ_LM"}),
@@ -181,7 +190,8 @@ def test_training_moves_the_adapter_and_nothing_else(name):
         output(model, name).square().mean().backward()
         optimizer.step()
     trained = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert trained == {n for n in before if model.prefix in n or ("modules_to_save" in n and "original" not in n)}
+    parts = (model.prefix, ".modules_to_save.", "trainable_tokens_delta")
+    assert trained == {n for n in before if any(part in n for part in parts)}
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
 
 
@@ -207,7 +217,8 @@ def test_the_state_dict_has_the_adapter_without_its_name(name, tmp_path):
     if Version("0.21") <= PEFT:  # older PEFT mixes such adapters up in every method but LoRA
         model.add_adapter("efaul", config_of(name))  # a part of "default"
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    assert all(model.prefix in n or ".head." in n or "lm_head" in n or "classifier" in n for n in tensors)
+    also_saved = (model.prefix, ".head.", "lm_head", "classifier", "token_adapter")
+    assert all(any(part in n for part in also_saved) for n in tensors)
     assert not [n for n in tensors if ".default" in n or "efaul" in n]
     model.save_pretrained(tmp_path, selected_adapters=["default"], save_embedding_layers=False)
     assert load_file(tmp_path / "adapter_model.safetensors").keys() == tensors.keys()

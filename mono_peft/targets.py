@@ -1,0 +1,200 @@
+"""Which modules of a base model MonoLoRA can adapt, and why not the others."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import _get_in_out_features
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .bypass import weight_read
+from .layer import MonoLoraConv2d, MonoLoraEmbedding, MonoLoraLayer, MonoLoraLinear
+from .register import PREFIX
+
+INSIDE_LAYER = re.compile(rf"\.(base_layer|{PREFIX}\w+)(\.|$)")  # in the names of the modules of a MonoLoRA layer
+
+
+def layer_class(module: nn.Module) -> type[MonoLoraLayer] | None:
+    """What adapts `module`; None if nothing does."""
+    if isinstance(module, nn.Embedding):
+        return MonoLoraEmbedding
+    if isinstance(module, nn.Conv2d):
+        return MonoLoraConv2d
+    if isinstance(module, (nn.Linear, Conv1D)) or _is_quantized_linear(module):
+        return MonoLoraLinear
+    return None
+
+
+def _is_quantized_linear(module: nn.Module) -> bool:
+    """Whether `module` is a quantiser's own linear layer; those of bitsandbytes and torchao are nn.Linear anyway."""
+    if "Linear" not in type(module).__name__ or "LayerNorm" in type(module).__name__:
+        return False  # also without the import below: it takes seconds where some quantisers are installed
+    try:
+        from peft.utils.quantization_utils import resolve_quantization_backend
+    except ImportError:  # peft < 0.20, which has the sizes only
+        return _get_in_out_features(module) != (None, None)
+    backend = resolve_quantization_backend(module)
+    return backend is not None and backend.layer_type == "linear"
+
+
+def check_supported(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise TypeError unless MonoLoRA can adapt all modules of `model` with these `names`.
+
+    The message has the reason for each that it cannot adapt, and the list of what this model has that it can.
+    """
+    refused: dict[str, list[str]] = {}
+    for name in names:
+        if (obstacle := _obstacle(model, name)) is not None:
+            refused.setdefault(obstacle, []).append(name)
+    if not refused:
+        return
+    adaptable = adaptable_names(model)
+    reasons = [
+        f"'{first}': {reason}" + (f" (and {len(others)} more like it)" if others else "")
+        for reason, (first, *others) in refused.items()
+    ]
+    ends = {name: name.rpartition(".")[2] for group in refused.values() for name in group}
+    excluded = {name if end in adaptable else end for name, end in ends.items()}
+    raise TypeError(
+        f"MonoLoRA cannot adapt the target module {'; '.join(reasons)}. Choose others, or leave them out with "
+        f"`exclude_modules=[{listed(map(repr, excluded))}]`. Modules of this model that can be adapted: "
+        f"{listed(adaptable)}."
+    )
+
+
+def warn_of_other_paths(model: nn.Module, names: Iterable[str]) -> None:
+    """Warn of those modules of `model` among `names` whose weight it reads on some paths, and calls on others."""
+    readers: dict[str, set[str]] = {}
+    for name in names:
+        if (read := weight_read(model, name)) is not None:
+            readers.setdefault(read.method, set()).add(name.rpartition(".")[2])
+    for method, ends in readers.items():
+        warnings.warn(
+            f"{method} reads the weight of {listed(ends)} itself on one of its paths, where an adapter does not act. "
+            "If the first pass in training or in evaluation takes that path, a warning says so; `exclude_modules` "
+            "leaves the module out.",
+            stacklevel=2,
+        )
+
+
+def check_no_bare_parameters(model: nn.Module, targets: Iterable[str], matched: Iterable[str]) -> None:
+    """Raise ValueError for a target that names no module but parameters, as the fused experts of MoE models are."""
+    for target in targets:
+        if any(name == target or name.endswith(f".{target}") for name in matched):
+            continue
+        for name, _ in model.named_parameters():
+            if name.endswith(f".{target}") and not INSIDE_LAYER.search(name):
+                raise ValueError(
+                    f"`target_modules` has {target!r}, which is a bare nn.Parameter ('{name}'): it is multiplied "
+                    "inside its module, where MonoLoRA cannot see its input. Experts that are separate Linear modules "
+                    f"can be adapted, fused ones cannot. This model has: {listed(adaptable_names(model))}."
+                )
+
+
+def adaptable_names(model: nn.Module) -> set[str]:
+    """Last components of the names of the modules that MonoLoRA can adapt, or has."""
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if name
+        and not INSIDE_LAYER.search(name)
+        and (isinstance(module, MonoLoraLayer) or _obstacle(model, name) is None)
+    }
+
+
+def _obstacle(model: nn.Module, name: str) -> str | None:
+    """Why MonoLoRA cannot adapt the module `name` of `model`, None if it can."""
+    module = model.get_submodule(name)
+    if layer_class(module) is None:
+        return (
+            f"it is a {type(module).__name__}, and MonoLoRA adapts torch.nn.Linear, Conv2d and Embedding, "
+            "transformers' Conv1D, and the quantised linear layers that PEFT knows"
+        )
+    if getattr(module, "_hf_tp_plan", None) is not None:
+        return "it is sharded by tensor parallelism, and sigma needs the whole of A x; use data parallelism or FSDP"
+    if isinstance(module, nn.Conv2d):
+        if module.padding_mode != "zeros":
+            return f"it pads with padding_mode={module.padding_mode!r}, and MonoLoRA's A pads with zeros"
+        if type(module).forward is not nn.Conv2d.forward:
+            return f"{type(module).__name__} has a forward of its own, and A is a plain convolution"
+    read = weight_read(model, name)
+    if read is not None and not read.called_too:
+        return f"{read.method} reads its weight and never calls it, so that an adapter would not act"
+    if read is not None and read.fused:
+        return f"{read.method} has a path that gives its weight to a fused kernel, past the adapter"
+    return _own_forward_obstacle(module)
+
+
+def _own_forward_obstacle(module: nn.Module) -> str | None:
+    """What a linear or embedding layer with a forward of its own does that an adapter cannot add to.
+
+    Routers return several tensors, tables of positions look at the places of the ids and not at the ids. The forward
+    is tried on a small input, with numbers in place of the weight.
+    """
+    kind = next((kind for kind in (nn.Linear, Conv1D, nn.Embedding) if isinstance(module, kind)), None)
+    weight = module._parameters.get("weight")
+    if kind is None or type(module).forward is kind.forward or type(weight) is not nn.Parameter or weight.itemsize < 2:
+        return None  # a quantised layer computes what its base class does
+    in_features, out_features = _get_in_out_features(module)
+    assert in_features is not None
+    if kind is nn.Embedding:
+        last = in_features - 1
+        x = torch.tensor([[0, last, 0], [last, 0, last]])
+        numbers = torch.arange(in_features, dtype=weight.dtype)[:, None]  # the vector of id i is i, i, ...
+    else:
+        x = torch.zeros(2, 3, in_features, dtype=weight.dtype)
+        numbers = torch.zeros(1, 1, dtype=weight.dtype)
+    own = f"{type(module).__name__} has a forward of its own, which"
+    try:
+        result = _try_forward(module, x, numbers)
+    except Exception as error:  # it may be anything
+        return f"{own} fails on an input of shape {tuple(x.shape)} ({type(error).__name__}: {error})"
+    expected = (*x.shape[:2], out_features)
+    if not isinstance(result, torch.Tensor):
+        return f"{own} returns a {type(result).__name__} and not a tensor"
+    if tuple(result.shape) != expected:
+        return f"{own} makes the shape {tuple(result.shape)} of {tuple(x.shape)}, where an adapter makes {expected}"
+    if kind is nn.Embedding and not (
+        torch.equal(result[0, 0], result[1, 1]) and torch.equal(result[0, 1], result[1, 0])
+    ):
+        return f"{own} gives an id other vectors at other places, as tables of positions do"
+    return None
+
+
+def _try_forward(module: nn.Module, x: torch.Tensor, numbers: torch.Tensor) -> Any:
+    """What `module` makes of x on the CPU with `numbers` as its weight; its own state and random numbers stay."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return type(module).forward(_stand_in(module, numbers), x)
+
+
+def _stand_in(module: nn.Module, numbers: torch.Tensor) -> nn.Module:
+    """A copy of `module` on the CPU with `numbers` as its weight and ones as other parameters; they take no memory."""
+    twin: Any = copy.copy(module)
+    twin._parameters, twin._buffers, twin._modules = {}, {}, {}
+    for name, parameter in module._parameters.items():
+        twin._parameters[name] = None
+        if parameter is not None:
+            number = numbers if name == "weight" else torch.ones((), dtype=parameter.dtype)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # the whole one's under ZeRO-3
+            twin._parameters[name] = number.expand(shape)
+    for name, buffer in module._buffers.items():
+        twin._buffers[name] = None
+        if buffer is not None:
+            twin._buffers[name] = torch.ones_like(buffer, device="cpu") if buffer.is_meta else buffer.cpu().clone()
+    for name, child in module._modules.items():
+        twin._modules[name] = None if child is None else _stand_in(child, torch.ones(()))
+    return twin
+
+
+def listed(names: Iterable[str] | str | None, most: int = 12) -> str:
+    """The names in order with commas, those beyond `most` as a number."""
+    if isinstance(names, str) or names is None:
+        return repr(names)
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
