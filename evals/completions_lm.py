@@ -116,15 +116,12 @@ class CompletionsLM(HFLM):
 
     def forget(self, arm: Arm) -> None:
         """Take the arm's answers out of the file: an arm that diverged has none that could be judged."""
-        kept = {
-            key: row for key, row in self._done.items() if (row.model, row.adapter) != (self._model_name, arm.name)
-        }
+        diverged = (self._model_name, arm.name)
+        self._done = {key: row for key, row in self._done.items() if (row.model, row.adapter) != diverged}
+        lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self._done.values()]
         self._file.close()
-        write_atomic(
-            self._file.path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in kept.values())
-        )
+        write_atomic(self._file.path, "".join(lines))
         self._file.open()
-        self._done = kept
 
     def is_unfinished(self, task: str, doc: dict[str, Any]) -> bool:
         """Whether an answer of the arm to the task's document ends within its thought, so that there is no answer."""
@@ -278,8 +275,9 @@ class CompletionsLM(HFLM):
 
     def _without_thoughts(self, tokens: list[int]) -> Cut:
         """An answer's text without its thoughts, whose markers may be control tokens that texts are without."""
-        cut = self._arm.thoughts.cut(self.tok_decode(tokens, skip_special_tokens=False))
-        return cut if cut.thought or not cut.is_finished else Cut("", self.tok_decode(tokens), True)
+        text = self.tok_decode(tokens, skip_special_tokens=False)
+        thoughts = self._arm.thoughts
+        return thoughts.cut(text) if thoughts.are_in(text) else Cut("", self.tok_decode(tokens), True)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         if self._thinking == "on":  # what ends an answer may stand in its thought; `_answers` cuts the answer
@@ -302,6 +300,7 @@ def most_new_tokens(options: dict[str, Any]) -> int:
 
 
 def is_ours(task: str | None) -> bool:
+    """Whether the task is one of `evals/tasks`."""
     return (TASKS / f"{task}.yaml").is_file()
 
 

@@ -135,6 +135,15 @@ def test_thoughts_are_cut_from_every_arm(scripted, make_shieldgemma, template, s
     assert metrics(settings)["empty", None] == 0
 
 
+def test_markers_without_a_thought_are_cut_too(scripted):
+    """As gpt-oss writes an answer at once; its control tokens are no text, the channel's name would be."""
+    script = chain("<|assistant|>", "<|channel|>", "final", "<|message|>", "Yes", "<|end|>")
+    settings = scripted(NAMING, script, ["<|channel|>", "<|message|>"])
+    generate(settings)
+    assert seen(answers(settings)) == arms("", "Yes", "stop")
+    assert metrics(settings)["thought", None] == 0
+
+
 @pytest.mark.parametrize("script", [FOR_EVER, ENDS_IN_THOUGHT])
 def test_a_thought_that_does_not_end_is_no_answer(scripted, make_shieldgemma, script, request):
     settings = replace(scripted(SWITCHED, script, thinking="on"), tasks=["xstest", "dolly"])
