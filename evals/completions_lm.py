@@ -22,7 +22,7 @@ from evals.completions import COMPLETIONS, Completion
 from evals.contents import checksum
 from evals.models import Adapter, method_and_seed
 from evals.prompts import answer_opening, template_options
-from evals.thoughts import Cut, Thoughts
+from evals.thoughts import MARKERS, Cut, Thoughts
 from result_rows import LineAppender, write_atomic
 
 TASKS = Path(__file__).parent / "tasks"
@@ -179,6 +179,14 @@ class CompletionsLM(HFLM):
                 self._done |= {row.key: row for row in done}
                 bar.update(len(done))
         answers = [self._done[row.key] for row in rows]
+        for opener, closer in set(MARKERS) - set(self._arm.thoughts.markers):
+            count = sum(row.response.lstrip().startswith(opener) or closer in row.response for row in answers)
+            if count:
+                print(
+                    f"{count} of {len(answers)} answers of {self._arm.name or 'the base'} hold {opener} or {closer}, "
+                    "which neither chat template nor tokens name, so that they count as text. If they are thoughts, "
+                    f"give --thought_markers '{opener}' '{closer}'."
+                )
         self._unfinished |= {
             (row.task, checksum(request.doc))
             for request, row in zip(requests, answers, strict=True)
