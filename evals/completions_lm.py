@@ -22,7 +22,7 @@ from evals.completions import COMPLETIONS, Completion
 from evals.contents import checksum
 from evals.models import Adapter, method_and_seed
 from evals.prompts import answer_opening, template_options
-from evals.thoughts import Cut, Thoughts
+from evals.thoughts import MARKERS, Cut, Thoughts
 from result_rows import LineAppender, write_atomic
 
 TASKS = Path(__file__).parent / "tasks"
@@ -116,15 +116,12 @@ class CompletionsLM(HFLM):
 
     def forget(self, arm: Arm) -> None:
         """Take the arm's answers out of the file: an arm that diverged has none that could be judged."""
-        kept = {
-            key: row for key, row in self._done.items() if (row.model, row.adapter) != (self._model_name, arm.name)
-        }
+        diverged = (self._model_name, arm.name)
+        self._done = {key: row for key, row in self._done.items() if (row.model, row.adapter) != diverged}
+        lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self._done.values()]
         self._file.close()
-        write_atomic(
-            self._file.path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in kept.values())
-        )
+        write_atomic(self._file.path, "".join(lines))
         self._file.open()
-        self._done = kept
 
     def is_unfinished(self, task: str, doc: dict[str, Any]) -> bool:
         """Whether an answer of the arm to the task's document ends within its thought, so that there is no answer."""
@@ -182,6 +179,14 @@ class CompletionsLM(HFLM):
                 self._done |= {row.key: row for row in done}
                 bar.update(len(done))
         answers = [self._done[row.key] for row in rows]
+        for opener, closer in set(MARKERS) - set(self._arm.thoughts.markers):
+            count = sum(row.response.lstrip().startswith(opener) or closer in row.response for row in answers)
+            if count:
+                print(
+                    f"{count} of {len(answers)} answers of {self._arm.name or 'the base'} hold {opener} or {closer}, "
+                    "which neither chat template nor tokens name, so that they count as text. If they are thoughts, "
+                    f"give --thought_markers '{opener}' '{closer}'."
+                )
         self._unfinished |= {
             (row.task, checksum(request.doc))
             for request, row in zip(requests, answers, strict=True)
@@ -278,8 +283,9 @@ class CompletionsLM(HFLM):
 
     def _without_thoughts(self, tokens: list[int]) -> Cut:
         """An answer's text without its thoughts, whose markers may be control tokens that texts are without."""
-        cut = self._arm.thoughts.cut(self.tok_decode(tokens, skip_special_tokens=False))
-        return cut if cut.thought or not cut.is_finished else Cut("", self.tok_decode(tokens), True)
+        text = self.tok_decode(tokens, skip_special_tokens=False)
+        thoughts = self._arm.thoughts
+        return thoughts.cut(text) if thoughts.are_in(text) else Cut("", self.tok_decode(tokens), True)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         if self._thinking == "on":  # what ends an answer may stand in its thought; `_answers` cuts the answer
@@ -302,6 +308,7 @@ def most_new_tokens(options: dict[str, Any]) -> int:
 
 
 def is_ours(task: str | None) -> bool:
+    """Whether the task is one of `evals/tasks`."""
     return (TASKS / f"{task}.yaml").is_file()
 
 

@@ -125,10 +125,10 @@ def generate(settings: GenerateSettings) -> Run:
     source = str(embedded_model()) if settings.model == EMBEDDED else settings.model
     tokenizer, config = check_base(source)
     folders = {adapter.name: check_adapter(adapter, source, config) for adapter in settings.adapters}
-    commit = hub_commit(source)
-    arms = _arms(settings, source, commit, tokenizer, folders)
     manager = task_manager(settings.tasks, settings.task_data)
     loaded = {name: load_task(manager, name, settings, tokenizer, config) for name in settings.tasks}
+    commit = hub_commit(source)
+    arms = _arms(settings, source, commit, tokenizer, folders)
     tasks = task_checksums([task for of_name in loaded.values() for task in of_name], settings.limit)
     with locked(Path(settings.output_dir)):  # from here on what the folder holds does not change behind our back
         run = Run(settings.output_dir, "evals", settings.decisive)

@@ -54,6 +54,9 @@ def template_options(tokenizer: PreTrainedTokenizerBase, thinking: str = "off") 
 
     Args:
         thinking: one of THINKING.
+
+    Raises:
+        ValueError: the template cannot write a user's message.
     """
     switch = _switch(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template is not None else None
     return {} if switch is None else {switch: thinking == "on"}
@@ -62,14 +65,22 @@ def template_options(tokenizer: PreTrainedTokenizerBase, thinking: str = "off") 
 @lru_cache(maxsize=32)
 def _switch(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
     """The template's variable that turns thoughts on; the text is an argument so that a changed one is asked again."""
-    question = [{"role": "user", "content": "question"}]
+    from jinja2 import TemplateError
+
+    def rendered(**options: bool) -> str:
+        question = [{"role": "user", "content": "question"}]
+        return str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, **options))
+
+    try:
+        rendered()
+    except TemplateError as error:
+        raise ValueError(f"the chat template cannot write a user's message ({error}); correct it") from None
     for name in _SWITCHES:
-        on, off = (
-            tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, **{name: value})
-            for value in (True, False)
-        )
-        if on != off:
-            return name
+        try:
+            if rendered(**{name: True}) != rendered(**{name: False}):
+                return name
+        except TemplateError:  # it takes other values than these
+            continue
     return None
 
 

@@ -41,6 +41,10 @@ class Thoughts(NamedTuple):
     opener: str  # that the generation prompt leaves open, so that an answer begins within the thought; "" for none
     control_tokens: Sequence[str]  # what the tokenizer leaves out of texts
 
+    def are_in(self, text: str) -> bool:
+        """Whether an answer that was decoded with its control tokens has thoughts or what ends them."""
+        return bool(self.opener) or any(marker in text for pair in self.markers for marker in pair)
+
     def cut(self, text: str) -> Cut:
         """Take the thoughts out of an answer that was decoded with its control tokens.
 

@@ -220,18 +220,31 @@ def test_a_model_folder_that_would_load_an_adapter_is_refused(settings):
         generate(settings)
 
 
-def test_a_model_of_the_hub_is_its_commit(settings, tmp_path, monkeypatch):
-    """A model in the cache, whose branch then leads to another commit."""
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A function that puts copies of a folder into the hub's cache as commits of a repository, and says where.
+
+    Each commit differs in a number of its weights; the branch leads to the first.
+    """
     cache = tmp_path / "hub"
-    repository = cache / "models--org--talker"
-    (repository / "refs").mkdir(parents=True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache))
+    for module in ("huggingface_hub.constants", "transformers.utils.hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(cache))
+
+    def add(folder, name, commits):
+        repository = cache / f"models--org--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(commits[0])
+        for commit in commits:
+            shutil.copytree(folder, repository / "snapshots" / commit)
+        nudge(next((repository / "snapshots" / commits[-1]).glob("*.safetensors")))
+        return repository
+
+    return add
+
+
+def test_a_model_of_the_hub_is_its_commit(settings, hub):
     commits = "a" * 40, "b" * 40
-    for commit in commits:
-        shutil.copytree(settings.model, repository / "snapshots" / commit)
-    nudge(repository / "snapshots" / commits[1] / "model.safetensors")
-    (repository / "refs" / "main").write_text(commits[0])
+    repository = hub(settings.model, "talker", commits)
     settings = replace(settings, model="org/talker", tasks=["xstest"])
     generate(settings)
     rows = read_rows(Path(settings.output_dir) / "results.jsonl")
@@ -239,6 +252,24 @@ def test_a_model_of_the_hub_is_its_commit(settings, tmp_path, monkeypatch):
     generate(settings)
     (repository / "refs" / "main").write_text(commits[1])
     with pytest.raises(ValueError, match="model commit changed since"):
+        generate(settings)
+
+
+def test_an_adapter_of_the_hub(settings, hub):
+    source = Path(settings.adapters[0].source)
+    shutil.copy(Path(settings.model) / "tokenizer.json", source)
+    shutil.copy(Path(settings.model) / "tokenizer_config.json", source)
+    (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    commits = "a" * 40, "b" * 40
+    repository = hub(source, "adapter", commits)
+    settings = replace(settings, tasks=["xstest"], adapters=[Adapter("lora-seed0=org/adapter")])
+    generate(settings)
+    answers = read_completions(f"{settings.output_dir}/completions.jsonl").rows
+    assert {(row.adapter, row.generation["tokenizer"]) for row in answers} == {
+        (None, "model"), ("lora-seed0", "adapter"),
+    }  # fmt: skip
+    (repository / "refs" / "main").write_text(commits[1])
+    with pytest.raises(ValueError, match="adapter weights changed since"):
         generate(settings)
 
 

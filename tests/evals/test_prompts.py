@@ -175,6 +175,16 @@ def test_the_switch_of_a_template_is_found(published, name, switch):
     assert template_options(tokenizer, "on") == ({} if switch is None else {switch: True})
 
 
+def test_a_template_that_cannot_be_rendered_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ bos_token + messages[0]['content'] }}"
+    with pytest.raises(ValueError, match=r"cannot write a user's message \('bos_token' is undefined\)"):
+        template_options(tokenizer)
+    effort = "{% if reasoning is defined %}{{ reasoning['effort'] + 1 }}{% endif %}"
+    tokenizer.chat_template = "{{ messages[0]['content'] }}" + effort
+    assert template_options(tokenizer) == {}
+
+
 def test_no_template_has_no_switch(make_tokenizer):
     assert template_options(make_tokenizer(chat=False)) == {}
 

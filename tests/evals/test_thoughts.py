@@ -135,6 +135,23 @@ def test_thoughts_are_cut_from_every_arm(scripted, make_shieldgemma, template, s
     assert metrics(settings)["empty", None] == 0
 
 
+def test_thoughts_that_no_template_names_are_said(scripted, capsys):
+    script = chain("<|assistant|>", "<thou", "ght>", "mm", "</thou", "ght_>", "Yes", "<|end|>")
+    settings = scripted(ALWAYS + "{% endif %}", script)
+    generate(settings)
+    assert seen(answers(settings)) == arms("", "<thought>mm</thought_>Yes", "stop")
+    assert "2 of 2 answers of lora-seed0 hold <thought> or </thought>" in capsys.readouterr().out
+
+
+def test_markers_without_a_thought_are_cut_too(scripted):
+    """As gpt-oss writes an answer at once; its control tokens are no text, the channel's name would be."""
+    script = chain("<|assistant|>", "<|channel|>", "final", "<|message|>", "Yes", "<|end|>")
+    settings = scripted(NAMING, script, ["<|channel|>", "<|message|>"])
+    generate(settings)
+    assert seen(answers(settings)) == arms("", "Yes", "stop")
+    assert metrics(settings)["thought", None] == 0
+
+
 @pytest.mark.parametrize("script", [FOR_EVER, ENDS_IN_THOUGHT])
 def test_a_thought_that_does_not_end_is_no_answer(scripted, make_shieldgemma, script, request):
     settings = replace(scripted(SWITCHED, script, thinking="on"), tasks=["xstest", "dolly"])
