@@ -81,13 +81,13 @@ def test_a_folder_that_another_process_holds_is_refused_before_training(tmp_path
 
 
 def test_models_of_other_test_images_lend_no_accuracies(folder, tmp_path, monkeypatch):
-    load = _vision.load_images
+    load = recipe.load_splits
 
-    def fewer(name, split, *rest, **named):
-        images = load(name, split, *rest, **named)
-        return images.subset(torch.arange(100)) if split == "test" else images
+    def fewer(script):
+        train, test = load(script)
+        return train, test.subset(torch.arange(100))
 
-    monkeypatch.setattr(_vision, "load_images", fewer)
+    monkeypatch.setattr(recipe, "load_splits", fewer)
     with pytest.raises(ValueError, match="simclr, seed 0, was trained beside other test images"):
         main(["--output_dir", str(tmp_path), *SMALL, "--checkpoints", str(folder / "models")])
 
