@@ -18,7 +18,7 @@ def chunks(views: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def check_features(features: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    """Features with one of the numbers of dimensions `dims`, none of size 0; raises ValueError, TypeError for others."""
+    """Features with as many dimensions as one of `dims`, none of size 0; raises ValueError, TypeError for others."""
     features = torch.as_tensor(features)
     if features.ndim not in dims or not features.numel():
         shapes = " or ".join({2: "(n, d)", 3: "(views, n, d)"}[dim] for dim in dims)
