@@ -8,7 +8,6 @@ import torch
 from packaging.version import Version
 from peft import (
     PeftModel,
-    get_base_model_state_dict,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -115,7 +114,7 @@ def test_unloading_gives_the_base_back(name):
     base = base_of(name)
     expected, before = output(base), {n: t.clone() for n, t in base.state_dict().items()}
     model = adapted(name)
-    assert get_base_model_state_dict(model).keys() == before.keys()
+    assert peft.get_base_model_state_dict(model).keys() == before.keys()
     unloaded = model.unload()
     after = unloaded.state_dict()
     assert list(after) == list(before)
