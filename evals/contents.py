@@ -79,8 +79,9 @@ def _unchanged_file_checksum(path: Path, inode: int, size: int, changed: int) ->
     return file_checksum(path)
 
 
-def _adapter_parts(checksums: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple((part, value) for part, value in sorted(checksums.items()) if part.startswith("adapter"))
+def _parts(checksums: Mapping[str, str] | None, kind: str) -> dict[str, str]:
+    """The checksums of the parts of a model, an adapter or a task."""
+    return {part: value for part, value in (checksums or {}).items() if part.startswith(kind)}
 
 
 def task_checksums(tasks: Iterable[Task | Group], limit: int | None) -> dict[str, str]:
@@ -128,17 +129,22 @@ def check_contents(
     Raises:
         ValueError: a row or an answer was made by others, or does not say by which; names what changed.
     """
-    of_base = {part: value for part, value in next(iter(arms.values())).items() if part.startswith("model")}
+    of_base = _parts(next(iter(arms.values())), "model")
     made: list[tuple[str, str | None, str | None, dict[str, str] | None]] = [
         (config["model"], config["adapter"], config["task"], config.get("checksums"))
         for config in (row["config"] for row in run.rows)
         if "judge" not in config  # verdicts have checksums of the texts
     ]
     made += [(row.model, row.adapter, row.task, row.generation.get("checksums")) for row in completions]
-    names = {_adapter_parts(checksums): name for name, checksums in arms.items() if name is not None}
+    names = {checksum(_parts(checksums, "adapter")): name for name, checksums in arms.items() if name is not None}
     for of_model, adapter, task, before in made:
+        if of_model != model and _parts(before, "model") == of_base:
+            raise ValueError(
+                f"{run.folder} has answers or results of this very model under the name {of_model!r}: the table would "
+                f"have it twice. Give --model {of_model} to continue, or choose another --output_dir."
+            )
         now = arms.get(adapter, of_base) if of_model == model else {}
-        same = names.get(_adapter_parts(before or {}), adapter)
+        same = names.get(checksum(_parts(before, "adapter")), adapter)
         # Without a task it is an arm that diverged, and weights that are all NaN are the same in every such adapter.
         if of_model == model and None not in (adapter, task) and same != adapter:
             raise ValueError(

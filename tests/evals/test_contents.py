@@ -197,6 +197,16 @@ def test_an_adapter_under_another_name_than_before_is_refused(settings):
         generate(replace(settings, adapters=[Adapter(f"lora-seed7={settings.adapters[0].source}")]))
 
 
+@pytest.mark.parametrize("change", ["{}/", "{}/../talker", "{}-link"])
+def test_a_model_under_another_name_than_before_is_refused(settings, change):
+    settings = replace(settings, tasks=["xstest"], adapters=[])
+    generate(settings)
+    os.symlink(settings.model, f"{settings.model}-link")
+    message = r"has answers or results of this very model under the name '(.*talker)': .* Give --model \1 to continue"
+    with pytest.raises(ValueError, match=message):
+        generate(replace(settings, model=change.format(settings.model)))
+
+
 def test_a_folder_of_an_earlier_version_is_refused(settings):
     settings = replace(settings, tasks=["xstest"], adapters=[])
     generate(settings)
