@@ -121,7 +121,7 @@ def frozen_models(
         measured = {"n": len(test), "seconds": 0.0, "device": device_name(accelerator.device)}
         if not run.find(CHANCE):
             level = chance_level(splits["test"].labels, splits["test"].num_classes)
-            run.add(CHANCE, level, seed=None, **measured)
+            run.add(CHANCE, level, seed=None, **measured, split="test")
         for metric, value in zip(sae.QUALITY, sae.evaluate(encoder, test), strict=True):
             if not run.find(metric, seed=seed):
                 run.add(metric, value, seed=seed, **measured)

@@ -8,7 +8,7 @@ probes, X W^T and E^T X. E, the gradient of the losses in the logits, is formed 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,16 +16,24 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from vision_bench.probe_checks import (
+    CHUNK,
+    PerProbe,
+    check_features,
+    check_finite,
+    check_labels,
+    chunks,
+    one_of,
+    per_probe,
+)
+
 OPTIMIZERS = ("lars", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 TRUST_COEFFICIENT, LARS_EPS = 0.02, 1e-8
 LEAST_PROBABILITY, LOG_OF_ZERO = 1e-7, math.log(1e-4)  # of the reverse cross entropy
 NORM = 8.0  # root of the mean square norm of rescaled features; chosen by measurement, see docs/measurements.md
 TRAINING = ("probe_training_top1", "class_means_training_top1")  # of `training_accuracy`, as rows of results name them
-CHUNK = 8192  # rows of a pass over all features
 NEIGHBOUR_CHUNK = 1024  # rows whose neighbours are sought at once, among a chunk of the others
-
-PerProbe = float | Sequence[float] | torch.Tensor
 
 
 class Probes(NamedTuple):
@@ -101,13 +109,13 @@ def fit_linear_probes(
             fewer samples than a batch.
         FloatingPointError: the training of a probe diverged: a weight or bias is NaN or infinite.
     """
-    views = _check_features(features, dims=(2, 3))
+    views = check_features(features, dims=(2, 3))
     views = views if views.ndim == 3 else views[None]
     _, n, d = views.shape
-    labels = _check_labels("label_sets", label_sets, num_classes, n, dims=2)
+    labels = check_labels("label_sets", label_sets, num_classes, n, dims=2)
     k = len(labels)
     settings = {
-        name: _per_probe(name, value, k)
+        name: per_probe(name, value, k)
         for name, value in {
             "learning_rate": learning_rate, "weight_decay": weight_decay, "alpha": alpha, "beta": beta,
         }.items()
@@ -119,8 +127,8 @@ def fit_linear_probes(
         )
     if min([*seeds, order_seed or 0], default=0) < 0:
         raise ValueError(f"seeds are {seeds}, order_seed {order_seed}; they must be at least 0.")
-    _one_of("optimizer", optimizer, OPTIMIZERS)
-    _one_of("schedule", schedule, SCHEDULES)
+    one_of("optimizer", optimizer, OPTIMIZERS)
+    one_of("schedule", schedule, SCHEDULES)
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}; it must be at least 1.")
     if not 1 <= batch_size <= n:
@@ -129,7 +137,7 @@ def fit_linear_probes(
         raise ValueError(f"momentum is {momentum}; it must be in [0, 1).")
     if any(not 0 < milestone < 1 for milestone in milestones):
         raise ValueError(f"milestones are {tuple(milestones)}; they are shares of the epochs, each in (0, 1).")
-    _check_finite("features", views)
+    check_finite("features", views)
 
     device = views.device if device is None else torch.device(device)
     dtype = torch.float64 if views.dtype == torch.float64 else torch.float32
@@ -271,7 +279,7 @@ def probe_accuracy(
         TypeError: features are not floating or labels not integer.
         ValueError: shapes do not fit, or features or labels are out of range.
     """
-    features = _check_features(features, dims=(2,))
+    features = check_features(features, dims=(2,))
     k, c, d = weights.shape
     if biases.shape != (k, c):
         raise ValueError(f"biases has the shape {tuple(biases.shape)} for weights {(k, c, d)}; it must be {(k, c)}.")
@@ -279,8 +287,8 @@ def probe_accuracy(
         raise ValueError(f"features has {features.shape[1]} columns and the weights have {d}; they must be equal.")
     if not topk or any(not 1 <= t <= c for t in topk):
         raise ValueError(f"topk is {tuple(topk)} for {c} classes; every value must be in [1, {c}].")
-    labels = _check_labels("labels", labels, c, len(features), dims=1).to(weights.device)
-    _check_finite("features", features)
+    labels = check_labels("labels", labels, c, len(features), dims=1).to(weights.device)
+    check_finite("features", features)
     hits = _hits(weights, biases, features, labels.expand(k, -1), topk)
     return {t: row.double() / len(features) for t, row in zip(topk, hits, strict=True)}
 
@@ -326,14 +334,14 @@ def training_accuracy(
     """
     weights, biases = probes
     k, num_classes, d = weights.shape
-    features = _check_features(features, dims=(2,))
-    label_sets = _check_labels("label_sets", label_sets, num_classes, len(features), dims=2)
+    features = check_features(features, dims=(2,))
+    label_sets = check_labels("label_sets", label_sets, num_classes, len(features), dims=2)
     if len(label_sets) != k or features.shape[1] != d:
         raise ValueError(
             f"label_sets has the shape {tuple(label_sets.shape)} and features {tuple(features.shape)}; {k} probes of "
             f"{d} features need ({k}, n) and (n, {d})."
         )
-    _check_finite("features", features)
+    check_finite("features", features)
     own = _hits(weights, biases, features, label_sets)[0].double() / len(features)
     by_means = [_hits(*_class_means(features, labels, weights), features, labels[None])[0] for labels in label_sets]
     return own, torch.cat(by_means).double() / len(features)
@@ -379,17 +387,17 @@ def knn_accuracy(
         TypeError: features are not floating or labels not integer.
         ValueError: shapes do not fit, or a value is out of range.
     """
-    train, validation = _check_features(train, dims=(2,)), _check_features(validation, dims=(2,))
+    train, validation = check_features(train, dims=(2,)), check_features(validation, dims=(2,))
     if train.shape[1] != validation.shape[1]:
         raise ValueError(f"train has {train.shape[1]} columns and validation {validation.shape[1]}; give equal ones.")
     if not 1 <= k <= len(train):
         raise ValueError(f"k is {k} for {len(train)} training samples; it must be in [1, {len(train)}].")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0.")
-    train_labels = _check_labels("train_labels", train_labels, None, len(train), dims=1).to(train.device)
-    right_answers = _check_labels("validation_labels", validation_labels, None, len(validation), dims=1)
-    _check_finite("train", train)
-    _check_finite("validation", validation)
+    train_labels = check_labels("train_labels", train_labels, None, len(train), dims=1).to(train.device)
+    right_answers = check_labels("validation_labels", validation_labels, None, len(validation), dims=1)
+    check_finite("train", train)
+    check_finite("validation", validation)
     classes = 1 + max(int(train_labels.max()), int(right_answers.max()))
     dtype = torch.float64 if train.dtype == torch.float64 else torch.float32
     hits = 0
@@ -444,71 +452,13 @@ def _scaling(views: torch.Tensor, standardize: bool, rescale: bool) -> tuple[tor
     if not (standardize or rescale):
         return shift, factor
     if standardize:
-        for chunk in _chunks(views):
+        for chunk in chunks(views):
             shift += chunk.double().sum(dim=0) / count
     square = torch.zeros_like(shift)  # the mean of each feature's square after the shift
-    for chunk in _chunks(views):
+    for chunk in chunks(views):
         square += (chunk.double() - shift).square().sum(dim=0) / count
     if standardize:
         constant = square <= (1e-6 * shift.abs()).square()
         factor = torch.where(constant, 0.0, square.rsqrt())
     norm = (square * factor.square()).sum().sqrt()
     return shift, factor * (NORM / norm if rescale and norm > 0 else 1.0)
-
-
-def _chunks(views: torch.Tensor) -> Iterator[torch.Tensor]:
-    """All rows of features (views, n, d), some thousand at a time."""
-    for part in views:
-        yield from part.split(CHUNK)
-
-
-def _check_features(features: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    features = torch.as_tensor(features)
-    if features.ndim not in dims or not features.numel():
-        shapes = " or ".join({2: "(n, d)", 3: "(views, n, d)"}[dim] for dim in dims)
-        raise ValueError(f"features has the shape {tuple(features.shape)}; it must be {shapes}, none of them 0.")
-    if not features.is_floating_point():
-        raise TypeError(f"features is {features.dtype}; it must be floating, such as float32.")
-    return features
-
-
-def _check_labels(name: str, labels: torch.Tensor, num_classes: int | None, n: int, dims: int) -> torch.Tensor:
-    """The labels as int64."""
-    labels = torch.as_tensor(labels)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{name} is {labels.dtype}; it must be integer, the index of the class.")
-    if labels.ndim != dims or labels.shape[-1] != n or not labels.numel():
-        shape = f"(k, {n})" if dims == 2 else f"({n},)"
-        raise ValueError(f"{name} has the shape {tuple(labels.shape)} for {n} samples; it must be {shape}.")
-    if num_classes is not None and num_classes < 2:
-        raise ValueError(f"num_classes is {num_classes}; it must be at least 2.")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (num_classes is not None and high >= num_classes):
-        allowed = "at least 0" if num_classes is None else f"in [0, {num_classes - 1}] for num_classes {num_classes}"
-        raise ValueError(f"{name} has values from {low} to {high}; they must be {allowed}.")
-    return labels.long()
-
-
-def _check_finite(name: str, features: torch.Tensor) -> None:
-    start = 0
-    for chunk in _chunks(features if features.ndim == 3 else features[None]):
-        finite = chunk.isfinite().all(dim=1)
-        if not finite.all():
-            row = (start + int((~finite).nonzero()[0])) % features.shape[-2]
-            raise ValueError(f"{name} has NaN or infinite values, first in row {row}; extract them again.")
-        start += len(chunk)
-
-
-def _per_probe(name: str, value: PerProbe, k: int) -> torch.Tensor:
-    """The setting as a vector (k,)."""
-    vector = torch.as_tensor(value, dtype=torch.float64)
-    if vector.ndim > 1 or (vector.ndim == 1 and len(vector) != k):
-        raise ValueError(f"{name} has the shape {tuple(vector.shape)}; give one number or {k}, one for each probe.")
-    if not (vector >= 0).all() or not vector.isfinite().all():
-        raise ValueError(f"{name} has {vector.min().item():g}; it must be at least 0 and finite.")
-    return vector.expand(k).clone()
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
