@@ -236,7 +236,9 @@ def check_finite(values: torch.Tensor, name: str, first: int) -> torch.Tensor:
     finite = torch.linalg.vector_norm(values, dim=1).isfinite()
     if not finite.all():
         image = first + int((~finite).nonzero()[0])
-        raise FloatingPointError(f"{name} of image {image} has values that are NaN or infinite, or their squares are")
+        raise FloatingPointError(
+            f"{name} of image {image} has values that are NaN or infinite, or so large that their squares are"
+        )
     return values
 
 
