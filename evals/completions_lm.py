@@ -22,7 +22,7 @@ from evals.completions import COMPLETIONS, Completion
 from evals.contents import checksum
 from evals.models import Adapter, method_and_seed
 from evals.prompts import answer_opening, template_options
-from evals.thoughts import MARKERS, Cut, Thoughts
+from evals.thoughts import MARKERS, Thoughts
 from result_rows import LineAppender, write_atomic
 
 TASKS = Path(__file__).parent / "tasks"
@@ -271,7 +271,9 @@ class CompletionsLM(HFLM):
         super().generate_until([request for request, _ in batch], disable_tqdm=True)
         for (request, row), tokens in zip(batch, self._new_tokens, strict=True):
             end = next((place for place, token in enumerate(tokens) if token in self._end_ids), None)
-            thought, text, is_finished = self._without_thoughts(tokens[:end])
+            thoughts = self._arm.thoughts
+            text = thoughts.text(self.tokenizer, tokens[:end])
+            thought, text, is_finished = thoughts.cut(text) if thoughts.are_in(text) else ("", text, True)
             answer = postprocess_generated_text(text, normalize_gen_kwargs(request.args[1])["until"], None)
             is_full = end is None and answer == text and len(tokens) >= most_new_tokens(request.args[1])
             yield replace(
@@ -280,12 +282,6 @@ class CompletionsLM(HFLM):
                 finish_reason="thought" if not is_finished else "length" if is_full else "stop",
                 thought=thought,
             )
-
-    def _without_thoughts(self, tokens: list[int]) -> Cut:
-        """An answer's text without its thoughts, whose markers may be control tokens that texts are without."""
-        text = self.tok_decode(tokens, skip_special_tokens=False)
-        thoughts = self._arm.thoughts
-        return thoughts.cut(text) if thoughts.are_in(text) else Cut("", self.tok_decode(tokens), True)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         if self._thinking == "on":  # what ends an answer may stand in its thought; `_answers` cuts the answer
