@@ -422,3 +422,12 @@ def test_the_command_passes_everything_on(settings, monkeypatch, capsys):
     assert seen == [GenerateSettings("m", ["a", "b"], "o", adapters, False, 3, 4, 5, *modes)]
     with pytest.raises(SystemExit, match=r"Error: --limit is 0, allowed is 1 or more"):
         main(["generate", "--model", "m", "--tasks", "a", "--output_dir", "o", "--limit", "0"])
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(talking_model, eval_data, request):
+    request.getfixturevalue("no_loading")
+    from evals.__main__ import main
+
+    command = ["generate", "--model", str(talking_model), "--tasks", "xstest", "--max_new_tokens", "2"]
+    with pytest.raises(SystemExit, match="Error: .*/proc/nowhere"):
+        main([*command, "--output_dir", "/proc/nowhere"])

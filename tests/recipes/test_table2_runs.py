@@ -19,7 +19,7 @@ import pytest
 import sst2_monolora
 import torch
 from _identity import identity
-from _run import read_rows
+from _run import Run, read_rows
 from transformers import AutoModelForCausalLM
 
 from evals.completions import read_completions
@@ -287,6 +287,20 @@ class TestDivergence:
         before = (tmp_path / "out" / "results.jsonl").read_bytes()
         sst2_monolora.main([*arguments, "--max_new_tokens", "2"])
         assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
+
+    def test_nothing_is_judged_where_all_answers_diverge(self, arguments, eval_data, beaverdam, tmp_path, monkeypatch):
+        def generate(settings):
+            run = Run(settings.output_dir, "evals", settings.decisive)
+            for adapter in settings.adapters:
+                run.add_diverged("its logits", n=1, seed=0, seconds=0, device="cpu", adapter=adapter.name, task=None)
+            return run
+
+        monkeypatch.setattr(_evaluation, "generate", generate)
+        arguments = [*arguments, "--methods", "lora", "--judges", f"beaverdam={beaverdam}", "--max_new_tokens", "2"]
+        sst2_monolora.main(arguments)
+        text = (tmp_path / "out" / "results.md").read_text()
+        assert "| lora | 1 | diverged |" in text
+        assert "Thinking was off, in training, scores and answers of all arms.\n" in text
 
     @pytest.mark.parametrize("recipe", [sst2_monolora, dolly_monolora])
     def test_a_base_without_finite_scores(self, arguments, small_model, tmp_path, recipe):
