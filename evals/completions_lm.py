@@ -34,7 +34,7 @@ Key = tuple[str, str, str | None, str]
 
 
 class DivergedError(ArithmeticError):
-    """A model's logits or log-likelihoods are no numbers: none of its answers is one."""
+    """A model's logits or log-likelihoods are not finite: none of its answers is one."""
 
 
 class _FiniteLogits(LogitsProcessor):
@@ -88,7 +88,9 @@ class CompletionsLM(HFLM):
         done: dict[Key, Completion],
         tasks: dict[str, str],
     ) -> None:
-        super().__init__(pretrained=base, tokenizer=first.tokenizer, batch_size=batch_size)
+        # Log-likelihoods that are rounded to half precision would be equal for many an answer.
+        options = {"batch_size": batch_size, "softmax_dtype": "float32"}
+        super().__init__(pretrained=base, tokenizer=first.tokenizer, **options)
         self._model_name, self._thinking, self._load_in_4bit = model, thinking, load_in_4bit
         self._file, self._done, self._tasks = file, done, tasks
         eos = base.generation_config.eos_token_id
@@ -134,7 +136,7 @@ class CompletionsLM(HFLM):
         so they are trained: without it another token is scored.
 
         Raises:
-            DivergedError: a value is NaN.
+            DivergedError: a value is not finite.
         """
         removed, added = answer_opening(self._arm.tokenizer, self._thinking)
         if removed or added:
@@ -148,8 +150,8 @@ class CompletionsLM(HFLM):
 
     def _loglikelihood_tokens(self, *args: Any, **options: Any) -> list[tuple[float, bool]]:
         values: list[tuple[float, bool]] = super()._loglikelihood_tokens(*args, **options)
-        if any(math.isnan(value) for value, _ in values):
-            raise DivergedError("its log-likelihoods are no numbers")
+        if not all(math.isfinite(value) for value, _ in values):
+            raise DivergedError("its log-likelihoods are not finite")
         return values
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

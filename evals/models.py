@@ -82,8 +82,15 @@ def load_tokenizer_and_config(
     """Tokenizer and configuration of a model; no weights are loaded, so a model that cannot be had fails at once.
 
     Raises:
-        ValueError: `name` is neither a folder with a model's files nor to be had from the hub.
+        ValueError: `name` is neither a folder with a model's files nor to be had from the hub, or a file of weights
+            in the folder is cut off.
     """
+    for path in sorted(Path(str(name)).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"The weights {path} cannot be read ({error}): fetch the file again.") from None
     try:
         return (
             AutoTokenizer.from_pretrained(name, revision=revision),

@@ -106,6 +106,10 @@ def test_bases_that_cannot_be_had(talking_model, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"lacks a model's or tokenizer's files"):
         check_base(str(tmp_path / "empty"))
+    whole = (talking_model / "model.safetensors").read_bytes()
+    (talking_model / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"weights .*model\.safetensors cannot be read \(.*\): fetch the file again"):
+        check_base(str(talking_model))
     (talking_model / "model.safetensors").rename(talking_model / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"holds no \.safetensors; weights in other formats are not read"):
         check_base(str(talking_model))

@@ -369,7 +369,7 @@ class TestDollyRows:
     @pytest.mark.usefixtures("no_training")
     def test_another_data_set_than_the_task_asks(self, dolly_arguments, tmp_path):
         self.many(tmp_path / "set" / "train.jsonl")
-        with pytest.raises(ValueError, match="The task dolly does not ask what is held out of --dataset_name .*/set: "):
+        with pytest.raises(ValueError, match=r"does not ask what is held out of --dataset_name .*/set: "):
             dolly_monolora.main([*dolly_arguments, "--dataset_name", str(tmp_path / "set")])
 
     def test_rows_beyond_the_context_are_counted(self, dolly_arguments, tmp_path, capsys):
@@ -382,7 +382,7 @@ class TestDollyRows:
     @pytest.mark.usefixtures("no_training")
     def test_no_row_fits(self, dolly_arguments, tmp_path):
         file = self.many(tmp_path / "x.jsonl", lambda row: True)
-        with pytest.raises(ValueError, match="None of the 9 held-out rows of --train_file .* context of 2048 tokens"):
+        with pytest.raises(ValueError, match=r"None of the 9 held-out rows of --train_file .* context of 2048 tokens"):
             dolly_monolora.main([*dolly_arguments, "--train_file", file])
         file = self.many(tmp_path / "x.jsonl", lambda row: not dolly_held_out(row))
         with pytest.raises(ValueError, match="--max_length 1024 is too short for every training row"):
