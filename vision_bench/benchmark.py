@@ -253,9 +253,14 @@ def run(settings: Settings) -> tuple[list[Subject], list[dict[str, Any]]]:
                 f"{subject.label}: {subject.layer} at {subject.image_size[0]} x {subject.image_size[1]} pixels, "
                 f"pretrained: {subject.pretrained}"
             )
+    lacking = {
+        subject.id: [k for k in settings.features if not _complete(results.rows, subject, k, settings, sweep)]
+        for subject in subjects
+    }
+    _drop_incomplete(results, lacking)
     units = []
     for subject in subjects:
-        kinds = [kind for kind in settings.features if not _complete(results.rows, subject, kind, settings, sweep)]
+        kinds = lacking[subject.id]
         if not kinds:
             continue
         try:
@@ -451,6 +456,20 @@ def _complete(done: list[dict[str, Any]], subject: Subject, kind: str, settings:
     probes = len(sweep.label_noise) * len(sweep.few_shots) * len(settings.seeds)
     expected = tests * (probes + len(MEASURED)) + len(TRAINING) * probes + (len(sae.QUALITY) if kind == "sae" else 0)
     return sum(row["metric"] != SAME for row in there) == expected
+
+
+def _drop_incomplete(results: Run, lacking: dict[str, list[str]]) -> None:
+    """Take away the rows of kinds of features, by model, that are measured anew: a full disk may have cut them short.
+
+    Beside the new rows they would count twice, and the intervals would be too narrow.
+    """
+    kept = [
+        row
+        for row in results.rows
+        if row["metric"] == SAME or row["config"]["features"] not in lacking.get(row["config"]["features_id"], ())
+    ]
+    if len(kept) < len(results.rows):
+        results.replace(kept)
 
 
 def _measure(

@@ -265,6 +265,18 @@ def test_a_stopped_run_continues_to_the_same_rows(folder, checkpoint, tmp_path, 
         main([*command, "--resume", "--probe_epochs", "5"])
 
 
+def test_rows_that_a_full_disk_cut_short_are_measured_anew_and_count_once(folder, checkpoint, tmp_path):
+    cut = tmp_path / "run"
+    shutil.copytree(folder, cut)
+    lines = (cut / "results.jsonl").read_text().splitlines(keepends=True)
+    (cut / "results.jsonl").write_text("".join(lines[:-5]) + lines[-5][:100])
+    command = [str(checkpoint), "--random_init", "small_conv", "--output_dir", str(cut), *QUICK, *CORRUPTIONS]
+    main([*command, "--resume"])
+    assert len((cut / "results.jsonl").read_text().splitlines()) == len(lines)
+    assert results(cut) == results(folder)
+    assert (cut / "results.csv").read_text() == (folder / "results.csv").read_text()
+
+
 def test_models_and_kinds_of_features_may_be_added(folder, checkpoint, tmp_path):
     grown = tmp_path / "run"
     shutil.copytree(folder, grown)
