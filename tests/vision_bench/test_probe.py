@@ -119,12 +119,12 @@ def test_a_probe_does_not_depend_on_what_it_is_trained_beside():
 
 def test_wrong_labels_of_the_same_seed_do_not_come_first(monkeypatch):
     """One epoch over 2,000 samples of which 1,000 have wrong labels: each half of the steps sees about 500 of them."""
-    features, labels = torch.zeros(2000, 3), torch.zeros(2000, dtype=torch.int64)
+    features, labels = torch.zeros(2000, 3), torch.arange(2000) % 2
     noisy = flip_labels(labels, 0.5, 4, torch.Generator().manual_seed(7))
     seen, step = [], probe._Group.step
 
     def recorded(self, x, samples, factor):
-        seen.append(int((noisy[samples] != 0).sum()))
+        seen.append(int((noisy[samples] != labels[samples]).sum()))
         step(self, x, samples, factor)
 
     monkeypatch.setattr(probe._Group, "step", recorded)
