@@ -93,6 +93,14 @@ class Settings:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
 
+        if self.cache.exists() and not self.cache.is_dir():
+            raise ValueError(f"cache_dir is {self.cache}, which is a file; name a folder.")
+
+    @property
+    def cache(self) -> Path:
+        """The folder of features and autoencoders."""
+        return Path(self.cache_dir or Path(self.output_dir) / "cache")
+
     def of_results(self) -> dict[str, Any]:
         """What must be equal in all rows of a folder, which may hold several models and kinds of features."""
         left_out = {
@@ -183,9 +191,12 @@ class _Data:
         )
         self._whole[size] = train.fingerprint
         train, test = (_limited(images, settings.limit) for images in (train, test))
+        if train.num_classes < 2:
+            raise ValueError(
+                f"{settings.dataset} has images of one class, {train.class_names[0]}; a probe needs at least two."
+            )
         for rate in self.sweep.few_shots:
-            # Raises where a class is left without images.
-            stratified_fraction(train.labels, rate, torch.Generator().manual_seed(0), train.class_names)
+            _drawn(train, rate, f"few_shots is {rate:g}")
         sets = {"train": train, "clean": test}
         for shift in self.sweep.shifts:
             if shift is not None and shift.folder:
@@ -205,12 +216,15 @@ class _Data:
 def _limited(images: ImageSet, limit: int | None) -> ImageSet:
     if limit is None or limit >= len(images):
         return images
+    return images.subset(_drawn(images, limit / len(images), f"limit is {limit}"))
+
+
+def _drawn(images: ImageSet, fraction: float, words: str) -> torch.Tensor:
+    """Indices of a share of each class. Raises ValueError, which begins with `words`, if a class is left with none."""
     try:
-        generator = torch.Generator().manual_seed(0)
-        drawn = stratified_fraction(images.labels, limit / len(images), generator, images.class_names)
+        return stratified_fraction(images.labels, fraction, torch.Generator().manual_seed(0), images.class_names)
     except ValueError as error:
-        raise ValueError(f"limit is {limit} of {len(images)} images: {error}") from None
-    return images.subset(drawn)
+        raise ValueError(f"{words} of {len(images)} images: {error}") from None
 
 
 def run(settings: Settings) -> tuple[list[Subject], list[dict[str, Any]]]:
@@ -232,12 +246,16 @@ def run(settings: Settings) -> tuple[list[Subject], list[dict[str, Any]]]:
     )
     main = accelerator.is_main_process
     results = _begin(settings, main)
-    data = _Data(settings, sweep, main)
-    checked = [
-        _check(name, random, settings, sweep, data, accelerator.device)
+    # Every model before any image: to read the images may take long.
+    loaded = [
+        (zoo.load(name, random), random)
         for random, names in ((False, settings.models), (True, settings.random_init))
         for name in names
     ]
+    for frozen, _ in loaded:
+        _layer(frozen, settings)
+    data = _Data(settings, sweep, main)
+    checked = [_check(*loaded.pop(0), settings, sweep, data, accelerator.device) for _ in range(len(loaded))]
     subjects = [subject for subject, _ in checked]
     to_extract = {subject.id: frozen for subject, frozen in checked if frozen is not None}
     del checked  # a model is not held longer than until its features are computed
@@ -296,19 +314,16 @@ def _begin(settings: Settings, is_main: bool) -> Run:
 
 
 def _check(
-    name: str, random: bool, settings: Settings, sweep: Sweep, data: _Data, device: torch.device
+    frozen: zoo.Frozen, random: bool, settings: Settings, sweep: Sweep, data: _Data, device: torch.device
 ) -> tuple[Subject, zoo.Frozen | None]:
     """A model that gives features of one size for the images, or an error.
 
     Where the cache lacks features, the model stays in memory: read again later, its file could have become another.
     """
-    frozen = zoo.load(name, random)
     checkpoint = models.fingerprint(frozen.model)
-    layer = settings.layer or models.layers(frozen.model)[-1]
-    if layer not in models.layers(frozen.model):
-        raise ValueError(f"layer is {layer!r}; {frozen.name} has {', '.join(models.layers(frozen.model))}.")
+    layer = _layer(frozen, settings)
     sets = _sets(frozen, settings, data)
-    cache = Path(settings.cache_dir or Path(settings.output_dir) / "cache")
+    cache = settings.cache
     found = {
         test: _features(
             cache, frozen, checkpoint, layer, sets[of], test if test == "train" else f"test, {test}", noise
@@ -334,6 +349,14 @@ def _check(
         _digest([asdict(one.source) for one in (train, *found.values())]),
     )  # fmt: skip
     return subject, frozen if is_missing else None
+
+
+def _layer(frozen: zoo.Frozen, settings: Settings) -> str:
+    """The layer of a model that is measured. Raises ValueError if it does not have the one asked for."""
+    layers = models.layers(frozen.model)
+    if settings.layer is not None and settings.layer not in layers:
+        raise ValueError(f"layer is {settings.layer!r}; {frozen.name} has {', '.join(layers)}.")
+    return settings.layer or layers[-1]
 
 
 def _passes(sweep: Sweep) -> list[tuple[str, str, features.InputNoise | None]]:

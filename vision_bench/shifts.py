@@ -96,8 +96,9 @@ def load_shifted(
 
     Raises:
         TypeError: labels are not integers.
-        ValueError: as `load_images`; the map names classes that there are not, or a class of the training set is left
-            without images, in which case the error lists these classes and those of the folder.
+        ValueError: as `load_images`; the map names classes that there are not; a class of the training set is left
+            without images, in which case the error lists these classes and those of the folder; or all images are
+            training images.
     """
     side = _side(like)
     split = split or ("." if has_class_folders(Path(place)) else "test")
@@ -108,7 +109,8 @@ def load_shifted(
     images, digests, kept = image_files.read(source.encoded, wanted, side, memory_limit, skip_corrupt, progress)
     _check_every_class(labels[kept], like, place, source.class_names)
     shifted = replace(like, images=images, labels=labels[kept], digests=digests)
-    warn_of_training_images(shifted, like, f"images of {place}")
+    if warn_of_training_images(shifted, like, f"images of {place}") == len(shifted):
+        raise ValueError(f"all {len(shifted)} images of {place} are training images; give others.")
     return shifted
 
 

@@ -362,7 +362,7 @@ def test_probes_that_are_not_trained_and_autoencoders_that_explain_little_are_po
     warning = (
         f"odd_pixels (random), raw, 100 % of the images, 0 % wrong labels ({own:.1f} %, class means {means:.1f} %)"
     )
-    assert f"**Warning: not trained:** {warning}" in text
+    assert f"\n- {warning}\n" in text.split("**Warning: not trained.**")[1]
     assert " (not trained) |" in text
     (row,) = found(tmp_path / "few", "sae_fvu")
     assert row["value"] > 0.5
@@ -455,12 +455,18 @@ def test_a_folder_of_probes_that_the_scale_decided_on_is_refused(folder, checkpo
         (["small_conv"], "no pretrained weights of 'small_conv'.*--random_init small_conv"),
         ([*SMALL, "--corruptions", "gausian=1"], "unknown; there are .* Do you mean gaussian?"),
         ([*SMALL, "--corruptions", "folder=/nowhere"], "'/nowhere', which is neither digits"),
-        ([*SMALL, "--corruptions", "few_shots=0.001"], "would be left with none"),
+        (
+            [*SMALL, "--corruptions", "few_shots=0.001"],
+            "few_shots is 0.001 of 1437 images: .* would be left with none",
+        ),
         (
             ["--random_init", "small_conv", "--features", "pca"],
             r"features has \['pca'\]; it must be of raw, unit, relu, sae",
         ),
         ([*SMALL, "--layer", "output"], "layer is 'output'; small_conv has backbone"),
+        ([*SMALL, "resnet19", "--dataset", "mnist1"], "has no model 'resnet19'"),  # models before images are read
+        ([*SMALL, "--layer", "output", "--dataset", "mnist1"], "layer is 'output'; small_conv has backbone"),
+        ([*SMALL, "--cache_dir", __file__], "cache_dir is .*test_benchmark.py, which is a file; name a folder"),
         ([*SMALL, "--layer", "head"], "layer is 'head'; it must be one of backbone"),
         ([*SMALL, "--sae_k", "129"], "sae_k is 129; small_conv has 128 features"),
         ([*SMALL, "--limit", "3"], "limit is 3 of 1437 images: .* would be left with none"),
@@ -501,6 +507,23 @@ def photographs(folder, names):
             image = torch.randint(128, 256, (3, 20, 20), generator=generator, dtype=torch.uint8)
             to_pil_image(image).save(path)
     return folder
+
+
+def test_images_of_a_single_class_are_refused_before_any_work(tmp_path):
+    photographs(tmp_path / "data" / "train", ["cat"])
+    with pytest.raises(SystemExit, match=r"data has images of one class, cat; a probe needs at least two"):
+        main(
+            [
+                *SMALL,
+                "--dataset",
+                str(tmp_path / "data"),
+                "--test_fraction",
+                "0.5",
+                "--output_dir",
+                str(tmp_path / "run"),
+            ]
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_other_images_is_matched_by_the_names_of_its_classes(tmp_path):
