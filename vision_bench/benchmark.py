@@ -25,7 +25,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from result_rows import CONFIG, DIVERGED, Run, device_name
+from result_rows import CONFIG, DIVERGED, Run, device_name, locked
 from vision_bench import features, models, sae, zoo
 from vision_bench.corruption_sweep import Sweep, parse
 from vision_bench.corruptions import flip_labels
@@ -563,17 +563,19 @@ def _autoencoder(
         raise sae.NoVariance("all training features are 0")
     of = subject.train.folder
     k = settings.sae_k or max(1, round(raw.shape[1] / 8))
-    return sae.fit(
-        directions,
-        raw.shape[1],
-        k,
-        epochs=settings.sae_epochs,
-        batch_size=min(256, len(directions)),
-        seed=SAE_SEED,
-        device=device,
-        checkpoint_dir=of.parent / f"sae-{of.name.rpartition('-')[2]}-k{k}-epochs{settings.sae_epochs}",
-        progress=progress,
-    ).autoencoder
+    checkpoint_dir = of.parent / f"sae-{of.name.rpartition('-')[2]}-k{k}-epochs{settings.sae_epochs}"
+    with locked(checkpoint_dir, timeout=-1):  # Another run with this cache may be training the same autoencoder.
+        return sae.fit(
+            directions,
+            raw.shape[1],
+            k,
+            epochs=settings.sae_epochs,
+            batch_size=min(256, len(directions)),
+            seed=SAE_SEED,
+            device=device,
+            checkpoint_dir=checkpoint_dir,
+            progress=progress,
+        ).autoencoder
 
 
 @torch.no_grad()

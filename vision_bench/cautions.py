@@ -17,10 +17,10 @@ def untrained(cells: Sequence[str]) -> str:
     if not cells:
         return ""
     return (
-        "\n**Warning: not trained.** These probes fit the labels that they were trained on less often than the nearest\n"
-        "class mean by the same labels, a linear classifier without training. Their accuracy, and gains of them or\n"
-        "over them, say how far a probe came, not what the features bear: give the probes more epochs, or another\n"
-        "learning rate.\n\n" + "".join(f"- {cell}\n" for cell in cells)
+        "\n**Warning: not trained.** These probes fit the labels that they were trained on less often than the\n"
+        "nearest class mean by the same labels, a linear classifier without training. Their accuracy, and gains of\n"
+        "them or over them, say how far a probe came, not what the features bear: give the probes more epochs, or\n"
+        "another learning rate.\n\n" + "".join(f"- {cell}\n" for cell in cells)
     )
 
 

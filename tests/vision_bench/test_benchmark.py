@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -569,6 +571,27 @@ def test_features_that_are_never_active_have_no_consistency_and_the_json_is_stri
     assert raw["live_dimensions"] == 3 * 8 * 8
     assert (relu["semantic_consistency"], relu["sparsity"], relu["live_dimensions"]) == (None, 1, 0)
     assert "| - | - | 1.000 | 0 of 192 |" in (tmp_path / "results.md").read_text()
+
+
+HOLD = """
+import sys, time, pathlib, result_rows
+with result_rows.locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(3)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_waits_for_an_autoencoder_that_another_one_trains_in_the_same_cache(tmp_path):
+    command = [*SMALL, "--features", "sae", "--corruptions", *QUICK, "--cache_dir", str(tmp_path / "cache")]
+    main([*command, "--output_dir", str(tmp_path / "first")])
+    (checkpoint,) = (tmp_path / "cache").glob("sae-*/checkpoint.safetensors")
+    checkpoint.unlink()
+    script = [sys.executable, "-c", HOLD, str(checkpoint.parent)]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        main([*command, "--output_dir", str(tmp_path / "second")])
+    assert results(tmp_path / "second") == results(tmp_path / "first")
 
 
 @pytest.mark.slow
