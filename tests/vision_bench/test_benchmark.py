@@ -438,6 +438,13 @@ def test_relu_that_equals_raw_is_measured_only_without_raw(tmp_path, monkeypatch
     )
 
 
+def test_a_single_seed_has_no_interval_and_the_table_says_so(tmp_path):
+    main([*SMALL, "--features", "raw", *QUICK, "--seeds", "3", "--corruptions", "--output_dir", str(tmp_path)])
+    text = (tmp_path / "results.md").read_text()
+    assert "One seed (3) of probes, wrong labels and drawn images, so there are no intervals" in text
+    assert "±" not in text
+
+
 def test_a_folder_of_probes_that_the_scale_decided_on_is_refused(folder, checkpoint, tmp_path):
     old = tmp_path / "run"
     shutil.copytree(folder, old)
