@@ -371,6 +371,20 @@ def test_bad_input_of_accuracies():
         knn_accuracy(NAN, y[0], x, y[0])
 
 
+def test_probes_that_are_not_finite_have_no_accuracy():
+    x, labels = torch.randn(20, 4), torch.arange(20) % 2
+    weights, biases = torch.zeros(2, 2, 4), torch.zeros(2, 2)
+    for broken in (weights, biases):
+        broken[1, 1] = float("nan")
+        for accuracy in (
+            lambda: probe_accuracy(weights, biases, x, labels, topk=(1,)),
+            lambda: training_accuracy(probe.Probes(weights, biases), x, labels.expand(2, -1)),
+        ):
+            with pytest.raises(ValueError, match="probe 1 has weights or biases that are NaN or infinite"):
+                accuracy()
+        broken.zero_()
+
+
 @pytest.mark.parametrize("learning_rate", [3e38, [0.1, 3e38, 0.1]])
 def test_a_probe_that_diverges_has_no_weights(learning_rate):
     torch.manual_seed(0)
