@@ -77,8 +77,8 @@ class PretrainingArguments:
     report_to: list[str] = field(default_factory=list, metadata={"help": "Trackers of accelerate."})
 
     def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds takes different integers, got {self.seeds}.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds takes different integers of at least 0, got {self.seeds}.")
         for name in ("views", "backbone_options"):
             text = getattr(self, name)
             try:
