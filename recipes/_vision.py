@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from _run import Run
+from _run import DIVERGED, Run, device_name
 from _settings import parse
 from accelerate import Accelerator
 
@@ -181,11 +182,50 @@ def finish(
     """Close the trackers; the main process writes `results.md`, draws, and prints the table."""
     accelerator.end_training()
     if accelerator.is_main_process:
-        text = report()
+        text = report() + _diverged_seeds(run)
         run.write("results.md", text)
         if draw is not None:
             draw()
         print(text)
+
+
+def measure_seeds(
+    run: Run, script: DownstreamArguments, accelerator: Accelerator, measure: Callable[[int], None]
+) -> None:
+    """Measure the models of each pretraining seed; seeds whose models or probes diverge are marked, others go on.
+
+    Args:
+        measure: adds the rows of the models of a seed that the run lacks; every process calls it.
+
+    Raises:
+        FloatingPointError: those of every seed diverged, so that there is nothing to report.
+    """
+    for model_seed, seeds in script.models_of().items():
+        if run.find(DIVERGED, seed=model_seed):
+            continue
+        start = time.monotonic()
+        try:
+            measure(model_seed)
+        except FloatingPointError as error:
+            measured = {"n": 0, "seconds": time.monotonic() - start, "device": device_name(accelerator.device)}
+            run.replace([row for row in run.rows if row["seed"] not in seeds])  # some arms may have been measured
+            for seed in seeds:
+                run.add_diverged(str(error), seed=seed, **measured)
+    marks = run.find(DIVERGED)
+    if len(marks) == len(script.seeds):
+        reason = marks[0]["config"]["reason"]
+        raise FloatingPointError(f"every seed diverged, so that there is nothing to report: {reason}")
+
+
+def _diverged_seeds(run: Run) -> str:
+    """Which seeds diverged as a whole, and why, as Markdown; nothing where none did."""
+    marks = [
+        row for row in run.find(DIVERGED) if "method" not in row["config"]
+    ]  # those of a method stand in its table
+    reasons = "; ".join(f"{row['seed']} ({row['config']['reason'].rstrip('.')})" for row in marks)
+    if not marks:
+        return ""
+    return f"\n**Diverged:** seeds {reasons}. They have no part in the tables, which are of the other seeds.\n"
 
 
 def highest_with_signal(rates: Sequence[float], num_classes: int) -> float:

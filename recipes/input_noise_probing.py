@@ -38,7 +38,7 @@ from _probes import (
 from _run import Run, markdown_table, run_as_program
 from _shifted import Trial, measure
 from _trained import chance_percent
-from _vision import finish, start
+from _vision import finish, measure_seeds, start
 
 from vision_bench import figures
 from vision_bench.corruptions import INPUT_NOISES, add_input_noise, add_pixel_noise
@@ -155,8 +155,13 @@ def draw(run: Run, script: InputNoiseArguments) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
     script, splits, accelerator, run = start(InputNoiseArguments, arguments, "input_noise_probing")
-    for seed, seeds in script.models_of().items():
-        measure(run, script, seed, splits, accelerator, trials(script, seeds, splits["test"]))
+    seeds_of = script.models_of()
+    measure_seeds(
+        run,
+        script,
+        accelerator,
+        lambda seed: measure(run, script, seed, splits, accelerator, trials(script, seeds_of[seed], splits["test"])),
+    )
     finish(accelerator, run, lambda: report(run, script), lambda: draw(run, script))
 
 

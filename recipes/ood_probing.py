@@ -56,7 +56,7 @@ from _run import Interval, Run, interval, markdown_table, run_as_program
 from _settings import parse
 from _shifted import Trial, measure
 from _trained import chance_percent
-from _vision import SPLITS, finish, load_splits, results_config, start_accelerator
+from _vision import SPLITS, finish, load_splits, measure_seeds, results_config, start_accelerator
 
 from vision_bench import figures
 from vision_bench.data import ImageSet, warnings_in_one_line
@@ -278,8 +278,13 @@ def main(arguments: list[str] | None = None) -> None:
     run = Run(script.output_dir, "ood_probing", described, is_main=accelerator.is_main_process)
     run.bind()
     splits = dict(zip(SPLITS, (train, test), strict=True))
-    for seed, seeds in script.models_of().items():
-        measure(run, script, seed, splits, accelerator, trials(shifts, test, seeds))
+    seeds_of = script.models_of()
+    measure_seeds(
+        run,
+        script,
+        accelerator,
+        lambda seed: measure(run, script, seed, splits, accelerator, trials(shifts, test, seeds_of[seed])),
+    )
     finish(accelerator, run, lambda: report(run, script, shifts), lambda: draw(run, shifts))
 
 

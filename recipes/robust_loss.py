@@ -43,7 +43,7 @@ from _probes import (
 )
 from _run import Interval, Run, device_name, markdown_table, paired_difference, run_as_program
 from _trained import add_training, chance_percent
-from _vision import SPLITS, finish, highest_with_signal, start
+from _vision import SPLITS, finish, highest_with_signal, measure_seeds, start
 from accelerate import Accelerator
 
 from vision_bench import figures
@@ -219,8 +219,7 @@ def draw(run: Run, script: RobustLossArguments, num_classes: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
     script, splits, accelerator, run = start(RobustLossArguments, arguments, "robust_loss")
-    for seed in script.models_of():
-        measure(run, script, seed, splits, accelerator)
+    measure_seeds(run, script, accelerator, lambda seed: measure(run, script, seed, splits, accelerator))
     num_classes = splits["train"].num_classes
     finish(accelerator, run, lambda: report(run, script, num_classes), lambda: draw(run, script, num_classes))
 

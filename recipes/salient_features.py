@@ -43,7 +43,7 @@ from _noisy_probe import (
 )
 from _run import Run, device_name, markdown_table, run_as_program
 from _trained import chance_percent, own_labels
-from _vision import SPLITS, finish, start
+from _vision import SPLITS, finish, measure_seeds, start
 from accelerate import Accelerator
 
 from vision_bench import cautions, figures
@@ -269,8 +269,7 @@ def draw(run: Run, script: SalientArguments) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figure."""
     script, splits, accelerator, run = start(SalientArguments, arguments, "salient_features")
-    for seed in script.models_of():
-        measure(run, script, seed, splits, accelerator)
+    measure_seeds(run, script, accelerator, lambda seed: measure(run, script, seed, splits, accelerator))
     finish(accelerator, run, lambda: report(run, script), lambda: draw(run, script))
 
 

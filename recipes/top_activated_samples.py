@@ -39,7 +39,7 @@ from _noisy_probe import (
 )
 from _run import Run, device_name, interval, markdown_table, run_as_program
 from _trained import chance_percent, own_labels
-from _vision import SPLITS, finish, start
+from _vision import SPLITS, finish, measure_seeds, start
 from accelerate import Accelerator
 from scipy.stats import spearmanr
 
@@ -218,14 +218,15 @@ def grid(row: dict[str, Any], title: str, images: ImageSet) -> figures.ImageGrid
 
 
 def draw(run: Run, script: TopActivatedArguments, images: ImageSet) -> None:
-    """Fig. 1(a) and Fig. 4(a, b) of the first seed."""
+    """Fig. 1(a) and Fig. 4(a, b) of the first seed that did not diverge."""
+    shown = next(seed for seed in script.seeds if run.find(OF_RANDOM, seed=seed))
     random, of_class = {}, {}
     for name in FEATURES:
-        rows = run.find(OF_RANDOM, features=name, seed=script.seeds[0])
+        rows = run.find(OF_RANDOM, features=name, seed=shown)
         random[name] = [grid(row, f"dimension {row['config']['dimension']}: ", images) for row in rows]
         of_class[name] = []
         for rank in RANKS:
-            (row,) = run.find(OF_CLASS, features=name, seed=script.seeds[0], rank=rank)
+            (row,) = run.find(OF_CLASS, features=name, seed=shown, rank=rank)
             config = row["config"]
             title = f"{rank} class: {figures.readable(config['class_name'])}, {100 * config['class_accuracy']:.0f} %\n"
             of_class[name].append(grid(row, f"{title}dimension {config['dimension']}: ", images))
@@ -236,8 +237,7 @@ def draw(run: Run, script: TopActivatedArguments, images: ImageSet) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
     script, splits, accelerator, run = start(TopActivatedArguments, arguments, "top_activated_samples")
-    for seed in script.models_of():
-        measure(run, script, seed, splits, accelerator)
+    measure_seeds(run, script, accelerator, lambda seed: measure(run, script, seed, splits, accelerator))
     finish(accelerator, run, lambda: report(run, script), lambda: draw(run, script, splits["test"]))
 
 

@@ -9,6 +9,8 @@ import tables
 import torch
 from _run import interval
 from label_noise_probing import main
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from vision_bench import models
 from vision_bench.corruptions import flip_labels
@@ -116,6 +118,39 @@ def test_the_papers_protocol_can_be_run_and_its_rows_are_not_mixed_with_others(f
     (tmp_path / "config.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match="another configuration"):
         main(command)
+
+
+def test_a_seed_that_diverged_is_marked_and_the_others_are_measured(folder, tmp_path):
+    shutil.copytree(folder / "models", tmp_path / "models")
+    path = tmp_path / "models" / "ncl-1" / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    next(tensor for tensor in tensors.values() if tensor.is_floating_point()).view(-1)[0] = torch.nan
+    save_file(tensors, path, metadata)
+    command = ["--output_dir", str(tmp_path / "out"), *SMALL, "--checkpoints", str(tmp_path / "models")]
+    main(command)
+    (mark,) = rows(tmp_path / "out", "diverged")
+    assert mark["seed"] == 1
+    assert "finite" in mark["config"]["reason"]
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert {row["seed"] for row in map(json.loads, lines) if row["metric"] != "diverged"} == {0, None}
+    assert values(tmp_path / "out", seed=0) == values(folder, seed=0)
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert f"**Diverged:** seeds 1 ({mark['config']['reason'].rstrip('.')})." in text
+    assert "nan" not in text.split("**Diverged:**")[0].lower()
+    shutil.rmtree(tmp_path / "models")  # neither seed is made again
+    main(command)
+    assert (tmp_path / "out" / "results.jsonl").read_text().splitlines() == lines
+
+
+def test_where_every_seed_diverges_there_is_no_table(tmp_path):
+    command = ["--output_dir", str(tmp_path), *SMALL, "--learning_rate", "1e10", "--warmup_epochs", "0"]
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="every seed diverged, so that there is nothing to report: "):
+            main(command)
+    assert [row["seed"] for row in rows(tmp_path, "diverged")] == [0, 1]
+    assert not (tmp_path / "results.md").exists()
 
 
 def test_poor_autoencoders_are_pointed_out(folder, tmp_path):
