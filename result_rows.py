@@ -44,10 +44,16 @@ class Run:
         is_main: False in all but one of several processes: such a run writes nothing.
 
     Raises:
-        ValueError: the folder holds another configuration or recipe, or rows that cannot be read.
+        ValueError: the folder holds another configuration or recipe, or rows that cannot be read; or a setting is NaN
+            or infinite.
     """
 
     def __init__(self, output_dir: str | Path, recipe: str, config: dict[str, Any], is_main: bool = True) -> None:
+        for name, value in config.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except ValueError:
+                raise ValueError(f"{name} is {value}; JSON has no NaN and no infinity, take a finite number.") from None
         self.folder = Path(output_dir)
         self.recipe = recipe
         self.config = json.loads(json.dumps(config))  # as it will be read back

@@ -183,7 +183,7 @@ def fit_linear_probes(
         diverged = (~finite).nonzero().squeeze(1).tolist()
         raise FloatingPointError(
             f"the weights of {len(diverged)} of {k} probes, first {diverged[0]}, are NaN or infinite: their training "
-            "diverged; lower learning_rate"
+            "diverged; lower learning_rate (in recipes probe_learning_rate)"
         )
     return Probes(weights, biases)
 
