@@ -44,10 +44,16 @@ class Run:
         is_main: False in all but one of several processes: such a run writes nothing.
 
     Raises:
-        ValueError: the folder holds another configuration or recipe, or rows that cannot be read.
+        ValueError: the folder holds another configuration or recipe, or rows that cannot be read; or a setting is NaN
+            or infinite.
     """
 
     def __init__(self, output_dir: str | Path, recipe: str, config: dict[str, Any], is_main: bool = True) -> None:
+        for name, value in config.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except ValueError:
+                raise ValueError(f"{name} is {value}; JSON has no NaN and no infinity, take a finite number.") from None
         self.folder = Path(output_dir)
         self.recipe = recipe
         self.config = json.loads(json.dumps(config))  # as it will be read back
@@ -225,10 +231,13 @@ def _hashable(value: Any) -> Any:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, timeout: float = 0) -> Iterator[None]:
     """Hold a folder, which is created, for this process; one that is killed gives it back.
 
     A process that holds the folder already may hold it once more.
+
+    Args:
+        timeout: seconds to wait for a process that holds the folder; below 0 without an end.
 
     Raises:
         ValueError: another process holds it, or it cannot be created or written to.
@@ -236,7 +245,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.resolve() / ".lock", timeout=0, is_singleton=True)
-        with lock:
+        with lock.acquire(timeout):
             yield
     except Timeout:
         raise ValueError(f"Another process is working in {folder}; wait for it, or stop it.") from None

@@ -16,6 +16,7 @@ from _features import FEATURES
 from _probes import ACCURACY, ARMS, gain
 from _run import DIVERGED, Run
 from _trained import CHANCE
+from _vision import IMAGES
 
 from vision_bench import figures
 from vision_bench.metrics import MEASURED
@@ -149,14 +150,15 @@ def settings_of(run: Run, settings: type[Any]) -> Any:
     Raises:
         CannotShow: it has settings that this version of the recipe does not have.
     """
+    config = {name: value for name, value in run.config.items() if name != IMAGES}
     known = {f.name for f in fields(settings)}
-    unknown = sorted(run.config.keys() - known)
+    unknown = sorted(config.keys() - known)
     if unknown:
         raise CannotShow(
             f"rows of {run.recipe} have the settings {', '.join(unknown)}, which recipes/{run.recipe}.py lacks; use "
             "the version that made them, or run it again."
         )
-    return settings(**{"output_dir": str(run.folder)} | run.config)
+    return settings(**{"output_dir": str(run.folder)} | config)
 
 
 def drawn_by_recipe(

@@ -403,6 +403,6 @@ def start(
     splits["test"] = drawn(splits["test"], script.test_fraction, seed=0)
     script.check(splits["train"])
     accelerator = start_accelerator(script, recipe)
-    run = Run(script.output_dir, recipe, results_config(script), is_main=accelerator.is_main_process)
+    run = Run(script.output_dir, recipe, results_config(script, *splits.values()), is_main=accelerator.is_main_process)
     run.bind()
     return script, splits, accelerator, run

@@ -37,8 +37,8 @@ class ControlledArguments(ProbingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.decays or min(self.decays) < 0:
-            raise ValueError(f"decays is {self.decays}; it takes weight decays of at least 0.")
+        if not self.decays or len(set(self.decays)) < len(self.decays) or min(self.decays) < 0:
+            raise ValueError(f"decays is {self.decays}; it takes different weight decays of at least 0.")
 
     def decays_of(self, name: str) -> list[float]:
         """The weight decays that the features `name` are probed with."""
@@ -164,7 +164,7 @@ def notes(run: Run, script: ControlledArguments, cells: Sequence[Cell]) -> str:
         "was run here. Consistency, sparsity and live dimensions are of the clean test images; chance is the\n"
         "consistency with shuffled labels. A consistency means little without the sparsity beside it.\n"
         f"poly_decay takes the best of {len(script.decays)} weight decays for each column on the test labels\n"
-        f"themselves, which favours it ({decays});\n"
+        f"themselves, which favours it (those it took, column after column of all tables: {decays});\n"
         "poly_unit, random_relu, random_mask: see recipes/_features.py.\n"
         f"{cautions.TRAINING_NOTE}{unscaled}"
         f"SAE on test images: FVU {fvu}, L0 {l0}, dead {dead}.\n" + cautions.unexplained({"sae": quality[0].mean})

@@ -21,6 +21,7 @@ from vision_bench.probe import OPTIMIZERS, SCHEDULES
 
 METHODS = ("simclr", "ncl")
 SPLITS = ("train", "test")
+IMAGES = "images"  # of a run's configuration: the fingerprint of each split, which is no setting
 # Mirrored digits are others, and a blur or a small crop of 8 x 8 pixels leaves none.
 VIEWS: dict[str, dict[str, Any]] = {
     "digits": {"crop_scale": [0.4, 1.0], "flip_probability": 0.0, "blur_probability": 0.0}
@@ -76,8 +77,8 @@ class PretrainingArguments:
     report_to: list[str] = field(default_factory=list, metadata={"help": "Trackers of accelerate."})
 
     def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds takes different integers, got {self.seeds}.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds takes different integers of at least 0, got {self.seeds}.")
         for name in ("views", "backbone_options"):
             text = getattr(self, name)
             try:
@@ -116,9 +117,10 @@ class PretrainingArguments:
         )
 
 
-def results_config(script: PretrainingArguments) -> dict[str, Any]:
-    """The settings that decide results, for `Run`."""
-    return {name: value for name, value in asdict(script).items() if name not in _NO_RESULT}
+def results_config(script: PretrainingArguments, train: ImageSet, test: ImageSet) -> dict[str, Any]:
+    """What decides results, for `Run`: settings, and the images themselves in the place of where they are."""
+    settings = {name: value for name, value in asdict(script).items() if name not in _NO_RESULT}
+    return settings | {IMAGES: {"train": train.fingerprint, "test": test.fingerprint}}
 
 
 def load_splits(script: PretrainingArguments) -> tuple[ImageSet, ImageSet]:
@@ -168,7 +170,7 @@ def start(
     splits = dict(zip(SPLITS, load_splits(script), strict=True))
     script.check(splits["train"], splits["test"])
     accelerator = start_accelerator(script, recipe)
-    run = Run(script.output_dir, recipe, results_config(script), is_main=accelerator.is_main_process)
+    run = Run(script.output_dir, recipe, results_config(script, *splits.values()), is_main=accelerator.is_main_process)
     run.bind()
     return script, splits, accelerator, run
 

@@ -9,7 +9,8 @@ images of early stopping have wrong labels too.
 
 The paper: the gain of NCE grows with the rate, to +11.9 points at most (ImageNet-100). The default run, about two
 minutes of one core, is of another scale: a quarter of 1,437 digits, a network of three convolutions, 10 epochs; with
-10 classes a rate of 90 % leaves no signal.
+10 classes a rate of 90 % leaves no signal. Expected there: up to 40 % NCE, weight decay and dropout within 2 points
+of CE, early stopping about 6 below; at 80 % NCE about 8 above, but its interval over 3 seeds is twice as wide.
 """
 
 from __future__ import annotations

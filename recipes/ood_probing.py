@@ -155,10 +155,12 @@ def load_shifts(script: OodArguments, train: ImageSet, test: ImageSet) -> dict[s
     return found
 
 
-def config(script: OodArguments, shifts: Mapping[str, ImageSet | Corruptions]) -> dict[str, Any]:
+def config(
+    script: OodArguments, train: ImageSet, test: ImageSet, shifts: Mapping[str, ImageSet | Corruptions]
+) -> dict[str, Any]:
     """What decides the results: the images of the shifts, not where they are; and which corruptions CIFAR-C has."""
     fingerprints = {name: images.fingerprint for name, images in shifts.items()}
-    found = results_config(script) | {"shifts": fingerprints, "class_map": None}
+    found = results_config(script, train, test) | {"shifts": fingerprints, "class_map": None}
     corruptions = {name: list(images.files) for name, images in shifts.items() if isinstance(images, Corruptions)}
     return found | ({"corruptions": corruptions} if corruptions else {})
 
@@ -272,7 +274,8 @@ def main(arguments: list[str] | None = None) -> None:
     with warnings_in_one_line():
         shifts = load_shifts(script, train, test)
     accelerator = start_accelerator(script, "ood_probing")
-    run = Run(script.output_dir, "ood_probing", config(script, shifts), is_main=accelerator.is_main_process)
+    described = config(script, train, test, shifts)
+    run = Run(script.output_dir, "ood_probing", described, is_main=accelerator.is_main_process)
     run.bind()
     splits = dict(zip(SPLITS, (train, test), strict=True))
     for seed, seeds in script.models_of().items():

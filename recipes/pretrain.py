@@ -100,7 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
     script = parse(PretrainArguments, arguments, shared_with=ProbingArguments)
     train, validation = load_splits(script)
     accelerator = start_accelerator(script, "pretrain")
-    run = Run(script.output_dir, "pretrain", results_config(script), is_main=accelerator.is_main_process)
+    described = results_config(script, train, validation)
+    run = Run(script.output_dir, "pretrain", described, is_main=accelerator.is_main_process)
     run.bind()
     for seed in script.seeds:
         for method in script.methods:

@@ -211,9 +211,12 @@ def main(arguments: list[str] | None = None) -> None:
     output = Path(script.output_dir)
     sources = read(Path(script.runs), output)
     found = chosen(script, sources)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir is {output}, which cannot be written to ({error}); choose another.") from None
     made = sections(script, found)
     text = introduction(made, sources)
-    output.mkdir(parents=True, exist_ok=True)
     tables = f"# {TITLE}\n\n{text}"
     for one in made:
         tables += f'\n<a id="{one.name}"></a>\n\n## {one.title}\n\n{one.claim}\n\n{one.source}\n\n'

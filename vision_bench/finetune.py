@@ -230,7 +230,7 @@ class _Run(training.Training):
     ) -> None:
         self.config, self.held_out, self.validation = config, held_out, validation
         self.classifier = classifier
-        self.remedy = f"Lower learning_rate (here {config.learning_rate:g})"
+        self.remedy = f"Lower learning_rate (here {config.learning_rate:g}; in recipes finetuning_learning_rate)"
         self.views = None
         if config.views is not None:
             self.views = SimCLRViews(train.images.shape[-1], train.mean, train.std, **config.views)

@@ -535,7 +535,7 @@ class _Training:
         if broken is not None:
             raise FloatingPointError(
                 f"The training of the autoencoder diverged before step {self.step}: {broken} is NaN or infinite. "
-                f"Lower learning_rate (here {learning_rate:g})."
+                f"Lower learning_rate (here {learning_rate:g}; in recipes sae_learning_rate)."
             )
 
     def write_row(self, epoch: int) -> None:

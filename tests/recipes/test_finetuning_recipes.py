@@ -17,7 +17,6 @@ from _experiments import EXPERIMENTS
 from _finetuning import adapted, drawn
 from _run import Run
 from _settings import parse
-from _vision import results_config
 from filelock import FileLock
 
 from vision_bench import models
@@ -194,7 +193,8 @@ def test_arms_that_diverge_are_marked_and_have_no_numbers(arguments, tmp_path, m
     few_shot_finetuning.main(command)
     assert (tmp_path / "results.md").read_text() == table
     (figure,) = (one for one in EXPERIMENTS if one.recipe == "few_shot_finetuning")
-    assert figure.missing(Run(tmp_path, figure.recipe, results_config(script))) is None
+    config = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert figure.missing(Run(tmp_path, figure.recipe, config)) is None
 
 
 def test_the_other_arms_and_seeds_go_on_where_one_diverges(folder, tmp_path, monkeypatch):

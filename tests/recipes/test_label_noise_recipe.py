@@ -91,7 +91,7 @@ def test_what_probes_fit_of_their_own_labels_and_chance_stand_in_the_table(folde
     own, means = (interval([100 * v for v in values(folder, m, features="sae", noise_rate=0.6)]) for m in TRAINING)
     trained = "" if own.mean >= means.mean else " (not trained)"
     assert f" {own.text(1)}{trained} |" in next(line for line in table.splitlines() if line.startswith("| sae |"))
-    assert ("**Warning: not trained:**" in table) == ("(not trained)" in table)
+    assert ("**Warning: not trained.**" in table) == ("(not trained)" in table)
     (chance,) = values(folder, "chance_top1")
     assert chance == 37 / 360 == torch.bincount(test.labels).max().item() / len(test)
     assert "| chance level | 10.3 | 10.3 | - | - | - | - |" in text
@@ -183,7 +183,11 @@ def test_shared_pretraining_probes_one_model_with_every_seed(folder, tmp_path, m
         (["--noise_rates", "0", "90"], "noise_rates has 90.0; each must be in"),
         (["--noise_rates", "0.1", "0.1"], "noise_rates takes different numbers"),
         (["--decays", "-1"], "decays is"),
+        (["--decays", "0.1", "0.1"], "decays is .0.1, 0.1.; it takes different weight decays"),
+        (["--decays", "nan"], "decays is .nan.; JSON has no NaN"),
+        (["--probe_learning_rate", "inf"], "probe_learning_rate is inf; JSON has no NaN and no infinity"),
         (["--seeds", "1", "1"], "seeds takes different integers"),
+        (["--seeds", "-1"], "seeds takes different integers of at least 0"),
         (["--layer", "head"], "layer is 'head'; it must be one of backbone, projector, output"),
         (["--sae_k", "99"], "sae_k is 99 for 32 latents"),
         (["--batch_size", "9999"], "batch_size is 9999 for 1437 images"),

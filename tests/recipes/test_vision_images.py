@@ -111,3 +111,23 @@ def test_a_run_with_held_images_goes_on_with_streamed_ones(place, tmp_path):
         for text in (rows, (tmp_path / "results.jsonl").read_text())
     ]
     assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("changed", ["train", "test"])
+def test_a_whole_run_is_refused_for_other_images_at_the_same_place(tmp_path, changed):
+    images = load_images("digits", "train").subset(torch.arange(96))
+    for split, part in (("train", range(64)), ("test", range(64, 96))):
+        for i in part:
+            file = tmp_path / "set" / split / images.class_names[int(images.labels[i])] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images.images[i].permute(1, 2, 0).numpy()).save(file)
+    arguments = ["--output_dir", str(tmp_path / "run"), "--data", str(tmp_path / "set"), *SMALL]
+    main(arguments)
+    rows = (tmp_path / "run/results.jsonl").read_text()
+    main(arguments)
+    assert (tmp_path / "run/results.jsonl").read_text() == rows
+    file = next((tmp_path / "set" / changed).rglob("*.png"))
+    Image.new("RGB", (8, 8)).save(file)
+    with pytest.raises(ValueError, match=r"another configuration \(images: {'test': '.*', 'train': '.*'} there"):
+        main(arguments)
+    assert (tmp_path / "run/results.jsonl").read_text() == rows
