@@ -82,6 +82,8 @@ class EndpointChatJudge(RubricJudge):
         judgements += [None] * (len(batch) - len(answers))
         problem = next((answer for answer in answers if isinstance(answer, str)), None)
         refusals = [judgement for judgement in judgements if judgement is not None and judgement.outcome == REFUSED]
+        if not self.has_answered and refusals and problem is None:
+            self._judge(self.encode("", ""))  # the longest come first; a short one shows if it refuses all
         if not self.has_answered and refusals:
             problem = problem or f"it refused every request of the first batch: {refusals[0].reply}"
             judgements = [None] * len(batch)

@@ -56,7 +56,7 @@ def template_options(tokenizer: PreTrainedTokenizerBase, thinking: str = "off") 
         thinking: one of THINKING.
 
     Raises:
-        ValueError: the template cannot write a user's message.
+        ValueError: the template cannot write a user's message, or leaves it out.
     """
     switch = _switch(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template is not None else None
     return {} if switch is None else {switch: thinking == "on"}
@@ -72,9 +72,11 @@ def _switch(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
         return str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, **options))
 
     try:
-        rendered()
+        is_written = "question" in rendered()
     except TemplateError as error:
         raise ValueError(f"the chat template cannot write a user's message ({error}); correct it") from None
+    if not is_written:
+        raise ValueError("the chat template leaves out what the user says; correct it")
     for name in _SWITCHES:
         try:
             if rendered(**{name: True}) != rendered(**{name: False}):

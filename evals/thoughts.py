@@ -83,12 +83,15 @@ def thoughts_of(
         where: whose tokenizer it is, for errors.
 
     Raises:
-        ValueError: the template cannot do what `thinking` says.
+        ValueError: the template cannot do what `thinking` says, or cannot write a prompt.
     """
     template = str(tokenizer.chat_template or "")
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values()}
     own = [pair for pair in MARKERS if pair[1] in template or pair[1] in tokens]
-    thoughts = thoughts_with(tokenizer, thinking, [markers] if markers is not None else own)
+    try:
+        thoughts = thoughts_with(tokenizer, thinking, [markers] if markers is not None else own)
+    except ValueError as error:
+        raise ValueError(f"The tokenizer of {where} is of no use: {error}.") from None
     opener = thoughts.opener
     if thinking == "off" and opener:
         raise ValueError(
@@ -105,7 +108,7 @@ def thoughts_of(
 
 def thoughts_with(tokenizer: PreTrainedTokenizerBase, thinking: str, markers: Sequence[tuple[str, str]]) -> Thoughts:
     """The thoughts that these markers open and end, of a model that is asked to think or not to."""
-    opener = _opened(tokenizer, thinking, markers) if tokenizer.chat_template else ""
+    opener = _opened(tokenizer, thinking, markers) if tokenizer.chat_template is not None else ""
     return Thoughts(markers, opener, sorted(tokenizer.all_special_tokens, key=len, reverse=True))
 
 

@@ -348,10 +348,16 @@ class TestEndpoint:
         assert refused.reply.startswith("HTTP 400")
 
     def test_a_server_that_refuses_everything_is_an_error(self, judge, server):
-        server["failures"] = [422] * 3
+        server["failures"] = [422] * 4
         with pytest.raises(NoAnswerError, match="it refused every request of the first batch: HTTP 422") as error:
             judge.judge([judge.encode("Q", "A")] * 3)
         assert error.value.judgements == [None] * 3
+
+    def test_a_first_batch_that_is_too_long_is_unparsed(self, judge, server):
+        server["refuse"] = lambda body: "too long" if "word" in str(body) else None
+        judgements = judge.judge([judge.encode("Q", "word " * 100)] * 2)
+        assert [(j.outcome, j.reply[:8]) for j in judgements] == [("unparsed", "HTTP 400")] * 2
+        assert judge.judge([judge.encode("Q", "bread")])[0].outcome == "safe"
 
     def test_the_answers_of_a_batch_outlive_a_failure_in_it(self, judge, server, monkeypatch):
         monkeypatch.setattr("evals.endpoint.ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))

@@ -228,6 +228,21 @@ def test_modes_that_cannot_be(scripted, template, options, message):
         generate(settings)
 
 
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("", "leaves out what the user says"),
+        ("{{ messages[0]['role'] }}", "leaves out what the user says"),
+        ("{{ raise_exception('no') }}", r"cannot write a user's message \(no\)"),
+    ],
+)
+def test_templates_that_write_no_prompt(settings, template, problem):
+    (Path(settings.adapters[0].source) / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=f"The tokenizer of the adapter 'lora-seed0' is of no use: .*{problem}"):
+        generate(settings)
+
+
 def test_options():
     for options in ({"thinking": "maybe"}, {"thought_markers": ("<a>", "")}):
         with pytest.raises(ValueError, match=f"--{next(iter(options))}"):
