@@ -53,7 +53,9 @@ class Run:
             try:
                 json.dumps(value, allow_nan=False)
             except ValueError:
-                raise ValueError(f"{name} is {value}; JSON has no NaN and no infinity, take a finite number.") from None
+                raise ValueError(
+                    f"{name} is {value}; JSON has no NaN and no infinity, take a finite number."
+                ) from None
         self.folder = Path(output_dir)
         self.recipe = recipe
         self.config = json.loads(json.dumps(config))  # as it will be read back

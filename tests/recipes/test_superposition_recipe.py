@@ -82,7 +82,10 @@ def test_bad_settings_are_named_before_training(tmp_path):
         (["--samples", "5"], "samples is 5 for 12 classes"),
         (["--sparsity", "1.0"], "sparsity is 1.0"),
         (["--flips", "some"], "flips has 'some'"),
-        (["--seeds", "0", "1", "0"], "seeds takes different values, got .0, 1, 0."),  # its interval would be too narrow
+        (
+            ["--seeds", "0", "1", "0"],
+            "seeds takes different values, got .0, 1, 0.",
+        ),  # its interval would be too narrow
         (["--seeds", "-1"], "seeds is .-1.; each must be at least 0"),
         (["--input_noises", "0.2", "0.2"], "input_noises takes different values"),
         (["--input_noises", "nan"], "input_noises has nan"),
