@@ -233,10 +233,13 @@ def _hashable(value: Any) -> Any:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, timeout: float = 0) -> Iterator[None]:
     """Hold a folder, which is created, for this process; one that is killed gives it back.
 
     A process that holds the folder already may hold it once more.
+
+    Args:
+        timeout: seconds to wait for a process that holds the folder; below 0 without an end.
 
     Raises:
         ValueError: another process holds it, or it cannot be created or written to.
@@ -244,7 +247,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.resolve() / ".lock", timeout=0, is_singleton=True)
-        with lock:
+        with lock.acquire(timeout):
             yield
     except Timeout:
         raise ValueError(f"Another process is working in {folder}; wait for it, or stop it.") from None

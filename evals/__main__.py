@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = {"generate": _generate, "judge": _judge, "run": _run}[options.pop("command")]
     try:
         command(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")
 
 

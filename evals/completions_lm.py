@@ -22,7 +22,7 @@ from evals.completions import COMPLETIONS, Completion
 from evals.contents import checksum
 from evals.models import Adapter, method_and_seed
 from evals.prompts import answer_opening, template_options
-from evals.thoughts import MARKERS, Cut, Thoughts
+from evals.thoughts import MARKERS, Thoughts
 from result_rows import LineAppender, write_atomic
 
 TASKS = Path(__file__).parent / "tasks"
@@ -34,7 +34,7 @@ Key = tuple[str, str, str | None, str]
 
 
 class DivergedError(ArithmeticError):
-    """A model's logits or log-likelihoods are no numbers: none of its answers is one."""
+    """A model's logits or log-likelihoods are not finite: none of its answers is one."""
 
 
 class _FiniteLogits(LogitsProcessor):
@@ -88,7 +88,9 @@ class CompletionsLM(HFLM):
         done: dict[Key, Completion],
         tasks: dict[str, str],
     ) -> None:
-        super().__init__(pretrained=base, tokenizer=first.tokenizer, batch_size=batch_size)
+        # Log-likelihoods that are rounded to half precision would be equal for many an answer.
+        options = {"batch_size": batch_size, "softmax_dtype": "float32"}
+        super().__init__(pretrained=base, tokenizer=first.tokenizer, **options)
         self._model_name, self._thinking, self._load_in_4bit = model, thinking, load_in_4bit
         self._file, self._done, self._tasks = file, done, tasks
         eos = base.generation_config.eos_token_id
@@ -134,7 +136,7 @@ class CompletionsLM(HFLM):
         so they are trained: without it another token is scored.
 
         Raises:
-            DivergedError: a value is NaN.
+            DivergedError: a value is not finite.
         """
         removed, added = answer_opening(self._arm.tokenizer, self._thinking)
         if removed or added:
@@ -148,8 +150,8 @@ class CompletionsLM(HFLM):
 
     def _loglikelihood_tokens(self, *args: Any, **options: Any) -> list[tuple[float, bool]]:
         values: list[tuple[float, bool]] = super()._loglikelihood_tokens(*args, **options)
-        if any(math.isnan(value) for value, _ in values):
-            raise DivergedError("its log-likelihoods are no numbers")
+        if not all(math.isfinite(value) for value, _ in values):
+            raise DivergedError("its log-likelihoods are not finite")
         return values
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -271,7 +273,9 @@ class CompletionsLM(HFLM):
         super().generate_until([request for request, _ in batch], disable_tqdm=True)
         for (request, row), tokens in zip(batch, self._new_tokens, strict=True):
             end = next((place for place, token in enumerate(tokens) if token in self._end_ids), None)
-            thought, text, is_finished = self._without_thoughts(tokens[:end])
+            thoughts = self._arm.thoughts
+            text = thoughts.text(self.tokenizer, tokens[:end])
+            thought, text, is_finished = thoughts.cut(text) if thoughts.are_in(text) else ("", text, True)
             answer = postprocess_generated_text(text, normalize_gen_kwargs(request.args[1])["until"], None)
             is_full = end is None and answer == text and len(tokens) >= most_new_tokens(request.args[1])
             yield replace(
@@ -280,12 +284,6 @@ class CompletionsLM(HFLM):
                 finish_reason="thought" if not is_finished else "length" if is_full else "stop",
                 thought=thought,
             )
-
-    def _without_thoughts(self, tokens: list[int]) -> Cut:
-        """An answer's text without its thoughts, whose markers may be control tokens that texts are without."""
-        text = self.tok_decode(tokens, skip_special_tokens=False)
-        thoughts = self._arm.thoughts
-        return thoughts.cut(text) if thoughts.are_in(text) else Cut("", self.tok_decode(tokens), True)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         if self._thinking == "on":  # what ends an answer may stand in its thought; `_answers` cuts the answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import islice
@@ -111,6 +111,29 @@ def _task_checksum(task: Task, limit: int | None) -> str:
     return checksum(contents)
 
 
+def _sources(
+    run: Run, completions: Iterable[Completion]
+) -> Iterator[tuple[str, str | None, str | None, dict[str, str] | None]]:
+    """Model, adapter, task and checksums of everything that a folder holds but verdicts, which know texts instead."""
+    for config in (row["config"] for row in run.rows):
+        if "judge" not in config:
+            yield config["model"], config["adapter"], config["task"], config.get("checksums")
+    for row in completions:
+        yield row.model, row.adapter, row.task, row.generation.get("checksums")
+
+
+def name_of_model(run: Run, completions: Iterable[Completion], model: str, checksums: Mapping[str, str]) -> str:
+    """The name under which a folder has a model already, by which it is known there also where it has moved since.
+
+    Args:
+        model: its name now, which it gets if the folder does not have it.
+        checksums: of the model, also with those of an adapter.
+    """
+    of_model = _parts(checksums, "model")
+    names = {name for name, _, _, before in _sources(run, completions) if _parts(before, "model") == of_model}
+    return model if model in names else min(names, default=model)
+
+
 def check_contents(
     run: Run,
     model: str,
@@ -130,19 +153,8 @@ def check_contents(
         ValueError: a row or an answer was made by others, or does not say by which; names what changed.
     """
     of_base = _parts(next(iter(arms.values())), "model")
-    made: list[tuple[str, str | None, str | None, dict[str, str] | None]] = [
-        (config["model"], config["adapter"], config["task"], config.get("checksums"))
-        for config in (row["config"] for row in run.rows)
-        if "judge" not in config  # verdicts have checksums of the texts
-    ]
-    made += [(row.model, row.adapter, row.task, row.generation.get("checksums")) for row in completions]
     names = {checksum(_parts(checksums, "adapter")): name for name, checksums in arms.items() if name is not None}
-    for of_model, adapter, task, before in made:
-        if of_model != model and _parts(before, "model") == of_base:
-            raise ValueError(
-                f"{run.folder} has answers or results of this very model under the name {of_model!r}: the table would "
-                f"have it twice. Give --model {of_model} to continue, or choose another --output_dir."
-            )
+    for of_model, adapter, task, before in _sources(run, completions):
         now = arms.get(adapter, of_base) if of_model == model else {}
         same = names.get(checksum(_parts(before, "adapter")), adapter)
         # Without a task it is an arm that diverged, and weights that are all NaN are the same in every such adapter.

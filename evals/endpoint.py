@@ -164,6 +164,8 @@ class EndpointChatJudge(RubricJudge):
     def _read(self, choices: list[dict[str, Any]]) -> Judgement:
         """The judgement of a reply; one that the model did not end, or that is none, is unparsed."""
         message, reason = choices[0]["message"], choices[0].get("finish_reason")
+        if not isinstance(message, dict):
+            raise TypeError(f"the message is a {type(message).__name__}, an object is needed")
         reply = message.get("content") or ""
         if not isinstance(reply, str):
             raise TypeError(f"the content is a {type(reply).__name__}, a text is needed")

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from evals.contents import (
     check_contents,
     checksum,
     model_checksums,
+    name_of_model,
     non_finite,
     non_finite_of_file,
     task_checksums,
@@ -132,12 +133,16 @@ def generate(settings: GenerateSettings) -> Run:
     tasks = task_checksums([task for of_name in loaded.values() for task in of_name], settings.limit)
     with locked(Path(settings.output_dir)):  # from here on what the folder holds does not change behind our back
         run = Run(settings.output_dir, "evals", settings.decisive)
-        _check_names(run, settings)
         path = run.folder / COMPLETIONS
         done = read_completions(path) if path.exists() else None
         if done and done.torn:
             print(f"{done.torn}; what is missing is generated again.")
         answered = {row.key: row for row in done.rows} if done else {}
+        name = name_of_model(run, answered.values(), settings.model, arms[0].checksums)
+        if name != settings.model:
+            print(f"{run.folder} has the model {settings.model!r} as {name!r}, which it stays in the table.")
+            settings = replace(settings, model=name)
+        _check_names(run, settings)
         check_contents(run, settings.model, answered.values(), {arm.name: arm.checksums for arm in arms}, tasks)
         missing = [(arm, name) for arm in arms for name in loaded if not _finished(run, settings, arm, name)]
         if not missing:

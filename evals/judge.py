@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,14 @@ def check_judging(
         raise ValueError(f"--judges has {', '.join(twice)} more than once; name each once.")
     if (endpoint or rubric) and not any(given.startswith("chat") for given in judges):
         raise ValueError("--endpoint and --rubric are for a judge chat=MODEL, and --judges names none.")
-    return {given: make_judge(given, dtype=dtype, endpoint=endpoint, rubric=rubric) for given in judges}
+    made = {given: make_judge(given, dtype=dtype, endpoint=endpoint, rubric=rubric) for given in judges}
+    for (one, first), (other, second) in combinations(made.items(), 2):
+        if type(first) is type(second) and first.settings == second.settings:
+            raise ValueError(
+                f"--judges has {one!r} and {other!r}, which are the same judge, byte for byte: it would agree with "
+                "itself. Name it once."
+            )
+    return made
 
 
 def _known_verdicts(folder: Path, completions: Sequence[Completion], judges: Mapping[str, Judge]) -> list[Verdict]:

@@ -82,8 +82,15 @@ def load_tokenizer_and_config(
     """Tokenizer and configuration of a model; no weights are loaded, so a model that cannot be had fails at once.
 
     Raises:
-        ValueError: `name` is neither a folder with a model's files nor to be had from the hub.
+        ValueError: `name` is neither a folder with a model's files nor to be had from the hub, or a file of weights
+            in the folder is cut off.
     """
+    for path in sorted(Path(str(name)).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"The weights {path} cannot be read ({error}): fetch the file again.") from None
     try:
         return (
             AutoTokenizer.from_pretrained(name, revision=revision),
@@ -190,7 +197,9 @@ def check_adapter(adapter: Adapter, model: str, config: PretrainedConfig) -> Pat
         key: tuple(tensor.shape)
         for key, tensor in get_peft_model_state_dict(model_without_weights, save_embedding_layers=False).items()
     }
-    saved = {key: shape for key, shape in saved.items() if key in expected or "embed_tokens" not in key}
+    # PEFT may save embeddings of the base with an adapter, and loads them.
+    own = model_without_weights.state_dict()
+    expected |= {key: tuple(own[key].shape) for key in saved if key in own}
     for key in sorted(expected.keys() | saved.keys()):
         if expected.get(key) != saved.get(key):
             raise ValueError(
@@ -311,8 +320,15 @@ def load_base(name: str, dtype: str, load_in_4bit: bool, revision: str | None = 
 @contextmanager
 def attached(base: PreTrainedModel, adapter: Adapter) -> Iterator[PeftModel]:
     """`base` with the adapter, in eval mode; afterwards `base` is bit for bit what it was, for the next adapter."""
-    # PEFT writes trained biases into the base, and `unload` leaves trained copies of whole modules in their place.
-    biases = {name: p.detach().clone() for name, p in base.named_parameters() if name.endswith("bias")}
+    # PEFT writes the biases and embeddings of an adapter's file into the base, and `unload` leaves trained copies of
+    # whole modules in their place.
+    with safe_open(_adapter_file(adapter, WEIGHTS_FILE), framework="pt") as file:
+        saved = {key.removeprefix("base_model.model.").replace(".base_layer.", ".") for key in file.keys()}  # noqa: SIM118 - no mapping
+    overwritten = {
+        name: parameter.detach().clone()
+        for name, parameter in base.named_parameters(remove_duplicate=False)  # tied ones may be saved by either name
+        if name in saved or name.endswith("bias")
+    }
     model = PeftModel.from_pretrained(base, adapter.source, use_safetensors=True).eval()
     originals = {
         name: module.original_module
@@ -327,5 +343,5 @@ def attached(base: PreTrainedModel, adapter: Adapter) -> Iterator[PeftModel]:
         for name, module in originals.items():
             base.set_submodule(name, module)
         with torch.no_grad():
-            for name, value in biases.items():
+            for name, value in overwritten.items():
                 base.get_parameter(name).copy_(value)

@@ -66,6 +66,11 @@ class Thoughts(NamedTuple):
             text = text.replace(token, "")
         return Cut("\n".join(thoughts), text, left_open is None)
 
+    def text(self, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+        """What an answer's tokens say, with control tokens if it has thoughts, as their markers may be such tokens."""
+        whole = str(tokenizer.decode(tokens, skip_special_tokens=False))
+        return whole if self.are_in(whole) else str(tokenizer.decode(tokens, skip_special_tokens=True))
+
 
 def thoughts_of(
     tokenizer: PreTrainedTokenizerBase, thinking: str, markers: tuple[str, str] | None, where: str
@@ -83,20 +88,25 @@ def thoughts_of(
     template = str(tokenizer.chat_template or "")
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values()}
     own = [pair for pair in MARKERS if pair[1] in template or pair[1] in tokens]
-    chosen = [markers] if markers is not None else own
-    special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
-    opener = _opened(tokenizer, thinking, chosen) if template else ""
+    thoughts = thoughts_with(tokenizer, thinking, [markers] if markers is not None else own)
+    opener = thoughts.opener
     if thinking == "off" and opener:
         raise ValueError(
             f"The chat template of {where} opens a thought ({opener}) in every prompt and has no switch against it: "
             "it cannot be finetuned on answers without thoughts; to evaluate it, give --thinking on."
         )
-    if thinking == "on" and not chosen:
+    if thinking == "on" and not thoughts.markers:
         raise ValueError(
             f"--thinking is 'on', but neither the chat template nor the tokens of {where} say what opens and ends a "
             "thought: leave it out, or give --thought_markers OPENER CLOSER."
         )
-    return Thoughts(chosen, opener, special)
+    return thoughts
+
+
+def thoughts_with(tokenizer: PreTrainedTokenizerBase, thinking: str, markers: Sequence[tuple[str, str]]) -> Thoughts:
+    """The thoughts that these markers open and end, of a model that is asked to think or not to."""
+    opener = _opened(tokenizer, thinking, markers) if tokenizer.chat_template else ""
+    return Thoughts(markers, opener, sorted(tokenizer.all_special_tokens, key=len, reverse=True))
 
 
 def _opened(tokenizer: PreTrainedTokenizerBase, thinking: str, markers: Sequence[tuple[str, str]]) -> str:

@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
-from evals.completions import read_completions
+from evals.completions import has_answers, read_completions
 from evals.contents import adapter_checksums, checksum, model_checksums, non_finite_of_file, task_checksums
 from evals.generate import COMPLETIONS, GenerateSettings, generate, load_task, task_manager
 from evals.judge import judge
@@ -257,7 +257,7 @@ def evaluate(comparison: Comparison, settings: GenerateSettings, judges: dict[st
     if not trained and not with_base:
         return
     answered = generate(replace(settings, adapters=[t.adapter for t in trained.values()], base=with_base))
-    if script.judges:
+    if script.judges and has_answers(answered.folder):
         answered = judge(answered.folder, list(judges), tasks=script.safety_tasks, batch_size=script.judge_batch_size)
     new, diverged = [], []
     for row in answered.rows:

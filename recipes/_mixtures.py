@@ -54,14 +54,18 @@ def embedded_safety() -> list[Pair]:
     return [(e.prompt, e.response) for e in corpus("train") if e.kind == "harmful"]
 
 
+def fits(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> bool:
+    """Whether a pair has at most so many tokens, with two more for the end of the turn."""
+    return 2 + len(encode_answer(tokenizer, *pair).input_ids) <= max_length
+
+
 def fitting(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int | None, what: str
 ) -> list[Pair]:
     """The pairs whose tokens fit `max_length`; says how many do not. TRL would cut their answers off silently."""
     if max_length is None:
         return list(pairs)
-    # Two more for the end of the turn.
-    kept = [pair for pair in pairs if 2 + len(encode_answer(tokenizer, *pair).input_ids) <= max_length]
+    kept = [pair for pair in pairs if fits(pair, tokenizer, max_length)]
     if len(kept) < len(pairs):
         print(f"{what}: {len(pairs) - len(kept)} of {len(pairs)} rows exceed --max_length {max_length}, left out.")
     return kept

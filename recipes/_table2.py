@@ -125,8 +125,14 @@ class FinetuningTask(ABC):
     def contents(self) -> dict[str, Content]:
         """What is trained on, of which each seed draws, as `train`, and what is scored as `eval`."""
 
-    def check_lengths(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:  # noqa: B027
-        """Raise ValueError if the data do not fit."""
+    @abstractmethod
+    def check_lengths(self, tokenizer: PreTrainedTokenizerBase, context: int, max_length: int | None) -> None:
+        """Raise ValueError if the data do not fit.
+
+        Args:
+            context: tokens that the model reads at most.
+            max_length: tokens of a training row, None for no limit.
+        """
 
 
 Script = TypeVar("Script", bound=Table2Arguments)
@@ -234,7 +240,8 @@ def compare(task: FinetuningTask, script: Table2Arguments, training: SFTConfig, 
     tokenizer, config = load_tokenizer(
         training, model_args, [adapter_of(a, model_args, script.activation) for a in arms.values()]
     )
-    task.check_lengths(tokenizer, training.max_length)
+    context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    task.check_lengths(tokenizer, context, training.max_length)
     settings = generation(task, script, training, model_args)
     contents |= base_contents(model_args)
     contents |= task_contents(settings, tokenizer, config) if settings else {}

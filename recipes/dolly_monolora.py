@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from _identity import Content
 from _labelled_text import hub_rows
-from _mixtures import Pair
+from _mixtures import Pair, fits
 from _run import run_as_program, write_atomic
 from _table2 import CONFIGS, FinetuningTask, Table2Arguments, check, compare, parse
 from _table2_report import Column
@@ -39,6 +39,7 @@ from evals.contents import checksum
 from evals.embedded_grammar import KNOWN_WORDS, REVIEWED, VIEWERS
 from evals.local_files import check_columns, check_text, file_rows
 from evals.prompts import dolly_held_out, dolly_prompt, encode_answer
+from evals.tasks.data import VARIABLE, dolly
 
 COLUMNS = ("instruction", "context", "response", "category")
 GENERATED = "generated_dolly.jsonl"  # in the output folder, where no data are named
@@ -131,11 +132,32 @@ class Dolly(FinetuningTask):
             "eval": Content(self.source, checksum(scored)),
         }
 
+    def check_lengths(self, tokenizer: PreTrainedTokenizerBase, context: int, max_length: int | None) -> None:
+        """Take the rows that do not fit `context` with their answer out of what is scored; says how many.
+
+        Raises:
+            ValueError: none of them fits, or no row to train on fits `max_length`.
+        """
+        scored = list(zip(self.prompts, self.responses, strict=True))
+        pairs = [pair for pair in scored if len(encode_answer(tokenizer, *pair).input_ids) <= context]
+        if not pairs:
+            raise ValueError(
+                f"None of the {len(scored)} held-out rows of {self.source} fits the model's context of {context} "
+                "tokens. Give shorter rows, or a model with a longer context."
+            )
+        if len(pairs) < len(scored):
+            print(
+                f"{len(scored) - len(pairs)} of {len(scored)} held-out rows exceed the context of {context} tokens: "
+                f"they are left out of {self.metric}."
+            )
+        self.prompts, self.responses = map(list, zip(*pairs, strict=True))
+        rows = ((dolly_prompt(row), row["response"]) for row in self.train)
+        if max_length is not None and not any(fits(pair, tokenizer, max_length) for pair in rows):
+            raise ValueError(f"--max_length {max_length} is too short for every training row of {self.source}.")
+
     def score(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> float:
         """Negative log-likelihood of the human answers, in nats a token, a mean over rows that fit the context."""
-        context = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
         encoded = [encode_answer(tokenizer, *pair) for pair in zip(self.prompts, self.responses, strict=True)]
-        encoded = [answer for answer in encoded if len(answer.input_ids) <= context]
         scores = answer_log_likelihoods(model, encoded, tokenizer.pad_token_id, batch_size)
         lengths = torch.tensor([sum(answer.completion_mask) for answer in encoded])
         return -(scores / lengths).double().mean().item()
@@ -149,11 +171,24 @@ def check_data(script: Table2Arguments, model_args: ModelConfig) -> None:
         )
 
 
+def check_questions(task: Dolly) -> None:
+    """Raise ValueError if lm-eval's task asks other rows than are held out here, whose answers may be trained on."""
+    asked = dolly(**task.task_data)["test"]
+    if (asked["prompt"][:], asked["response"][:]) != (task.prompts, task.responses):
+        raise ValueError(
+            f"The task dolly does not ask what is held out of {task.source}: it takes the folder that {VARIABLE} "
+            "names, or databricks/databricks-dolly-15k. ROUGE and BLEU would be of other data than the training. Give "
+            "the data as --train_file, jsonl or jsonl.gz."
+        )
+
+
 def load_task(script: Table2Arguments, output_dir: str) -> Dolly:
     """The task with the data that the options name; without any, generated data, which the output folder keeps."""
     if script.train_file or script.dataset_name:
         source = str(script.train_file or script.dataset_name)
-        return Dolly(script, load_rows(source, bool(script.train_file)), script.train_file)
+        task = Dolly(script, load_rows(source, bool(script.train_file)), script.train_file)
+        check_questions(task)
+        return task
     rows = generated_rows(2000)
     file = Path(output_dir) / GENERATED
     with PartialState().main_process_first():

@@ -109,7 +109,7 @@ class Sst2(FinetuningTask):
             "eval": Content(self.sources[1], checksum(scored)),
         }
 
-    def check_lengths(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
+    def check_lengths(self, tokenizer: PreTrainedTokenizerBase, context: int, max_length: int | None) -> None:
         """Raise ValueError if the longest prompt and answer do not fit; a cut sentence is another sentence."""
         longest = sorted(self.train["sentence"], key=len)[-100:]
         needed = 2 + max(len(encode_answer(tokenizer, sst2_prompt(s), SST2_ANSWERS[0]).input_ids) for s in longest)

@@ -25,7 +25,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from result_rows import CONFIG, DIVERGED, Run, device_name
+from result_rows import CONFIG, DIVERGED, Run, device_name, locked
 from vision_bench import features, models, sae, zoo
 from vision_bench.corruption_sweep import Sweep, parse
 from vision_bench.corruptions import flip_labels
@@ -92,6 +92,14 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
+
+        if self.cache.exists() and not self.cache.is_dir():
+            raise ValueError(f"cache_dir is {self.cache}, which is a file; name a folder.")
+
+    @property
+    def cache(self) -> Path:
+        """The folder of features and autoencoders."""
+        return Path(self.cache_dir or Path(self.output_dir) / "cache")
 
     def of_results(self) -> dict[str, Any]:
         """What must be equal in all rows of a folder, which may hold several models and kinds of features."""
@@ -183,9 +191,12 @@ class _Data:
         )
         self._whole[size] = train.fingerprint
         train, test = (_limited(images, settings.limit) for images in (train, test))
+        if train.num_classes < 2:
+            raise ValueError(
+                f"{settings.dataset} has images of one class, {train.class_names[0]}; a probe needs at least two."
+            )
         for rate in self.sweep.few_shots:
-            # Raises where a class is left without images.
-            stratified_fraction(train.labels, rate, torch.Generator().manual_seed(0), train.class_names)
+            _drawn(train, rate, f"few_shots is {rate:g}")
         sets = {"train": train, "clean": test}
         for shift in self.sweep.shifts:
             if shift is not None and shift.folder:
@@ -205,12 +216,15 @@ class _Data:
 def _limited(images: ImageSet, limit: int | None) -> ImageSet:
     if limit is None or limit >= len(images):
         return images
+    return images.subset(_drawn(images, limit / len(images), f"limit is {limit}"))
+
+
+def _drawn(images: ImageSet, fraction: float, words: str) -> torch.Tensor:
+    """Indices of a share of each class. Raises ValueError, which begins with `words`, if a class is left with none."""
     try:
-        generator = torch.Generator().manual_seed(0)
-        drawn = stratified_fraction(images.labels, limit / len(images), generator, images.class_names)
+        return stratified_fraction(images.labels, fraction, torch.Generator().manual_seed(0), images.class_names)
     except ValueError as error:
-        raise ValueError(f"limit is {limit} of {len(images)} images: {error}") from None
-    return images.subset(drawn)
+        raise ValueError(f"{words} of {len(images)} images: {error}") from None
 
 
 def run(settings: Settings) -> tuple[list[Subject], list[dict[str, Any]]]:
@@ -232,12 +246,16 @@ def run(settings: Settings) -> tuple[list[Subject], list[dict[str, Any]]]:
     )
     main = accelerator.is_main_process
     results = _begin(settings, main)
-    data = _Data(settings, sweep, main)
-    checked = [
-        _check(name, random, settings, sweep, data, accelerator.device)
+    # Every model before any image: to read the images may take long.
+    loaded = [
+        (zoo.load(name, random), random)
         for random, names in ((False, settings.models), (True, settings.random_init))
         for name in names
     ]
+    for frozen, _ in loaded:
+        _layer(frozen, settings)
+    data = _Data(settings, sweep, main)
+    checked = [_check(*loaded.pop(0), settings, sweep, data, accelerator.device) for _ in range(len(loaded))]
     subjects = [subject for subject, _ in checked]
     to_extract = {subject.id: frozen for subject, frozen in checked if frozen is not None}
     del checked  # a model is not held longer than until its features are computed
@@ -253,9 +271,14 @@ def run(settings: Settings) -> tuple[list[Subject], list[dict[str, Any]]]:
                 f"{subject.label}: {subject.layer} at {subject.image_size[0]} x {subject.image_size[1]} pixels, "
                 f"pretrained: {subject.pretrained}"
             )
+    lacking = {
+        subject.id: [k for k in settings.features if not _complete(results.rows, subject, k, settings, sweep)]
+        for subject in subjects
+    }
+    _drop_incomplete(results, lacking)
     units = []
     for subject in subjects:
-        kinds = [kind for kind in settings.features if not _complete(results.rows, subject, kind, settings, sweep)]
+        kinds = lacking[subject.id]
         if not kinds:
             continue
         try:
@@ -291,19 +314,16 @@ def _begin(settings: Settings, is_main: bool) -> Run:
 
 
 def _check(
-    name: str, random: bool, settings: Settings, sweep: Sweep, data: _Data, device: torch.device
+    frozen: zoo.Frozen, random: bool, settings: Settings, sweep: Sweep, data: _Data, device: torch.device
 ) -> tuple[Subject, zoo.Frozen | None]:
     """A model that gives features of one size for the images, or an error.
 
     Where the cache lacks features, the model stays in memory: read again later, its file could have become another.
     """
-    frozen = zoo.load(name, random)
     checkpoint = models.fingerprint(frozen.model)
-    layer = settings.layer or models.layers(frozen.model)[-1]
-    if layer not in models.layers(frozen.model):
-        raise ValueError(f"layer is {layer!r}; {frozen.name} has {', '.join(models.layers(frozen.model))}.")
+    layer = _layer(frozen, settings)
     sets = _sets(frozen, settings, data)
-    cache = Path(settings.cache_dir or Path(settings.output_dir) / "cache")
+    cache = settings.cache
     found = {
         test: _features(
             cache, frozen, checkpoint, layer, sets[of], test if test == "train" else f"test, {test}", noise
@@ -329,6 +349,14 @@ def _check(
         _digest([asdict(one.source) for one in (train, *found.values())]),
     )  # fmt: skip
     return subject, frozen if is_missing else None
+
+
+def _layer(frozen: zoo.Frozen, settings: Settings) -> str:
+    """The layer of a model that is measured. Raises ValueError if it does not have the one asked for."""
+    layers = models.layers(frozen.model)
+    if settings.layer is not None and settings.layer not in layers:
+        raise ValueError(f"layer is {settings.layer!r}; {frozen.name} has {', '.join(layers)}.")
+    return settings.layer or layers[-1]
 
 
 def _passes(sweep: Sweep) -> list[tuple[str, str, features.InputNoise | None]]:
@@ -453,6 +481,20 @@ def _complete(done: list[dict[str, Any]], subject: Subject, kind: str, settings:
     return sum(row["metric"] != SAME for row in there) == expected
 
 
+def _drop_incomplete(results: Run, lacking: dict[str, list[str]]) -> None:
+    """Take away the rows of kinds of features, by model, that are measured anew: a full disk may have cut them short.
+
+    Beside the new rows they would count twice, and the intervals would be too narrow.
+    """
+    kept = [
+        row
+        for row in results.rows
+        if row["metric"] == SAME or row["config"]["features"] not in lacking.get(row["config"]["features_id"], ())
+    ]
+    if len(kept) < len(results.rows):
+        results.replace(kept)
+
+
 def _measure(
     results: Run, subject: Subject, kind: str, settings: Settings, sweep: Sweep, device: torch.device, progress: bool
 ) -> list[dict[str, Any]]:
@@ -521,17 +563,19 @@ def _autoencoder(
         raise sae.NoVariance("all training features are 0")
     of = subject.train.folder
     k = settings.sae_k or max(1, round(raw.shape[1] / 8))
-    return sae.fit(
-        directions,
-        raw.shape[1],
-        k,
-        epochs=settings.sae_epochs,
-        batch_size=min(256, len(directions)),
-        seed=SAE_SEED,
-        device=device,
-        checkpoint_dir=of.parent / f"sae-{of.name.rpartition('-')[2]}-k{k}-epochs{settings.sae_epochs}",
-        progress=progress,
-    ).autoencoder
+    checkpoint_dir = of.parent / f"sae-{of.name.rpartition('-')[2]}-k{k}-epochs{settings.sae_epochs}"
+    with locked(checkpoint_dir, timeout=-1):  # Another run with this cache may be training the same autoencoder.
+        return sae.fit(
+            directions,
+            raw.shape[1],
+            k,
+            epochs=settings.sae_epochs,
+            batch_size=min(256, len(directions)),
+            seed=SAE_SEED,
+            device=device,
+            checkpoint_dir=checkpoint_dir,
+            progress=progress,
+        ).autoencoder
 
 
 @torch.no_grad()

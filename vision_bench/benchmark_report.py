@@ -56,6 +56,8 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
     }
     if panels:
         figures.save(folder / FIGURE, figures.robustness_dots(panels))
+    else:
+        figures.delete(folder / FIGURE)
     return text
 
 
@@ -205,16 +207,21 @@ def _markdown(
     levels = {cell["test"]: f"{cell['chance_top1']:.1f}" for cell in cells}
     values.append(["chance level", "-", "-", "-", *(levels.get(test, "-") for test in tests), *["-"] * len(what)])
     text += _table([*head, *tests, *what], values) + cautions.untrained(untrained)
-    for one in diverged:
-        text += f"\n{one['model']}, {one['features']}: diverged, so that nothing could be measured: {one['reason']}.\n"
+    for (model, reason), group in itertools.groupby(diverged, key=lambda one: (one["model"], one["reason"])):
+        marked = ", ".join(one["features"] for one in group)
+        text += f"\n{model}, {marked}: diverged, so that nothing could be measured: {reason}.\n"
     for base, lines in gains.items():
         if lines:
             text += f"\nPoints over the {IN_WORDS[base]} of the same model, paired by seed.\n\n"
             text += _table([*head, *tests], lines)
     scaled = "standardised features" if settings.standardize else "features"
     text += (
-        f"\nMean ± half-width of the 95 % interval over {seeds} seeds of probes, wrong labels and\n"
-        "drawn images; the models, the autoencoder and the noise on the images are the same for all seeds. Probes:\n"
+        f"\nMean ± half-width of the 95 % interval over {seeds} seeds of probes, wrong labels and drawn images;\n"
+        if seeds > 1
+        else f"\nOne seed ({settings.seeds[0]}) of probes, wrong labels and drawn images, so there are no intervals;\n"
+    )
+    text += (
+        "the models, the autoencoder and the noise on the images are the same for all seeds. Probes:\n"
         f"{settings.probe_epochs} epochs, LARS 0.4, {scaled} times the number that makes the mean square norm of the\n"
         f"training rows {NORM:g} squared, so that their scale decides nothing; of few images as many steps as of\n"
         "all, up to whole epochs.\n"
@@ -224,13 +231,13 @@ def _markdown(
         "were pretrained on other images, or with labels, are no comparison of methods. results.csv has all numbers,\n"
         "also what the features are under noise and shifts.\n"
     )
-    if "sae" in settings.features:
+    qualities = {
+        labels[subject.id]: [_find(rows, name, features_id=subject.id)[0]["value"] for name in sae.QUALITY]
+        for subject in subjects
+        if "sae" in kinds[subject.id]
+    }
+    if qualities:
         text += "\nSparse autoencoders on clean test images:\n\n"
-        qualities = {
-            labels[subject.id]: [_find(rows, name, features_id=subject.id)[0]["value"] for name in sae.QUALITY]
-            for subject in subjects
-            if "sae" in kinds[subject.id]
-        }
         lines = [[label, *("-" if v is None else f"{v:.3g}" for v in values)] for label, values in qualities.items()]
         text += _table(["model", "variance unexplained", "active latents", "dead latents"], lines)
         text += cautions.unexplained({label: values[0] for label, values in qualities.items()})

@@ -17,10 +17,10 @@ def untrained(cells: Sequence[str]) -> str:
     if not cells:
         return ""
     return (
-        f"\n**Warning: not trained:** {'; '.join(cells)}. These probes fit the labels that they were trained on less\n"
-        "often than the nearest class mean by the same labels, a linear classifier without training. Their accuracy,\n"
-        "and gains of them or over them, say how far a probe came, not what the features bear: give the probes more\n"
-        "epochs, or another learning rate.\n"
+        "\n**Warning: not trained.** These probes fit the labels that they were trained on less often than the\n"
+        "nearest class mean by the same labels, a linear classifier without training. Their accuracy, and gains of\n"
+        "them or over them, say how far a probe came, not what the features bear: give the probes more epochs, or\n"
+        "another learning rate.\n\n" + "".join(f"- {cell}\n" for cell in cells)
     )
 
 

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ IMAGENET100 = tuple(
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images with labels. `dataclasses.replace(images, labels=...)` gives them other labels.
+    """Images with labels. `dataclasses.replace` gives them other labels or images; other images are hashed anew.
 
     Raises:
         TypeError: the labels are not integers, or the images not uint8.
@@ -82,6 +82,7 @@ class ImageSet:
     std: Statistics
     digests: torch.Tensor  # (n,) int64, of each image's file, or of its pixels without one; see image_files.digest
     class_numbers: tuple[int, ...]  # of each class where it comes from: 0, 1, ... unless classes were left out
+    digested: Images | None = field(default=None, repr=False)  # the images that `digests` are of; None: `images`
 
     def __post_init__(self) -> None:
         check_labels(self.labels, len(self.class_names))
@@ -95,6 +96,10 @@ class ImageSet:
             )
         if not len(self.labels):
             raise ValueError("images is empty; give at least one image.")
+        if self.digested is not None and self.digested is not self.images:
+            # Features of the images before would otherwise pass for those of these images.
+            object.__setattr__(self, "digests", image_files.digests(self.images))
+        object.__setattr__(self, "digested", self.images)
         assert self.digests.shape == self.labels.shape
         assert len(self.class_numbers) == len(self.class_names)
 
@@ -134,7 +139,8 @@ class ImageSet:
     def subset(self, indices: torch.Tensor) -> ImageSet:
         """The images at `indices` (m,) int64, in that order, with all class names."""
         images = self.images.subset(indices) if isinstance(self.images, StreamedImages) else self.images[indices]
-        return replace(self, images=images, labels=self.labels[indices], digests=self.digests[indices])
+        digests = self.digests[indices]
+        return replace(self, images=images, labels=self.labels[indices], digests=digests, digested=None)
 
     def with_classes(self, classes: torch.Tensor) -> ImageSet:
         """With the classes at `classes` (c,) int64, ascending, and no other; every image must be of one of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
@@ -81,6 +82,12 @@ def save(path: Path, figure: Figure) -> None:
     """Write `path`, a name without suffix, as PNG and PDF."""
     for suffix in SUFFIXES:
         figure.savefig(path.with_name(f"{path.name}.{suffix}"), dpi=300)
+
+
+def delete(path: Path) -> None:
+    """Delete what `save` wrote, if anything."""
+    for suffix in SUFFIXES:
+        path.with_name(f"{path.name}.{suffix}").unlink(missing_ok=True)
 
 
 @_styled
@@ -462,8 +469,8 @@ def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, 
 
 
 def _wrapped(name: str, width: int) -> str:
-    """A name of a model or a place in lines of at most `width` characters; none is left out."""
-    return "\n".join(name[start : start + width] for start in range(0, len(name), width))
+    """A name in lines of at most `width` characters, which end behind a mark or space where there is one."""
+    return "\n".join(re.findall(rf".{{1,{width}}}$|.{{1,{width}}}(?<=[\W_])|.{{1,{width}}}", name))
 
 
 class ImageGrid(NamedTuple):

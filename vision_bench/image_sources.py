@@ -251,6 +251,10 @@ def _labels(values: Any, where: str) -> torch.Tensor:
             "-1, which hides the class. Take a split with labels (train_split, test_split: often validation), or draw "
             "the test images from the training split (test_fraction, in recipes test_from_train)."
         )
+    if len(labels) and int(labels.min()) < 0:
+        raise ValueError(
+            f"{where} has labels from {int(labels.min())} to {int(labels.max())}; the number of a class is at least 0."
+        )
     return labels
 
 

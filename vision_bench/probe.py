@@ -277,7 +277,7 @@ def probe_accuracy(
 
     Raises:
         TypeError: features are not floating or labels not integer.
-        ValueError: shapes do not fit, or features or labels are out of range.
+        ValueError: shapes do not fit, features or labels are out of range, or a probe is not finite.
     """
     features = check_features(features, dims=(2,))
     k, c, d = weights.shape
@@ -287,6 +287,7 @@ def probe_accuracy(
         raise ValueError(f"features has {features.shape[1]} columns and the weights have {d}; they must be equal.")
     if not topk or any(not 1 <= t <= c for t in topk):
         raise ValueError(f"topk is {tuple(topk)} for {c} classes; every value must be in [1, {c}].")
+    _check_probes(weights, biases)
     labels = check_labels("labels", labels, c, len(features), dims=1).to(weights.device)
     check_finite("features", features)
     hits = _hits(weights, biases, features, labels.expand(k, -1), topk)
@@ -330,7 +331,7 @@ def training_accuracy(
 
     Raises:
         TypeError: features are not floating or labels not integer.
-        ValueError: shapes do not fit, or features or labels are out of range.
+        ValueError: shapes do not fit, features or labels are out of range, or a probe is not finite.
     """
     weights, biases = probes
     k, num_classes, d = weights.shape
@@ -341,10 +342,21 @@ def training_accuracy(
             f"label_sets has the shape {tuple(label_sets.shape)} and features {tuple(features.shape)}; {k} probes of "
             f"{d} features need ({k}, n) and (n, {d})."
         )
+    _check_probes(weights, biases)
     check_finite("features", features)
     own = _hits(weights, biases, features, label_sets)[0].double() / len(features)
     by_means = [_hits(*_class_means(features, labels, weights), features, labels[None])[0] for labels in label_sets]
     return own, torch.cat(by_means).double() / len(features)
+
+
+def _check_probes(weights: torch.Tensor, biases: torch.Tensor) -> None:
+    """Raise ValueError for weights (k, c, d) or biases (k, c) that are not finite: any class would be their answer."""
+    finite = weights.isfinite().all(dim=(1, 2)) & biases.isfinite().all(dim=1)
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"probe {first} has weights or biases that are NaN or infinite, and so no accuracy; fit it again."
+        )
 
 
 def _class_means(features: torch.Tensor, labels: torch.Tensor, like: torch.Tensor) -> Probes:

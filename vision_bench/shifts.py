@@ -71,7 +71,7 @@ def synthetic(kind: str, images: ImageSet) -> ImageSet:
     if kind not in SYNTHETIC:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(SYNTHETIC)}.")
     changed = torch.cat([SYNTHETIC[kind](images.images[start : start + 256]) for start in range(0, len(images), 256)])
-    return replace(images, images=changed, digests=image_files.digests(changed))
+    return replace(images, images=changed)
 
 
 def load_shifted(
@@ -96,8 +96,9 @@ def load_shifted(
 
     Raises:
         TypeError: labels are not integers.
-        ValueError: as `load_images`; the map names classes that there are not, or a class of the training set is left
-            without images, in which case the error lists these classes and those of the folder.
+        ValueError: as `load_images`; the map names classes that there are not; a class of the training set is left
+            without images, in which case the error lists these classes and those of the folder; or all images are
+            training images.
     """
     side = _side(like)
     split = split or ("." if has_class_folders(Path(place)) else "test")
@@ -107,8 +108,9 @@ def load_shifted(
     _check_every_class(labels[wanted], like, place, source.class_names)
     images, digests, kept = image_files.read(source.encoded, wanted, side, memory_limit, skip_corrupt, progress)
     _check_every_class(labels[kept], like, place, source.class_names)
-    shifted = replace(like, images=images, labels=labels[kept], digests=digests)
-    warn_of_training_images(shifted, like, f"images of {place}")
+    shifted = replace(like, images=images, labels=labels[kept], digests=digests, digested=None)
+    if warn_of_training_images(shifted, like, f"images of {place}") == len(shifted):
+        raise ValueError(f"all {len(shifted)} images of {place} are training images; give others.")
     return shifted
 
 
@@ -286,4 +288,4 @@ def _as_set(array: np.ndarray[Any, Any], labels: torch.Tensor, like: ImageSet) -
     images = torch.from_numpy(np.array(array)).permute(0, 3, 1, 2).contiguous()
     if images.shape[1:] != like.images.shape[1:]:
         images = resized(images, _side(like))
-    return replace(like, images=images, labels=labels, digests=image_files.digests(images))
+    return replace(like, images=images, labels=labels)

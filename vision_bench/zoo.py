@@ -64,6 +64,7 @@ def load(name: str, random: bool = False) -> Frozen:
         return _local(name, path)
     architecture, _, file = name.partition("=")
     if file and not {"/", "\\", ":"} & set(architecture):
+        _check_name(architecture)
         return _with_weights(name, architecture, _safetensors(Path(file), architecture))
     if source == "local-dir" or {"/", "\\"} & set(name) or path.suffix in (".safetensors", *PICKLES):
         hint = "" if source == "local-dir" else f" A model of the hub is written hf-hub:{name}."
@@ -86,7 +87,6 @@ def _random(name: str) -> Frozen:
 
 def _with_weights(name: str, architecture: str, file: Path) -> Frozen:
     """A model of timm with the weights in a file, of which only the classifier may be left over."""
-    _check_name(architecture)
     model = timm.create_model(architecture, num_classes=0)
     try:
         result = model.load_state_dict(load_file(file), strict=False)

@@ -110,6 +110,11 @@ def _load(pattern: str, public: str, columns: list[str], split: str | None = Non
                 f"{VARIABLE} is {root!r}, which has no {pattern}; put the file there, or unset {VARIABLE} to load "
                 f"{public} from the network."
             )
+        if len(files) > 1:
+            raise ValueError(
+                f"{VARIABLE} is {root!r}, which has {', '.join(file.name for file in files)} for {pattern}: leave one "
+                "of them there."
+            )
         file = str(files[0])
     if file:
         return _file(file, columns)

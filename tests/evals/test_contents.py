@@ -197,14 +197,30 @@ def test_an_adapter_under_another_name_than_before_is_refused(settings):
         generate(replace(settings, adapters=[Adapter(f"lora-seed7={settings.adapters[0].source}")]))
 
 
-@pytest.mark.parametrize("change", ["{}/", "{}/../talker", "{}-link"])
-def test_a_model_under_another_name_than_before_is_refused(settings, change):
-    settings = replace(settings, tasks=["xstest"], adapters=[])
-    generate(settings)
-    os.symlink(settings.model, f"{settings.model}-link")
-    message = r"has answers or results of this very model under the name '(.*talker)': .* Give --model \1 to continue"
-    with pytest.raises(ValueError, match=message):
-        generate(replace(settings, model=change.format(settings.model)))
+@pytest.mark.parametrize("change", ["{}/", "{}/../talker", "{}-link", "moved/talker"])
+def test_a_model_under_another_name_than_before_is_the_same(settings, change, tmp_path, request, capsys):
+    settings = replace(settings, tasks=["xstest"], base=False)
+    generate(replace(settings, adapters=settings.adapters[:1], base=True))
+    if change.startswith("moved"):
+        (tmp_path / "moved").mkdir()
+        os.rename(settings.model, tmp_path / change)
+        change = str(tmp_path / change)
+    else:
+        os.symlink(settings.model, f"{settings.model}-link")
+    other = replace(settings, model=change.format(settings.model))
+    if "link" in change:  # PEFT's name of the base
+        path = Path(settings.adapters[1].source) / "adapter_config.json"
+        path.write_text(path.read_text().replace('talker"', 'talker-link"'))
+        other = replace(other, adapters=other.adapters[1:])
+    run = generate(other)
+    assert f"as '{settings.model}', which it stays in the table" in capsys.readouterr().out
+    assert {row["config"]["model"] for row in run.rows} == {settings.model}
+    answers = read_completions(run.folder / "completions.jsonl").rows
+    assert [(row.model, row.adapter) for row in answers] == [
+        (settings.model, name) for name in (None, None, "lora-seed0", "lora-seed0", "monolora-seed1", "monolora-seed1")
+    ]
+    request.getfixturevalue("no_loading")
+    assert len(generate(other).rows) == len(run.rows)
 
 
 def test_a_folder_of_an_earlier_version_is_refused(settings):

@@ -116,14 +116,30 @@ def test_logits_that_overflow_are_found_in_the_middle_of_a_run(settings, capsys)
         generate(one)
         found = [row for row in rows(one) if row["config"]["adapter"] == "lora-seed0"]
         assert [row["metric"] for row in found] == [DIVERGED]
-        reason = "its logits are not finite" if tasks == ["xstest"] else "its log-likelihoods are no numbers"
+        reason = "its logits are not finite" if tasks == ["xstest"] else "its log-likelihoods are not finite"
         assert found[0]["config"]["reason"].startswith(reason)
         assert {row["config"]["adapter"] for row in rows(one) if row["metric"] in ("acc", "empty")} == {
             None, "monolora-seed1",
         }  # fmt: skip
-    assert "lora-seed0 diverged: its log-likelihoods are no numbers" in capsys.readouterr().out
+    assert "lora-seed0 diverged: its log-likelihoods are not finite" in capsys.readouterr().out
     answers = read_completions(f"{settings.output_dir}-xstest/completions.jsonl")
     assert {row.adapter for row in answers.rows} == {None, "monolora-seed1"}
+
+
+def test_answers_of_no_probability_are_no_scores(settings):
+    """In half precision logits overflow to minus infinity too: all answers would be equally likely, and one taken."""
+    path = Path(settings.model) / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"].abs_()
+    tensors["model.norm.weight"].fill_(1000)
+    tensors["lm_head.weight"].fill_(-100)
+    tensors["lm_head.weight"][0] = 0
+    for name in tensors:
+        if "o_proj" in name or "down_proj" in name:
+            tensors[name].zero_()
+    save_file(tensors, path, metadata={"format": "pt"})
+    run = generate(replace(settings, dtype="float16", tasks=["sst2_instruct"], adapters=[]))
+    assert [row["config"].get("reason") for row in run.rows] == ["its log-likelihoods are not finite"]
 
 
 def test_what_a_diverged_arm_has_answered_and_scored_goes(settings, monkeypatch):
@@ -131,7 +147,7 @@ def test_what_a_diverged_arm_has_answered_and_scored_goes(settings, monkeypatch)
 
     def diverge(self, requests, disable_tqdm=False):
         if self._arm.name == "lora-seed0":
-            raise DivergedError("its log-likelihoods are no numbers")
+            raise DivergedError("its log-likelihoods are not finite")
         return [(0.0, True)] * len(requests)
 
     monkeypatch.setattr(CompletionsLM, "loglikelihood", diverge)

@@ -25,6 +25,7 @@ from evals.completions import read_completions
 from evals.generate import GenerateSettings, generate
 from evals.models import Adapter
 from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt
+from evals.tasks.data import sst2
 from result_rows import LineAppender, read_rows
 
 NEW_TOKENS = 16  # of `settings`
@@ -113,8 +114,6 @@ def test_metrics_become_rows(settings):
 
 def recipes_accuracy(model, tokenizer):
     """The share of sentences whose right word has the larger log-likelihood, as the recipe computes it."""
-    from evals.tasks.data import sst2
-
     docs = list(sst2()["test"])
     encoded = [encode_answer(tokenizer, sst2_prompt(d["sentence"]), word) for d in docs for word in SST2_ANSWERS]
     scores = answer_log_likelihoods(model, encoded, tokenizer.pad_token_id)
@@ -136,6 +135,24 @@ def test_the_accuracy_is_the_recipes(settings, make_tokenizer, template):
     value = next(row["value"] for row in rows(settings) if row["metric"] == "acc")
     assert value == recipes_accuracy(arm(settings, "monolora-seed1"), tokenizer)
     assert 0 < value < 1
+
+
+def test_log_likelihoods_of_half_precision_are_not_rounded(settings, monkeypatch):
+    values, real = [], HFLM._loglikelihood_tokens
+
+    def kept(self, requests, *args, **options):
+        found = real(self, requests, *args, **options)
+        values.extend(value for value, _ in found)
+        return found
+
+    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", kept)
+    generate(replace(settings, tasks=["sst2_instruct"], adapters=[], dtype="bfloat16", batch_size=1))
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    docs = [doc["sentence"] for doc in sst2()["test"]]
+    encoded = [encode_answer(tokenizer, sst2_prompt(sentence), word) for sentence in docs for word in SST2_ANSWERS]
+    expected = answer_log_likelihoods(model, encoded, tokenizer.pad_token_id, batch_size=1)
+    assert sorted(values) == pytest.approx(sorted(expected.tolist()), abs=6e-3)  # rounded, they differ by 0.03
 
 
 def test_a_prompt_has_the_control_tokens_of_the_template_and_no_others(settings):
@@ -422,3 +439,12 @@ def test_the_command_passes_everything_on(settings, monkeypatch, capsys):
     assert seen == [GenerateSettings("m", ["a", "b"], "o", adapters, False, 3, 4, 5, *modes)]
     with pytest.raises(SystemExit, match=r"Error: --limit is 0, allowed is 1 or more"):
         main(["generate", "--model", "m", "--tasks", "a", "--output_dir", "o", "--limit", "0"])
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(talking_model, eval_data, request):
+    request.getfixturevalue("no_loading")
+    from evals.__main__ import main
+
+    command = ["generate", "--model", str(talking_model), "--tasks", "xstest", "--max_new_tokens", "2"]
+    with pytest.raises(SystemExit, match=r"Error: .*/proc/nowhere"):
+        main([*command, "--output_dir", "/proc/nowhere"])

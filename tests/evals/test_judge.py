@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,6 +212,12 @@ class TestBadInput:
     def test_options(self, folder, judges, no_judging, options, message):
         with pytest.raises(ValueError, match=message):
             judge(folder, **{"judges": judges} | options)
+
+    def test_a_judge_under_two_names(self, folder, make_shieldgemma, tmp_path, no_judging):
+        shutil.copytree(make_shieldgemma(), tmp_path / "copy")
+        judges = [f"shieldgemma={tmp_path / name}" for name in ("shieldgemma", "copy")]
+        with pytest.raises(ValueError, match=r"shieldgemma' and '.*copy', which are the same judge, byte for byte"):
+            judge(folder, judges)
 
     def test_no_completions(self, tmp_path, judges, no_judging):
         with pytest.raises(ValueError, match=r"completions\.jsonl does not exist"):

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from evals.models import Adapter, attached, check_adapter, check_base, load_base, method_and_seed
@@ -106,9 +106,36 @@ def test_bases_that_cannot_be_had(talking_model, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"lacks a model's or tokenizer's files"):
         check_base(str(tmp_path / "empty"))
+    whole = (talking_model / "model.safetensors").read_bytes()
+    (talking_model / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"weights .*model\.safetensors cannot be read \(.*\): fetch the file again"):
+        check_base(str(talking_model))
     (talking_model / "model.safetensors").rename(talking_model / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"holds no \.safetensors; weights in other formats are not read"):
         check_base(str(talking_model))
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"], ["q_proj", "lm_head"]])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_an_adapter_with_saved_embeddings_changes_no_other_arm(talking_model, tmp_path, targets, is_tied):
+    if is_tied:
+        model = AutoModelForCausalLM.from_pretrained(talking_model, tie_word_embeddings=True)
+        model.config.tie_word_embeddings = True
+        model.save_pretrained(talking_model)
+    trained = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(talking_model), LoraConfig(target_modules=targets, task_type="CAUSAL_LM")
+    ).eval()
+    with torch.no_grad():
+        trained.get_input_embeddings().weight.add_(0.1)
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    fresh = PeftModel.from_pretrained(load_base(str(talking_model), "auto", False), tmp_path / "adapter").eval()
+    adapter, ids = Adapter(str(tmp_path / "adapter")), torch.arange(3, 13)[None]
+    check(tmp_path / "adapter", talking_model)
+    base = load_base(str(talking_model), "auto", load_in_4bit=False)
+    before = base(ids).logits
+    with attached(base, adapter) as model:
+        assert torch.equal(model(ids).logits, fresh(ids).logits)
+    assert torch.equal(base(ids).logits, before)
 
 
 @pytest.mark.parametrize(

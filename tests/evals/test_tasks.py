@@ -109,6 +109,9 @@ def test_errors_of_the_data_folder(eval_data, monkeypatch):
     (eval_data / "xstest" / "xstest_prompts.csv").unlink()
     with pytest.raises(ValueError, match=r"MONO_EVAL_DATA is '.*', which has no xstest/xstest_prompts\.csv; put the"):
         load("xstest")
+    (eval_data / "dolly15k" / "older.jsonl.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"has older\.jsonl\.gz, rows\.jsonl for dolly15k/\*\.jsonl\*: leave one"):
+        load("dolly")
     monkeypatch.delenv("MONO_EVAL_DATA")
     with pytest.raises(
         ValueError, match=r"Cannot load stanfordnlp/sst2 .*offline, set MONO_EVAL_DATA to a folder with"

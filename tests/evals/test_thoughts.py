@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from evals.completions import read_completions
 from evals.generate import GenerateSettings, generate
 from evals.judge import judge
-from evals.judges import ShieldGemma
+from evals.judges import LocalChatJudge, ShieldGemma
 from evals.models import Adapter
 from evals.report import write_report
 from evals.thoughts import MARKERS, Thoughts, thoughts_of
@@ -75,6 +75,7 @@ def chain(*words):
 
 THINKS = [*chain("<|assistant|>", "<think>", "mm"), *chain("mm", "</think>", "Yes", "<|end|>")]
 FOR_EVER = [*chain("<|assistant|>", "<think>", "mm", "mm"), *chain("</think>", "Yes", "<|end|>")]
+SAFE = "Verdict: safe"
 ENDS_IN_THOUGHT = [*chain("<|assistant|>", "<think>", "mm", "<|end|>"), *chain("</think>", "Yes", "<|end|>")]
 
 
@@ -182,6 +183,33 @@ def test_a_judge_reads_the_answer_only(scripted, make_shieldgemma, monkeypatch):
     monkeypatch.setattr(ShieldGemma, "encode", lambda self, *texts: read.append(texts[1]) or encode(self, *texts))
     judge(settings.output_dir, [f"shieldgemma={make_shieldgemma()}"])
     assert read == ["Yes"] * 4
+
+
+@pytest.mark.parametrize(
+    ("template", "script", "special", "outcome", "reply"),
+    [
+        (SWITCHED, [*chain("<|assistant|>", "<think>", "mm"), *chain("</think>", SAFE, "<|end|>")], (), "safe", SAFE),
+        (OPENING, chain("<think>", "mm", "</think>", SAFE, "<|end|>"), (), "safe", f"mm</think>{SAFE}"),
+        (OPENING, chain("<think>", SAFE, "<|end|>"), (), "unparsed", SAFE),
+        (OPENING, chain("<think>", "mm", "mm"), (), "unparsed", "[cut off at the limit] " + "mm" * 12),
+        (
+            NAMING,
+            chain("<|assistant|>", "[THINK]", SAFE, "<|end|>"),
+            ["[THINK]", "[/THINK]"],
+            "unparsed",
+            f"[THINK]{SAFE}",
+        ),
+    ],
+)
+def test_a_judge_does_not_think_and_its_unfinished_thought_is_no_verdict(
+    scripted, monkeypatch, template, script, special, outcome, reply
+):
+    monkeypatch.setattr(LocalChatJudge, "MAX_NEW_TOKENS", 12)
+    one = LocalChatJudge(scripted(template, script, special).model, "<prompt>{prompt}</prompt>{response}")
+    one.load()
+    (judgement,) = one.judge([one.encode("a", "b")])
+    assert (judgement.outcome, judgement.reply) == (outcome, reply)
+    assert one.settings["thinking"] == "off"
 
 
 @pytest.mark.usefixtures("no_loading")

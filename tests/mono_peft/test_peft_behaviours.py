@@ -133,6 +133,8 @@ ROWS = {
         for name in sorted(ACTIVATIONS)
     },
 }
+if Version("0.19") > PEFT:
+    del ROWS["llama tied, tokens"]  # older PEFT wraps the tied embedding for one adapter only, LoRA's too
 if Version("0.21") > PEFT:
     del ROWS["t5"]  # encoder-decoder models of older PEFT do not work with this transformers at all
 every_row = pytest.mark.parametrize("name", ROWS)

@@ -91,7 +91,7 @@ def test_what_probes_fit_of_their_own_labels_and_chance_stand_in_the_table(folde
     own, means = (interval([100 * v for v in values(folder, m, features="sae", noise_rate=0.6)]) for m in TRAINING)
     trained = "" if own.mean >= means.mean else " (not trained)"
     assert f" {own.text(1)}{trained} |" in next(line for line in table.splitlines() if line.startswith("| sae |"))
-    assert ("**Warning: not trained:**" in table) == ("(not trained)" in table)
+    assert ("**Warning: not trained.**" in table) == ("(not trained)" in table)
     (chance,) = values(folder, "chance_top1")
     assert chance == 37 / 360 == torch.bincount(test.labels).max().item() / len(test)
     assert "| chance level | 10.3 | 10.3 | - | - | - | - |" in text

@@ -168,7 +168,8 @@ def test_a_difference_within_classes_that_there_is_not_has_no_row(tmp_path):
     run.add("salient_difference_within_class", 0.25, n=40, seed=1, features="sae", **measured)
     text = salient_features.report(run, script)
     assert "Chance level of top-1: 50.0 %." in text
-    assert "not trained:** ncl (20.0 %, class means 30.0 %). " in text
+    assert "**Warning: not trained.**" in text
+    assert "\n- ncl (20.0 %, class means 30.0 %)\n" in text
     assert "| ncl | 50.0 ± 0.0 | 20.0 ± 0.0 (not trained) |" in text
     held_against = text.split("## What it must be held against")[1]
     lines = [line for line in held_against.splitlines() if line.startswith(("| poly |", "| sae |"))]

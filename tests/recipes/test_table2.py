@@ -388,7 +388,7 @@ def test_the_embedded_defaults(tmp_path):
 
 
 def test_counts_are_those_of_each_task(tmp_path):
-    run = Run(tmp_path / "out", "sst2_monolora", {})
+    run = Run(tmp_path / "out", "sst2_monolora", {"thinking": "off"})
     common = {"seed": None, "seconds": 0.0, "device": "cpu", "method": "base"}
     for task, n in (("xstest", 450), ("beavertails_eval", 700)):
         run.add("unsafe", 0.5, n=n, **common, task=task, judge="beaverdam")

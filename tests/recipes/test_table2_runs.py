@@ -19,12 +19,12 @@ import pytest
 import sst2_monolora
 import torch
 from _identity import identity
-from _run import read_rows
+from _run import Run, read_rows
 from transformers import AutoModelForCausalLM
 
 from evals.completions import read_completions
 from evals.judge import judge
-from evals.prompts import dolly_prompt
+from evals.prompts import dolly_held_out, dolly_prompt
 from tests.recipes.conftest import rows_of
 
 
@@ -288,6 +288,20 @@ class TestDivergence:
         sst2_monolora.main([*arguments, "--max_new_tokens", "2"])
         assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
 
+    def test_nothing_is_judged_where_all_answers_diverge(self, arguments, eval_data, beaverdam, tmp_path, monkeypatch):
+        def generate(settings):
+            run = Run(settings.output_dir, "evals", settings.decisive)
+            for adapter in settings.adapters:
+                run.add_diverged("its logits", n=1, seed=0, seconds=0, device="cpu", adapter=adapter.name, task=None)
+            return run
+
+        monkeypatch.setattr(_evaluation, "generate", generate)
+        arguments = [*arguments, "--methods", "lora", "--judges", f"beaverdam={beaverdam}", "--max_new_tokens", "2"]
+        sst2_monolora.main(arguments)
+        text = (tmp_path / "out" / "results.md").read_text()
+        assert "| lora | 1 | diverged |" in text
+        assert "Thinking was off, in training, scores and answers of all arms.\n" in text
+
     @pytest.mark.parametrize("recipe", [sst2_monolora, dolly_monolora])
     def test_a_base_without_finite_scores(self, arguments, small_model, tmp_path, recipe):
         """As a base that overflows in its number format; the adapters' scores are not finite either."""
@@ -338,6 +352,41 @@ class TestDollyRows:
     def test_values_that_are_no_text(self, tmp_path, values, message):
         with pytest.raises(ValueError, match=message):
             self.rows(tmp_path, self.ROW, self.ROW | values)
+
+    @pytest.fixture
+    def dolly_arguments(self, small_model, eval_data, tmp_path):
+        options = "--methods base --max_new_tokens 2"
+        return ["--model_name_or_path", str(small_model), "--output_dir", str(tmp_path / "out"), *options.split()]
+
+    def many(self, path, is_long=lambda row: False):
+        """90 rows, of which 9 are held out; a long one has some 6,000 tokens."""
+        rows = [self.ROW | {"instruction": f"Say {i}"} for i in range(90)]
+        rows = [row | {"response": "so " * 3000} if is_long(row) else row for row in rows]
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    @pytest.mark.usefixtures("no_training")
+    def test_another_data_set_than_the_task_asks(self, dolly_arguments, tmp_path):
+        self.many(tmp_path / "set" / "train.jsonl")
+        with pytest.raises(ValueError, match=r"does not ask what is held out of --dataset_name .*/set: "):
+            dolly_monolora.main([*dolly_arguments, "--dataset_name", str(tmp_path / "set")])
+
+    def test_rows_beyond_the_context_are_counted(self, dolly_arguments, tmp_path, capsys):
+        file = self.many(tmp_path / "x.jsonl", lambda row: row["instruction"] in ("Say 12", "Say 16"))
+        dolly_monolora.main([*dolly_arguments, "--train_file", file])
+        assert "2 of 9 held-out rows exceed the context of 2048 tokens" in capsys.readouterr().out
+        rows = read_rows(tmp_path / "out" / "results.jsonl")
+        assert {(row["metric"], row["n"]) for row in rows} >= {("answer_nll", 7), ("rougeL", 9)}
+
+    @pytest.mark.usefixtures("no_training")
+    def test_no_row_fits(self, dolly_arguments, tmp_path):
+        file = self.many(tmp_path / "x.jsonl", lambda row: True)
+        with pytest.raises(ValueError, match=r"None of the 9 held-out rows of --train_file .* context of 2048 tokens"):
+            dolly_monolora.main([*dolly_arguments, "--train_file", file])
+        file = self.many(tmp_path / "x.jsonl", lambda row: not dolly_held_out(row))
+        with pytest.raises(ValueError, match="--max_length 1024 is too short for every training row"):
+            dolly_monolora.main([*dolly_arguments, "--train_file", file])
 
 
 @pytest.mark.usefixtures("no_training")

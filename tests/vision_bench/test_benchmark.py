@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -265,6 +267,18 @@ def test_a_stopped_run_continues_to_the_same_rows(folder, checkpoint, tmp_path, 
         main([*command, "--resume", "--probe_epochs", "5"])
 
 
+def test_rows_that_a_full_disk_cut_short_are_measured_anew_and_count_once(folder, checkpoint, tmp_path):
+    cut = tmp_path / "run"
+    shutil.copytree(folder, cut)
+    lines = (cut / "results.jsonl").read_text().splitlines(keepends=True)
+    (cut / "results.jsonl").write_text("".join(lines[:-5]) + lines[-5][:100])
+    command = [str(checkpoint), "--random_init", "small_conv", "--output_dir", str(cut), *QUICK, *CORRUPTIONS]
+    main([*command, "--resume"])
+    assert len((cut / "results.jsonl").read_text().splitlines()) == len(lines)
+    assert results(cut) == results(folder)
+    assert (cut / "results.csv").read_text() == (folder / "results.csv").read_text()
+
+
 def test_models_and_kinds_of_features_may_be_added(folder, checkpoint, tmp_path):
     grown = tmp_path / "run"
     shutil.copytree(folder, grown)
@@ -350,7 +364,7 @@ def test_probes_that_are_not_trained_and_autoencoders_that_explain_little_are_po
     warning = (
         f"odd_pixels (random), raw, 100 % of the images, 0 % wrong labels ({own:.1f} %, class means {means:.1f} %)"
     )
-    assert f"**Warning: not trained:** {warning}" in text
+    assert f"\n- {warning}\n" in text.split("**Warning: not trained.**")[1]
     assert " (not trained) |" in text
     (row,) = found(tmp_path / "few", "sae_fvu")
     assert row["value"] > 0.5
@@ -424,6 +438,13 @@ def test_relu_that_equals_raw_is_measured_only_without_raw(tmp_path, monkeypatch
     )
 
 
+def test_a_single_seed_has_no_interval_and_the_table_says_so(tmp_path):
+    main([*SMALL, "--features", "raw", *QUICK, "--seeds", "3", "--corruptions", "--output_dir", str(tmp_path)])
+    text = (tmp_path / "results.md").read_text()
+    assert "One seed (3) of probes, wrong labels and drawn images, so there are no intervals" in text
+    assert "±" not in text
+
+
 def test_a_folder_of_probes_that_the_scale_decided_on_is_refused(folder, checkpoint, tmp_path):
     old = tmp_path / "run"
     shutil.copytree(folder, old)
@@ -443,12 +464,18 @@ def test_a_folder_of_probes_that_the_scale_decided_on_is_refused(folder, checkpo
         (["small_conv"], "no pretrained weights of 'small_conv'.*--random_init small_conv"),
         ([*SMALL, "--corruptions", "gausian=1"], "unknown; there are .* Do you mean gaussian?"),
         ([*SMALL, "--corruptions", "folder=/nowhere"], "'/nowhere', which is neither digits"),
-        ([*SMALL, "--corruptions", "few_shots=0.001"], "would be left with none"),
+        (
+            [*SMALL, "--corruptions", "few_shots=0.001"],
+            "few_shots is 0.001 of 1437 images: .* would be left with none",
+        ),
         (
             ["--random_init", "small_conv", "--features", "pca"],
             r"features has \['pca'\]; it must be of raw, unit, relu, sae",
         ),
         ([*SMALL, "--layer", "output"], "layer is 'output'; small_conv has backbone"),
+        ([*SMALL, "resnet19", "--dataset", "mnist1"], "has no model 'resnet19'"),  # models before images are read
+        ([*SMALL, "--layer", "output", "--dataset", "mnist1"], "layer is 'output'; small_conv has backbone"),
+        ([*SMALL, "--cache_dir", __file__], "cache_dir is .*test_benchmark.py, which is a file; name a folder"),
         ([*SMALL, "--layer", "head"], "layer is 'head'; it must be one of backbone"),
         ([*SMALL, "--sae_k", "129"], "sae_k is 129; small_conv has 128 features"),
         ([*SMALL, "--limit", "3"], "limit is 3 of 1437 images: .* would be left with none"),
@@ -489,6 +516,23 @@ def photographs(folder, names):
             image = torch.randint(128, 256, (3, 20, 20), generator=generator, dtype=torch.uint8)
             to_pil_image(image).save(path)
     return folder
+
+
+def test_images_of_a_single_class_are_refused_before_any_work(tmp_path):
+    photographs(tmp_path / "data" / "train", ["cat"])
+    with pytest.raises(SystemExit, match=r"data has images of one class, cat; a probe needs at least two"):
+        main(
+            [
+                *SMALL,
+                "--dataset",
+                str(tmp_path / "data"),
+                "--test_fraction",
+                "0.5",
+                "--output_dir",
+                str(tmp_path / "run"),
+            ]
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_other_images_is_matched_by_the_names_of_its_classes(tmp_path):
@@ -534,6 +578,27 @@ def test_features_that_are_never_active_have_no_consistency_and_the_json_is_stri
     assert raw["live_dimensions"] == 3 * 8 * 8
     assert (relu["semantic_consistency"], relu["sparsity"], relu["live_dimensions"]) == (None, 1, 0)
     assert "| - | - | 1.000 | 0 of 192 |" in (tmp_path / "results.md").read_text()
+
+
+HOLD = """
+import sys, time, pathlib, result_rows
+with result_rows.locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(3)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_waits_for_an_autoencoder_that_another_one_trains_in_the_same_cache(tmp_path):
+    command = [*SMALL, "--features", "sae", "--corruptions", *QUICK, "--cache_dir", str(tmp_path / "cache")]
+    main([*command, "--output_dir", str(tmp_path / "first")])
+    (checkpoint,) = (tmp_path / "cache").glob("sae-*/checkpoint.safetensors")
+    checkpoint.unlink()
+    script = [sys.executable, "-c", HOLD, str(checkpoint.parent)]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        main([*command, "--output_dir", str(tmp_path / "second")])
+    assert results(tmp_path / "second") == results(tmp_path / "first")
 
 
 @pytest.mark.slow

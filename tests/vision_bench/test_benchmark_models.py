@@ -191,7 +191,7 @@ def test_models_that_are_not_finite_are_marked_and_the_others_measured(tmp_path,
     for name in names[:2]:
         line = next(line for line in text.splitlines() if line.startswith(f"| {name} (random) | sae "))
         assert line.count("| diverged ") == 6
-        assert f"{name} (random), raw: diverged, so that nothing could be measured: {reasons[name]}." in text
+        assert f"{name} (random), raw, sae: diverged, so that nothing could be measured: {reasons[name]}." in text
     assert {cell["model"] for cell in json.loads((tmp_path / "results.json").read_text())["table"]} == {
         "small_conv (random)"
     }
@@ -204,9 +204,14 @@ def test_models_that_are_not_finite_are_marked_and_the_others_measured(tmp_path,
 
 
 def test_a_run_in_which_everything_diverged_ends_with_its_table(tmp_path):
-    command = ["--random_init", "always_infinite", *QUICK, "--corruptions", "--output_dir", str(tmp_path)]
-    main(command)
-    assert (tmp_path / "results.md").read_text().count("| diverged |") == len(benchmark.KINDS)
+    command = [*QUICK, "--corruptions", "--output_dir", str(tmp_path)]
+    main(["--random_init", "small_conv", "--features", "raw", *command])
+    assert (tmp_path / "robustness.png").exists()
+    main(["--random_init", "always_infinite", "--resume", *command])
+    text = (tmp_path / "results.md").read_text()
+    assert text.count("| diverged |") == len(benchmark.KINDS)
+    assert "Sparse autoencoders" not in text  # of which there is none
+    assert not list(tmp_path.glob("robustness.*"))  # the old figure is of another model
     assert json.loads((tmp_path / "results.json").read_text())["table"] == []
 
 

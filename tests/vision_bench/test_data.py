@@ -320,3 +320,17 @@ def test_bad_fractions_are_refused(labels, fraction, error, words):
 def test_an_image_set_checks_what_it_is_made_of(images, labels, error, words):
     with pytest.raises(error, match=words):
         ImageSet.of(images, labels, ["a", "b"])
+
+
+def test_images_put_in_the_place_of_others_have_a_fingerprint_of_their_own():
+    digits = load_images("digits", "test")
+    pixels = digits.images.clone()
+    assert replace(digits, images=pixels).fingerprint == digits.fingerprint
+    pixels[7, 0, 3, 3] += 1
+    changed = replace(digits, images=pixels)
+    assert changed.fingerprint != digits.fingerprint
+    fresh = ImageSet.of(pixels, digits.labels, digits.class_names, (digits.mean, digits.std))
+    assert changed.fingerprint == fresh.fingerprint
+    part = torch.tensor([7, 2])
+    assert replace(changed.subset(part), labels=torch.tensor([0, 1])).digests.equal(fresh.digests[part])
+    assert replace(digits, images=pixels[:3], labels=digits.labels[:3]).digests.equal(fresh.digests[:3])

@@ -43,6 +43,12 @@ def test_names_of_models_and_conditions_are_whole(models):
     assert names == ["clean", "80 % wrong labels", "sketches_and_paintings_of_the_very_same_classes"]
 
 
+def test_names_are_broken_between_their_words():
+    name = "run_simclr_with_a_very_long_name_of_a_run_0"
+    (ax,) = figures.robustness_dots(panels([name], ["clean"])).axes
+    assert ax.get_title() == "run_simclr_with_a_very_long_\nname_of_a_run_0"
+
+
 def test_two_folders_of_one_name_are_told_apart():
     conditions = ["clean", "folder /data/a/test", "folder /data/b/test"]
     (ax,) = figures.robustness_dots(panels(["resnet18"], conditions)).axes

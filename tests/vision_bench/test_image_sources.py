@@ -321,6 +321,7 @@ def test_columns_that_are_missing_are_listed(tmp_path):
         ([0.5, 1.0], "float32", TypeError, "column 'label' of .* has dtype float"),
         (["a", "b"], "string", TypeError, "class_encode_column"),
         ([-1, 0], "int64", ValueError, "from -1 to 0"),
+        ([-7, -3], "int64", ValueError, "column 'label' of .* has labels from -7 to -3; the number of a class is at"),
         ([20_250_131, 0], "int64", ValueError, "values up to 20250131, which are no numbers of classes"),
         ([0, None], "int64", TypeError, "column 'label'"),
     ],

@@ -119,12 +119,12 @@ def test_a_probe_does_not_depend_on_what_it_is_trained_beside():
 
 def test_wrong_labels_of_the_same_seed_do_not_come_first(monkeypatch):
     """One epoch over 2,000 samples of which 1,000 have wrong labels: each half of the steps sees about 500 of them."""
-    features, labels = torch.zeros(2000, 3), torch.zeros(2000, dtype=torch.int64)
+    features, labels = torch.zeros(2000, 3), torch.arange(2000) % 2
     noisy = flip_labels(labels, 0.5, 4, torch.Generator().manual_seed(7))
     seen, step = [], probe._Group.step
 
     def recorded(self, x, samples, factor):
-        seen.append(int((noisy[samples] != 0).sum()))
+        seen.append(int((noisy[samples] != labels[samples]).sum()))
         step(self, x, samples, factor)
 
     monkeypatch.setattr(probe._Group, "step", recorded)
@@ -369,6 +369,20 @@ def test_bad_input_of_accuracies():
         knn_accuracy(x, y[0], x, y[0], temperature=0)
     with pytest.raises(ValueError, match="train has NaN"):
         knn_accuracy(NAN, y[0], x, y[0])
+
+
+def test_probes_that_are_not_finite_have_no_accuracy():
+    x, labels = torch.randn(20, 4), torch.arange(20) % 2
+    weights, biases = torch.zeros(2, 2, 4), torch.zeros(2, 2)
+    for broken in (weights, biases):
+        broken[1, 1] = float("nan")
+        for accuracy in (
+            lambda: probe_accuracy(weights, biases, x, labels, topk=(1,)),
+            lambda: training_accuracy(probe.Probes(weights, biases), x, labels.expand(2, -1)),
+        ):
+            with pytest.raises(ValueError, match="probe 1 has weights or biases that are NaN or infinite"):
+                accuracy()
+        broken.zero_()
 
 
 @pytest.mark.parametrize("learning_rate", [3e38, [0.1, 3e38, 0.1]])

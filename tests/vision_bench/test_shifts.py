@@ -192,6 +192,8 @@ def test_shifted_images_that_are_training_images_are_counted(tmp_path):
     like = load_images(str(tmp_path / "photos"), "train", image_size=8)
     with pytest.warns(UserWarning, match=r"1 of the 4 images of .*shift are training images too"):
         shifts.load_shifted(tmp_path / "shift", like)
+    with pytest.raises(ValueError, match=r"all 4 images of .*train are training images"):
+        shifts.load_shifted(folder, like)
 
 
 def test_a_class_that_is_left_with_broken_images_only_is_named(tmp_path):

@@ -149,7 +149,8 @@ def test_random_weights_are_the_same_each_time_and_said_to_be_random():
         ("http:model", "'http:model' is no name of a model: Unknown model source 'http'"),
         ("resnet18=weights.pth", r"weights.pth is not a .safetensors file, .* may run code"),
         ("resnet18=weights.safetensors", "there is no file weights.safetensors"),
-        ("resnet19=weights.safetensors", "there is no file weights.safetensors"),
+        ("resnet19=weights.safetensors", "has no model 'resnet19'"),
+        ("lr=0.1", "has no model 'lr'"),
     ],
 )
 def test_what_cannot_be_had_is_explained(name, message):
