@@ -24,7 +24,12 @@ def parse(
     parser.add_argument("--config", type=Path, help="YAML file of these settings; the command line goes before it.")
     config = parser.parse_known_args(arguments)[0].config
     if config is not None:
-        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        try:
+            settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            parser.error(f"--config {config} cannot be read ({error}).")
+        if not isinstance(settings, dict):
+            parser.error(f"--config {config} has no settings; it takes lines of NAME: VALUE.")
         ours = {f.name for f in fields(settings_class)}
         unknown = settings.keys() - ours - {f.name for f in fields(shared_with or settings_class)}
         if unknown:

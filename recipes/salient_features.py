@@ -16,7 +16,7 @@ same largest dimension share its consistency.
 
 The default run, about two minutes on 2 cores, is of another scale: 1,437 digits, a network of three convolutions, and
 80 % wrong labels, since 90 % leave 10 classes no signal. Expected there: 0.58 of right and 0.52 of wrong samples for
-ncl, 0.23 of both for sae, intervals that do not decide; poly cannot differ, as all its dimensions are active in all
+ncl, 0.25 and 0.23 for sae, intervals that do not decide; poly cannot differ, as all its dimensions are active in all
 samples and so have the same consistency.
 """
 

@@ -540,6 +540,10 @@ def _figure(rows: int, columns: int, height: float, sharex: bool = False) -> tup
 
 
 def _legend(figure: Figure, *axes: Axes) -> None:
-    """A legend of what is drawn in any of the axes, each name once."""
+    """A legend of what is drawn in any of the axes, each name once, in as many columns as are not cut."""
     named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=min(len(named), 3), frameon=False)
+    for columns in range(min(len(named), 3), 0, -1):
+        legend = figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=columns, frameon=False)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()

@@ -116,6 +116,11 @@ def test_settings_of_other_recipes_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--output_dir", str(tmp_path / "x"), "--config", str(path)])
     assert "sets noise_rate, which this recipe does not have" in capsys.readouterr().err
+    for text, message in (("", "has no settings; it takes lines of NAME: VALUE"), ("a: [", "cannot be read (while")):
+        path.write_text(text)
+        with pytest.raises(SystemExit):
+            main(["--output_dir", str(tmp_path / "x"), "--config", str(path)])
+        assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"methods is \['moco'\]; it takes simclr, ncl"):
         main(["--output_dir", str(tmp_path / "x"), "--methods", "moco"])
     assert not (tmp_path / "x").exists()

@@ -264,6 +264,8 @@ def test_folders_that_cannot_be_read(runs, tmp_path):
     (tmp_path / "bare" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"bare/results.jsonl has no config.json beside it"):
         main(["--runs", str(tmp_path / "bare"), *out])
+    with pytest.raises(ValueError, match=r"output_dir is /proc/self/x, which cannot be written to"):
+        main(["--runs", str(runs), "--output_dir", "/proc/self/x"])
     with pytest.raises(ValueError, match=r"output_dir is .*runs0, which holds the run"):
         main(["--runs", str(runs), "--output_dir", str(runs)])
     broken = salient(tmp_path / "broken")

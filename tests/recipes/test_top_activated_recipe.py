@@ -32,6 +32,15 @@ def rows(folder, metric):
     return [row for row in map(json.loads, lines) if row["metric"] == metric]
 
 
+def test_classes_stand_in_the_order_of_the_seeds_even_if_two_are_one(folder):
+    lines = (folder / "results.md").read_text().splitlines()
+    for features, rank in itertools.product(("poly", "sae", "ncl"), ("worst", "best")):
+        found = [row for row in rows(folder, "class_dimension_purity") if row["config"]["rank"] == rank]
+        classes = {r["seed"]: r["config"]["class_name"] for r in found if r["config"]["features"] == features}
+        (line,) = (line for line in lines if line.startswith(f"| {features}, {rank} class |"))
+        assert line.endswith(f" | {classes[0]}, {classes[1]} |")
+
+
 def test_class_accuracies():
     predicted, labels = torch.tensor([0, 1, 1, 1, 3]), torch.tensor([0, 0, 1, 1, 3])
     found = class_accuracies(predicted, labels, 4)

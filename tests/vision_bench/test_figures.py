@@ -106,3 +106,16 @@ def test_a_note_stands_in_the_legend_and_undefined_means_leave_a_gap():
     )
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ce", "nce, 1 of 2 diverged"]
     assert figure.axes[0].get_ylim()[1] > 60
+
+
+def test_long_notes_in_the_legend_are_not_cut():
+    arms = ("ce", "nce", "ce+weight_decay", "ce+dropout", "ce+early_stopping")
+    curves = {arm: ([math.nan, math.nan], [0.0, 0.0]) for arm in arms}
+    figure = figures.finetuning_curves(
+        [1, 2], {"a": curves, "b": curves}, "epoch", notes=dict.fromkeys(arms, "11 of 12 diverged")
+    )
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    assert [text.get_text().split(", ")[1] for text in legend.get_texts()] == ["11 of 12 diverged"] * len(arms)
+    for text in legend.get_texts():
+        assert 0 < text.get_window_extent().x0 < text.get_window_extent().x1 < figure.bbox.width
