@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from result_rows import read_rows
+
 pytestmark = pytest.mark.slow
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -22,7 +24,7 @@ COMMAND += ["--corruptions", "label_noise=0.4", "gaussian=0.5", "rotated", "few_
 def results(folder: Path) -> list[str]:
     """Every row but for when and how it was measured."""
     left_out = ("seconds", "time", "device")
-    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "results.jsonl")
     return sorted(json.dumps({k: v for k, v in row.items() if k not in left_out}, sort_keys=True) for row in rows)
 
 
@@ -65,7 +67,10 @@ def test_a_killed_run_continues_to_the_same_rows(one, tmp_path):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT,
     )  # fmt: skip
     deadline = time.monotonic() + 300
-    while not (folder / "results.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+    path = folder / "results.jsonl"
+    while (
+        process.poll() is None and time.monotonic() < deadline and not (path.exists() and b"\n" in path.read_bytes())
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from result_rows import read_rows
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 PICTURES = {
     "input_noise_probing": ("figure_1b", "figure_2_uniform", "figure_2_gaussian"),
@@ -23,7 +25,7 @@ SMALL += ["--sae_k", "4", "--sae_epochs", "4", "--probe_epochs", "4"]
 
 
 def rows(folder):
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return read_rows(folder / "results.jsonl")
 
 
 @pytest.mark.slow
