@@ -234,6 +234,10 @@ def compare(task: FinetuningTask, script: Table2Arguments, training: SFTConfig, 
             f"judge {judges[given]}": Content(f"--judges {given}", checksum(judge.settings))
             for given, judge in made.items()
         }
+    # The embedded judge by its folder: building it is the work of all processes, judging that of one.
+    judge_folders = {
+        f"shieldgemma={embedded_judge()}" if judge == EMBEDDED else judge: name for judge, name in judges.items()
+    }
     demonstration = model_args.model_name_or_path is None
     if demonstration:
         model_args.model_name_or_path = str(embedded_model())
@@ -263,12 +267,7 @@ def compare(task: FinetuningTask, script: Table2Arguments, training: SFTConfig, 
         return  # answers and verdicts are the work of one process
     if settings is not None:
         with not_sharded(training):
-            # The embedded judge by its folder: building it is the work of all processes, judging that of one.
-            evaluate(
-                comparison,
-                settings,
-                {f"shieldgemma={embedded_judge()}" if j == EMBEDDED else j: name for j, name in judges.items()},
-            )
+            evaluate(comparison, settings, judge_folders)
             alignment_sparsity(comparison)
     print(write_report(run, task.paper, task.performance, list(arms), list(judges.values()), demonstration))
 
