@@ -125,7 +125,8 @@ def write_report(
     text += f"\n{_counts(run, shown)}\nSeveral runs: mean ± half-width of the 95 % interval over seeds. One run: in "
     text += "brackets the 95 % interval over prompts, which leaves\nout how another seed would turn out. Sparsity is "
     text += "the share of exact zeros in sigma(A x) on the prompts; LoRA has no\nsigma, so 0 by construction.\n"
-    text += f"Thinking was {run.config['thinking']}, in training, scores and answers of all arms.\n"
+    if "thinking" in run.config:  # rows of earlier versions do not say it
+        text += f"Thinking was {run.config['thinking']}, in training, scores and answers of all arms.\n"
     text += _diverged(run, methods)
     text += _differences(run, shown, performance[0], methods) + _per_step(run, shown, methods)
     text += f"\n## The paper's Table 2, {paper}: Llama-2-7b-chat, another model and another scale\n\n"
