@@ -228,7 +228,7 @@ def fingerprint(model: nn.Module) -> str:
     """Of all that decides what the model computes in eval mode: weights, buffers, and `fingerprints.description`.
 
     It is the same on any device, in either mode, compiled, and after saving and loading. To hash 100 million float32
-    weights takes about a second of a CPU core: compute it once for a model.
+    weights takes below a second of a CPU core: compute it once for a model.
     """
     model = _uncompiled(model)
     if isinstance(model, ContrastiveModel):
