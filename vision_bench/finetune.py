@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import MultiStepLRScheduler
 from torch import nn
@@ -236,8 +235,7 @@ class _Run(training.Training):
             self.views = SimCLRViews(train.images.shape[-1], train.mean, train.std, **config.views)
         self.best: dict[str, torch.Tensor] = {}
         self.best_epoch, self.best_top1 = 0, -1.0
-        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            convert_sync_batchnorm(classifier)  # as one process with the whole batch
+        training.share_batch_norm(classifier, accelerator)
         classifier.to(accelerator.device).to(memory_format=torch.channels_last)
         optimizer = create_optimizer_v2(
             classifier, config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay

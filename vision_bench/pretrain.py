@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
@@ -220,8 +219,7 @@ class _Run(training.Training):
         torch.manual_seed(config.seed)
         self.model = models.ContrastiveModel(model_config)
         trainee: nn.Module = _Trainee(self.model, train.num_classes)
-        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            convert_sync_batchnorm(trainee)  # as one process with the whole batch
+        training.share_batch_norm(trainee, accelerator)
         trainee.to(accelerator.device).to(memory_format=torch.channels_last)
         optimizer = _optimizer(trainee, config)
         steps = len(train) // config.batch_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from timm.layers import convert_sync_batchnorm
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.utils.data import DataLoader
@@ -77,6 +79,23 @@ def check_validation(train: ImageSet, validation: ImageSet) -> None:
     values, expected = described(validation), described(train)
     if changed := [f"{k} {values[k]} instead of {expected[k]}" for k in expected if values[k] != expected[k]]:
         raise ValueError(f"validation has another normalisation or size than train: {', '.join(changed)}.")
+
+
+def share_batch_norm(model: nn.Module, accelerator: Accelerator) -> None:
+    """Let the processes share the statistics of batch normalisation, so that they train as one with the whole batch.
+
+    PyTorch can do so on CUDA only. Elsewhere a warning says that the number of processes decides the result.
+    """
+    if accelerator.num_processes == 1:
+        return
+    if accelerator.device.type == "cuda":
+        convert_sync_batchnorm(model)
+    elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        warnings.warn(
+            f"on {accelerator.device.type} each of the {accelerator.num_processes} processes normalises by the "
+            "statistics of its own part of the batch: another number of processes gives another model.",
+            stacklevel=2,
+        )
 
 
 def refuse_another(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:

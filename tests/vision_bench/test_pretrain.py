@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
+from torch import nn
 
 from vision_bench import features, models, pretrain, storage
 from vision_bench.data import ImageSet, load_images
 from vision_bench.models import ModelConfig
 from vision_bench.pretrain import PretrainConfig
+from vision_bench.training import share_batch_norm
 
 MODEL = ModelConfig(backbone="small_conv", projector_hidden=32, projector_out=16, non_negative="rep_relu")
 MILD = {"crop_scale": [0.6, 1.0], "flip_probability": 0.0, "blur_probability": 0.0}
@@ -349,3 +353,14 @@ def test_bf16_and_compile_train_about_the_same(tmp_path):
         assert next(models.load(folder / "model.safetensors")[0].parameters()).dtype == torch.float32
     assert found["bf16"] != found["no"]
     assert found["bf16"] == pytest.approx(found["no"], rel=0.05)
+
+
+def test_processes_that_cannot_share_batch_statistics_are_pointed_out():
+    with_batch_norm, without = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Conv2d(3, 4, 3)
+    two, one = (SimpleNamespace(num_processes=number, device=torch.device("cpu")) for number in (2, 1))
+    with pytest.warns(UserWarning, match="on cpu each of the 2 processes normalises .* another model"):
+        share_batch_norm(with_batch_norm, two)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        share_batch_norm(without, two)
+        share_batch_norm(with_batch_norm, one)
