@@ -178,9 +178,8 @@ def fit_linear_probes(
         weights[members], biases[members] = group.weights, group.biases
     weights *= factor  # from the features of the training to those that were given
     biases -= weights @ shift
-    finite = weights.isfinite().all(dim=(1, 2)) & biases.isfinite().all(dim=1)
-    if not finite.all():
-        diverged = (~finite).nonzero().squeeze(1).tolist()
+    diverged = _not_finite(weights, biases)
+    if diverged:
         raise FloatingPointError(
             f"the weights of {len(diverged)} of {k} probes, first {diverged[0]}, are NaN or infinite: their training "
             "diverged; lower learning_rate (in recipes probe_learning_rate)"
@@ -349,13 +348,18 @@ def training_accuracy(
     return own, torch.cat(by_means).double() / len(features)
 
 
+def _not_finite(weights: torch.Tensor, biases: torch.Tensor) -> list[int]:
+    """Which of k probes, weights (k, c, d) and biases (k, c), hold NaN or an infinity."""
+    finite = weights.isfinite().all(dim=(1, 2)) & biases.isfinite().all(dim=1)
+    return (~finite).nonzero().squeeze(1).tolist()
+
+
 def _check_probes(weights: torch.Tensor, biases: torch.Tensor) -> None:
     """Raise ValueError for weights (k, c, d) or biases (k, c) that are not finite: any class would be their answer."""
-    finite = weights.isfinite().all(dim=(1, 2)) & biases.isfinite().all(dim=1)
-    if not finite.all():
-        first = int((~finite).nonzero()[0])
+    diverged = _not_finite(weights, biases)
+    if diverged:
         raise ValueError(
-            f"probe {first} has weights or biases that are NaN or infinite, and so no accuracy; fit it again."
+            f"probe {diverged[0]} has weights or biases that are NaN or infinite, and so no accuracy; fit it again."
         )
 
 

@@ -3,7 +3,6 @@
 import json
 
 import _arms
-import _evaluation
 import _table2
 import pytest
 import sst2_monolora
@@ -19,16 +18,6 @@ def arguments(small_model, sentiment_files, tmp_path):
     options = "--max_steps 3 --per_device_train_batch_size 8 --lora_r 4 --lora_alpha 8 --gradient_checkpointing False"
     model = ["--model_name_or_path", str(small_model), "--output_dir", str(tmp_path / "out")]
     return [*model, *sentiment_files, *options.split()]
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-    def fail(*args, **kwargs):
-        raise AssertionError("training began")
-
-    monkeypatch.setattr(_table2, "finetuning", fail)
-    monkeypatch.setattr(_table2, "load_base", fail)
-    monkeypatch.setattr(_evaluation, "load_base", fail)
 
 
 def test_three_arms_two_seeds(arguments, tmp_path, capsys):

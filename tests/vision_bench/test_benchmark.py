@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from odd_model import Odd
 from timm.models import register_model
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -292,17 +293,6 @@ def test_models_and_kinds_of_features_may_be_added(folder, checkpoint, tmp_path)
     assert set(before) < set(results(grown))
 
 
-class Odd(torch.nn.Module):
-    """A model that `features` makes of normalised images (n, 3, h, w)."""
-
-    def __init__(self, features):
-        super().__init__()
-        self.weight, self.features = torch.nn.Parameter(torch.ones(1)), features
-
-    def forward(self, x):
-        return self.features(x) * self.weight
-
-
 @register_model
 def odd_width_by_batch(pretrained, **kwargs):
     return Odd(lambda x: torch.ones(len(x), len(x)))
@@ -394,32 +384,11 @@ def test_relu_that_equals_raw_is_measured_only_without_raw(tmp_path, monkeypatch
     main([*command, "--features", "raw", "relu", "--resume"])
     assert [row["value"] for row in found(tmp_path, features="raw")] == [row["value"] for row in alone]
     assert found(tmp_path, features="relu") == alone
-    main(
-        [
-            *command,
-            "--output_dir",
-            str(tmp_path / "b"),
-            "--cache_dir",
-            str(tmp_path / "cache"),
-            "--features",
-            "relu",
-            "raw",
-        ]
-    )
+    other = [*command, "--output_dir", str(tmp_path / "b"), "--cache_dir", str(tmp_path / "cache")]
+    main([*other, "--features", "relu", "raw"])
     assert len(found(tmp_path / "b", benchmark.SAME)) == 1
     assert not found(tmp_path / "b", features="relu")
-    main(
-        [
-            *command,
-            "--output_dir",
-            str(tmp_path / "b"),
-            "--cache_dir",
-            str(tmp_path / "cache"),
-            "--features",
-            "relu",
-            "--resume",
-        ]
-    )
+    main([*other, "--features", "relu", "--resume"])
     assert [row["value"] for row in found(tmp_path / "b", features="relu")] == [row["value"] for row in alone]
     assert "| relu | 100 %" in (tmp_path / "b" / "results.md").read_text()
     monkeypatch.setattr(benchmark, "_measure", no_pass)

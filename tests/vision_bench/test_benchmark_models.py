@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from odd_model import Odd
 from timm.models import register_model, save_for_hf
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -131,17 +132,6 @@ def test_a_checkpoint_is_measured_alike_whatever_way_its_images_are_named(tmp_pa
     (shard,) = (tmp_path / "run model" / "cache").glob("model_test_clean*/*.safetensors")
     assert torch.equal(storage.load(shard, features.KIND)[0]["backbone"], expected)
     assert training["images"] == {"mean": [0.3054] * 3, "std": [0.3753] * 3, "image_size": [8, 8]}
-
-
-class Odd(torch.nn.Module):
-    """A model that `features` makes of normalised images (n, 3, h, w)."""
-
-    def __init__(self, features):
-        super().__init__()
-        self.weight, self.features = torch.nn.Parameter(torch.ones(1)), features
-
-    def forward(self, x):
-        return self.features(x) * self.weight
 
 
 @register_model
