@@ -242,7 +242,8 @@ def locked(folder: Path, timeout: float = 0) -> Iterator[None]:
         timeout: seconds to wait for a process that holds the folder; below 0 without an end.
 
     Raises:
-        ValueError: another process holds it, or it cannot be created or written to.
+        ValueError: another process holds it.
+        OSError: it cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
