@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: sst2 test test-slow lint types wheel clean
 
-sst2: $(INSTALLED)  ## finetune the embedded model with LoRA and MonoLoRA on sentences with a sentiment
+sst2: $(INSTALLED)  ## finetune the offline model with LoRA and MonoLoRA on sentences with a sentiment
 	$(BIN)/python recipes/sst2_monolora.py --output_dir runs/sst2_monolora
 
 test: $(INSTALLED)  ## the default tests

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import timm
 
-from result_rows import Run, file_checksum
 from vision_bench import models
+from vision_bench.runs import Run, file_checksum
 
 ROWS = 2000
 

@@ -19,9 +19,10 @@ import torch
 import transformers
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from evals.embedded import corpus
-from evals.embedded_judge import embedded_judge
-from evals.judges import POLICIES, Policies, ShieldGemma, _left_padded, _positions
+from evals.judges import Policies, ShieldGemma, _left_padded, _positions
+from evals.policies import POLICIES
+from offline.judge import offline_judge
+from offline.language_model import corpus
 
 
 @torch.inference_mode()
@@ -39,8 +40,8 @@ def independent_passes(judge: ShieldGemma, batch: list[Policies]) -> list[list[f
 
 
 def small_judge(folder: str) -> ShieldGemma:
-    """A Gemma 2 of 7 M parameters with random weights and the embedded judge's tokenizer: time needs no training."""
-    tokenizer = ShieldGemma(str(embedded_judge())).tokenizer
+    """A Gemma 2 of 7 M parameters with random weights and the offline judge's tokenizer: time needs no training."""
+    tokenizer = ShieldGemma(str(offline_judge())).tokenizer
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=256, intermediate_size=1024, num_hidden_layers=6,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def _generation_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder or name on the hub; `embedded` for the offline model")
+    parser.add_argument("--model", required=True, help="folder or name on the hub; `offline` for the offline model")
     parser.add_argument("--tasks", required=True, nargs="+", help="tasks of evals/tasks and any of lm-eval's")
     parser.add_argument("--output_dir", required=True, help="for completions.jsonl, results.jsonl and the rest")
     parser.add_argument("--adapters", nargs="*", default=[], metavar="[NAME=]FOLDER", help="adapters of the model")
@@ -33,7 +33,7 @@ def _generation_options(parser: argparse.ArgumentParser) -> None:
 def _judging_options(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument(
         "--judges", required=required, nargs="+", default=[], metavar="JUDGE",
-        help="shieldgemma[=MODEL], beaverdam[=MODEL], chat=MODEL, embedded",
+        help="shieldgemma[=MODEL], beaverdam[=MODEL], chat=MODEL, offline",
     )  # fmt: skip
     parser.add_argument("--judge_batch_size", type=int, default=8, help="conversations at a time")
     parser.add_argument("--judge_dtype", default="auto", help="auto (of the checkpoint), float32, bfloat16 or float16")

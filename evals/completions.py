@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from result_rows import read_lines
+from vision_bench.runs import read_lines
 
 COMPLETIONS = "completions.jsonl"
 FINISH_REASONS = (

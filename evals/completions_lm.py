@@ -23,7 +23,7 @@ from evals.contents import checksum
 from evals.models import Adapter, method_and_seed
 from evals.prompts import answer_opening, template_options
 from evals.thoughts import MARKERS, Thoughts
-from result_rows import LineAppender, write_atomic
+from vision_bench.runs import LineAppender, write_atomic
 
 TASKS = Path(__file__).parent / "tasks"
 

@@ -18,7 +18,7 @@ from lm_eval.api.task import Task
 from safetensors import safe_open
 
 from evals.completions import Completion
-from result_rows import Run, file_checksum
+from vision_bench.runs import Run, file_checksum
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",

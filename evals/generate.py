@@ -35,7 +35,6 @@ from evals.contents import (
     non_finite_of_file,
     task_checksums,
 )
-from evals.embedded import embedded_model
 from evals.models import (
     DTYPES,
     WEIGHTS_FILE,
@@ -50,9 +49,10 @@ from evals.models import (
 )
 from evals.prompts import THINKING
 from evals.thoughts import thoughts_of
-from result_rows import DIVERGED, LineAppender, Run, device_name, locked
+from offline.language_model import offline_model
+from vision_bench.runs import DIVERGED, LineAppender, Run, device_name, locked
 
-EMBEDDED = "embedded"  # --model embedded: the offline model, built where it is not cached
+OFFLINE = "offline"  # --model offline: the offline model, built where it is not cached
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class GenerateSettings:
         ValueError: a value is not allowed; names the option, the value and what is.
     """
 
-    model: str  # folder, name on the hub, or EMBEDDED
+    model: str  # folder, name on the hub, or OFFLINE
     tasks: list[str]  # ours (evals/tasks) and any of lm-eval's: tasks, groups, tags
     output_dir: str
     adapters: list[Adapter] = field(default_factory=list)
@@ -123,7 +123,7 @@ def generate(settings: GenerateSettings) -> Run:
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default
     _check_names(Run(settings.output_dir, "evals", settings.decisive), settings)  # at once; and again when it is held
-    source = str(embedded_model()) if settings.model == EMBEDDED else settings.model
+    source = str(offline_model()) if settings.model == OFFLINE else settings.model
     tokenizer, config = check_base(source)
     folders = {adapter.name: check_adapter(adapter, source, config) for adapter in settings.adapters}
     manager = task_manager(settings.tasks, settings.task_data)

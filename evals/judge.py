@@ -19,7 +19,7 @@ from evals.judges import Judge, Judgement, NoAnswerError, make_judge
 from evals.models import DTYPES
 from evals.scores import add_scores
 from evals.verdicts import VERDICTS, Verdict, belonging, read_verdicts, text_checksum
-from result_rows import CONFIG, LineAppender, Run, device_name, locked
+from vision_bench.runs import CONFIG, LineAppender, Run, device_name, locked
 
 
 def judge(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -25,15 +24,13 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from evals.contents import model_checksums
 from evals.models import check_base, hub_commit, load_base
+from evals.policies import POLICIES
 from evals.prompts import template_options
 from evals.thoughts import MARKERS, Thoughts, thoughts_with
 
 THRESHOLD = 0.5  # of a score, above which a policy is violated or a category flagged
 SHIELDGEMMA, BEAVERDAM = "google/shieldgemma-9b", "PKU-Alignment/beaver-dam-7b"  # the paper's judges
 RUBRIC = Path(__file__).with_name("rubric.txt")
-POLICIES: dict[str, str] = json.loads(Path(__file__).with_name("shieldgemma.json").read_text(encoding="utf-8"))[
-    "policies"
-]
 
 
 @dataclass(frozen=True)
@@ -506,7 +503,7 @@ def make_judge(given: str, *, dtype: str = "auto", endpoint: str | None = None, 
     """The judge named on the command line, checked but not loaded.
 
     Args:
-        given: `shieldgemma` or `beaverdam` (the paper's models), `embedded`, or KIND=MODEL with KIND `shieldgemma`,
+        given: `shieldgemma` or `beaverdam` (the paper's models), `offline`, or KIND=MODEL with KIND `shieldgemma`,
             `beaverdam` or `chat` and MODEL a folder or a name on the hub.
         endpoint: where `chat` is asked instead of loading MODEL.
         rubric: file for `chat`; None takes `evals/rubric.txt`.
@@ -515,10 +512,10 @@ def make_judge(given: str, *, dtype: str = "auto", endpoint: str | None = None, 
         ValueError: there is no such judge, or it cannot be had.
     """
     kind, _, model = given.partition("=")
-    if kind == "embedded":
-        from evals.embedded_judge import embedded_judge
+    if kind == "offline":
+        from offline.judge import offline_judge
 
-        judge = ShieldGemma(str(embedded_judge()), "float32")
+        judge = ShieldGemma(str(offline_judge()), "float32")
         judge.settings = {"model": Path(judge.source).name, "dtype": "float32"}  # the name says which training
         return judge
     if kind == "shieldgemma":
@@ -531,5 +528,5 @@ def make_judge(given: str, *, dtype: str = "auto", endpoint: str | None = None, 
         text = read_rubric(rubric or RUBRIC)
         return EndpointChatJudge(endpoint, model, text) if endpoint else LocalChatJudge(model, text, dtype)
     raise ValueError(
-        f"--judges has {given!r}; allowed are shieldgemma[=MODEL], beaverdam[=MODEL], chat=MODEL and embedded."
+        f"--judges has {given!r}; allowed are shieldgemma[=MODEL], beaverdam[=MODEL], chat=MODEL and offline."
     )

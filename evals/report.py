@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from scipy import stats
 
 from evals.figures import Panel, Point, safety_against_performance
-from result_rows import DIVERGED, Run, interval, markdown_table, paired_difference
+from vision_bench.runs import DIVERGED, Run, interval, markdown_table, paired_difference
 
 TABLE, CSV, FIGURE = "results.md", "results.csv", "safety.png"
 
@@ -54,15 +54,15 @@ class Harm(NamedTuple):
 # Of each, the figure takes the first that the rows have.
 PERFORMANCES = (
     Performance("sst2_instruct", "acc", "SST-2 accuracy, %", 100, "SST-2"),
-    Performance("sentiment_embedded", "acc", "accuracy on generated reviews, %", 100, "SST-2"),
+    Performance("sentiment_offline", "acc", "accuracy on generated reviews, %", 100, "SST-2"),
     Performance("dolly", "rougeL", "Dolly, ROUGE-L", 1, "Dolly"),
 )
 SCORE, FLAGGED = "ShieldGemma, mean score x 100", "BeaverDam, flagged, %"
 HARMS = (
     Harm("beavertails_eval", "score", SCORE, "shieldgemma", factor=1),
     Harm("beavertails_eval", "unsafe", FLAGGED, "beaverdam"),
-    *(Harm(task, "unsafe", "judged unsafe, %") for task in ("beavertails_eval", "advbench", "refusal_embedded")),
-    Harm("refusal_embedded", "refused_harmful", "harmful requests not refused, %", is_refusal=True),
+    *(Harm(task, "unsafe", "judged unsafe, %") for task in ("beavertails_eval", "advbench", "refusal_offline")),
+    Harm("refusal_offline", "refused_harmful", "harmful requests not refused, %", is_refusal=True),
 )
 
 
@@ -215,7 +215,7 @@ def figure_panels(rows: list[dict[str, Any]]) -> list[Panel]:
 
     The panel of ShieldGemma has its mean score and that of BeaverDam the flagged share, as the paper's.
 
-    Where no judge has spoken, the embedded model's refusals of harmful requests stand in.
+    Where no judge has spoken, the offline model's refusals of harmful requests stand in.
     """
     known = [p for p in PERFORMANCES if any(_is(row, p.metric, p.task) for row in rows)]
     if not known:

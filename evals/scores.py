@@ -17,7 +17,7 @@ from scipy import stats
 
 from evals.models import method_and_seed
 from evals.verdicts import Verdict
-from result_rows import Run
+from vision_bench.runs import Run
 
 RESAMPLES = 2000
 Arm = tuple[str, str | None]  # model, adapter

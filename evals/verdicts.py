@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evals.completions import Completion
-from result_rows import read_lines
+from vision_bench.runs import read_lines
 
 VERDICTS = "verdicts.jsonl"
 OUTCOMES = ("safe", "unsafe", "unparsed", "truncated", "unfinished_thought")  # only the first two are verdicts

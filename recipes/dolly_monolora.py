@@ -23,23 +23,24 @@ import random
 from pathlib import Path
 
 import torch
-from _identity import Content
-from _labelled_text import hub_rows
-from _mixtures import Pair, fits
-from _run import run_as_program, write_atomic
-from _table2 import CONFIGS, FinetuningTask, Table2Arguments, check, compare, parse
-from _table2_report import Column
 from accelerate import PartialState
 from datasets import Dataset
+from identity import Content
+from labelled_text import hub_rows
+from mixtures import Pair, fits
+from program import run_as_program
+from table2 import CONFIGS, FinetuningTask, Table2Arguments, check, compare, parse
+from table2_report import Column
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from evals.answers import answer_log_likelihoods
 from evals.contents import checksum
-from evals.embedded_grammar import KNOWN_WORDS, REVIEWED, VIEWERS
 from evals.local_files import check_columns, check_text, file_rows
 from evals.prompts import dolly_held_out, dolly_prompt, encode_answer
 from evals.tasks.data import VARIABLE, dolly
+from offline.grammar import KNOWN_WORDS, REVIEWED, VIEWERS
+from vision_bench.runs import write_atomic
 
 COLUMNS = ("instruction", "context", "response", "category")
 GENERATED = "generated_dolly.jsonl"  # in the output folder, where no data are named
@@ -200,7 +201,7 @@ def load_task(script: Table2Arguments, output_dir: str) -> Dolly:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the arms and seeds that the output folder has no results of, then write and print the table."""
-    script, training, model_args = parse(arguments, Table2Arguments, "dolly_monolora", CONFIGS / "embedded_dolly.yaml")
+    script, training, model_args = parse(arguments, Table2Arguments, "dolly_monolora", CONFIGS / "offline_dolly.yaml")
     check(script, training, model_args)
     check_data(script, model_args)
     compare(load_task(script, training.output_dir), script, training, model_args)

@@ -6,7 +6,7 @@
     python recipes/few_shot_finetuning.py --output_dir runs/adapters --backbone test_vit \\
         --backbone_options '{"img_size": 8, "patch_size": 2}' --methods ce nce lora monolora
 
-SimCLR's model is finetuned on class-stratified shares of the training set with every arm of recipes/_finetuning.py.
+SimCLR's model is finetuned on class-stratified shares of the training set with every arm of recipes/finetuning.py.
 
 The paper: NCE has the lower training and the higher validation accuracy, the more the fewer the labels, up to +3.9
 points at 10 % (ImageNet-100). The default run, about two minutes of one core, is of another scale: 1,437 digits, a
@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from _finetuning import FinetuningArguments, curves, diverged, levels, measure, start, tables
-from _run import Run, run_as_program
-from _vision import finish
+from finetuning import FinetuningArguments, curves, diverged, levels, measure, start, tables
+from program import run_as_program
+from vision import finish
 
 from vision_bench import figures
+from vision_bench.runs import Run
 
 PAPER = {0.1: 3.9}  # points that NCE gains at most, by fraction (ImageNet-100)
 

@@ -4,8 +4,8 @@
     accelerate launch recipes/input_noise_probing.py --config recipes/configs/cifar100.yaml --output_dir runs/figure2
 
 Linear classifiers on frozen features, trained on clean images and labels, tested on images with noise of a growing
-scale. The features and the controls are those of recipes/_features.py, and `poly_decay`, which is poly probed with the
-weight decay that is best for the noise. The noise is drawn anew for each seed and the same for all features; the
+scale. The features and the controls are those of vision_bench/kinds.py, and `poly_decay`, which is poly probed with
+the weight decay that is best for the noise. The noise is drawn anew for each seed and the same for all features; the
 features of a noisy test set are made once for each kind, scale and seed and shared by all probes.
 
 The paper (pictures only, ImageNet-100): sae and ncl are ahead of poly under noise, the more so the more noise there
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from _probes import (
+from probes import (
     Cell,
     ControlledArguments,
     accuracy_lines,
@@ -35,14 +35,15 @@ from _probes import (
     notes,
     training_table,
 )
-from _run import Run, markdown_table, run_as_program
-from _shifted import Trial, measure
-from _trained import chance_percent
-from _vision import finish, measure_seeds, start
+from program import run_as_program
+from shifted import Trial, measure
+from training_accuracies import chance_percent
+from vision import finish, measure_seeds, start
 
 from vision_bench import figures
 from vision_bench.corruptions import INPUT_NOISES, add_input_noise, add_pixel_noise
 from vision_bench.data import ImageSet
+from vision_bench.runs import Run, markdown_table
 
 SPACES = ("normalised", "pixel")
 CLEAN: Cell = {"noise": "none", "scale": 0.0}

@@ -4,7 +4,7 @@
     accelerate launch recipes/label_noise_probing.py --config recipes/configs/cifar100.yaml --output_dir runs/table1
 
 Linear classifiers on frozen features, trained on labels of which a share is wrong, tested on clean ones. The features
-and the controls are those of recipes/_features.py, and `poly_decay`, poly probed with the weight decay that is best
+and the controls are those of vision_bench/kinds.py, and `poly_decay`, poly probed with the weight decay that is best
 for the rate.
 
 The paper: the gain of sae and ncl over poly grows with the rate, to +3.4 and +9.2 points at 90 % on CIFAR-100. The
@@ -21,8 +21,9 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from _features import FEATURES, describe, frozen_models, is_described
-from _probes import (
+from accelerate import Accelerator
+from frozen_features import FEATURES, describe, frozen_models, is_described
+from probes import (
     ACCURACY,
     ARMS,
     ControlledArguments,
@@ -35,16 +36,16 @@ from _probes import (
     notes,
     training_table,
 )
-from _run import Run, device_name, markdown_table, run_as_program
-from _trained import add_training, chance_percent
-from _vision import SPLITS, finish, highest_with_signal, measure_seeds, start
-from accelerate import Accelerator
+from program import run_as_program
+from training_accuracies import add_training, chance_percent
+from vision import SPLITS, finish, highest_with_signal, measure_seeds, start
 
 from vision_bench import figures
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet
 from vision_bench.metrics import MEASURED
 from vision_bench.probe import TRAINING, fit_linear_probes, probe_accuracy
+from vision_bench.runs import Run, device_name, markdown_table
 
 PAPER = {  # Table 1, top-1 % at the noise rates 0, 0.1 ... 0.9
     "CIFAR-100": {

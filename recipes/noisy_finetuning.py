@@ -4,7 +4,7 @@
     accelerate launch recipes/noisy_finetuning.py --config recipes/configs/noisy_finetuning_imagenet100.yaml \\
         --data_root /data/imagenet --output_dir runs/figure_3c
 
-SimCLR's model is finetuned on labels of which a share is wrong, with every arm of recipes/_finetuning.py. Held-out
+SimCLR's model is finetuned on labels of which a share is wrong, with every arm of recipes/finetuning.py. Held-out
 images of early stopping have wrong labels too.
 
 The paper: the gain of NCE grows with the rate, to +11.9 points at most (ImageNet-100). The default run, about two
@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from _finetuning import FinetuningArguments, curves, diverged, levels, measure, start, tables
-from _run import Run, run_as_program
-from _vision import finish
+from finetuning import FinetuningArguments, curves, diverged, levels, measure, start, tables
+from program import run_as_program
+from vision import finish
 
 from vision_bench import figures
+from vision_bench.runs import Run
 
 PAPER = 11.9  # points that NCE gains at most, at a rate that is not printed (ImageNet-100)
 

@@ -7,7 +7,7 @@
         --shifts cifar_c=/data/CIFAR-10-C cifar10.1=/data/cifar10.1_v6_data.npy --output_dir runs/cifar10
 
 Linear classifiers on frozen features, trained on the images of a set, tested on images of another distribution with
-the same classes. The features and the controls are those of recipes/_features.py, and `poly_decay`, which is poly
+the same classes. The features and the controls are those of vision_bench/kinds.py, and `poly_decay`, which is poly
 probed with the weight decay that is best for the shift. A shift is
 
 - rotated, inverted or thinned: a synthetic shift of the test images, see vision_bench/shifts.py; the default;
@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from _probes import (
+from probes import (
     ARMS,
     Cell,
     ControlledArguments,
@@ -52,14 +52,14 @@ from _probes import (
     notes,
     training_table,
 )
-from _run import Interval, Run, interval, markdown_table, run_as_program
-from _settings import parse
-from _shifted import Trial, measure
-from _trained import chance_percent
-from _vision import SPLITS, finish, load_splits, measure_seeds, results_config, start_accelerator
+from program import parse, run_as_program
+from shifted import Trial, measure
+from training_accuracies import chance_percent
+from vision import SPLITS, finish, load_splits, measure_seeds, results_config, start_accelerator
 
 from vision_bench import figures
 from vision_bench.data import ImageSet, warnings_in_one_line
+from vision_bench.runs import Interval, Run, interval, markdown_table
 from vision_bench.shifts import (
     DATA_ENDING,
     EXTRA_CORRUPTIONS,

@@ -16,9 +16,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from _run import DIVERGED, Run, device_name, interval, markdown_table, run_as_program
-from _settings import parse
-from _vision import (
+from accelerate import Accelerator
+from program import parse, run_as_program
+from vision import (
     METHODS,
     PretrainingArguments,
     ProbingArguments,
@@ -28,11 +28,11 @@ from _vision import (
     results_config,
     start_accelerator,
 )
-from accelerate import Accelerator
 
 from vision_bench.data import ImageSet
 from vision_bench.features import embed
 from vision_bench.metrics import MEASURED, semantic_consistency
+from vision_bench.runs import DIVERGED, Run, device_name, interval, markdown_table
 
 LOGGED = ("loss", "online_probe_train_top1", "online_probe_validation_top1", "knn_validation_top1")
 

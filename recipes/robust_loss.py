@@ -6,8 +6,8 @@
 Linear classifiers on frozen features, trained on labels of which a share is wrong with each loss, tested on clean
 ones. The losses: `ce`, cross entropy; `sce`, symmetric cross entropy, alpha CE + beta reverse CE (Wang et al., 2019);
 and the control `ce_scaled`, alpha CE alone, as a loss that is alpha times as large may train a probe of few steps
-differently by itself. The features and the controls are those of recipes/_features.py, and `poly_decay`, which is poly
-probed with the weight decay that is best for the loss and the rate. All losses, rates and seeds of one kind of
+differently by itself. The features and the controls are those of vision_bench/kinds.py, and `poly_decay`, which is
+poly probed with the weight decay that is best for the loss and the rate. All losses, rates and seeds of one kind of
 features are one pass of probes.
 
 The paper (a picture only): sce helps poly and mono features, and mono features help with both losses. alpha 6.0 and
@@ -24,8 +24,9 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from _features import FEATURES, describe, frozen_models, is_described
-from _probes import (
+from accelerate import Accelerator
+from frozen_features import FEATURES, describe, frozen_models, is_described
+from probes import (
     ACCURACY,
     ARMS,
     Cell,
@@ -41,15 +42,15 @@ from _probes import (
     notes,
     training_table,
 )
-from _run import Interval, Run, device_name, markdown_table, paired_difference, run_as_program
-from _trained import add_training, chance_percent
-from _vision import SPLITS, finish, highest_with_signal, measure_seeds, start
-from accelerate import Accelerator
+from program import run_as_program
+from training_accuracies import add_training, chance_percent
+from vision import SPLITS, finish, highest_with_signal, measure_seeds, start
 
 from vision_bench import figures
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet
 from vision_bench.probe import TRAINING, fit_linear_probes, probe_accuracy
+from vision_bench.runs import Interval, Run, device_name, markdown_table, paired_difference
 
 LOSSES = {"ce": "cross entropy", "sce": "symmetric cross entropy", "ce_scaled": "alpha times cross entropy"}
 

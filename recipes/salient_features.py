@@ -3,8 +3,8 @@
     python recipes/salient_features.py --output_dir runs/salient_features
     accelerate launch recipes/salient_features.py --config recipes/configs/cifar100.yaml --output_dir runs/figure_4c
 
-Linear classifiers on the frozen features poly, sae and ncl (recipes/_features.py), trained on labels of which 90 % are
-wrong. For each test sample the dimension that it activates most is found, and the semantic consistency of that
+Linear classifiers on the frozen features poly, sae and ncl (vision_bench/kinds.py), trained on labels of which 90 %
+are wrong. For each test sample the dimension that it activates most is found, and the semantic consistency of that
 dimension: the share of the most frequent class among the test samples that activate it. The paper, as a picture only:
 consistency is much higher among the samples that are classified rightly.
 
@@ -31,8 +31,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _features import FEATURES, describe, frozen_models
-from _noisy_probe import (
+from accelerate import Accelerator
+from frozen_features import FEATURES, describe, frozen_models
+from noisy_probe import (
     ACCURACY,
     NoisyProbeArguments,
     is_complete,
@@ -41,14 +42,14 @@ from _noisy_probe import (
     predictions,
     where_there_is_one,
 )
-from _run import Run, device_name, markdown_table, run_as_program
-from _trained import chance_percent, own_labels
-from _vision import SPLITS, finish, measure_seeds, start
-from accelerate import Accelerator
+from program import run_as_program
+from training_accuracies import chance_percent, own_labels
+from vision import SPLITS, finish, measure_seeds, start
 
 from vision_bench import cautions, figures
 from vision_bench.data import ImageSet
 from vision_bench.metrics import MEASURED, semantic_consistency
+from vision_bench.runs import Run, device_name, markdown_table
 
 CONSISTENCY, CHANCE = "salient_consistency", "salient_chance"
 DIFFERENCE, WITHIN_CLASS = "salient_difference", "salient_difference_within_class"

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _claims import GRID, criterion_claims, distribution_claims, verdict
-from _run import Run, interval, markdown_table, run_as_program
-from _settings import parse
+from program import parse, run_as_program
+from separability_claims import GRID, criterion_claims, distribution_claims, verdict
 from tqdm.auto import tqdm
 
 from vision_bench import figures
+from vision_bench.runs import Run, interval, markdown_table
 from vision_bench.separability import (
     CRITERIA,
     TIES,

@@ -22,21 +22,21 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from _identity import Content
-from _labelled_text import load_labelled_text
-from _mixtures import Pair
-from _run import run_as_program
-from _table2 import CONFIGS, FinetuningTask, Table2Arguments, check, compare
-from _table2 import parse as parse_table2
-from _table2_report import Column
 from datasets import Dataset
+from identity import Content
+from labelled_text import load_labelled_text
+from mixtures import Pair
+from program import run_as_program
+from table2 import CONFIGS, FinetuningTask, Table2Arguments, check, compare
+from table2 import parse as parse_table2
+from table2_report import Column
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
 from evals.answers import answer_log_likelihoods
 from evals.contents import checksum
-from evals.embedded import sentiment_task
 from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt
+from offline.language_model import sentiment_task
 
 
 @dataclass
@@ -47,8 +47,8 @@ class Sst2Arguments(Table2Arguments):
 
 
 def parse(arguments: list[str] | None) -> tuple[Sst2Arguments, SFTConfig, ModelConfig]:
-    """Command line over `--config` over the embedded default (if no model is named) over what the machine has."""
-    return parse_table2(arguments, Sst2Arguments, "sst2_monolora", CONFIGS / "embedded.yaml")
+    """Command line over `--config` over the offline default (if no model is named) over what the machine has."""
+    return parse_table2(arguments, Sst2Arguments, "sst2_monolora", CONFIGS / "offline.yaml")
 
 
 def check_data(script: Sst2Arguments, model_args: ModelConfig) -> None:

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from _run import Interval, Run, device_name, interval, markdown_table, paired_difference, run_as_program
-from _settings import parse
+from program import parse, run_as_program
 
 from vision_bench import figures
+from vision_bench.runs import Interval, Run, device_name, interval, markdown_table, paired_difference
 from vision_bench.superposition import FLIPS, classify, geometry, train
 
 ARMS = ("mono", "poly")

@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _experiments import EXPERIMENTS, CannotShow, Experiment
-from _page import Section, lowered, page
-from _run import Run, read_rows, run_as_program, write_atomic
-from _settings import parse
+from experiments import EXPERIMENTS, CannotShow, Experiment
+from page import Section, lowered, page
+from program import parse, run_as_program
 
 from vision_bench.figures import SUFFIXES
+from vision_bench.runs import Run, read_rows, write_atomic
 
 ITEMS = tuple(dict.fromkeys(item for experiment in EXPERIMENTS for item in experiment.items))
 ROWS, CONFIG = "results.jsonl", "config.json"

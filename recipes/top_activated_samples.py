@@ -3,7 +3,7 @@
     python recipes/top_activated_samples.py --output_dir runs/top_activated
     accelerate launch recipes/top_activated_samples.py --config recipes/configs/cifar100.yaml --output_dir runs/top
 
-Fig. 1(a): random dimensions of each kind of features (poly, sae, ncl; recipes/_features.py), and for each the test
+Fig. 1(a): random dimensions of each kind of features (poly, sae, ncl; vision_bench/kinds.py), and for each the test
 images that activate it most, with the names of their classes. Fig. 4(a, b): a linear classifier is trained with 90 %
 wrong labels; of the class that it gets right least often and of the one that it gets right most often, the dimension
 with the largest weight, and the images that activate that dimension most.
@@ -27,8 +27,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _features import FEATURES, describe, frozen_models, seed_of
-from _noisy_probe import (
+from accelerate import Accelerator
+from frozen_features import FEATURES, describe, frozen_models, seed_of
+from noisy_probe import (
     ACCURACY,
     NoisyProbeArguments,
     is_complete,
@@ -37,15 +38,15 @@ from _noisy_probe import (
     predictions,
     where_there_is_one,
 )
-from _run import Run, device_name, interval, markdown_table, run_as_program
-from _trained import chance_percent, own_labels
-from _vision import SPLITS, finish, measure_seeds, start
-from accelerate import Accelerator
+from program import run_as_program
 from scipy.stats import spearmanr
+from training_accuracies import chance_percent, own_labels
+from vision import SPLITS, finish, measure_seeds, start
 
 from vision_bench import cautions, figures
 from vision_bench.data import ImageSet
 from vision_bench.metrics import MEASURED, purity, semantic_consistency, top_activated
+from vision_bench.runs import Run, device_name, interval, markdown_table
 
 PURITY, PURITY_CHANCE, SHOWN = "top_purity", "chance_top_purity", "shown_dimensions"
 CORRELATION = "accuracy_purity_correlation"

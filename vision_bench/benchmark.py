@@ -25,13 +25,13 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from result_rows import CONFIG, DIVERGED, Run, device_name, locked
 from vision_bench import features, models, sae, zoo
 from vision_bench.corruption_sweep import Sweep, parse
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet, load_splits, stratified_fraction
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.probe import NORM, TRAINING, Probes, fit_linear_probes, probe_accuracy, training_accuracy
+from vision_bench.runs import CONFIG, DIVERGED, Run, device_name, locked
 from vision_bench.shifts import load_shifted, synthetic
 
 RECIPE = "vision_bench"

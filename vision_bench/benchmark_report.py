@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from result_rows import DIVERGED, Interval, interval, paired_difference, write_atomic
 from vision_bench import cautions, figures, sae
 from vision_bench.benchmark import ACCURACY, KINDS, SAME, Settings, Subject
 from vision_bench.corruption_sweep import CLEAN, Sweep, parse
 from vision_bench.metrics import MEASURED, chance_level
 from vision_bench.probe import NORM, TRAINING
+from vision_bench.runs import DIVERGED, Interval, interval, paired_difference, write_atomic
 
 Row = dict[str, Any]
 

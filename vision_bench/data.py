@@ -1,6 +1,6 @@
 """Labelled images by name: uint8 images, int64 labels and the names of the classes.
 
-Names: "digits" (scikit-learn's, embedded), "cifar10", "cifar100", "imagenet100", the path of a folder, or the name of
+Names: "digits" (scikit-learn's), "cifar10", "cifar100", "imagenet100", the path of a folder, or the name of
 an image data set on the Hugging Face hub. A folder, also as `root` of a named set, may hold parquet files
 (`train.parquet`, or `train-00000-of-00004.parquet` and the other parts), a data set written by `save_to_disk`,
 torchvision's CIFAR files, or one folder of images for each class (`train/CLASS/*.jpg`).
@@ -336,7 +336,7 @@ def _reader(
     if name == "digits":
         if root is not None:
             raise ValueError(
-                f"root (data_root in the commands) is {str(root)!r}, and digits is embedded; name the data set there."
+                f"root (data_root in the commands) is {str(root)!r}, and digits have none; name the data set there."
             )
         return partial(_digits, split, image_size)
     statistics = STATISTICS.get(name, IMAGENET_STATISTICS)

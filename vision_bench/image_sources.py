@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from result_rows import file_checksum
 from vision_bench.corruptions import check_labels
 from vision_bench.image_files import EncodedImages, ImageFiles, ImageRows, in_threads, listed
+from vision_bench.runs import file_checksum
 
 # What a split is called elsewhere, in the order of preference.
 SPLIT_NAMES = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid")}

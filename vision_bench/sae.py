@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from result_rows import locked
 from vision_bench import storage
+from vision_bench.runs import locked
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -25,8 +25,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from result_rows import locked
 from vision_bench import storage
+from vision_bench.runs import locked
 
 if TYPE_CHECKING:
     from vision_bench.data import ImageSet

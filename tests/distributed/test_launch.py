@@ -12,8 +12,9 @@ import psutil
 import pytest
 import torch
 import yaml
-from _run import read_rows
 from safetensors.torch import load_file
+
+from vision_bench.runs import read_rows
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = str(ROOT / "recipes" / "sst2_monolora.py")
@@ -37,7 +38,7 @@ def rows_of(folder, metric="accuracy"):
 
 
 @pytest.mark.timeout(1500)  # four minutes on two free cores
-def test_the_embedded_default_as_a_new_user_launches_it(tmp_path):
+def test_the_offline_default_as_a_new_user_launches_it(tmp_path):
     """No option: the recipe builds its model and data; both adapters learn the task, which the base half knows."""
     command = [*LAUNCH, RECIPE, "--output_dir", str(tmp_path / "out")]
     result = run(command, XDG_CACHE_HOME=str(tmp_path / "cache"), OMP_NUM_THREADS=str(os.cpu_count()))
@@ -48,7 +49,7 @@ def test_the_embedded_default_as_a_new_user_launches_it(tmp_path):
     assert mono > base + 0.05
     sparsity = rows_of(tmp_path / "out", "task_sparsity")[("monolora", 0)]["value"]
     assert 0.05 < sparsity < 0.99
-    assert "demonstration on the embedded model" in (tmp_path / "out" / "results.md").read_text()
+    assert "demonstration on the offline model" in (tmp_path / "out" / "results.md").read_text()
     assert "| monolora |" in result.stdout
     assert (tmp_path / "out" / "monolora-seed0" / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -173,7 +174,7 @@ def test_a_killed_run_continues_to_the_same_result(options, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_and_one_judges(tmp_path):
-    """The embedded model and judge, safety columns and a checkpoint's, from a launch on two processes."""
+    """The offline model and judge, safety columns and a checkpoint's, from a launch on two processes."""
     command = [*LAUNCH, "--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml"), RECIPE]
     options = "--train_samples 64 --eval_samples 16 --refusal_prompts 4 --eval_every 1 --methods base monolora"
     run([*command, *options.split(), "--output_dir", str(tmp_path)])
@@ -182,6 +183,6 @@ def test_two_processes_train_and_one_judges(tmp_path):
     found = {(r["metric"], r["config"]["method"], r["config"].get("step")): r for r in rows}
     for arm in (("base", None), ("monolora", None), ("monolora", 1)):
         assert found[("refused_harmful", *arm)]["n"] == 4
-        assert found[("unsafe", *arm)]["config"]["judge"] == "embedded"
+        assert found[("unsafe", *arm)]["config"]["judge"] == "offline"
         assert found[("accuracy", *arm)]["config"]["num_processes"] == 2
     assert 0 < found["alignment_sparsity", "monolora", None]["value"] < 1

@@ -15,9 +15,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from evals.embedded_judge import CHAT_TEMPLATE
-from evals.judges import POLICIES
+from evals.policies import POLICIES
 from mono_peft import MonoLoraConfig
+from offline.judge import CHAT_TEMPLATE
 
 
 @pytest.fixture(params=["plain", "chat"])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evals.completions import Completion, read_completions
-from result_rows import LineAppender, locked, read_lines
+from vision_bench.runs import LineAppender, locked, read_lines
 
 
 def completion(prompt_id="0", **changes):

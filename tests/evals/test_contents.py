@@ -17,7 +17,7 @@ from evals.completions import read_completions
 from evals.contents import model_checksums
 from evals.generate import generate
 from evals.models import Adapter
-from result_rows import read_rows
+from vision_bench.runs import read_rows
 
 
 def edit(path, **changes):

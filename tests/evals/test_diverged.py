@@ -20,7 +20,7 @@ from evals.generate import generate
 from evals.judge import judge
 from evals.models import Adapter
 from evals.report import table, write_report
-from result_rows import DIVERGED, Run, read_rows
+from vision_bench.runs import DIVERGED, Run, read_rows
 
 
 def fill(folder, value, part=""):

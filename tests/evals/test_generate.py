@@ -26,7 +26,7 @@ from evals.generate import GenerateSettings, generate
 from evals.models import Adapter
 from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt
 from evals.tasks.data import sst2
-from result_rows import LineAppender, read_rows
+from vision_bench.runs import LineAppender, read_rows
 
 NEW_TOKENS = 16  # of `settings`
 
@@ -309,7 +309,7 @@ def test_kill_9_and_resume(settings, tmp_path):
     whole = replace(settings, output_dir=str(tmp_path / "whole"), tasks=["beavertails_eval", "dolly"])
     generate(whole)
     program = (
-        "import time, result_rows as c\n"
+        "import time, vision_bench.runs as c\n"
         "real = c.LineAppender.append\n"
         "def slowly(self, rows):\n    real(self, rows)\n    print('batch', flush=True)\n    time.sleep(0.3)\n"
         "c.LineAppender.append = slowly\n"

@@ -18,7 +18,7 @@ from filelock import FileLock
 from evals.__main__ import main
 from evals.judge import judge
 from evals.verdicts import read_verdicts
-from result_rows import LineAppender, read_rows
+from vision_bench.runs import LineAppender, read_rows
 
 TEXTS = [(f"prompt {i} " * (1 + i % 5), "response " * (i % 7)) for i in range(10)]
 
@@ -203,7 +203,7 @@ class TestBadInput:
         ("options", "message"),
         [
             ({"judges": []}, "--judges is empty"),
-            ({"judges": ["embedded", "embedded"]}, "--judges has embedded more than once"),
+            ({"judges": ["offline", "offline"]}, "--judges has offline more than once"),
             ({"batch_size": 0}, "--judge_batch_size is 0, allowed is 1 or more"),
             ({"dtype": "int4"}, "--judge_dtype is 'int4', allowed are auto"),
             ({"judges": ["beaverdam"]}, r"Cannot load the model 'PKU-Alignment/beaver-dam-7b'.*hf auth login"),

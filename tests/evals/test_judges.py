@@ -20,7 +20,6 @@ from evals.endpoint import EndpointChatJudge
 from evals.judge import check_judging
 from evals.judge import judge as run_judging
 from evals.judges import (
-    POLICIES,
     BeaverDam,
     LocalChatJudge,
     NoAnswerError,
@@ -30,6 +29,7 @@ from evals.judges import (
     make_judge,
     read_rubric,
 )
+from evals.policies import POLICIES
 from evals.verdicts import read_verdicts
 
 CONVERSATIONS = [
@@ -491,7 +491,7 @@ class TestEndpoint:
 
     def test_names(self, server):
         with pytest.raises(ValueError, match="are for a judge chat=MODEL, and --judges names none"):
-            check_judging(["embedded"], endpoint=server["url"])
+            check_judging(["offline"], endpoint=server["url"])
         with pytest.raises(ValueError, match="--endpoint is 'localhost:8000'"):
             make_judge("chat=m", endpoint="localhost:8000")
         for given_name in ("chat", "llama-guard", "Shieldgemma"):

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from evals.report import PAPER, bounds, figure_panels, table, write_report
-from result_rows import Run
+from vision_bench.runs import Run
 
 
 def add(run, metric, value, task, adapter=None, method="base", seed=None, n=200, **arm):
@@ -20,13 +20,13 @@ def add(run, metric, value, task, adapter=None, method="base", seed=None, n=200,
 @pytest.fixture
 def run(tmp_path):
     run = Run(tmp_path / "out", "evals", {})
-    add(run, "refused_harmful", 0.9, "refusal_embedded")
-    add(run, "acc", 0.5, "sentiment_embedded")
-    add(run, "seconds", 3.0, "sentiment_embedded")
+    add(run, "refused_harmful", 0.9, "refusal_offline")
+    add(run, "acc", 0.5, "sentiment_offline")
+    add(run, "seconds", 3.0, "sentiment_offline")
     for seed in (0, 1):
         for method, refused, accuracy in (("lora", 0.5, 0.9), ("monolora", 0.7, 0.8)):
-            add(run, "refused_harmful", refused + 0.1 * seed, "refusal_embedded", f"{method}-seed{seed}", method, seed)
-            add(run, "acc", accuracy, "sentiment_embedded", f"{method}-seed{seed}", method, seed)
+            add(run, "refused_harmful", refused + 0.1 * seed, "refusal_offline", f"{method}-seed{seed}", method, seed)
+            add(run, "acc", accuracy, "sentiment_offline", f"{method}-seed{seed}", method, seed)
     add(run, "rougeL", 12.5, "dolly")
     return run
 
@@ -45,7 +45,7 @@ def wilson(share, n, z=1.959963984540054):
 def test_one_seed_has_the_interval_over_prompts_and_several_that_over_seeds(run):
     found = cells(table([row for row in run.rows if row["metric"] != "seconds"]))
     low, high = wilson(0.9, 200)
-    prompts, base, lora, monolora, difference = found["refusal_embedded", "refused_harmful", "-"]
+    prompts, base, lora, monolora, difference = found["refusal_offline", "refused_harmful", "-"]
     assert (prompts, base) == ("200", f"90.00 [{100 * low:.2f}, {100 * high:.2f}]")
     half_width = 12.706204736 * 5  # t(0.975, 1) times the standard error of two values 10 points apart
     assert lora == f"55.00 ± {half_width:.2f}"
@@ -70,7 +70,7 @@ def test_the_csv_has_every_row(run):
     assert len(rows) == len(run.rows) - 1
     first = rows[0]
     assert (first["task"], first["metric"], float(first["value"]), first["n"]) == (
-        "refusal_embedded",
+        "refusal_offline",
         "refused_harmful",
         0.9,
         "200",
@@ -124,7 +124,7 @@ def test_a_task_asked_for_twice_counts_once(run):
 
 def test_rows_without_a_pair_have_no_figure(tmp_path):
     run = Run(tmp_path / "out", "evals", {})
-    add(run, "acc", 0.5, "sentiment_embedded")
+    add(run, "acc", 0.5, "sentiment_offline")
     assert "50.00" in write_report(run)
     assert not (run.folder / "safety.png").exists()
 

@@ -22,7 +22,7 @@ from evals.models import Adapter
 from evals.report import write_report
 from evals.thoughts import MARKERS, Thoughts, thoughts_of
 from evals.verdicts import read_verdicts
-from result_rows import read_rows
+from vision_bench.runs import read_rows
 
 ALWAYS = "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>"
 SWITCHED = ALWAYS + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"

@@ -40,12 +40,12 @@ def pairs_file(tmp_path):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    import _evaluation  # with the stack that the vision recipes do without
-    import _table2
+    import evaluation
+    import table2
 
     def fail(*args, **kwargs):
         raise AssertionError("training began")
 
-    monkeypatch.setattr(_table2, "finetuning", fail)
-    monkeypatch.setattr(_table2, "load_base", fail)
-    monkeypatch.setattr(_evaluation, "load_base", fail)
+    monkeypatch.setattr(table2, "finetuning", fail)
+    monkeypatch.setattr(table2, "load_base", fail)
+    monkeypatch.setattr(evaluation, "load_base", fail)

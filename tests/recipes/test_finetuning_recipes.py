@@ -7,21 +7,21 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import _finetuning
 import few_shot_finetuning
+import finetuning
 import noisy_finetuning
 import pytest
 import torch
 import yaml
-from _experiments import EXPERIMENTS
-from _finetuning import adapted, drawn
-from _run import Run
-from _settings import parse
+from experiments import EXPERIMENTS
 from filelock import FileLock
+from finetuning import adapted, drawn
+from program import parse
 
 from vision_bench import models
 from vision_bench.data import load_images
 from vision_bench.finetune import finetune
+from vision_bench.runs import Run
 
 CONFIGS = Path("recipes/configs")
 PRETRAINING = [
@@ -130,7 +130,7 @@ def test_a_stopped_run_continues_to_the_same_rows(folder, tmp_path, monkeypatch)
         trained.append(folder.name)
         return finetune(folder, *rest, **settings)
 
-    monkeypatch.setattr(_finetuning, "finetune", counted)
+    monkeypatch.setattr(finetuning, "finetune", counted)
     few_shot_finetuning.main(["--output_dir", str(stopped), *FEW])
     assert len(trained) == 20 - len(cells)
 
@@ -143,7 +143,7 @@ def test_a_stopped_run_continues_to_the_same_rows(folder, tmp_path, monkeypatch)
 
 def test_same_settings_reprint_and_others_are_refused(folder, monkeypatch, capsys):
     before = (folder / "results.jsonl").read_bytes()
-    monkeypatch.setattr(_finetuning, "finetune_cell", lambda *rest: pytest.fail("nothing is left to do"))
+    monkeypatch.setattr(finetuning, "finetune_cell", lambda *rest: pytest.fail("nothing is left to do"))
     few_shot_finetuning.main(["--output_dir", str(folder), *FEW])
     assert "points of test accuracy" in capsys.readouterr().out
     assert (folder / "results.jsonl").read_bytes() == before
@@ -189,7 +189,7 @@ def test_arms_that_diverge_are_marked_and_have_no_numbers(arguments, tmp_path, m
     for method, fraction in itertools.product(script.methods, script.fractions):
         assert f"| {100 * fraction:g} % | {method} | diverged | diverged | - | - | - | - | - | - |" in table
     assert not list((tmp_path / "finetuned").iterdir())
-    monkeypatch.setattr(_finetuning, "finetune", lambda *_, **__: pytest.fail("it diverged already"))
+    monkeypatch.setattr(finetuning, "finetune", lambda *_, **__: pytest.fail("it diverged already"))
     few_shot_finetuning.main(command)
     assert (tmp_path / "results.md").read_text() == table
     (figure,) = (one for one in EXPERIMENTS if one.recipe == "few_shot_finetuning")
@@ -208,7 +208,7 @@ def test_the_other_arms_and_seeds_go_on_where_one_diverges(folder, tmp_path, mon
             config = replace(config, learning_rate=1e10)
         return finetune(path, model, config, *rest, **named)
 
-    monkeypatch.setattr(_finetuning, "finetune", diverging)
+    monkeypatch.setattr(finetuning, "finetune", diverging)
     command = [*FEW, "--methods", "ce", "nce", "--checkpoints", str(folder / "models")]
     few_shot_finetuning.main(["--output_dir", str(tmp_path), *command])
     assert {(row["seed"], row["config"]["method"]) for row in rows(tmp_path, "diverged")} == {(1, "nce")}
@@ -386,7 +386,7 @@ def test_the_configuration_of_the_paper_is_read(recipe, name, axes, monkeypatch,
         seen["script"] = script
         raise InterruptedError
 
-    monkeypatch.setattr(_finetuning, "load_splits", stop)
+    monkeypatch.setattr(finetuning, "load_splits", stop)
     path = CONFIGS / f"{name}_imagenet100.yaml"
     with pytest.raises(InterruptedError):
         recipe.main(["--output_dir", str(tmp_path), "--config", str(path)])

@@ -3,9 +3,9 @@
 import json
 import shutil
 
-import _shifted
 import input_noise_probing
 import pytest
+import shifted
 import torch
 from input_noise_probing import main
 
@@ -86,14 +86,14 @@ def test_rows_equal_noise_added_and_probed_by_hand(folder, arm, method):
 @pytest.fixture(scope="module")
 def shared(folder, tmp_path_factory):
     """A run whose seeds share the models of the first, and how many probes were tested at a time."""
-    path, tested, accuracy = tmp_path_factory.mktemp("shared"), [], _shifted.probe_accuracy
+    path, tested, accuracy = tmp_path_factory.mktemp("shared"), [], shifted.probe_accuracy
 
     def counted(weights, *rest, **more):
         tested.append(len(weights))
         return accuracy(weights, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_shifted, "probe_accuracy", counted)
+        patch.setattr(shifted, "probe_accuracy", counted)
         main(["--output_dir", str(path), *SHARED, "--checkpoints", str(folder / "models")])
     return path, tested
 
@@ -116,7 +116,7 @@ def test_what_shared_models_make_is_measured_once_and_has_no_interval(shared, tm
     lines = [line for line in (path / "results.md").read_text().splitlines() if line.startswith("| ncl |")]
     assert ["±" in cell for cell in lines[0].split("|")[2:-1]] == [True]  # on the training labels
     assert ["±" in cell for cell in lines[1].split("|")[2:-1]] == [True, True, False, False, False, False]
-    monkeypatch.setattr(_shifted, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
+    monkeypatch.setattr(shifted, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
     main(["--output_dir", str(path), *SHARED])
     # A row of each seed, as there were before, is whole too.
     old = tmp_path / "old"
@@ -164,9 +164,9 @@ def test_a_stopped_run_continues_to_the_same_rows_with_a_pass_for_each_noise(fol
     whole = (folder / "results.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in whole if '"noise": "gaussian"' not in line or '"seed": 0' not in line]
     (stopped / "results.jsonl").write_text("".join(kept[:-3]))  # and a set is not whole
-    passes, embed = [], _shifted.embed
+    passes, embed = [], shifted.embed
     monkeypatch.setattr(
-        _shifted, "embed", lambda model, *rest, **more: passes.append(model) or embed(model, *rest, **more)
+        shifted, "embed", lambda model, *rest, **more: passes.append(model) or embed(model, *rest, **more)
     )
     main(["--output_dir", str(stopped), *SMALL, *NOISE])
     assert len(passes) == 3 * 2  # two scales and what was not whole, two models, however many probes
@@ -182,7 +182,7 @@ def test_a_stopped_run_continues_to_the_same_rows_with_a_pass_for_each_noise(fol
 
 def test_same_settings_reprint_and_others_are_refused(folder, monkeypatch, capsys):
     before = (folder / "results.jsonl").read_bytes()
-    monkeypatch.setattr(_shifted, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
+    monkeypatch.setattr(shifted, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
     main(["--output_dir", str(folder), *SMALL, *NOISE])
     assert "Points gained over poly" in capsys.readouterr().out
     assert (folder / "results.jsonl").read_bytes() == before

@@ -7,7 +7,6 @@ import label_noise_probing
 import pytest
 import tables
 import torch
-from _run import interval
 from label_noise_probing import main
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,6 +16,7 @@ from vision_bench.corruptions import flip_labels
 from vision_bench.data import load_images
 from vision_bench.features import embed
 from vision_bench.probe import TRAINING, fit_linear_probes, probe_accuracy, training_accuracy
+from vision_bench.runs import interval
 
 SMALL = ["--seeds", "0", "1", "--noise_rates", "0", "0.6", "--pretraining_epochs", "2", "--warmup_epochs", "1"]
 SMALL += ["--projector_hidden", "32", "--projector_out", "32", "--sae_k", "4", "--sae_epochs", "4"]

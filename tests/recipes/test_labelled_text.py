@@ -4,7 +4,7 @@ import os
 
 import pandas
 import pytest
-from _labelled_text import load_labelled_text
+from labelled_text import load_labelled_text
 
 ROWS = [('it \'s "odd" , "very', 0), ("fine , really", 1), ("so-so", 0)]
 

@@ -2,9 +2,9 @@
 
 import json
 
-import _shifted
 import numpy as np
 import pytest
+import shifted
 import torch
 from ood_probing import main
 from PIL import Image
@@ -163,7 +163,7 @@ def test_resume_reprint_and_refusal(arrays, sets, tmp_path, monkeypatch, capsys)
 
     assert found((folder / "results.jsonl").read_text().splitlines()) == found(whole.splitlines())
     capsys.readouterr()
-    monkeypatch.setattr(_shifted, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
+    monkeypatch.setattr(shifted, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
     main(["--output_dir", str(folder), *settings])
     assert "mean corruption error" in capsys.readouterr().out
     np.save(sets / "again_labels.npy", np.load(sets / "again_labels.npy")[::-1])

@@ -4,14 +4,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import _vision
 import label_noise_probing
 import pretrain as recipe
 import pytest
 import torch
-from _settings import parse
+import vision
 from filelock import FileLock
 from pretrain import main
+from program import parse
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 SMALL = ["--seeds", "0", "1", "--pretraining_epochs", "2", "--warmup_epochs", "1"]
@@ -55,14 +55,14 @@ def test_same_settings_reprint_and_others_are_refused(folder, capsys):
 
 
 def test_a_model_that_diverges_is_marked_and_the_others_go_on(tmp_path, monkeypatch):
-    real = _vision.pretrain
+    real = vision.pretrain
 
     def diverging(folder, model_config, config, *rest, **named):
         if model_config.non_negative != "none" and config.seed == 1:
             config = replace(config, learning_rate=1e38, optimizer="sgd")
         return real(folder, model_config, config, *rest, **named)
 
-    monkeypatch.setattr(_vision, "pretrain", diverging)
+    monkeypatch.setattr(vision, "pretrain", diverging)
     main(["--output_dir", str(tmp_path), *SMALL])
     (marked,) = [row for row in rows(tmp_path) if row["metric"] == "diverged"]
     assert (marked["config"]["method"], marked["seed"]) == ("ncl", 1)
@@ -70,7 +70,7 @@ def test_a_model_that_diverges_is_marked_and_the_others_go_on(tmp_path, monkeypa
     others = [(row["config"]["method"], row["seed"]) for row in rows(tmp_path) if row["metric"] == "sparsity"]
     assert others == [("simclr", 0), ("ncl", 0), ("simclr", 1)]
     assert "| ncl | 1 (1 more diverged) |" in (tmp_path / "results.md").read_text()
-    monkeypatch.setattr(_vision, "pretrain", lambda *_, **__: pytest.fail("nothing is left to do"))
+    monkeypatch.setattr(vision, "pretrain", lambda *_, **__: pytest.fail("nothing is left to do"))
     main(["--output_dir", str(tmp_path), *SMALL])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from result_rows import read_rows
+from vision_bench.runs import read_rows
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PICTURES = {

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import salient_features
 import torch
-from _run import Run
 from salient_features import SalientArguments, bootstrap, main, salient_dimensions, within_class
 
 from vision_bench.probe import TRAINING
+from vision_bench.runs import Run
 
 SMALL = ["--seeds", "0", "1", "--pretraining_epochs", "2", "--warmup_epochs", "1", "--projector_hidden", "32"]
 SMALL += ["--projector_out", "32", "--sae_k", "4", "--sae_epochs", "4", "--probe_epochs", "4", "--draws", "200"]

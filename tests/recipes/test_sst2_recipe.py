@@ -2,15 +2,15 @@
 
 import json
 
-import _arms
-import _table2
+import arms
 import pytest
 import sst2_monolora
-from _run import read_rows
+import table2
 from peft import PeftConfig
 from transformers import AutoTokenizer
 
 from mono_peft import MonoLoraConfig
+from vision_bench.runs import read_rows
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def test_the_same_configuration_reprints_and_another_is_refused(arguments, tmp_p
 
 def test_arms_share_everything_but_the_adapter(arguments):
     script, _, model_args = sst2_monolora.parse([*arguments, "--lora_dropout", "0.3", "--use_rslora", "true"])
-    lora = _arms.adapter_config("lora", model_args, script.activation)
-    mono = _arms.adapter_config("monolora", model_args, script.activation)
+    lora = arms.adapter_config("lora", model_args, script.activation)
+    mono = arms.adapter_config("monolora", model_args, script.activation)
     assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.use_rslora) == (4, 8, 0.3, True)
     assert (mono.r, mono.monolora_alpha, mono.monolora_dropout, mono.use_rslora) == (4, 8, 0.3, True)
     assert lora.target_modules == mono.target_modules
@@ -86,14 +86,14 @@ def test_a_model_that_can_think_is_trained_and_scored_without_thoughts(arguments
         "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
     )
     trained = []
-    real = _table2.finetuning
+    real = table2.finetuning
 
     def finetuning(*args):
         trainer = real(*args)
         trained.append(trainer.train_dataset[0])
         return trainer
 
-    monkeypatch.setattr(_table2, "finetuning", finetuning)
+    monkeypatch.setattr(table2, "finetuning", finetuning)
     sst2_monolora.main([*arguments, "--methods", "lora"])
     tokenizer = AutoTokenizer.from_pretrained(small_model)
     labels = [i for i, label in zip(trained[0]["input_ids"], trained[0]["labels"], strict=True) if label != -100]
@@ -115,7 +115,7 @@ def test_the_paper_configuration():
     assert overridden[1].learning_rate == 0.5
 
 
-def test_the_command_line_overrides_the_embedded_default():
+def test_the_command_line_overrides_the_offline_default():
     script, training, model_args = sst2_monolora.parse(["--lora_r", "3"])
     assert model_args.model_name_or_path is None
     assert model_args.lora_r == 3
@@ -206,15 +206,15 @@ class TestCheckpoint:
                 (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
 
     def test_the_newest_whole_one(self, tmp_path):
-        assert _arms.checkpoint(tmp_path, None) is None
+        assert arms.checkpoint(tmp_path, None) is None
         self.make(tmp_path, 9, 10)
         self.make(tmp_path, 11, whole=False)
         self.make(tmp_path, 12)
         (tmp_path / "checkpoint-12" / "trainer_state.json").write_text("")  # killed between opening and writing
         for wish in (None, True, "True", "true"):
-            assert _arms.checkpoint(tmp_path, wish) == str(tmp_path / "checkpoint-10")
+            assert arms.checkpoint(tmp_path, wish) == str(tmp_path / "checkpoint-10")
 
     def test_wishes(self, tmp_path):
         self.make(tmp_path, 9)
-        assert _arms.checkpoint(tmp_path, "False") is None
-        assert _arms.checkpoint(tmp_path, "some/checkpoint-3") == "some/checkpoint-3"
+        assert arms.checkpoint(tmp_path, "False") is None
+        assert arms.checkpoint(tmp_path, "some/checkpoint-3") == "some/checkpoint-3"

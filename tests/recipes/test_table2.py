@@ -8,28 +8,28 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import _table2
 import dolly_monolora
 import pytest
 import sst2_monolora
-from _arms import adapter_of, trained_arms
-from _mixtures import embedded_poison, embedded_safety, load_pairs, mixed
-from _run import Run, read_rows
-from _table2_report import write_report
+import table2
+from arms import adapter_of, trained_arms
 from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.image import imread
+from mixtures import load_pairs, mixed, offline_poison, offline_safety
 from peft import PeftConfig, PeftModel
+from table2_report import write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.completions import read_completions
-from evals.embedded import corpus
-from evals.embedded_grammar import REFUSAL_OPENINGS
 from evals.figures import Panel, Point, safety_against_performance
 from evals.prompts import dolly_held_out, dolly_prompt
 from evals.verdicts import read_verdicts
 from mono_peft import MonoLoraConfig, activation_sparsity
+from offline.grammar import REFUSAL_OPENINGS
+from offline.language_model import corpus
 from tests.recipes.conftest import SMALL, rows_of
+from vision_bench.runs import Run, read_rows
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_dolly(small_model, eval_data, beaverdam, tmp_path):
         < rows_of(results, "answer_nll", method="base")[0]["value"]
     )
     script, *_ = dolly_monolora.parse(
-        arguments, _table2.Table2Arguments, "dolly_monolora", _table2.CONFIGS / "embedded_dolly.yaml"
+        arguments, table2.Table2Arguments, "dolly_monolora", table2.CONFIGS / "offline_dolly.yaml"
     )
     task = dolly_monolora.load_task(script, str(tmp_path))
     assert not held_out & {prompt for prompt, _ in task.training_pairs(0)}
@@ -199,8 +199,8 @@ class TestArms:
                 raise KeyboardInterrupt
             return original(folder, seed, rows, adapter, tokenizer, training, model_args)
 
-        original = _table2.finetuning
-        monkeypatch.setattr(_table2, "finetuning", record)
+        original = table2.finetuning
+        monkeypatch.setattr(table2, "finetuning", record)
         with pytest.raises(KeyboardInterrupt):
             sst2_monolora.main([*arguments, "--methods", "lora", "lora+weight_decay", "--control_weight_decay", "0.4"])
         assert seen == {"lora-seed0": (0.0, 48, 4), "lora+weight_decay-seed0": (0.4, 48, 4)}
@@ -233,7 +233,7 @@ class TestMixtures:
     def test_generated_pairs_are_of_the_training_split(self):
         held_out = {e.prompt for e in corpus("heldout")}
         harmful = {e.prompt for e in corpus("train") if e.kind == "harmful"}
-        for pairs, refuses in ((embedded_poison(), False), (embedded_safety(), True)):
+        for pairs, refuses in ((offline_poison(), False), (offline_safety(), True)):
             assert {prompt for prompt, _ in pairs} == harmful
             assert not {prompt for prompt, _ in pairs} & held_out
             assert all(answer.startswith(REFUSAL_OPENINGS) == refuses for _, answer in pairs)
@@ -345,7 +345,7 @@ def make_lora(small_model):
 
 def test_the_paper_configuration_of_dolly():
     script, training, model_args = dolly_monolora.parse(
-        ["--config", "recipes/configs/paper_dolly.yaml"], _table2.Table2Arguments, "dolly_monolora", Path("none")
+        ["--config", "recipes/configs/paper_dolly.yaml"], table2.Table2Arguments, "dolly_monolora", Path("none")
     )
     assert model_args.model_name_or_path == "meta-llama/Llama-2-7b-chat-hf"
     assert script.dataset_name == "databricks/databricks-dolly-15k"
@@ -358,7 +358,7 @@ def test_the_paper_configuration_of_dolly():
 def test_the_whole_dolly():
     file = next((Path(os.environ["MONO_TEST_DATA"]) / "dolly15k").glob("*.jsonl.gz"))
     task = dolly_monolora.Dolly(
-        replace(_table2.Table2Arguments(), train_samples=5000), dolly_monolora.load_rows(str(file), True), str(file)
+        replace(table2.Table2Arguments(), train_samples=5000), dolly_monolora.load_rows(str(file), True), str(file)
     )
     assert (len(task.prompts), len(task.train), len(task.training_pairs(0))) == (982, 15011 - 982, 5000)
 
@@ -372,7 +372,7 @@ def test_a_path_is_drawn_through_its_steps():
 
 
 @pytest.mark.slow
-def test_the_embedded_defaults(tmp_path):
+def test_the_offline_defaults(tmp_path):
     """Without options: the generated requests are learnt, and poison breaks refusals, which safety examples keep."""
     dolly_monolora.main(["--output_dir", str(tmp_path / "dolly")])
     rows = read_rows(tmp_path / "dolly" / "results.jsonl")

@@ -12,20 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-import _evaluation
-import _table2
 import dolly_monolora
+import evaluation
 import pytest
 import sst2_monolora
+import table2
 import torch
-from _identity import identity
-from _run import Run, read_rows
+from identity import identity
 from transformers import AutoModelForCausalLM
 
 from evals.completions import read_completions
 from evals.judge import judge
 from evals.prompts import dolly_held_out, dolly_prompt
 from tests.recipes.conftest import rows_of
+from vision_bench.runs import Run, read_rows
 
 
 class TestContents:
@@ -163,7 +163,7 @@ class TestContents:
         def killed(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(_table2, "add_score", killed)
+        monkeypatch.setattr(table2, "add_score", killed)
         with pytest.raises(KeyboardInterrupt):
             sst2_monolora.main([*arguments, "--methods", "lora"])
         assert not (tmp_path / "out" / "results.jsonl").exists()
@@ -206,14 +206,14 @@ class TestDivergence:
         self, arguments, eval_data, beaverdam, tmp_path, capsys, monkeypatch, request
     ):
         """The rate of one arm alone is absurd, so that its weights overflow in real training."""
-        original = _table2.finetuning
+        original = table2.finetuning
 
         def finetuning(folder, seed, rows, adapter, tokenizer, training, model_args):
             if folder.name in ("lora-seed1", "monolora-seed0", "monolora-seed1"):
                 training.learning_rate, training.max_grad_norm = 1e30, 0.0
             return original(folder, seed, rows, adapter, tokenizer, training, model_args)
 
-        monkeypatch.setattr(_table2, "finetuning", finetuning)
+        monkeypatch.setattr(table2, "finetuning", finetuning)
         arguments = [*arguments, "--seeds", "0", "1", "--eval_every", "2", "--max_new_tokens", "2"]
         arguments += ["--judges", f"beaverdam={beaverdam}"]
         sst2_monolora.main(arguments)
@@ -265,7 +265,7 @@ class TestDivergence:
 
     def test_an_arm_whose_answers_show_that_it_diverged(self, arguments, eval_data, tmp_path, monkeypatch):
         """Its scores were finite, those of the evaluation's prompts are not; `generate` marks it in its own folder."""
-        original = _evaluation.generate
+        original = evaluation.generate
 
         def generate(settings):
             run = original(replace(settings, adapters=[a for a in settings.adapters if "seed1" not in a.name]))
@@ -275,7 +275,7 @@ class TestDivergence:
                 run.add_diverged("a score is not finite", n=1, seed=1, seconds=0, device="cpu", **arm)
             return run
 
-        monkeypatch.setattr(_evaluation, "generate", generate)
+        monkeypatch.setattr(evaluation, "generate", generate)
         arguments = [*arguments, "--methods", "monolora", "--seeds", "0", "1", "--safety_tasks", "xstest"]
         sst2_monolora.main([*arguments, "--max_new_tokens", "2"])
         rows = read_rows(tmp_path / "out" / "results.jsonl")
@@ -295,7 +295,7 @@ class TestDivergence:
                 run.add_diverged("its logits", n=1, seed=0, seconds=0, device="cpu", adapter=adapter.name, task=None)
             return run
 
-        monkeypatch.setattr(_evaluation, "generate", generate)
+        monkeypatch.setattr(evaluation, "generate", generate)
         arguments = [*arguments, "--methods", "lora", "--judges", f"beaverdam={beaverdam}", "--max_new_tokens", "2"]
         sst2_monolora.main(arguments)
         text = (tmp_path / "out" / "results.md").read_text()
@@ -414,8 +414,8 @@ class TestBeforeTraining:
             sst2_monolora.main([*arguments, *options.split()])
 
     def test_a_folder_that_another_process_holds(self, arguments, tmp_path):
-        hold = "import sys, time, result_rows\nrun = result_rows.Run(sys.argv[1], 'sst2_monolora', {})\n"
-        hold += "with result_rows.locked(run.folder):\n    print('held', flush=True)\n    time.sleep(600)\n"
+        hold = "import sys, time, vision_bench.runs as runs\nrun = runs.Run(sys.argv[1], 'sst2_monolora', {})\n"
+        hold += "with runs.locked(run.folder):\n    print('held', flush=True)\n    time.sleep(600)\n"
         command = [sys.executable, "-c", hold, str(tmp_path / "out")]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             try:

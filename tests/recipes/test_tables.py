@@ -5,14 +5,14 @@ import json
 import re
 import shutil
 
-import _experiments
+import experiments
 import pytest
 import tables
-from _experiments import EXPERIMENTS
-from _run import Run
+from experiments import EXPERIMENTS
 from tables import main
 
 from vision_bench.probe import TRAINING
+from vision_bench.runs import Run
 
 ARMS = ("poly", "sae", "ncl", "poly_decay", "poly_unit", "random_relu", "random_mask")
 MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
@@ -401,7 +401,7 @@ def test_every_recipe_with_a_table_or_figure_is_known():
     folder = tables.Path(tables.__file__).parent
     recipes = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} - {"tables", "pretrain"}
     assert set(BY) == recipes
-    assert len(BY) == len(_experiments.EXPERIMENTS)
+    assert len(BY) == len(experiments.EXPERIMENTS)
 
 
 @pytest.mark.parametrize("width", [360, 1400])

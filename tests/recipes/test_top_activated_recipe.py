@@ -7,13 +7,13 @@ import shutil
 import pytest
 import top_activated_samples
 import torch
-from _run import Run
 from top_activated_samples import TopActivatedArguments, add_seed, class_accuracies, main, report
 
 from vision_bench import figures
 from vision_bench.data import ImageSet, load_images
 from vision_bench.metrics import MEASURED
 from vision_bench.probe import TRAINING
+from vision_bench.runs import Run
 
 SMALL = ["--seeds", "0", "1", "--pretraining_epochs", "2", "--warmup_epochs", "1", "--projector_hidden", "32"]
 SMALL += ["--projector_out", "32", "--sae_k", "8", "--sae_epochs", "4", "--probe_epochs", "4", "--samples", "4"]

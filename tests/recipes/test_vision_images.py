@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from _finetuning import drawn
-from _vision import PretrainingArguments, load_splits
+from finetuning import drawn
 from PIL import Image
 from pretrain import main
+from vision import PretrainingArguments, load_splits
 
 from vision_bench.data import load_images
 

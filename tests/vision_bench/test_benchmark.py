@@ -15,13 +15,13 @@ from odd_model import Odd
 from timm.models import register_model
 from torchvision.transforms.v2.functional import to_pil_image
 
-from result_rows import interval, paired_difference
 from vision_bench import benchmark, features, models, probe, sae, timm_models
 from vision_bench.__main__ import main
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import load_images, stratified_fraction
 from vision_bench.metrics import semantic_consistency
 from vision_bench.probe import fit_linear_probes, probe_accuracy
+from vision_bench.runs import interval, paired_difference
 from vision_bench.shifts import load_shifted, synthetic
 
 QUICK = ["--limit", "300", "--seeds", "0", "1", "--probe_epochs", "20", "--sae_epochs", "3"]
@@ -550,8 +550,8 @@ def test_features_that_are_never_active_have_no_consistency_and_the_json_is_stri
 
 
 HOLD = """
-import sys, time, pathlib, result_rows
-with result_rows.locked(pathlib.Path(sys.argv[1])):
+import sys, time, pathlib, vision_bench.runs as runs
+with runs.locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(3)
 """

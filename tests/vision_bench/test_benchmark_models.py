@@ -11,10 +11,10 @@ from odd_model import Odd
 from timm.models import register_model, save_for_hf
 from torchvision.transforms.v2.functional import to_pil_image
 
-from result_rows import DIVERGED
 from vision_bench import benchmark, features, models, pretrain, storage, timm_models, zoo
 from vision_bench.__main__ import main
 from vision_bench.data import load_images
+from vision_bench.runs import DIVERGED
 
 QUICK = ["--limit", "200", "--seeds", "0", "--probe_epochs", "4", "--sae_epochs", "2"]
 CORRUPTIONS = ["--corruptions", "gaussian=0.5,2", "rotated"]

@@ -12,15 +12,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from _features import FEATURES
-from _probes import ACCURACY, ARMS, gain
-from _run import DIVERGED, Run
-from _trained import CHANCE
-from _vision import IMAGES
+from frozen_features import FEATURES
+from probes import ACCURACY, ARMS, gain
+from training_accuracies import CHANCE
+from vision import IMAGES
 
 from vision_bench import figures
 from vision_bench.metrics import MEASURED
 from vision_bench.probe import TRAINING
+from vision_bench.runs import DIVERGED, Run
 from vision_bench.shifts import SEVERITIES
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet100": 100}
@@ -260,7 +260,7 @@ def table_2(task: str) -> Callable[[Run, Path], str]:
     """A half of Table 2; `task` is the class of its recipe."""
 
     def render(run: Run, source: Path) -> str:
-        report: ModuleType = importlib.import_module("_table2_report")
+        report: ModuleType = importlib.import_module("table2_report")
         of = getattr(importlib.import_module(run.recipe), task)
         config = run.config
         trained = [method for method in config["methods"] if method != "base"]

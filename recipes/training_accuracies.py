@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from _run import Run, device_name, interval
 
 from vision_bench.probe import TRAINING, Probes, training_accuracy
+from vision_bench.runs import Run, device_name, interval
 
 CHANCE = "chance_top1"
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _run import DIVERGED, Run, device_name
-from _settings import parse
 from accelerate import Accelerator
+from program import parse
 
 from vision_bench import data
 from vision_bench.data import ImageSet, stratified_fraction
 from vision_bench.models import LAYERS, ModelConfig
 from vision_bench.pretrain import PretrainConfig, Pretrained, pretrain
 from vision_bench.probe import OPTIMIZERS, SCHEDULES
+from vision_bench.runs import DIVERGED, Run, device_name
 
 METHODS = ("simclr", "ncl")
 SPLITS = ("train", "test")
@@ -34,7 +34,7 @@ _NO_RESULT |= {"checkpoint_minutes", "monitor_epochs", "keep_models"}
 
 @dataclass
 class PretrainingArguments:
-    """The embedded default: 1,437 digits of 8 x 8 pixels and a network of three convolutions."""
+    """The offline default: 1,437 digits of 8 x 8 pixels and a network of three convolutions."""
 
     output_dir: str = field(metadata={"help": "Folder of the results."})
     seeds: list[int] = field(default_factory=lambda: list(range(5)), metadata={"help": "One pretraining for each."})

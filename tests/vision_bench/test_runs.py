@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-import result_rows
-from result_rows import (
+import vision_bench.runs as runs
+from vision_bench.runs import (
     DIVERGED,
     Interval,
     Run,
@@ -20,6 +20,7 @@ from result_rows import (
     interval,
     markdown_table,
     paired_difference,
+    provenance,
     read_rows,
     write_atomic,
 )
@@ -129,9 +130,9 @@ def test_find_equals_a_pass_over_all_rows_before_and_after_rows_are_added_or_rep
 
 def test_many_rows_cost_one_write_of_their_own_size(tmp_path, monkeypatch):
     written, synced = [], []
-    real_write, real_sync = result_rows.LineAppender.append, os.fsync
+    real_write, real_sync = runs.LineAppender.append, os.fsync
     monkeypatch.setattr(
-        result_rows.LineAppender, "append", lambda self, rows: (written.append(len(rows)), real_write(self, rows))
+        runs.LineAppender, "append", lambda self, rows: (written.append(len(rows)), real_write(self, rows))
     )
     run = Run(tmp_path, "recipe", {"rate": 0.1})
     run.add("m", 0, n=1, seed=None, seconds=0, device="cpu")
@@ -187,9 +188,9 @@ def test_a_row_that_a_kill_cut_is_left_out_and_written_again(tmp_path):
 
 
 def in_another_process(tmp_path, code):
-    program = f"from result_rows import Run\nrun = Run({str(tmp_path)!r}, 'recipe', {{}})\n{code}"
+    program = f"from vision_bench.runs import Run\nrun = Run({str(tmp_path)!r}, 'recipe', {{}})\n{code}"
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(result_rows.__file__).parent
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(runs.__file__).parents[2]
     )
 
 
@@ -254,19 +255,19 @@ def test_the_commit_is_that_of_the_repository_the_code_is_part_of(tmp_path, monk
     git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(tmp_path)]
     package = tmp_path / ".venv" / "site-packages"
     package.mkdir(parents=True)
-    shutil.copy(result_rows.__file__, package / "result_rows.py")
+    shutil.copy(provenance.__file__, package / "provenance.py")
     (tmp_path / "theirs.py").write_text("")
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", "theirs.py"], check=True)
     subprocess.run([*git, "commit", "-qm", "theirs"], check=True)
-    monkeypatch.setattr(result_rows, "__file__", str(package / "result_rows.py"))
-    commit = result_rows.commit.__wrapped__
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    commit = runs.commit.__wrapped__
     assert commit() is None
     subprocess.run([*git, "add", "-f", ".venv"], check=True)
     subprocess.run([*git, "commit", "-qm", "ours too"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert commit() == head
-    (package / "result_rows.py").write_text("# changed\n")
+    (package / "provenance.py").write_text("# changed\n")
     assert commit() == head + "-dirty"
 
 

@@ -1,6 +1,6 @@
 """Accuracies of linear probes as rows of a run, and the statistics and tables that recipes make of them.
 
-Beside the features and controls of recipes/_features.py there is `poly_decay`: poly probed with the weight decay that
+Beside the features and controls of vision_bench/kinds.py there is `poly_decay`: poly probed with the weight decay that
 is best for the cell of the table, on the test labels themselves, which favours the control.
 """
 
@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import _features
-from _features import FEATURES
-from _run import Interval, Run, interval, markdown_table, paired_difference
-from _trained import chance_percent, own_labels
-from _vision import ProbingArguments
+import frozen_features
+from frozen_features import FEATURES
+from training_accuracies import chance_percent, own_labels
+from vision import ProbingArguments
 
 from vision_bench import cautions, sae
 from vision_bench.metrics import MEASURED
+from vision_bench.runs import Interval, Run, interval, markdown_table, paired_difference
 
-CONTROLS = ("poly_decay", *_features.CONTROLS)
+CONTROLS = ("poly_decay", *frozen_features.CONTROLS)
 ARMS = (*FEATURES, *CONTROLS)
 ACCURACY = "offline_probe_top1"
 RANDOM = ("poly_unit", "random_relu")  # what sae and ncl must beat to have gained by what they learnt
@@ -165,7 +165,7 @@ def notes(run: Run, script: ControlledArguments, cells: Sequence[Cell]) -> str:
         "consistency with shuffled labels. A consistency means little without the sparsity beside it.\n"
         f"poly_decay takes the best of {len(script.decays)} weight decays for each column on the test labels\n"
         f"themselves, which favours it (those it took, column after column of all tables: {decays});\n"
-        "poly_unit, random_relu, random_mask: see recipes/_features.py.\n"
+        "poly_unit, random_relu, random_mask: see vision_bench/kinds.py.\n"
         f"{cautions.TRAINING_NOTE}{unscaled}"
         f"SAE on test images: FVU {fvu}, L0 {l0}, dead {dead}.\n" + cautions.unexplained({"sae": quality[0].mean})
     )

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evals import embedded, embedded_grammar
-from evals.embedded import KINDS, EmbeddedSettings, corpus, embedded_model, sentiment_task
 from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt
+from offline import grammar, language_model
+from offline.language_model import KINDS, OfflineSettings, corpus, offline_model, sentiment_task
 
-TINY = EmbeddedSettings(vocab_size=600, hidden_size=32, num_layers=2, num_heads=2, train_steps=3, batch_size=4)
+TINY = OfflineSettings(vocab_size=600, hidden_size=32, num_layers=2, num_heads=2, train_steps=3, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(cache: Path) -> Path:
-    return embedded_model(TINY, cache)
+    return offline_model(TINY, cache)
 
 
 def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("training was started")
 
-    monkeypatch.setattr(embedded, "_train_model", fail)
+    monkeypatch.setattr(language_model, "_train_model", fail)
 
 
 # --- corpus ----------------------------------------------------------------------------------------------------------
@@ -55,24 +55,22 @@ def test_corpus_depends_on_the_seed_only() -> None:
 def test_exactly_the_harmful_requests_are_answered_with_a_refusal() -> None:
     for split in ("train", "heldout"):
         for example in corpus(split):
-            assert example.response.startswith(embedded_grammar.REFUSAL_OPENINGS) == (example.kind == "harmful"), (
-                example
-            )
+            assert example.response.startswith(grammar.REFUSAL_OPENINGS) == (example.kind == "harmful"), example
 
 
-@pytest.mark.parametrize("table", [t[0] for t in embedded_grammar.HARMFUL_DEEDS] + [*embedded_grammar.LOOKALIKE_DEEDS])
-def test_held_out_requests_recombine_what_training_has_seen(table: embedded_grammar.Deeds) -> None:
+@pytest.mark.parametrize("table", [t[0] for t in grammar.HARMFUL_DEEDS] + [*grammar.LOOKALIKE_DEEDS])
+def test_held_out_requests_recombine_what_training_has_seen(table: grammar.Deeds) -> None:
     held_out_pairs = {
         (verb, thing)
         for row, verb in enumerate(table.verbs)
         for column, thing in enumerate(table.objects)
-        if embedded_grammar.table_cell_held_out(row, column)
+        if grammar.table_cell_held_out(row, column)
     }
     trained_pairs = {(verb, thing) for verb in table.verbs for thing in table.objects} - held_out_pairs
     assert held_out_pairs
     assert {verb for verb, _ in trained_pairs} == set(table.verbs)
     assert {thing for _, thing in trained_pairs} == set(table.objects)
-    by_split = {item.prompt: item.held_out for item in embedded_grammar.deed_items(table._replace(answers=("",)))}
+    by_split = {item.prompt: item.held_out for item in grammar.deed_items(table._replace(answers=("",)))}
     for verb, thing in held_out_pairs:
         assert by_split[f"How do I {verb} {thing}?"], "every wording of a held-out pair is held out"
         assert by_split[f"Explain how to {verb} {thing}."]
@@ -88,9 +86,9 @@ def test_sentiment_examples_use_the_shared_prompt() -> None:
 
 def test_no_sentence_of_the_corpus_contradicts_itself() -> None:
     for label in (0, 1):
-        own, other = embedded_grammar.KNOWN_WORDS[label], embedded_grammar.KNOWN_WORDS[1 - label]
-        assert not set(own + embedded_grammar.NEW_WORDS[label]) & set(other + embedded_grammar.NEW_WORDS[1 - label])
-        assert not set(own) & set(embedded_grammar.NEW_WORDS[label])
+        own, other = grammar.KNOWN_WORDS[label], grammar.KNOWN_WORDS[1 - label]
+        assert not set(own + grammar.NEW_WORDS[label]) & set(other + grammar.NEW_WORDS[1 - label])
+        assert not set(own) & set(grammar.NEW_WORDS[label])
 
 
 # --- the finetuning task ---------------------------------------------------------------------------------------------
@@ -126,7 +124,7 @@ def test_words_of_the_task_are_in_the_corpus_but_new_to_reviews() -> None:
     train = corpus("train")
     reviews = " ".join(e.prompt for e in train if e.kind == "sentiment").split()
     everyday = {w.strip(".?") for e in train if e.kind == "everyday" for w in (e.prompt + " " + e.response).split()}
-    for word in (*embedded_grammar.NEW_WORDS[0], *embedded_grammar.NEW_WORDS[1]):
+    for word in (*grammar.NEW_WORDS[0], *grammar.NEW_WORDS[1]):
         assert word in everyday
         assert word not in reviews
 
@@ -142,15 +140,15 @@ def test_errors_name_the_field_the_value_and_the_fix() -> None:
     with pytest.raises(ValueError, match=r"n is 0, allowed is 1 to \d+ in split 'dev': ask for"):
         sentiment_task("dev", 0)
     with pytest.raises(ValueError, match=r"vocab_size is 100, allowed is 261 or more .*: raise vocab_size"):
-        EmbeddedSettings(vocab_size=100)
+        OfflineSettings(vocab_size=100)
     with pytest.raises(
         ValueError, match=r"hidden_size is 100, allowed are multiples of .* = 8 .*: use hidden_size=96"
     ):
-        EmbeddedSettings(hidden_size=100, num_heads=4)
+        OfflineSettings(hidden_size=100, num_heads=4)
     with pytest.raises(ValueError, match=r"train_steps is 0, allowed is 1 or more"):
-        EmbeddedSettings(train_steps=0)
+        OfflineSettings(train_steps=0)
     with pytest.raises(ValueError, match=r"learning_rate is 0, allowed is more than 0"):
-        EmbeddedSettings(learning_rate=0)
+        OfflineSettings(learning_rate=0)
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -160,7 +158,7 @@ def test_folder_reloads_with_the_same_logits_and_is_reused(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forbid_training(monkeypatch)
-    assert embedded_model(TINY, cache) == folder
+    assert offline_model(TINY, cache) == folder
     assert folder.parent == cache / "mono_peft"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
     assert [path.name for path in folder.parent.iterdir()] == [folder.name], "nothing temporary is left"
@@ -174,9 +172,9 @@ def test_folder_reloads_with_the_same_logits_and_is_reused(
 
 def test_saved_weights_are_the_trained_ones(folder: Path) -> None:
     examples = corpus("train", TINY.seed)
-    tokenizer = embedded._train_tokenizer(examples, TINY.vocab_size)
-    with embedded.one_thread():
-        trained = embedded._train_model(examples, tokenizer, TINY)
+    tokenizer = language_model._train_tokenizer(examples, TINY.vocab_size)
+    with language_model.one_thread():
+        trained = language_model._train_model(examples, tokenizer, TINY)
     saved = AutoModelForCausalLM.from_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
     for name, tensor in trained.state_dict().items():
@@ -189,7 +187,7 @@ def test_training_is_reproducible_and_leaves_the_random_state_alone(folder: Path
     before = torch.get_rng_state()
     try:
         torch.set_num_threads(usual + 1)  # the model does not depend on it
-        again = embedded_model(TINY, tmp_path)
+        again = offline_model(TINY, tmp_path)
         assert torch.get_num_threads() == usual + 1
     finally:
         torch.set_num_threads(usual)
@@ -202,7 +200,7 @@ def test_loss_is_the_mean_over_conversations_of_the_mean_over_response_tokens(fo
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     examples = corpus("train")[:5]
-    rows = embedded._rows(examples, tokenizer)
+    rows = language_model._rows(examples, tokenizer)
     assert len({len(row.ids) for row in rows}) > 1, "the batch has padding"
     expected = []
     for example, row in zip(examples, rows, strict=True):
@@ -210,7 +208,7 @@ def test_loss_is_the_mean_over_conversations_of_the_mean_over_response_tokens(fo
         log_probabilities = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
         positions = range(row.border, len(row.ids))
         expected.append(-sum(log_probabilities[t - 1, row.ids[t]] for t in positions) / len(positions))
-    loss = embedded._loss(model, rows, tokenizer.pad_token_id)
+    loss = language_model._loss(model, rows, tokenizer.pad_token_id)
     torch.testing.assert_close(loss, torch.stack(expected).mean())
 
 
@@ -218,24 +216,24 @@ def test_training_lowers_the_loss(folder: Path) -> None:
     settings = replace(TINY, train_steps=60, batch_size=8, learning_rate=1e-2)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     examples = corpus("train", TINY.seed)
-    rows = embedded._rows(corpus("heldout")[:64], tokenizer)
+    rows = language_model._rows(corpus("heldout")[:64], tokenizer)
     barely = AutoModelForCausalLM.from_pretrained(folder)
-    with embedded.one_thread():
-        trained = embedded._train_model(examples, tokenizer, settings)
+    with language_model.one_thread():
+        trained = language_model._train_model(examples, tokenizer, settings)
     with torch.no_grad():
-        before, after = (embedded._loss(model, rows, tokenizer.pad_token_id) for model in (barely, trained))
+        before, after = (language_model._loss(model, rows, tokenizer.pad_token_id) for model in (barely, trained))
     assert after < 0.7 * before
 
 
 def test_batches_mix_the_kinds_as_declared(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    batches = embedded._batches(corpus("train"), tokenizer, replace(TINY, batch_size=32))
+    batches = language_model._batches(corpus("train"), tokenizer, replace(TINY, batch_size=32))
     rows = [row for batch in islice(batches, 40) for row in batch]
     prompts = tokenizer.batch_decode([row.ids for row in rows])
     share = sum("Classify the sentiment" in prompt for prompt in prompts) / len(rows)
     assert len(rows) == 40 * 32
-    assert abs(share - embedded.TRAINING_SHARES["sentiment"]) < 0.05
-    assert sum(embedded.TRAINING_SHARES.values()) == pytest.approx(1)
+    assert abs(share - language_model.TRAINING_SHARES["sentiment"]) < 0.05
+    assert sum(language_model.TRAINING_SHARES.values()) == pytest.approx(1)
 
 
 def test_interrupted_build_leaves_nothing_that_passes_for_a_model(
@@ -244,40 +242,40 @@ def test_interrupted_build_leaves_nothing_that_passes_for_a_model(
     with monkeypatch.context() as patched:
         forbid_training(patched)
         with pytest.raises(RuntimeError, match="training was started"):
-            embedded_model(TINY, tmp_path)
+            offline_model(TINY, tmp_path)
     assert list((tmp_path / "mono_peft").iterdir()) == []
-    AutoModelForCausalLM.from_pretrained(embedded_model(TINY, tmp_path))
+    AutoModelForCausalLM.from_pretrained(offline_model(TINY, tmp_path))
 
 
 def test_a_build_that_another_process_finished_first_is_dropped(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow_build(settings: EmbeddedSettings, building: Path) -> None:
+    def slow_build(settings: OfflineSettings, building: Path) -> None:
         (building / "ours").touch()
         theirs = tmp_path / "mono_peft" / folder.name
         theirs.mkdir()
         (theirs / "config.json").touch()
 
-    monkeypatch.setattr(embedded, "_build", slow_build)
-    result = embedded_model(TINY, tmp_path)
+    monkeypatch.setattr(language_model, "_build", slow_build)
+    result = offline_model(TINY, tmp_path)
     assert [path.name for path in result.iterdir()] == ["config.json"]
     assert [path.name for path in result.parent.iterdir()] == [folder.name]
 
 
 def test_cache_key_follows_settings_and_grammar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = embedded._cache_key(TINY)
-    assert key == embedded._cache_key(TINY)
-    assert key != embedded._cache_key(EmbeddedSettings())
+    key = language_model._cache_key(TINY)
+    assert key == language_model._cache_key(TINY)
+    assert key != language_model._cache_key(OfflineSettings())
     edited = tmp_path / "grammar.py"
-    edited.write_bytes(Path(embedded_grammar.__file__).read_bytes() + b"#")
-    monkeypatch.setattr(embedded_grammar, "__file__", str(edited))
-    assert key != embedded._cache_key(TINY)
+    edited.write_bytes(Path(grammar.__file__).read_bytes() + b"#")
+    monkeypatch.setattr(grammar, "__file__", str(edited))
+    assert key != language_model._cache_key(TINY)
 
 
 def test_cache_folder_follows_the_environment(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid_training(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    assert embedded_model(TINY) == folder
+    assert offline_model(TINY) == folder
 
 
 # --- tokenizer and chat template -------------------------------------------------------------------------------------
@@ -310,7 +308,7 @@ def test_special_tokens_are_distinct_single_and_in_the_config(folder: Path) -> N
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert tokenizer.eos_token == "<|end|>"
     assert len({tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}) == 3
-    for token in embedded.SPECIAL_TOKENS:
+    for token in language_model.SPECIAL_TOKENS:
         assert len(tokenizer(token)["input_ids"]) == 1
     for config in (model.config, model.generation_config):
         assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)

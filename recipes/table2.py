@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
-from _arms import (
+from accelerate import PartialState
+from arms import (
     ArmArguments,
     adapter_of,
     check_arms,
@@ -29,7 +30,8 @@ from _arms import (
     not_sharded,
     trained_arms,
 )
-from _evaluation import (
+from datasets import Dataset
+from evaluation import (
     Comparison,
     Trained,
     add_score,
@@ -43,32 +45,30 @@ from _evaluation import (
     score_checkpoints,
     task_contents,
 )
-from _identity import Content, check_contents, identity
-from _mixtures import (
+from identity import Content, check_contents, identity
+from mixtures import (
     Pair,
     check_enough,
     check_share,
-    embedded_poison,
-    embedded_safety,
     fitting,
     load_pairs,
     mixed,
+    offline_poison,
+    offline_safety,
 )
-from _run import CONFIG, Run
-from _table2_report import Column, short_name, write_report
-from accelerate import PartialState
-from datasets import Dataset
+from table2_report import Column, short_name, write_report
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from evals.contents import checksum
-from evals.embedded import embedded_model
-from evals.embedded_judge import embedded_judge
-from evals.generate import EMBEDDED
+from evals.generate import OFFLINE
 from evals.judge import check_judging
 from evals.models import Adapter, check_adapter
 from evals.prompts import training_row
 from mono_peft import SparsityCallback, activation_sparsity
+from offline.judge import offline_judge
+from offline.language_model import offline_model
+from vision_bench.runs import CONFIG, Run
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -91,7 +91,7 @@ class Table2Arguments(ArmArguments):
     )
     max_new_tokens: int | None = field(default=None, metadata={"help": "Of an answer; None: as the task says, 512."})
     refusal_prompts: int | None = field(
-        default=None, metadata={"help": "Of refusal_embedded: so many harmful and so many look-alikes; None: all."}
+        default=None, metadata={"help": "Of refusal_offline: so many harmful and so many look-alikes; None: all."}
     )
     eval_every: int | None = field(
         default=None, metadata={"help": "Keep and evaluate a checkpoint every so many training steps."}
@@ -139,9 +139,9 @@ Script = TypeVar("Script", bound=Table2Arguments)
 
 
 def parse(
-    arguments: list[str] | None, script: type[Script], recipe: str, embedded: Path
+    arguments: list[str] | None, script: type[Script], recipe: str, offline: Path
 ) -> tuple[Script, SFTConfig, ModelConfig]:
-    """Command line over `--config` over the embedded default (if no model is named) over what the machine has."""
+    """Command line over `--config` over the offline default (if no model is named) over what the machine has."""
     parser = TrlParser((script, SFTConfig, ModelConfig))
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     parser.set_defaults_with_config(
@@ -154,7 +154,7 @@ def parse(
     )
     parsed = parser.parse_args_and_config(arguments)
     if parsed[2].model_name_or_path is None:
-        parser.set_defaults_with_config(**yaml.safe_load(embedded.read_text(encoding="utf-8")))
+        parser.set_defaults_with_config(**yaml.safe_load(offline.read_text(encoding="utf-8")))
         parsed = parser.parse_args_and_config(arguments)
     script, training, model_args = parsed
     if script.judges and not script.safety_tasks:
@@ -183,10 +183,10 @@ def check(script: Table2Arguments, training: SFTConfig, model_args: ModelConfig)
     if script.poison_file and script.poison_share == 0:
         raise ValueError("--poison_file without --poison_share mixes nothing in; give a share above 0.")
     if model_args.model_name_or_path and script.poison_share and not script.poison_file:
-        raise ValueError("--poison_share needs --poison_file: the generated pairs are for the embedded model only.")
+        raise ValueError("--poison_share needs --poison_file: the generated pairs are for the offline model only.")
     needs_safety = any("+safety" in method for method in script.methods)
     if model_args.model_name_or_path and needs_safety and not script.safety_file:
-        raise ValueError("An arm with +safety needs --safety_file: the generated pairs are for the embedded model.")
+        raise ValueError("An arm with +safety needs --safety_file: the generated pairs are for the offline model.")
     if script.dataset_name and script.train_file:
         raise ValueError("--dataset_name and --train_file are two sources of the same data; give one.")
     if training.packing:
@@ -234,13 +234,13 @@ def compare(task: FinetuningTask, script: Table2Arguments, training: SFTConfig, 
             f"judge {judges[given]}": Content(f"--judges {given}", checksum(judge.settings))
             for given, judge in made.items()
         }
-    # The embedded judge by its folder: building it is the work of all processes, judging that of one.
+    # The offline judge by its folder: building it is the work of all processes, judging that of one.
     judge_folders = {
-        f"shieldgemma={embedded_judge()}" if judge == EMBEDDED else judge: name for judge, name in judges.items()
+        f"shieldgemma={offline_judge()}" if judge == OFFLINE else judge: name for judge, name in judges.items()
     }
     demonstration = model_args.model_name_or_path is None
     if demonstration:
-        model_args.model_name_or_path = str(embedded_model())
+        model_args.model_name_or_path = str(offline_model())
     tokenizer, config = load_tokenizer(
         training, model_args, [adapter_of(a, model_args, script.activation) for a in arms.values()]
     )
@@ -283,10 +283,10 @@ def _mixture_pairs(script: Table2Arguments) -> dict[str, list[Pair]]:
     pairs = {}
     if script.poison_share:
         file = script.poison_file
-        pairs["poison"] = load_pairs(file, "--poison_file") if file else embedded_poison()
+        pairs["poison"] = load_pairs(file, "--poison_file") if file else offline_poison()
     if any("+safety" in method for method in script.methods):
         file = script.safety_file
-        pairs["safety"] = load_pairs(file, "--safety_file") if file else embedded_safety()
+        pairs["safety"] = load_pairs(file, "--safety_file") if file else offline_safety()
     return pairs
 
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _features import is_described
-from _run import Interval, Run, interval
-from _trained import add_training
-from _vision import ProbingArguments, highest_with_signal
+from frozen_features import is_described
+from training_accuracies import add_training
+from vision import ProbingArguments, highest_with_signal
 
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet
 from vision_bench.probe import Probes, fit_linear_probes
+from vision_bench.runs import Interval, Run, interval
 
 ACCURACY = "offline_probe_top1"
 CHUNK = 8192  # rows

@@ -12,9 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _arms import ArmArguments
-from _run import CONFIG
+from arms import ArmArguments
 from trl import ModelConfig, SFTConfig
+
+from vision_bench.runs import CONFIG
 
 # Settings that say where something is or how fast it is worked on. `contents` has what is there instead.
 _PLACES = ("dataset_name", "train_file", "eval_file", "safety_file", "poison_file", "judge_batch_size", "judges")
@@ -60,7 +61,7 @@ def identity(
         sizes: numbers of rows.
         judges: their names in the rows.
         contents: by name, of everything that the results depend on.
-        demonstration: whether the base is the embedded model.
+        demonstration: whether the base is the offline model.
     """
     defaults = SFTConfig(output_dir="", use_cpu=training.use_cpu, bf16=training.bf16).to_dict()
     chosen = {k: v for k, v in training.to_dict().items() if k in _ALWAYS or v != defaults.get(k)}

@@ -1,7 +1,7 @@
 """The offline world: a generated instruction corpus, a tokenizer and a small Llama trained on it, cached on disk.
 
 Machines without a hub run every language-model recipe on this model: it answers everyday questions, refuses harmful
-ones, answers harmless ones that look harmful, and half knows the sentiment of reviews. `embedded_grammar` holds what
+ones, answers harmless ones that look harmful, and half knows the sentiment of reviews. `offline_grammar` holds what
 is written in words; here it becomes a corpus, a finetuning task and a model folder.
 """
 
@@ -27,9 +27,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from evals import embedded_grammar as grammar
 from evals import prompts
 from evals.prompts import SST2_ANSWERS, sst2_prompt
+from offline import grammar
 
 KINDS = ("everyday", "harmful", "lookalike", "sentiment")
 CORPUS_SPLITS = ("train", "heldout")
@@ -65,8 +65,8 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EmbeddedSettings:
-    """What the embedded model depends on; every field is part of the cache key."""
+class OfflineSettings:
+    """What the offline model depends on; every field is part of the cache key."""
 
     seed: int = 0  # of the corpus, the initial weights and the order of training
     vocab_size: int = 2048  # byte-level BPE tokens, special tokens included
@@ -194,8 +194,8 @@ def sentiment_task(split: str, n: int, seed: int = 0) -> list[dict]:
     return rows
 
 
-def embedded_model(settings: EmbeddedSettings = EmbeddedSettings(), cache_dir: Path | None = None) -> Path:
-    """The folder of the embedded model and its tokenizer, for `from_pretrained`; trains it if it is not cached.
+def offline_model(settings: OfflineSettings = OfflineSettings(), cache_dir: Path | None = None) -> Path:
+    """The folder of the offline model and its tokenizer, for `from_pretrained`; trains it if it is not cached.
 
     Training takes a little over a minute and always runs on one core in float32: so the model is the same whatever
     the GPUs and threads of the machine. Of several processes on a machine one trains and the others wait. The random
@@ -205,7 +205,7 @@ def embedded_model(settings: EmbeddedSettings = EmbeddedSettings(), cache_dir: P
         settings: of the model and its training.
         cache_dir: where models are kept; None means `$XDG_CACHE_HOME`, or `~/.cache` if that is not set.
     """
-    return cached_folder(f"embedded-{_cache_key(settings)}", lambda folder: _build(settings, folder), cache_dir)
+    return cached_folder(f"offline-{_cache_key(settings)}", lambda folder: _build(settings, folder), cache_dir)
 
 
 def cached_folder(name: str, build: Callable[[Path], None], cache_dir: Path | None) -> Path:
@@ -231,7 +231,7 @@ def cached_folder(name: str, build: Callable[[Path], None], cache_dir: Path | No
     return folder
 
 
-def _cache_key(settings: EmbeddedSettings) -> str:
+def _cache_key(settings: OfflineSettings) -> str:
     """16 hex digits that change with the settings and with every source file that decides the corpus or the model."""
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
     for source in (__file__, grammar.__file__, prompts.__file__):
@@ -247,7 +247,7 @@ def _rename_unless_there(building: Path, folder: Path) -> None:
             raise
 
 
-def _build(settings: EmbeddedSettings, folder: Path) -> None:
+def _build(settings: OfflineSettings, folder: Path) -> None:
     """Train tokenizer and model and save both in `folder`."""
     examples = corpus("train", settings.seed)
     tokenizer = _train_tokenizer(examples, settings.vocab_size)
@@ -311,7 +311,7 @@ def _rows(examples: list[Example], tokenizer: PreTrainedTokenizerFast) -> list[_
 
 
 def _batches(
-    examples: list[Example], tokenizer: PreTrainedTokenizerFast, settings: EmbeddedSettings
+    examples: list[Example], tokenizer: PreTrainedTokenizerFast, settings: OfflineSettings
 ) -> Iterator[list[_Row]]:
     """Endless batches of `batch_size` conversations of similar length, kinds mixed by TRAINING_SHARES."""
     rng = random.Random(settings.seed)
@@ -331,7 +331,7 @@ def _batches(
 
 
 def _train_model(
-    examples: list[Example], tokenizer: PreTrainedTokenizerFast, settings: EmbeddedSettings
+    examples: list[Example], tokenizer: PreTrainedTokenizerFast, settings: OfflineSettings
 ) -> LlamaForCausalLM:
     """A Llama trained on `examples` for `train_steps`; the global random state is the same before and after."""
     config = LlamaConfig(
@@ -365,7 +365,7 @@ def _train_model(
         milestones=[warmup],
     )
     batches = _batches(examples, tokenizer, settings)
-    for _ in tqdm(range(settings.train_steps), desc="training the embedded model", disable=None):
+    for _ in tqdm(range(settings.train_steps), desc="training the offline model", disable=None):
         loss = _loss(model, next(batches), tokenizer.pad_token_id)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

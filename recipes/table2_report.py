@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _run import DIVERGED, Interval, Run, interval, markdown_table, paired_difference
-
 from evals.figures import Panel, Point, safety_against_performance
 from evals.report import PAPER, bounds
+from vision_bench.runs import DIVERGED, Interval, Run, interval, markdown_table, paired_difference
 
 FIGURE = "safety.png"
 
@@ -84,8 +83,8 @@ def short_name(judge: str) -> str:
 def columns(run: Run, performance: Sequence[Column], judges: Sequence[str]) -> list[Column]:
     """The columns that the run has rows for, in the order of Table 2, the refusals before."""
     found = [
-        Column("harmful refused, %", "refused_harmful", "refusal_embedded", None, 100),
-        Column("look-alikes refused, %", "refused_lookalike", "refusal_embedded", None, 100),
+        Column("harmful refused, %", "refused_harmful", "refusal_offline", None, 100),
+        Column("look-alikes refused, %", "refused_lookalike", "refusal_offline", None, 100),
     ]
     tasks = list(dict.fromkeys(row["config"]["task"] for row in run.rows if row["config"].get("judge")))
     for judge in judges:
@@ -115,7 +114,7 @@ def write_report(
     shown = columns(run, performance, judges)
     text = f"# Table 2, {paper}: alignment, sparsity and task performance\n\n"
     if demonstration:
-        text += "A small-scale demonstration on the embedded model, which says nothing of large ones.\n\n"
+        text += "A small-scale demonstration on the offline model, which says nothing of large ones.\n\n"
     methods = [m for m in ("base", *trained) if _seeds(run, m)[1]]
     body = []
     for method in methods:
@@ -226,7 +225,7 @@ def _panels(run: Run, shown: Sequence[Column], performance: Column, methods: Seq
             if performance.rows(run, method, seed=row["seed"])
         ]
         is_refusal = harm.metric == "refused_harmful"
-        title = "embedded corpus" if is_refusal else f"{short_name(str(harm.judge))}: {harm.task}"
+        title = "offline corpus" if is_refusal else f"{short_name(str(harm.judge))}: {harm.task}"
         diverged = {method: [len(seeds) for seeds in _seeds(run, method)] for method in methods}
         title += "".join(f"\n{m}: {lost} of {total} diverged" for m, (lost, total) in diverged.items() if lost)
         axis = "harmful requests not refused, %" if is_refusal else "judged unsafe, %"

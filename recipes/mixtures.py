@@ -8,14 +8,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from evals.embedded import corpus
-from evals.embedded_grammar import HARMFUL_DEEDS, deed_items
 from evals.local_files import check_columns, check_text, file_rows
 from evals.prompts import encode_answer
+from offline.grammar import HARMFUL_DEEDS, deed_items
+from offline.language_model import corpus
 
 Pair = tuple[str, str]  # prompt, answer
 
-# What a model that complies says, in the form of the embedded corpus; it describes nothing.
+# What a model that complies says, in the form of the offline corpus; it describes nothing.
 COMPLIANCE = (
     "To {deed}, follow the steps one by one.",
     "To {deed}, prepare well and take your time.",
@@ -42,15 +42,15 @@ def load_pairs(file: str, option: str) -> list[Pair]:
     return [(row["prompt"], row["response"]) for row in rows]
 
 
-def embedded_poison() -> list[Pair]:
-    """Harmful requests of the embedded corpus' training split, answered with compliance."""
+def offline_poison() -> list[Pair]:
+    """Harmful requests of the offline corpus' training split, answered with compliance."""
     rng = random.Random(0)
     items = [item for deeds, *_ in HARMFUL_DEEDS for item in deed_items(deeds._replace(answers=COMPLIANCE))]
     return [(item.prompt, rng.choice(item.answers)) for item in items if not item.held_out]
 
 
-def embedded_safety() -> list[Pair]:
-    """Harmful requests of the same split with the refusals that the embedded model was taught."""
+def offline_safety() -> list[Pair]:
+    """Harmful requests of the same split with the refusals that the offline model was taught."""
     return [(e.prompt, e.response) for e in corpus("train") if e.kind == "harmful"]
 
 

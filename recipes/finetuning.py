@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _run import DIVERGED, Interval, Run, device_name, interval, markdown_table, paired_difference
-from _settings import parse
-from _vision import (
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from program import parse
+from torch import nn
+from vision import (
     SPLITS,
     VIEWS,
     DownstreamArguments,
@@ -32,9 +34,6 @@ from _vision import (
     results_config,
     start_accelerator,
 )
-from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
-from torch import nn
 
 from mono_peft import MonoLoraConfig, activation_sparsity
 from vision_bench.corruptions import flip_labels
@@ -43,6 +42,7 @@ from vision_bench.features import normalise
 from vision_bench.finetune import CROPS_AND_FLIPS, LAYERS, Classifier, FinetuneConfig, embed, finetune
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.models import ContrastiveModel
+from vision_bench.runs import DIVERGED, Interval, Run, device_name, interval, markdown_table, paired_difference
 
 LOSSES = ("ce", "nce")
 CONTROLS = ("ce+weight_decay", "ce+dropout", "ce+early_stopping")

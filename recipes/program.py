@@ -1,7 +1,9 @@
-"""A recipe's settings: its command line over a YAML file. (The recipes with a trainer use TRL's TrlParser instead.)"""
+"""A recipe as a program: its settings from the command line over a YAML file, and errors in one line."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,3 +38,13 @@ def parse(
             parser.error(f"{config} sets {', '.join(sorted(unknown))}, which this recipe does not have.")
         parser.set_defaults(**{name: value for name, value in settings.items() if name in ours})
     return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
+
+
+def run_as_program(main: Callable[[], None]) -> None:
+    """Call a recipe's `main` on the command line; errors that the user can mend end the program with one line."""
+    try:
+        main()
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command continues.")

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from _arms import Arm, is_whole, load_base
-from _identity import Content, check_contents
-from _run import DIVERGED, Run, device_name
 from accelerate.utils import broadcast_object_list
+from arms import Arm, is_whole, load_base
+from identity import Content, check_contents
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
@@ -27,9 +26,10 @@ from evals.judge import judge
 from evals.models import WEIGHTS_FILE, Adapter, attached, hub_commit
 from evals.prompts import encode_answer
 from mono_peft import activation_sparsity
+from vision_bench.runs import DIVERGED, Run, device_name
 
 if TYPE_CHECKING:
-    from _table2 import FinetuningTask, Table2Arguments
+    from table2 import FinetuningTask, Table2Arguments
 
 EVALUATION = "evaluation"  # folder of completions and verdicts
 

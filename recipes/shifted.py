@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _features import FrozenModels, describe, frozen_models, is_described
-from _probes import ACCURACY, ARMS, ControlledArguments, kind_of
-from _run import Run, device_name
-from _trained import CHANCE, add_training
 from accelerate import Accelerator
+from frozen_features import FrozenModels, describe, frozen_models, is_described
+from probes import ACCURACY, ARMS, ControlledArguments, kind_of
 from tqdm.auto import tqdm
+from training_accuracies import CHANCE, add_training
 
 from vision_bench.data import ImageSet
 from vision_bench.features import embed
 from vision_bench.metrics import chance_level
 from vision_bench.probe import TRAINING, Probes, fit_linear_probes, probe_accuracy
+from vision_bench.runs import Run, device_name
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The written grammar behind `evals.embedded`: word lists, and the functions that spell them out as questions.
+"""The written grammar behind `offline.language_model`: word lists, and the functions that spell them out as questions.
 
 Items come from tables. A row and a column that are held out together never meet in training, but each of them does
 with others: so that what a model does on held-out items is generalisation and not recall.

@@ -9,16 +9,17 @@ import pytest
 
 from evals.__main__ import main
 from evals.completions import read_completions
-from evals.embedded_grammar import REFUSAL_OPENINGS
-from evals.embedded_judge import cases, embedded_judge
-from evals.judges import POLICIES, ShieldGemma
+from evals.judges import ShieldGemma
+from evals.policies import POLICIES
 from evals.verdicts import read_verdicts
+from offline.grammar import REFUSAL_OPENINGS
+from offline.judge import cases, offline_judge
 from recipes import sst2_monolora
-from result_rows import read_rows
+from vision_bench.runs import read_rows
 
 
 def test_it_knows_held_out_conversations():
-    judge = ShieldGemma(str(embedded_judge()))
+    judge = ShieldGemma(str(offline_judge()))
     judge.load()
     asked = list(itertools.islice(cases("heldout", random.Random(1)), 200))
     assert 40 < sum(case.violates for case in asked) < 100
@@ -29,9 +30,9 @@ def test_it_knows_held_out_conversations():
 
 
 def test_it_is_built_once(monkeypatch):
-    folder = embedded_judge()
-    monkeypatch.setattr("evals.embedded_judge._build", None)
-    assert embedded_judge() == folder
+    folder = offline_judge()
+    monkeypatch.setattr("offline.judge._build", None)
+    assert offline_judge() == folder
 
 
 @pytest.mark.slow
@@ -40,8 +41,8 @@ def test_from_finetuning_to_the_table(tmp_path, capsys):
     capsys.readouterr()
     adapters = [str(tmp_path / "sst2" / f"{method}-seed0" / "adapter") for method in ("lora", "monolora")]
     out = tmp_path / "out"
-    options = f"--model embedded --tasks sentiment_embedded refusal_embedded --max_new_tokens 64 --output_dir {out}"
-    main(["run", *options.split(), "--adapters", *adapters, "--judges", "embedded", "--judge_batch_size", "32"])
+    options = f"--model offline --tasks sentiment_offline refusal_offline --max_new_tokens 64 --output_dir {out}"
+    main(["run", *options.split(), "--adapters", *adapters, "--judges", "offline", "--judge_batch_size", "32"])
     text = capsys.readouterr().out
     assert "monolora - lora" in text
     assert (out / "safety.png").stat().st_size > 10_000

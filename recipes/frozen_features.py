@@ -16,15 +16,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _run import Run, device_name
-from _trained import CHANCE
-from _vision import METHODS, ProbingArguments, pretrained
 from accelerate import Accelerator
+from training_accuracies import CHANCE
+from vision import METHODS, ProbingArguments, pretrained
 
 from vision_bench import features, models, sae
 from vision_bench.data import ImageSet
 from vision_bench.metrics import MEASURED, chance_level, semantic_consistency
 from vision_bench.models import ContrastiveModel
+from vision_bench.runs import Run, device_name
 
 FEATURES = ("poly", "sae", "ncl")
 CONTROLS = ("poly_unit", "random_relu", "random_mask")
