@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vision_bench import cautions, figures, sae
+from vision_bench import figures, report, sae
 from vision_bench.benchmark import ACCURACY, KINDS, SAME, Settings, Subject
 from vision_bench.corruption_sweep import CLEAN, Sweep, parse
 from vision_bench.metrics import MEASURED, chance_level
@@ -206,7 +206,7 @@ def _markdown(
         values.append([one["model"], one["features"], "-", "-", *["diverged"] * len(tests), *["-"] * len(what)])
     levels = {cell["test"]: f"{cell['chance_top1']:.1f}" for cell in cells}
     values.append(["chance level", "-", "-", "-", *(levels.get(test, "-") for test in tests), *["-"] * len(what)])
-    text += _table([*head, *tests, *what], values) + cautions.untrained(untrained)
+    text += _table([*head, *tests, *what], values) + report.untrained(untrained)
     for (model, reason), group in itertools.groupby(diverged, key=lambda one: (one["model"], one["reason"])):
         marked = ", ".join(one["features"] for one in group)
         text += f"\n{model}, {marked}: diverged, so that nothing could be measured: {reason}.\n"
@@ -225,7 +225,7 @@ def _markdown(
         f"{settings.probe_epochs} epochs, LARS 0.4, {scaled} times the number that makes the mean square norm of the\n"
         f"training rows {NORM:g} squared, so that their scale decides nothing; of few images as many steps as of\n"
         "all, up to whole epochs.\n"
-        f"{cautions.TRAINING_NOTE}"
+        f"{report.TRAINING_NOTE}"
         "Consistency, chance, sparsity and live dimensions are of the clean test images; chance is the consistency\n"
         "with shuffled labels. A consistency means little without the sparsity beside it. Accuracies of models that\n"
         "were pretrained on other images, or with labels, are no comparison of methods. results.csv has all numbers,\n"
@@ -240,7 +240,7 @@ def _markdown(
         text += "\nSparse autoencoders on clean test images:\n\n"
         lines = [[label, *("-" if v is None else f"{v:.3g}" for v in values)] for label, values in qualities.items()]
         text += _table(["model", "variance unexplained", "active latents", "dead latents"], lines)
-        text += cautions.unexplained({label: values[0] for label, values in qualities.items()})
+        text += report.unexplained({label: values[0] for label, values in qualities.items()})
     return text
 
 

@@ -1,4 +1,4 @@
-"""Tables of linear probes, of recipes and the command alike: accuracies, gains, their growth, and what to beware of."""
+"""Tables of linear probes, for recipes and the command: accuracies, gains, their growth, and what to beware of."""
 
 from __future__ import annotations
 
@@ -92,14 +92,16 @@ class ProbeTable:
         rows = select(self.rows, ACCURACY, **self.columns[column])
         if DECAY in rows:
             means = rows.groupby(["features", DECAY], sort=False)["value"].agg(lambda values: over_seeds(values).mean)
-            self.decays[column] = {arm: best for arm, best in means.groupby("features", sort=False).idxmax()}
+            self.decays[column] = dict(means.groupby("features", sort=False).idxmax())
             rows = rows[rows[DECAY] == rows["features"].map(self.decays[column])]
         return 100 * rows.pivot_table(index="features", columns="seed", values="value")
 
     def select(self, metric: str, column: Hashable, **settings: Any) -> pd.DataFrame:
         """The rows of a metric in a column, without those of its settings that no row of the metric has."""
         rows = select(self.rows, metric, **settings)
-        has = {name: value for name, value in self.columns[column].items() if name in rows and rows[name].notna().any()}
+        has = {
+            name: value for name, value in self.columns[column].items() if name in rows and rows[name].notna().any()
+        }
         return select(rows, metric, **has)
 
     def points(self, arm: str, column: Hashable) -> pd.Series:
@@ -130,7 +132,9 @@ class ProbeTable:
         """Accuracy by chance in percent, of the test images of a column."""
         return 100 * float(self.select(CHANCE, column)["value"].iloc[0])
 
-    def accuracy_table(self, header: Sequence[str], columns: Sequence[Hashable], more: Sequence[list[str]] = ()) -> str:
+    def accuracy_table(
+        self, header: Sequence[str], columns: Sequence[Hashable], more: Sequence[list[str]] = ()
+    ) -> str:
         """Accuracies, what the features are (`MEASURED`), and the chance level, as Markdown.
 
         Args:
@@ -151,9 +155,7 @@ class ProbeTable:
         for arm in self.arms:
             own = [self.own_labels(arm, column) for column in columns]
             lines.append([arm, *(one.text for one in own)])
-            cells += [
-                f"{arm}, {name} ({one.words})" for name, one in zip(header, own, strict=True) if not one.trained
-            ]
+            cells += [f"{arm}, {name} ({one.words})" for name, one in zip(header, own, strict=True) if not one.trained]
         title = "\nAccuracy of the probes on their own training labels, wrong ones included, %.\n\n"
         return title + markdown_table(["features", *header], lines) + untrained(cells)
 
