@@ -1,11 +1,11 @@
 """The folder of a run: append-only rows under a lock, the statistics over them, and where they are from.
 
-    from vision_bench.runs import Run, interval
+from vision_bench.runs import Run, interval
 
-    run = Run("runs/mine", "my_recipe", {"seeds": [0, 1]})
-    for seed in run.config["seeds"]:
-        run.add("accuracy", 0.5 + seed / 10, n=100, seed=seed, seconds=1.0, device="cpu", arm="lora")
-    print(interval([row["value"] for row in run.find("accuracy", arm="lora")]).text())  # 0.55 ± 0.64
+run = Run("runs/mine", "my_recipe", {"seeds": [0, 1]})
+for seed in run.config["seeds"]:
+    run.add("accuracy", 0.5 + seed / 10, n=100, seed=seed, seconds=1.0, device="cpu", arm="lora")
+print(interval([row["value"] for row in run.find("accuracy", arm="lora")]).text())  # 0.55 ± 0.64
 """
 
 from vision_bench.runs.lines import LineAppender, Lines, file_checksum, locked, read_lines, write_atomic
