@@ -12,7 +12,7 @@ from typing import Any
 
 from vision_bench import figures, report, sae
 from vision_bench.benchmark import ACCURACY, KINDS, SAME, Settings, Subject
-from vision_bench.corruption_sweep import CLEAN, Sweep, parse
+from vision_bench.corruptions import CLEAN, Grid, parse
 from vision_bench.metrics import MEASURED, chance_level
 from vision_bench.probe import NORM, TRAINING
 from vision_bench.runs import DIVERGED, Interval, interval, paired_difference, write_atomic
@@ -88,7 +88,7 @@ def _labels(subjects: Sequence[Subject]) -> dict[str, str]:
     return {s.id: s.label if short.count(s.label) == 1 else f"{s.name} {s.layer}" for s in subjects}
 
 
-def _cells(subject: Subject, label: str, kind: str, rows: Sequence[Row], sweep: Sweep) -> list[dict[str, Any]]:
+def _cells(subject: Subject, label: str, kind: str, rows: Sequence[Row], sweep: Grid) -> list[dict[str, Any]]:
     """A row of the table for every way of training and of testing the probes on a kind of features of a model."""
     of_model = [row for row in rows if row["config"]["features_id"] == subject.id]
     mine = [row for row in of_model if row["config"]["features"] == kind]
@@ -160,7 +160,7 @@ def _markdown(
     cells: list[dict[str, Any]],
     rows: Sequence[Row],
     settings: Settings,
-    sweep: Sweep,
+    sweep: Grid,
 ) -> str:
     tests, seeds = list(sweep.tests()), len(settings.seeds)
     limit = f", about {settings.limit} images of each split" if settings.limit else ""
