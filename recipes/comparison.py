@@ -184,9 +184,7 @@ def train(comparison: Comparison, pairs: dict[str, list[Pair]]) -> None:
             }
         arm, trained = comparison.arms[method], comparison.trained(method, cell.seed)
         mixtures = [(pairs.get("poison", []), settings.poison_share), (pairs.get("safety", []), arm.safety_share)]
-        rows = [
-            training_row(comparison.tokenizer, *pair) for pair in mixed(of_seed[cell.seed], mixtures, cell.seed)
-        ]
+        rows = [training_row(comparison.tokenizer, *pair) for pair in mixed(of_seed[cell.seed], mixtures, cell.seed)]
         newest = checkpoint(trained.folder.parent, comparison.training.resume_from_checkpoint)
         reason, score = divergence(Path(newest)) if newest else None, math.nan
         if reason is None:

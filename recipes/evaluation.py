@@ -160,6 +160,4 @@ def alignment_sparsity(comparison: Comparison) -> None:
         start = time.monotonic()
         with attached(base, trained.adapter) as model:
             measured = activation_sparsity(model, batches)
-        run.add(
-            "alignment_sparsity", measured.overall, **comparison.common(start, len(prompts)), **trained.described
-        )
+        run.add("alignment_sparsity", measured.overall, **comparison.common(start, len(prompts)), **trained.described)
