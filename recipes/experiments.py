@@ -25,11 +25,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from vision_bench.figures import SUFFIXES
-from vision_bench.runs import DIVERGED, Run
+from vision_bench.runs import Cell, Run
 
 
 class CannotShow(ValueError):
@@ -50,9 +51,9 @@ class Experiment:
         report: tables of a whole run, as Markdown.
         draw: draws `pictures` into the folder of a whole run. None: what they show stands in no row, so that the
             pictures in the folder of the recipe's own run are taken.
-        facts: what follows from the data and must stand in the configuration, such as the number of classes.
-        defaults: whatever else the configuration may have, at its default: what it lacks was run at the default, and
-            rows with a setting that is not here are not shown. None: the configuration is taken as it is.
+        facts: names of the facts that `report` needs, such as num_classes; see `vision_bench.runs.Run`.
+        defaults: whatever settings the recipe records, at their default: a setting that a run lacks was at it, and a
+            run with a setting that is not here is not shown. None: settings are taken as they are.
         overridden: settings that rows replace by values of their own, so that they do not tell configurations apart.
     """
 
@@ -61,7 +62,7 @@ class Experiment:
     title: str
     claim: str
     pictures: Mapping[str, str]
-    cells: Callable[[dict[str, Any]], Iterable[Any]]
+    cells: Callable[[dict[str, Any]], Iterable[Cell]]
     report: Callable[[Run], str]
     draw: Callable[[Run], None] | None
     facts: tuple[str, ...] = ()
@@ -73,31 +74,30 @@ class Experiment:
         """What makes the rows."""
         return f"python recipes/{self.recipe}.py --output_dir runs/{self.recipe}"
 
-    def configuration(self, recorded: dict[str, Any]) -> dict[str, Any]:
-        """The recorded configuration of a run, with defaults for the settings that came after it.
+    def configuration(self, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+        """What `cells` and `report` take as the configuration of a run, from its recorded settings and facts.
 
         Raises:
             CannotShow: it lacks facts, or has settings that this version of the recipe does not have.
         """
-        lacking = [name for name in self.facts if name not in recorded]
+        lacking = [name for name in self.facts if name not in facts]
         if lacking:
             raise CannotShow(
                 f"rows of {self.recipe} do not say the {', '.join(lacking)}: they are of an older version of "
                 f"recipes/{self.recipe}.py; run it again."
             )
-        if self.defaults is None:
-            return recorded
-        unknown = sorted(recorded.keys() - self.defaults.keys() - set(self.facts))
+        unknown = sorted(settings.keys() - self.defaults.keys()) if self.defaults is not None else []
         if unknown:
             raise CannotShow(
                 f"rows of {self.recipe} have the settings {', '.join(unknown)}, which recipes/{self.recipe}.py lacks; "
                 "use the version that made them, or run it again."
             )
-        return {**self.defaults, **recorded}
+        return {**(self.defaults or {}), **settings, **facts}
 
     def lacking(self, run: Run) -> str | None:
         """What a stopped run lacks, in words; None if it is whole."""
-        cells = lacking(run, self.cells(run.config))
+        cells = run.lacking(self.cells(run.config))
+        cells = [cell for cell in cells if not run.find(cell.metric, seed=None, **cell.arm)]  # of the unported ones
         if not cells:
             return None
         first = ", ".join(f"{name} {value}" for name, value in {**cells[0].arm, "seed": cells[0].seed}.items())
@@ -109,10 +109,9 @@ class Experiment:
         if self.draw is not None:
             self.draw(run)
         else:
-            for path in (
-                path for name in self.pictures for suffix in SUFFIXES for path in source.glob(f"{name}.{suffix}")
-            ):
-                shutil.copyfile(path, run.folder / path.name)
+            for name, suffix in product(self.pictures, SUFFIXES):
+                for path in source.glob(f"{name}.{suffix}"):
+                    shutil.copyfile(path, run.folder / path.name)
         return self.report(run)
 
     def drawn(self, folder: Path) -> list[tuple[Path, str]]:
@@ -122,18 +121,3 @@ class Experiment:
             for name, caption in self.pictures.items()
             for path in sorted(folder.glob(f"{name}.png"))
         ]
-
-
-def lacking(run: Run, cells: Iterable[Any]) -> list[Any]:
-    """The cells without a row; what does not depend on a seed has None in its place, and a diverged arm is done."""
-
-    def diverged(cell: Any) -> set[int | None]:
-        # such a row names the method and the condition only
-        rows = run.find(DIVERGED, step=cell.arm.get("step"))
-        return {row["seed"] for row in rows if all(row["config"].get(k, v) == v for k, v in cell.arm.items())}
-
-    return [
-        cell
-        for cell in cells
-        if not ({row["seed"] for row in run.find(cell.metric, **cell.arm)} | diverged(cell)) & {cell.seed, None}
-    ]

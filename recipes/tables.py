@@ -76,6 +76,7 @@ class Source(NamedTuple):
     folder: Path
     recipe: str
     config: dict[str, Any]
+    facts: dict[str, Any]
     rows: list[dict[str, Any]]
 
 
@@ -97,14 +98,14 @@ def read(folder: Path, output: Path) -> list[Source]:
         if not (path.parent / CONFIG).exists():
             raise ValueError(f"{path} has no {CONFIG} beside it, which says what the rows are of; copy it along.")
         described = json.loads((path.parent / CONFIG).read_text(encoding="utf-8"))
-        recipe, settings = described["recipe"], described["config"]
+        recipe, settings, facts = described["recipe"], described["config"], described.get("facts", {})
         by_configuration: dict[str, list[dict[str, Any]]] = {}
         for row in read_rows(path):
             own = {k: v for k, v in row["config"].items() if k in settings and k not in overridden.get(recipe, ())}
             config = settings | own
             by_configuration.setdefault(json.dumps([row["recipe"], config], sort_keys=True), []).append(row)
         for key, rows in by_configuration.items():
-            found.append(Source(path.parent, *json.loads(key), rows))
+            found.append(Source(path.parent, *json.loads(key), facts, rows))
     if not found:
         raise ValueError(f"there is no {ROWS} below {folder}; run a recipe, such as `{experiments()[1].command}`.")
     return found
@@ -176,7 +177,7 @@ def section(experiment: Experiment, source: Source, name: str, title: str, outpu
         for stale in run.folder.glob(pattern):
             stale.unlink()  # of another run that was shown here
     try:
-        run = Run(run.folder, source.recipe, experiment.configuration(source.config))
+        run = Run(run.folder, source.recipe, experiment.configuration(source.config, source.facts))
         run.rows = source.rows
         missing = experiment.lacking(run)
         if missing is not None:

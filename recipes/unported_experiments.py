@@ -8,7 +8,7 @@ from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from experiments import CannotShow, Experiment
@@ -20,21 +20,13 @@ from vision import IMAGES
 from vision_bench import figures
 from vision_bench.metrics import MEASURED
 from vision_bench.probe import TRAINING
-from vision_bench.runs import Run
+from vision_bench.runs import Cell, Run
 from vision_bench.shifts import SEVERITIES
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet100": 100}
 FINETUNED = "finetuned_validation_top1"
 
 Need = tuple[str, dict[str, Any], Sequence[int]]
-
-
-class Cell(NamedTuple):
-    """A row that a whole run has."""
-
-    metric: str
-    seed: int | None
-    arm: dict[str, Any]
 
 
 def of_table(

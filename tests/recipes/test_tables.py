@@ -162,7 +162,7 @@ def test_only_what_is_asked_for(runs, tmp_path):
         ("figure_5", r"figure_5 needs rows of superposition, .*`python recipes/superposition.py"),
         (
             "table_2",
-            r"rows of sst2_monolora or dolly_monolora, .*recipes/sst2_monolora.py .* or `python recipes/dolly_monolora.py",
+            r"rows of sst2_monolora or dolly_monolora, .*sst2_monolora.py .* or `python recipes/dolly_monolora.py",
         ),
         ("figure_7", r"only has 'figure_7'; it takes figure_1a, figure_4ab, table_1"),
     ],
