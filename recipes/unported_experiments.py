@@ -18,6 +18,7 @@ from training_accuracies import CHANCE
 from vision import IMAGES
 
 from vision_bench import figures
+from vision_bench.corruptions import shift_names
 from vision_bench.metrics import MEASURED
 from vision_bench.probe import TRAINING
 from vision_bench.runs import Cell, Run
@@ -189,7 +190,7 @@ def shifted(run: Run, source: Path) -> str:
     recipe = importlib.import_module(run.recipe)
     config = dict(run.config)
     corruptions = config.pop("corruptions", {})
-    places = [name if name in recipe.SYNTHETIC else f"{name}=as in the rows" for name in config["shifts"]]
+    places = [name if name in shift_names() else f"{name}=as in the rows" for name in config["shifts"]]
     named = Run(run.folder, run.recipe, config | {"shifts": places})
     named.rows = run.rows
     shifts = {}
