@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
@@ -73,11 +74,15 @@ def panel(table: pd.DataFrame, title: str, performance: Measure, harm: Measure) 
     for line in places[places["step"].isna()].itertuples():
         before = steps[(steps["method"] == line.method) & (steps["seed"] == line.seed)]
         path = [place(step) for step in (*base.itertuples(), *before.itertuples())] if len(before) else []
-        across = [performance.factor * low for low in (line.low_performance, line.high_performance)]
-        up = sorted(harm.harm(low) for low in (line.low_harm, line.high_harm))
-        intervals = [None if pd.isna(limits[0]) else (limits[0], limits[1]) for limits in (across, up)]
-        points.append(Point(str(line.method), *place(line), *intervals, path))
+        across = _limits(performance.factor * low for low in (line.low_performance, line.high_performance))
+        up = _limits(harm.harm(low) for low in (line.low_harm, line.high_harm))
+        points.append(Point(str(line.method), *place(line), across, up, path))
     return [Panel(title, performance.title, harm.title, points)] if points else []
+
+
+def _limits(values: Iterable[float]) -> tuple[float, float] | None:
+    low, high = sorted(values)
+    return None if math.isnan(low) else (low, high)
 
 
 def with_paper(panels: list[Panel], part: str) -> list[Panel]:

@@ -30,10 +30,11 @@ def text_rows(
         >>> text_rows("pairs.jsonl.gz", ["prompt", "response"], advice="Give a jsonl or jsonl.gz file.")
 
     Args:
-        source: a file, as `file_rows` reads it; a name on the hub, or a folder of a data set, where `split` is given.
+        source: a file, as `file_rows` reads it; where `split` is given, a name on the hub, the folder of a data set,
+            or the address of a csv.
         columns: that every row must have; those of MAY_BE_EMPTY may be missing in a row, or null.
         name: what errors call the source; None: as it is written.
-        split: which rows of a data set; a file is taken whole.
+        split: which rows of a data set, "" for the first split it has; None: the source is a file, taken whole.
         advice: a sentence that says what to give instead.
 
     Raises:
@@ -49,7 +50,8 @@ def text_rows(
         raise ValueError(f"Cannot load {name} ({cause}). {advice}") from None
     check_columns(rows, columns, name)
     for column in columns:
-        if column != "label":
+        # Labels may be numbers, and so may ids that `datasets` has read from a csv.
+        if column != "label" and not (column == "id" and split is not None):
             check_text(rows, column, name, may_be_empty=column in MAY_BE_EMPTY)
     return rows
 
@@ -82,10 +84,12 @@ def labelled_sentences(source: str, split: str = "train") -> list[Row]:
 
 def _hub_rows(source: str, split: str) -> list[Row]:
     """A split of a data set; a folder is read anew, because `datasets` knows its files by time and size."""
-    if not Path(source).is_dir():
-        return list(load_dataset(source, split=split).to_list())
     with tempfile.TemporaryDirectory() as cache:
-        return list(load_dataset(source, split=split, cache_dir=cache, keep_in_memory=True).to_list())
+        options: dict[str, Any] = {"split": split} if split else {}
+        options |= {"cache_dir": cache, "keep_in_memory": True} if Path(source).is_dir() else {}
+        is_csv = source.startswith("https://")
+        loaded = load_dataset("csv", data_files=source, **options) if is_csv else load_dataset(source, **options)
+        return list((loaded if split else next(iter(loaded.values()))).to_list())
 
 
 def file_rows(path: str | Path) -> list[Row]:

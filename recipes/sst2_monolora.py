@@ -27,20 +27,20 @@ import torch
 from arms import ADAPTERS
 from comparison import cells as comparison_cells
 from experiments import Experiment
-from program import run_as_program
-from task import Scored, Task
-from table2 import CONFIGS, Table2Settings, check, compare
+from table2 import CONFIGS, Table2Settings, check, compare, show
 from table2 import parse as parse_table2
+from task import Scored, Task
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
 from evals.answers import answer_log_likelihoods
+from evals.figures import Measure
 from evals.local_files import labelled_sentences
 from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt
-from evals.report import Measure, Table2
+from evals.report import Table2
 from evals.tasks.sentiment import is_right
 from offline.language_model import sentiment_task
-from vision_bench.runs import Cell, Run
+from vision_bench.runs import Cell, Run, run_as_program
 
 METRIC = "accuracy"
 PERFORMANCE = (Measure("accuracy, %", METRIC, factor=100),)
@@ -95,9 +95,7 @@ def load_task(settings: Sst2Settings, options: ModelConfig) -> Task:
     )
 
 
-def accuracy(
-    scored: Scored, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int
-) -> float:
+def accuracy(scored: Scored, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> float:
     """Share of sentences whose right label word has the larger log-likelihood; NaN if one is not finite."""
     encoded = [encode_answer(tokenizer, prompt, answer) for prompt, _ in scored for answer in SST2_ANSWERS]
     scores = answer_log_likelihoods(model, encoded, tokenizer.pad_token_id, batch_size)

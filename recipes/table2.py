@@ -7,7 +7,7 @@ adapter per arm and seed (`comparison`); after that `evals` works in the folder 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 import offline
 from evals.contents import checksum
 from evals.judge import check_judging
-from evals.report import short_name
+from evals.report import Table2, short_name
 from offline.judge import offline_judge
 from vision_bench.runs import Run
 
@@ -229,6 +229,15 @@ def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: 
             evaluate(comparison, answers, judge_folders)
             alignment_sparsity(comparison)
     return run
+
+
+def show(run: Run, table: Callable[[Run], Table2]) -> None:
+    """Write and print the run's table, and draw its figure."""
+    if run.is_main:
+        text = table(run).text()
+        run.write("results.md", text)
+        table(run).draw()
+        print(text)
 
 
 def identity(
