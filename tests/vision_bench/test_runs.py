@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,21 @@ from scipy import stats
 import vision_bench.runs as runs
 from vision_bench.runs import (
     DIVERGED,
+    Cell,
     Interval,
     Run,
+    defaults,
+    differences,
     file_checksum,
     interval,
     markdown_table,
+    option,
     paired_difference,
+    parse,
     provenance,
     read_rows,
+    recorded,
+    run_as_program,
     write_atomic,
 )
 
@@ -64,6 +72,120 @@ def test_another_configuration_or_recipe_is_refused_and_nothing_is_lost(tmp_path
     with pytest.raises(ValueError, match="results of the recipe 'recipe'"):
         Run(tmp_path, "other", {"rate": 0.1, "old": 1})
     assert (tmp_path / "results.jsonl").read_bytes() == before
+
+
+def test_a_folder_from_before_an_option_goes_on_while_the_option_is_at_its_default(tmp_path):
+    add(Run(tmp_path, "recipe", {"rate": 0.1}))
+    now = {"rate": 0.1, "layers": ("a", "b")}
+    with pytest.raises(ValueError, match=r"\(layers: None there, \['a', 'b'\] now\)"):
+        Run(tmp_path, "recipe", now)
+    with pytest.raises(ValueError, match=r"\(layers: \['c'\] there, \['a', 'b'\] now\)"):
+        Run(tmp_path, "recipe", now, defaults={"layers": ["c"]})
+    again = Run(tmp_path, "recipe", now, defaults={"layers": ["a", "b"], "rate": 0.3})
+    assert len(again.find("accuracy", seed=0)) == 1
+    add(again, seed=1)
+    # From now on the folder has the option, so that another default later is another configuration.
+    Run(tmp_path, "recipe", now)
+    with pytest.raises(ValueError, match=r"\(layers: \['a', 'b'\] there, \['c'\] now\)"):
+        Run(tmp_path, "recipe", {"rate": 0.1, "layers": ["c"]}, defaults={"layers": ["c"]})
+
+
+def test_a_folder_whose_default_has_changed_and_one_with_an_unknown_setting_are_refused(tmp_path):
+    add(Run(tmp_path, "recipe", {"rate": 0.1, "old": 1}))
+    with pytest.raises(ValueError, match=r"\(rate: 0.1 there, 0.2 now\)"):
+        Run(tmp_path, "recipe", {"rate": 0.2, "old": 1}, defaults={"rate": 0.2, "old": 1})
+    with pytest.raises(ValueError, match=r"\(old: 1 there, None now\)"):
+        Run(tmp_path, "recipe", {"rate": 0.1}, defaults={"rate": 0.1})
+
+
+def test_facts_stand_in_rows_and_do_not_tell_configurations_apart(tmp_path):
+    run = Run(tmp_path, "recipe", {"rate": 0.1}, facts={"num_classes": 10})
+    add(run, method="lora")
+    assert run.rows[0]["config"] == {"rate": 0.1, "num_classes": 10, "method": "lora"}
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored == {"recipe": "recipe", "config": {"rate": 0.1}, "facts": {"num_classes": 10}}
+    other = Run(tmp_path, "recipe", {"rate": 0.1}, facts={"num_classes": 11})
+    assert other.config == {"rate": 0.1, "num_classes": 11}
+    # A folder from before the fact was recorded gets it when it goes on.
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": "recipe", "config": {"rate": 0.1}}))
+    Run(tmp_path, "recipe", {"rate": 0.1}, facts={"num_classes": 10}).bind()
+    assert json.loads((tmp_path / "config.json").read_text()) == stored
+
+
+def test_differences_have_one_wording():
+    before, now = {"a": 1, "b": {"c": (1, 2), "d": {}}}, {"a": 2, "b": {"c": [1, 2], "d": {"e": 3}}}
+    assert (
+        differences(before, now)
+        == "a: 1 there, 2 now; b: {'c': [1, 2], 'd': {}} there, {'c': [1, 2], 'd': {'e': 3}} now"
+    )
+    assert differences(before, now, nested=True) == "a: 1 there, 2 now; d: {} there, None now; e: None there, 3 now"
+    assert differences(before, before | {"new": 1}, {"new": 1}) == differences(before, before) == ""
+
+
+def test_cells_without_a_row_are_lacking_unless_their_arm_diverged(tmp_path):
+    run = Run(tmp_path, "recipe", {"sizes": [1, 2]})
+    cells = [Cell("accuracy", seed, {"method": m, "size": (1, 2)}) for seed in (0, 1, 2) for m in ("ce", "nce")]
+    cells.append(Cell("crossing", None))
+    assert run.lacking(cells) == cells
+    add(run, seed=0, method="ce", size=[1, 2])
+    add(run, seed=None, method="ce", size=[1, 2])
+    assert run.lacking(iter(cells)) == cells[1:]
+    run.add_diverged("not finite", n=0, seed=0, seconds=0, device="cpu", method="nce")
+    run.add_diverged("not finite", n=0, seed=1, seconds=0, device="cpu", method="nce", size=[2, 1])
+    assert run.lacking(cells) == cells[2:]
+    run.add_diverged("not finite", n=0, seed=1, seconds=0, device="cpu")
+    assert run.lacking(cells) == cells[4:]
+
+
+@dataclass
+class Training:
+    output_dir: str = option(help="Folder.", changes_results=False)
+    rates: list[float] = option([0.1, 0.2], help="Learning rates.")
+    decay: float | None = option(None, help="Weight decay.")
+    models: list[str] = option([], help="Names.", positional=True)
+
+
+@dataclass
+class Other:
+    wide: bool = option(False, help="Wide.")
+
+
+def test_settings_come_from_the_command_line_over_a_file(tmp_path, capsys):
+    first, second = parse([Training, Other], ["--output_dir", "x"])
+    assert (first, second) == (Training("x", [0.1, 0.2], None, []), Other(False))
+    first.rates.append(1)
+    assert Training("x").rates == [0.1, 0.2]
+    path = tmp_path / "settings.yaml"
+    path.write_text("rates: [0.5]\ndecay: 1e-3\nwide: true\nmodels: [a]\n")
+    arguments = ["--output_dir", "x", "--config", str(path)]
+    assert parse([Training, Other], arguments) == (Training("x", [0.5], 1e-3, ["a"]), Other(True))
+    assert parse([Training, Other], ["b", *arguments, "--decay", "2"])[0] == Training("x", [0.5], 2.0, ["b"])
+    assert parse([Training, Other], [*arguments, "b", "c"])[0].models == ["b", "c"]
+    assert parse([Training], arguments, shared=[Other]) == (Training("x", [0.5], 1e-3, ["a"]),)
+    for options, program in (({}, "this recipe"), ({"prog": "python -m vision_bench"}, "python -m vision_bench")):
+        with pytest.raises(SystemExit):
+            parse([Training], arguments, **options)
+        assert f"sets wide, which {program} does not have" in capsys.readouterr().err
+
+
+def test_what_is_recorded_of_settings_and_what_they_are_by_default():
+    assert recorded(Training("x", [1.0]), Other(True)) == {"rates": [1.0], "decay": None, "models": [], "wide": True}
+    assert defaults(Training, Other) == {"rates": [0.1, 0.2], "decay": None, "models": [], "wide": False}
+
+
+def test_a_program_ends_with_one_line_where_the_user_can_mend_it():
+    def main(error):
+        raise error
+
+    for error, message in (
+        (ValueError("rate is 2"), "Error: rate is 2"),
+        (FloatingPointError("diverged"), "Error: diverged"),
+        (KeyboardInterrupt(), "Stopped. The same command continues."),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run_as_program(lambda error=error: main(error))
+    with pytest.raises(ZeroDivisionError):
+        run_as_program(lambda: main(ZeroDivisionError()))
 
 
 def test_a_run_without_results_leaves_the_folder_free(tmp_path):

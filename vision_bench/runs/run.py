@@ -9,18 +9,27 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vision_bench.runs.lines import LineAppender, line, locked, read_lines, write_atomic
 from vision_bench.runs.provenance import commit, versions
+from vision_bench.runs.settings import differences
 
 ROWS = "results.jsonl"
 CONFIG = "config.json"
 DIVERGED = "diverged"  # metric of the row that marks an arm whose weights, scores or features are not finite
+
+
+class Cell(NamedTuple):
+    """A row that a whole run has: its metric and seed, and what distinguishes it within the run."""
+
+    metric: str
+    seed: int | None
+    arm: Mapping[str, Any] = {}
 
 
 class Run:
@@ -31,14 +40,32 @@ class Run:
         recipe: name of the recipe or command, stands in every row.
         config: every setting that changes a result, JSON-serialisable; stands in every row.
         is_main: False in all but one of several processes: such a run writes nothing.
+        defaults: of settings. A folder from before an option existed continues while the option is at its default.
+        facts: what follows from the settings and the data, such as the number of classes: stands in every row and in
+            `config` as settings do, but does not tell configurations apart.
+
+    Attributes:
+        config: the settings and the facts.
+        rows: in the order of writing.
 
     Raises:
         ValueError: the folder holds another configuration or recipe, or rows that cannot be read; or a setting is NaN
             or infinite.
     """
 
-    def __init__(self, output_dir: str | Path, recipe: str, config: dict[str, Any], is_main: bool = True) -> None:
-        for name, value in config.items():
+    def __init__(
+        self,
+        output_dir: str | Path,
+        recipe: str,
+        config: Mapping[str, Any],
+        is_main: bool = True,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.facts = dict(facts or {})
+        self.config: dict[str, Any] = {**config, **self.facts}
+        for name, value in self.config.items():
             try:
                 json.dumps(value, allow_nan=False)
             except ValueError:
@@ -47,7 +74,8 @@ class Run:
                 ) from None
         self.folder = Path(output_dir)
         self.recipe = recipe
-        self.config = json.loads(json.dumps(config))  # as it will be read back
+        self.config = json.loads(json.dumps(self.config))  # as it will be read back
+        self._defaults = defaults
         self.is_main = is_main
         self._held = ExitStack()  # the lock and the open file of rows, from `bind` on
         self._bound = False
@@ -71,14 +99,14 @@ class Run:
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["recipe"] != self.recipe:
             raise ValueError(f"{self.folder} holds results of the recipe {before['recipe']!r}; choose another folder.")
-        old, new = before["config"], self.config
-        changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-        if changed:
-            changes = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed)
+        if changed := differences(self._settings(before["config"]), self._settings(self.config), self._defaults):
             raise ValueError(
-                f"{self.folder} holds results of another configuration ({changes}). Choose another --output_dir, or "
+                f"{self.folder} holds results of another configuration ({changed}). Choose another --output_dir, or "
                 "repeat the old settings to continue that run."
             )
+
+    def _settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in config.items() if name not in self.facts}
 
     def find(self, metric: str, **arm: Any) -> list[dict[str, Any]]:
         """The rows of `metric` whose seed and configuration have the values of `arm`, in the order of writing.
@@ -94,6 +122,26 @@ class Run:
                 if row["metric"] == metric:
                     indices[names].setdefault(_values(row, names), []).append(row)
         return list(indices[names].get(tuple(_hashable(arm[name]) for name in names), ()))
+
+    def lacking(self, cells: Iterable[Cell]) -> list[Cell]:
+        """The cells that have no row, in their order; those of an arm that is marked as diverged need none.
+
+        A mark counts for all cells of its seed that agree with it in what it names: one that names no arm counts for
+        the whole seed.
+        """
+        marks = self.find(DIVERGED)
+
+        def is_marked(cell: Cell) -> bool:
+            return any(
+                mark["seed"] == cell.seed
+                and all(
+                    _hashable(mark["config"].get(name, value)) == _hashable(value) for name, value in cell.arm.items()
+                )
+                for mark in marks
+            )
+
+        missing = (cell for cell in cells if not self.find(cell.metric, seed=cell.seed, **cell.arm))
+        return [cell for cell in missing if not is_marked(cell)]
 
     def row(
         self, metric: str, value: float | None, *, n: int, seed: int | None, seconds: float, device: str, **arm: Any
@@ -178,9 +226,10 @@ class Run:
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 file.write(bytes(2**16))
                 os.fsync(file.fileno())
-            if not (self.folder / CONFIG).exists():
-                described = {"recipe": self.recipe, "config": self.config}
-                self.write(CONFIG, json.dumps(described, indent=2, sort_keys=True) + "\n")
+            described = {"recipe": self.recipe, "config": self._settings(self.config), "facts": self.facts}
+            text, path = json.dumps(described, indent=2, sort_keys=True) + "\n", self.folder / CONFIG
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                self.write(CONFIG, text)  # also with the facts and new options that an older folder lacks
         except OSError as error:
             self._held.close()
             raise ValueError(f"--output_dir {self.folder} cannot be written to ({error}); choose another.") from None

@@ -1,0 +1,43 @@
+"""The folder of a run: append-only rows under a lock, the statistics over them, and where they are from.
+
+from vision_bench.runs import Run, interval
+
+run = Run("runs/mine", "my_recipe", {"seeds": [0, 1]})
+for seed in run.config["seeds"]:
+    run.add("accuracy", 0.5 + seed / 10, n=100, seed=seed, seconds=1.0, device="cpu", arm="lora")
+print(interval([row["value"] for row in run.find("accuracy", arm="lora")]).text())  # 0.55 ± 0.64
+"""
+
+from vision_bench.runs.lines import LineAppender, Lines, file_checksum, locked, read_lines, write_atomic
+from vision_bench.runs.provenance import commit, device_name, versions
+from vision_bench.runs.run import CONFIG, DIVERGED, ROWS, Cell, Run, read_rows
+from vision_bench.runs.settings import defaults, differences, option, parse, recorded, run_as_program
+from vision_bench.runs.statistics import Interval, interval, markdown_table, paired_difference
+
+__all__ = [
+    "CONFIG",
+    "DIVERGED",
+    "ROWS",
+    "Cell",
+    "Interval",
+    "LineAppender",
+    "Lines",
+    "Run",
+    "commit",
+    "defaults",
+    "device_name",
+    "differences",
+    "file_checksum",
+    "interval",
+    "locked",
+    "markdown_table",
+    "option",
+    "paired_difference",
+    "parse",
+    "read_lines",
+    "read_rows",
+    "recorded",
+    "run_as_program",
+    "versions",
+    "write_atomic",
+]

@@ -1,0 +1,313 @@
+"""The sweep of linear probes: how they are trained x what they are tested on x kinds of features -> rows of results.
+
+`Grid` says which rows there are, `sweep` measures those that are lacking, and `rows` makes rows of a run of them. The
+recipes of Table 1, Fig. 2 and Fig. 6 and the command `python -m vision_bench` are grids of their own:
+
+    import torch
+    from vision_bench import kinds
+    from vision_bench.sweep import Arm, Grid, Test, Training, sweep
+
+    trainings = [Training(label_noise=rate, seed=seed) for seed in (0, 1) for rate in (0.0, 0.4)]
+    grid = Grid(
+        arms={"raw": Arm("raw", trainings), "unit": Arm("unit", trainings)},
+        tests=[Test()],
+        training_arm=lambda training: {"label_noise": training.label_noise},
+        test_arm=lambda test: {"test": test.images},
+    )
+    labels = torch.arange(300) % 3
+    features = {kinds.BASE: torch.randn(300, 8) + torch.nn.functional.one_hot(labels, 8)}
+    frozen = kinds.Frozen(train=features)
+    for batch in sweep(grid, frozen, labels, 3, load=lambda test: (features, labels), device="cpu"):
+        for measured in batch:
+            print(measured.cell.metric, measured.cell.seed, measured.cell.arm, measured.value)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from vision_bench import kinds
+from vision_bench.corruptions import flip_labels
+from vision_bench.data import stratified_fraction
+from vision_bench.features import InputNoise
+from vision_bench.metrics import MEASURED, semantic_consistency
+from vision_bench.probe import TRAINING, Probes, fit_linear_probes, probe_accuracy, training_accuracy
+from vision_bench.runs import Run, device_name
+
+ACCURACY = "offline_probe_top1"  # of a probe on test images
+CLEAN = "clean"
+
+
+class Cell(NamedTuple):
+    """The place of a row in a run: its metric, its seed, and the settings that distinguish it within the run."""
+
+    metric: str
+    seed: int | None
+    arm: dict[str, Any]
+
+
+class Training(NamedTuple):
+    """How a probe is trained."""
+
+    label_noise: float = 0.0  # share of wrong training labels, in [0, 1]
+    fraction: float = 1.0  # share of the training images that have labels, drawn from each class, in (0, 1]
+    alpha: float = 1.0  # loss = alpha * cross entropy + beta * reverse cross entropy
+    beta: float = 0.0
+    weight_decay: float = 0.0
+    seed: int = 0  # of the wrong labels, the drawn images, the initial weights and the order of the samples
+
+
+class Test(NamedTuple):
+    """What probes are tested on."""
+
+    images: str = CLEAN  # name of the images, which the `load` of `sweep` understands
+    noise: InputNoise | None = None  # on these images
+    seeds: tuple[int, ...] | None = None  # of the probes that are tested; None: all, as the images are for all seeds
+
+
+class Arm(NamedTuple):
+    """A kind of features and the probes of it. Two arms may have one kind, such as `poly` and `poly_decay`."""
+
+    kind: str  # of `kinds.KINDS`
+    trainings: Sequence[Training]
+
+
+class Measured(NamedTuple):
+    """The value of a cell."""
+
+    cell: Cell
+    value: float | None
+    n: int  # samples behind the value
+
+
+class Fitted(NamedTuple):
+    """k probes of one kind of features."""
+
+    trainings: list[Training]  # how each was trained
+    probes: Probes
+    own: list[tuple[float, float, int]]  # of each: both values of `probe.training_accuracy`, number of its images
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The rows of a sweep with the frozen models of one pretraining.
+
+    Args:
+        arms: by the name that rows have as `features`.
+        tests: every arm is tested on all of them.
+        training_arm: what distinguishes the rows of a training, beside features and seed.
+        test_arm: what distinguishes the rows of a test.
+        described_arm: what distinguishes the rows that say what features are (`MEASURED`) on the images of a test, or
+            None where features are not described. By default they are described on the first test alone, with nothing
+            to distinguish these rows but the features.
+        model_seed: seed of rows that depend on the frozen models alone; None if several seeds share the models.
+    """
+
+    arms: Mapping[str, Arm]
+    tests: Sequence[Test]
+    training_arm: Callable[[Training], dict[str, Any]]
+    test_arm: Callable[[Test], dict[str, Any]]
+    described_arm: Callable[[Test], dict[str, Any] | None] | None = None
+    model_seed: int | None = None
+
+    def training_cells(self, name: str, training: Training) -> list[Cell]:
+        """The cells of `TRAINING`: what a probe fits of its own training labels."""
+        arm = {"features": name, **self.training_arm(training)}
+        return [Cell(metric, training.seed, arm) for metric in TRAINING]
+
+    def accuracy_cell(self, name: str, training: Training, test: Test) -> Cell:
+        """The cell of the accuracy of a probe."""
+        arm = {"features": name, **self.test_arm(test), **self.training_arm(training)}
+        return Cell(ACCURACY, training.seed, arm)
+
+    def described_cells(self, name: str, test: Test) -> list[Cell]:
+        """The cells of `MEASURED`: what the features of an arm are on the images of a test."""
+        arm = self.described_arm(test) if self.described_arm else {} if test == self.tests[0] else None
+        return [] if arm is None else [Cell(m, self.model_seed, {"features": name, **arm}) for m in MEASURED]
+
+    def test_cells(self, name: str, test: Test) -> list[Cell]:
+        """All cells of an arm on one test."""
+        accuracies = [self.accuracy_cell(name, one, test) for one in self.tested(name, test)]
+        return accuracies + self.described_cells(name, test)
+
+    def tested(self, name: str, test: Test) -> list[Training]:
+        """The trainings of an arm whose probes are tested on the images of a test."""
+        return [one for one in self.arms[name].trainings if test.seeds is None or one.seed in test.seeds]
+
+    def cells(self, name: str) -> list[Cell]:
+        """Every cell of an arm."""
+        trained = [cell for training in self.arms[name].trainings for cell in self.training_cells(name, training)]
+        return trained + [cell for test in self.tests for cell in self.test_cells(name, test)]
+
+
+def fit(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    trainings: Sequence[Training],
+    *,
+    device: torch.device | str,
+    epochs: int = 50,
+    batch_size: int = 256,
+    progress: bool = False,
+    **probe: Any,
+) -> Fitted:
+    """A probe for each training. Those that see the same images are one pass, in the order of `trainings`.
+
+    With all images this is one pass of all seeds. With a share of them each seed draws its own. Probes of few images
+    take as many steps as those of all images, up to whole epochs.
+
+    Args:
+        features: (n, d) of the training images.
+        labels: (n,) integer in [0, num_classes), the right ones.
+        num_classes: at least 2.
+        trainings: at least one.
+        device: where to train.
+        epochs: passes over all images.
+        batch_size: of images; all of them where there are fewer.
+        progress: show progress bars.
+        probe: further arguments of `probe.fit_linear_probes`, shared by all probes.
+
+    Raises:
+        ValueError: as `fit_linear_probes`; or a class is left without images.
+        FloatingPointError: the training of a probe diverged.
+    """
+    passes: dict[tuple[float, int | None], list[Training]] = {}
+    for training in trainings:
+        drawn_by = None if training.fraction == 1 else training.seed
+        passes.setdefault((training.fraction, drawn_by), []).append(training)
+    steps = epochs * (len(labels) // min(batch_size, len(labels)))  # an incomplete batch is no step
+    parts, own = [], list[tuple[float, float, int]]()
+    for (fraction, seed), members in passes.items():
+        x, y = features, labels
+        if seed is not None:
+            drawn = stratified_fraction(labels, fraction, torch.Generator().manual_seed(seed))
+            x, y = features[drawn], labels[drawn]
+        noisy = {
+            (one.label_noise, one.seed): flip_labels(
+                y, one.label_noise, num_classes, torch.Generator().manual_seed(one.seed)
+            )
+            for one in dict.fromkeys(one._replace(alpha=1.0, beta=0.0, weight_decay=0.0) for one in members)
+        }
+        label_sets = torch.stack([noisy[one.label_noise, one.seed] for one in members])
+        batch = min(batch_size, len(y))
+        x = x.to(device)
+        probes = fit_linear_probes(
+            x,
+            label_sets,
+            num_classes,
+            epochs=max(1, round(steps / (len(y) // batch))),
+            batch_size=batch,
+            weight_decay=[one.weight_decay for one in members],
+            alpha=[one.alpha for one in members],
+            beta=[one.beta for one in members],
+            seeds=[one.seed for one in members],
+            device=device,
+            progress=progress,
+            **probe,
+        )
+        parts.append(probes)
+        accuracies = (values.tolist() for values in training_accuracy(probes, x, label_sets))
+        own += [(*values, len(y)) for values in zip(*accuracies, strict=True)]
+    fitted = [training for members in passes.values() for training in members]
+    return Fitted(fitted, Probes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))), own)
+
+
+def sweep(
+    grid: Grid,
+    frozen: kinds.Frozen,
+    labels: torch.Tensor,
+    num_classes: int,
+    load: Callable[[Test], tuple[kinds.Outputs, torch.Tensor]],
+    *,
+    device: torch.device | str,
+    lacks: Callable[[Cell], bool] = lambda cell: True,
+    progress: bool = False,
+    **probe: Any,
+) -> Iterator[list[Measured]]:
+    """Measure the cells of a grid that are lacking.
+
+    Every arm that lacks a cell is fitted as a whole, so that a run that was stopped goes on to the same values. The
+    features of the images of a test are loaded once and serve all arms.
+
+    Args:
+        frozen: what the frozen models make of the training images, and what kinds of features need beside it.
+        labels: (n,) integer, the right labels of the training images.
+        num_classes: at least 2.
+        load: gives for a test the features (m, d) of its images under each frozen model, and their labels (m,).
+        device: where probes are trained and tested.
+        lacks: whether a cell is to be measured.
+        progress: show progress bars.
+        probe: further arguments of `fit`, such as epochs, batch_size and optimizer.
+
+    Yields:
+        The measured cells of an arm as soon as it is fitted, then those of each test.
+
+    Raises:
+        ValueError: a kind of features that does not exist; or as `fit`.
+        FloatingPointError: the training of a probe diverged.
+    """
+    makers = {
+        name: kinds.maker(grid.arms[name].kind, frozen) for name in grid.arms if any(map(lacks, grid.cells(name)))
+    }
+    fitted: dict[str, Fitted] = {}
+    for name, make in makers.items():
+        fitted[name] = fit(
+            make(frozen.train),
+            labels,
+            num_classes,
+            grid.arms[name].trainings,
+            device=device,
+            progress=progress,
+            **probe,
+        )
+        yield [
+            Measured(cell, value, n)
+            for training, (*values, n) in zip(fitted[name].trainings, fitted[name].own, strict=True)
+            for cell, value in zip(grid.training_cells(name, training), values, strict=True)
+            if lacks(cell)
+        ]
+    lacking = [
+        test for test in grid.tests if any(lacks(cell) for name in makers for cell in grid.test_cells(name, test))
+    ]
+    for test in tqdm(lacking, desc="test sets", unit="set", disable=not progress or len(lacking) < 2):
+        outputs, answers = load(test)
+        measured: list[Measured] = []
+        for name, make in makers.items():
+            if not any(map(lacks, grid.test_cells(name, test))):
+                continue
+            features = make(outputs)
+            tested = set(grid.tested(name, test))
+            chosen = [i for i, training in enumerate(fitted[name].trainings) if training in tested]
+            weights, biases = (part[chosen] for part in fitted[name].probes)
+            accuracies = probe_accuracy(weights, biases, features, answers, topk=(1,))[1].tolist()
+            cells = [grid.accuracy_cell(name, fitted[name].trainings[i], test) for i in chosen]
+            described = grid.described_cells(name, test)
+            if any(map(lacks, described)):
+                cells += described
+                accuracies += semantic_consistency(features, answers).summary.values()
+            measured += [
+                Measured(cell, value, len(answers))
+                for cell, value in zip(cells, accuracies, strict=True)
+                if lacks(cell)
+            ]
+        yield measured
+
+
+def rows(
+    run: Run, batches: Iterable[Sequence[Measured]], device: torch.device, **common: Any
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of a run, not yet in it, of each batch of `sweep`; `common` stands in the config of all of them."""
+    start = time.monotonic()
+    for batch in batches:
+        timed: dict[str, Any] = {"seconds": time.monotonic() - start, "device": device_name(device)}
+        yield [
+            run.row(cell.metric, value, n=n, seed=cell.seed, **timed, **common, **cell.arm) for cell, value, n in batch
+        ]
+        start = time.monotonic()
