@@ -158,10 +158,10 @@ def accuracy_bars(
     width = 0.8 / len(arms)
     for i, arm in enumerate(arms):
         means, errors = zip(*(values[arm] for values in conditions.values()), strict=True)
-        style, errors = _style(arm), {"yerr": errors, "error_kw": {"elinewidth": 0.8, "capsize": 2}}
+        style, middle = _style(arm), places + (i - (len(arms) - 1) / 2) * width
         look = {"color": style.colour, "hatch": style.hatch, "edgecolor": "white", "linewidth": 0}
-        middle = places + (i - (len(arms) - 1) / 2) * width
-        ax.bar(middle, means, 0.95 * width, label=arm.replace("_", " "), **look, **errors)
+        look |= {"yerr": errors, "error_kw": {"elinewidth": 0.8, "capsize": 2}}
+        ax.bar(middle, means, 0.95 * width, label=arm.replace("_", " "), **look)
     if chance is not None:
         ax.hlines(chance, places - 0.45, places + 0.45, **_CHANCE)
     ax.set(xticks=places, xticklabels=list(conditions), ylabel="test accuracy, %")
@@ -201,22 +201,18 @@ def band_curves(
         for arm, curve in curves.items():
             text = ", ".join(filter(None, [arm.replace("_", " "), (notes or {}).get(arm)]))
             # Bands of the controls are fainter: five of them hide each other.
-            _curve(ax, levels, *curve, _style(arm), text, band=0.07 if "+" in arm else 0.2, marker=marker)
+            _curve(ax, levels, curve, _style(arm), text, band=0.07 if "+" in arm else 0.2, marker=marker)
         ax.set_ylabel(name)
         if logarithmic:
             ax.set_xscale("log")
             ax.set_xticks(levels, [f"{level:g}" for level in levels])
             ax.minorticks_off()
         if not curves.keys().isdisjoint(REFERENCES):
-            if chance is not None:
-                ax.plot(levels, chance, **_CHANCE)
-            _limit_to_shares(ax, beyond=1 if chance is None else 0)
+            _finish_accuracies(ax, levels, chance)
         else:
             ax.axhline(0, color="black", linewidth=0.6)
             for level, most in (published or {}).items():
                 _published(ax, level, most, leftwards=level == max(levels))
-    if chance is not None and len(levels) > 1:
-        axes.flat[-1].set_xlim(levels[0], levels[-1])
     axes.flat[-1].set_xlabel(label)
     _legend(figure, axes.flat[0])
     return figure
@@ -236,12 +232,9 @@ def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], Curve]
     losses = list(dict.fromkeys(loss for _, loss in curves))
     for (arm, loss), curve in curves.items():
         style = _style(arm)._replace(line=("--", "-")[losses.index(loss)])
-        _curve(ax, levels, *curve, style, f"{arm.replace('_', ' ')}, {loss}", band=0.15)
-    ax.axhline(chance, **_CHANCE)
+        _curve(ax, levels, curve, style, f"{arm.replace('_', ' ')}, {loss}", band=0.15)
     ax.set(xlabel="share of wrong training labels, %", ylabel="test accuracy, %")
-    if len(levels) > 1:
-        ax.set_xlim(levels[0], levels[-1])
-    _limit_to_shares(ax)
+    _finish_accuracies(ax, levels, [chance] * len(levels))
     _legend(figure, ax)
     return figure
 
@@ -309,7 +302,7 @@ def gains_beside_paper(
     """
     figure, axes = _figure(1, len(ours), height=2.0)
     for ax, (arm, curve) in zip(axes.flat, ours.items(), strict=True):
-        _curve(ax, levels, *curve, _style(arm), "ours")
+        _curve(ax, levels, curve, _style(arm), "ours")
         for marker, (data, arms) in zip("o^sD", published.items(), strict=False):
             places, values = zip(*sorted(arms[arm].items()), strict=True)
             ax.plot(places, values, marker, **_HOLLOW, label=f"paper, {data}")
@@ -441,37 +434,36 @@ def image_grids(blocks: Mapping[str, Sequence[ImageGrid]]) -> Figure:
             for ax, image, label in zip(places, grid.images, grid.classes, strict=False):
                 ax.set_visible(True)
                 ax.imshow(np.asarray(image).transpose(1, 2, 0), interpolation="nearest")
-                same, name = label == most and count > 1, readable(label)
-                ax.set_title(
-                    name if len(name) < 15 else f"{name[:13]}…", size=4.5, weight="bold" if same else "normal", pad=1.5
-                )
+                text = readable(label)
+                text = text if len(text) < 15 else f"{text[:13]}…"
+                same = label == most and count > 1
+                ax.set_title(text, size=4.5, weight="bold" if same else "normal", pad=1.5)
                 for spine in ax.spines.values():
                     spine.set(color=_MONO.colour if same else "#999999", linewidth=1.4 if same else 0.4)
     return figure
 
 
 def _curve(
-    ax: Axes,
-    levels: Sequence[float],
-    mean: ArrayLike,
-    half_width: ArrayLike,
-    style: Style,
-    label: str,
-    band: float = 0.2,
-    marker: str = "",
+    ax: Axes, levels: Sequence[float], curve: Curve, style: Style, label: str, band: float = 0.2, marker: str = ""
 ) -> None:
     """A line with its interval as a band of the opacity `band`, or as a bar where one level leaves a band no width."""
-    ax.plot(levels, mean, style.line, color=style.colour, label=label, marker=marker, markersize=2)
+    mean, half_width = map(np.asarray, curve)
+    ax.plot(levels, mean, color=style.colour, linestyle=style.line, label=label, marker=marker, markersize=2)
     if len(levels) == 1:
         ax.errorbar(levels, mean, yerr=half_width, color=style.colour, fmt="o", markersize=2, capsize=2)
-    low, high = np.asarray(mean) - np.asarray(half_width), np.asarray(mean) + np.asarray(half_width)
-    ax.fill_between(levels, low, high, color=style.colour, alpha=band, linewidth=0)
+    ax.fill_between(levels, mean - half_width, mean + half_width, color=style.colour, alpha=band, linewidth=0)
 
 
-def _limit_to_shares(ax: Axes, beyond: float = 0) -> None:
-    """Let the vertical axis end at 0 and 100 %, and `beyond`: an interval of a share may reach farther."""
+def _finish_accuracies(ax: Axes, levels: Sequence[float], chance: Sequence[float] | None) -> None:
+    """Draw the chance level and end the axes where levels and shares do, beyond which an interval may reach."""
+    margin = 1 if chance is None else 0  # for the dots that mark the levels
+    if chance is not None and len(levels) > 1:
+        ax.plot(levels, chance, **_CHANCE)
+        ax.set_xlim(levels[0], levels[-1])
+    elif chance is not None:
+        ax.axhline(chance[0], **_CHANCE)
     low, high = ax.get_ylim()
-    ax.set_ylim(max(-beyond, low), min(100 + beyond, high))
+    ax.set_ylim(max(-margin, low), min(100 + margin, high))
 
 
 def _figure(rows: int, columns: int, height: float, sharex: bool = False) -> tuple[Figure, np.ndarray[Any, Any]]:
