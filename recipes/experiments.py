@@ -15,7 +15,7 @@ import torch
 from frozen_features import FEATURES
 from probes import ACCURACY, ARMS, gain
 from training_accuracies import CHANCE
-from vision import IMAGES
+from vision_ladder import IMAGES
 
 from vision_bench import figures
 from vision_bench.metrics import MEASURED

@@ -13,7 +13,7 @@ from typing import Any
 import frozen_features
 from frozen_features import FEATURES
 from training_accuracies import chance_percent, own_labels
-from vision import ProbingArguments
+from vision_ladder import ProbingArguments
 
 from vision_bench import cautions, sae
 from vision_bench.metrics import MEASURED

@@ -99,14 +99,13 @@ class Run:
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["recipe"] != self.recipe:
             raise ValueError(f"{self.folder} holds results of the recipe {before['recipe']!r}; choose another folder.")
-        if changed := differences(self._settings(before["config"]), self._settings(self.config), self._defaults):
+        facts = self.facts.keys() | before.get("facts", ())
+        old, new = ({k: v for k, v in side.items() if k not in facts} for side in (before["config"], self.config))
+        if changed := differences(old, new, self._defaults):
             raise ValueError(
                 f"{self.folder} holds results of another configuration ({changed}). Choose another --output_dir, or "
                 "repeat the old settings to continue that run."
             )
-
-    def _settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in config.items() if name not in self.facts}
 
     def find(self, metric: str, **arm: Any) -> list[dict[str, Any]]:
         """The rows of `metric` whose seed and configuration have the values of `arm`, in the order of writing.
@@ -226,7 +225,7 @@ class Run:
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 file.write(bytes(2**16))
                 os.fsync(file.fileno())
-            described = {"recipe": self.recipe, "config": self._settings(self.config), "facts": self.facts}
+            described = {"recipe": self.recipe, "config": self.config, "facts": sorted(self.facts)}
             text, path = json.dumps(described, indent=2, sort_keys=True) + "\n", self.folder / CONFIG
             if not path.exists() or path.read_text(encoding="utf-8") != text:
                 self.write(CONFIG, text)  # also with the facts and new options that an older folder lacks
