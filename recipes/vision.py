@@ -181,7 +181,7 @@ class ProbingSettings:
 
 
 def from_json(name: str, text: str | None) -> Any:
-    """The JSON that the setting `name` holds, or `text` itself if it is no text; raises ValueError if it is not JSON."""
+    """The JSON that the setting `name` holds, or `text` itself if it is no text; raises ValueError if it is none."""
     try:
         return json.loads(text) if isinstance(text, str) else text
     except json.JSONDecodeError as error:

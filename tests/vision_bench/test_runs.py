@@ -103,7 +103,7 @@ def test_facts_stand_in_rows_and_do_not_tell_configurations_apart(tmp_path):
     add(run, method="lora")
     assert run.rows[0]["config"] == {"rate": 0.1, "num_classes": 10, "method": "lora"}
     stored = json.loads((tmp_path / "config.json").read_text())
-    assert stored == {"recipe": "recipe", "config": {"rate": 0.1, "num_classes": 10}, "facts": ["num_classes"]}
+    assert stored == {"recipe": "recipe", "config": {"rate": 0.1}, "facts": {"num_classes": 10}}
     other = Run(tmp_path, "recipe", {"rate": 0.1}, facts={"num_classes": 11})
     assert other.config == {"rate": 0.1, "num_classes": 11}
     # A folder from before the fact was recorded gets it when it goes on.

@@ -99,13 +99,14 @@ class Run:
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["recipe"] != self.recipe:
             raise ValueError(f"{self.folder} holds results of the recipe {before['recipe']!r}; choose another folder.")
-        facts = self.facts.keys() | before.get("facts", ())
-        old, new = ({k: v for k, v in side.items() if k not in facts} for side in (before["config"], self.config))
-        if changed := differences(old, new, self._defaults):
+        if changed := differences(self._settings(before["config"]), self._settings(self.config), self._defaults):
             raise ValueError(
                 f"{self.folder} holds results of another configuration ({changed}). Choose another --output_dir, or "
                 "repeat the old settings to continue that run."
             )
+
+    def _settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in config.items() if name not in self.facts}
 
     def find(self, metric: str, **arm: Any) -> list[dict[str, Any]]:
         """The rows of `metric` whose seed and configuration have the values of `arm`, in the order of writing.
@@ -126,7 +127,8 @@ class Run:
         """The cells that have no row, in their order; those of an arm that is marked as diverged need none.
 
         A mark counts for all cells of its seed that agree with it in what it names: one that names no arm counts for
-        the whole seed.
+        the whole seed. A cell without a seed has its row too if there is one of each seed of the run, as there were
+        before what several seeds share was measured once.
         """
         marks = self.find(DIVERGED)
 
@@ -139,8 +141,13 @@ class Run:
                 for mark in marks
             )
 
-        missing = (cell for cell in cells if not self.find(cell.metric, seed=cell.seed, **cell.arm))
-        return [cell for cell in missing if not is_marked(cell)]
+        def has_row(cell: Cell) -> bool:
+            seeds = self.config.get("seeds") if cell.seed is None else None
+            return bool(self.find(cell.metric, seed=cell.seed, **cell.arm)) or (
+                bool(seeds) and all(self.find(cell.metric, seed=seed, **cell.arm) for seed in seeds or ())
+            )
+
+        return [cell for cell in cells if not has_row(cell) and not is_marked(cell)]
 
     def row(
         self, metric: str, value: float | None, *, n: int, seed: int | None, seconds: float, device: str, **arm: Any
@@ -225,7 +232,7 @@ class Run:
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 file.write(bytes(2**16))
                 os.fsync(file.fileno())
-            described = {"recipe": self.recipe, "config": self.config, "facts": sorted(self.facts)}
+            described = {"recipe": self.recipe, "config": self._settings(self.config), "facts": self.facts}
             text, path = json.dumps(described, indent=2, sort_keys=True) + "\n", self.folder / CONFIG
             if not path.exists() or path.read_text(encoding="utf-8") != text:
                 self.write(CONFIG, text)  # also with the facts and new options that an older folder lacks
