@@ -38,21 +38,15 @@ from probes import (
 from program import run_as_program
 from shifted import Trial, measure
 from training_accuracies import chance_percent
-from vision import finish, measure_seeds, start
+from vision_ladder import finish, measure_seeds, start
 
 from vision_bench import figures
-from vision_bench.corruptions import INPUT_NOISES, add_input_noise, add_pixel_noise
+from vision_bench.corruptions import CONDITIONS, SPACES, add_input_noise, add_pixel_noise, noise_names
 from vision_bench.data import ImageSet
 from vision_bench.runs import Run, markdown_table
 
-SPACES = ("normalised", "pixel")
 CLEAN: Cell = {"noise": "none", "scale": 0.0}
 PAPER_BAR = ("gaussian", 0.6)  # of Fig. 1(b)
-LABELS = {
-    "gaussian": "standard deviation of Gaussian noise",
-    "uniform": "scale s of uniform noise in [0, s)",
-    "uniform_centred": "scale s of uniform noise in [-s, s)",
-}
 
 
 @dataclass
@@ -60,7 +54,7 @@ class InputNoiseArguments(ControlledArguments):
     """Settings of this recipe."""
 
     noises: list[str] = field(
-        default_factory=lambda: ["uniform", "gaussian"], metadata={"help": f"Of {', '.join(INPUT_NOISES)}."}
+        default_factory=lambda: ["uniform", "gaussian"], metadata={"help": f"Of {', '.join(noise_names())}."}
     )
     scales: list[float] = field(
         default_factory=lambda: [i / 10 for i in range(11)],
@@ -73,7 +67,7 @@ class InputNoiseArguments(ControlledArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("noises", INPUT_NOISES), ("noise_space", SPACES)):
+        for name, allowed in (("noises", noise_names()), ("noise_space", SPACES)):
             value = getattr(self, name)
             given = [value] if isinstance(value, str) else value
             unknown = [one for one in given if one not in allowed]
@@ -122,7 +116,7 @@ def report(run: Run, script: InputNoiseArguments) -> str:
     for noise in script.noises:
         cells = script.cells(noise)
         header = ["features", "none", *(f"{cell['scale']:g}" for cell in cells[1:])]
-        text += f"\n## {LABELS[noise][0].upper()}{LABELS[noise][1:]}\n\n"
+        text += f"\n## {CONDITIONS[noise].label[0].upper()}{CONDITIONS[noise].label[1:]}\n\n"
         text += markdown_table([*header, *measured_header()], accuracy_lines(run, cells))
         text += "\nPoints gained over poly, paired by seed:\n\n"
         text += markdown_table(header, gain_lines(run, cells))
@@ -139,7 +133,7 @@ def draw(run: Run, script: InputNoiseArguments) -> None:
         cells = script.cells(noise)
         levels = [cell["scale"] for cell in cells]
         drawings[f"figure_2_{noise}"] = figures.noise_curves(
-            levels, curves(run, cells), LABELS[noise], [chance_percent(run)] * len(levels)
+            levels, curves(run, cells), CONDITIONS[noise].label, [chance_percent(run)] * len(levels)
         )
     noise, scale = PAPER_BAR
     if noise not in script.noises or scale not in script.scales:

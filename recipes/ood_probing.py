@@ -55,9 +55,10 @@ from probes import (
 from program import parse, run_as_program
 from shifted import Trial, measure
 from training_accuracies import chance_percent
-from vision import SPLITS, finish, load_splits, measure_seeds, results_config, start_accelerator
+from vision_ladder import SPLITS, finish, load_splits, measure_seeds, results_config, start_accelerator
 
 from vision_bench import figures
+from vision_bench.corruptions import shift_names
 from vision_bench.data import ImageSet, warnings_in_one_line
 from vision_bench.runs import Interval, Run, interval, markdown_table
 from vision_bench.shifts import (
@@ -65,7 +66,6 @@ from vision_bench.shifts import (
     EXTRA_CORRUPTIONS,
     LABELS,
     SEVERITIES,
-    SYNTHETIC,
     Corruptions,
     load_arrays,
     load_corruptions,
@@ -81,7 +81,7 @@ class OodArguments(ControlledArguments):
     """Settings of this recipe."""
 
     shifts: list[str] = field(
-        default_factory=lambda: list(SYNTHETIC), metadata={"help": "NAME=PLACE, or rotated, inverted, thinned."}
+        default_factory=lambda: list(shift_names()), metadata={"help": "NAME=PLACE, or rotated, inverted, thinned."}
     )
     class_map: str | None = field(
         default=None, metadata={"help": "YAML file: NAME of a shift: {its class: class of the training set}."}
@@ -91,11 +91,11 @@ class OodArguments(ControlledArguments):
         super().__post_init__()
         for shift in self.shifts:
             name, sign, place = shift.partition("=")
-            named = re.fullmatch(r"[\w.-]+", name) and place if sign else shift in SYNTHETIC
+            named = re.fullmatch(r"[\w.-]+", name) and place if sign else shift in shift_names()
             if not named:
                 raise ValueError(
                     f"shifts has {shift!r}; each is NAME=PLACE, with a name of letters, digits, '_', '.' and '-', or "
-                    f"one of {', '.join(SYNTHETIC)}."
+                    f"one of {', '.join(shift_names())}."
                 )
         names = list(self.places())
         if not names or len(names) < len(self.shifts) or CLEAN["shift"] in names:

@@ -13,9 +13,10 @@ from typing import Any
 import frozen_features
 from frozen_features import FEATURES
 from training_accuracies import chance_percent, own_labels
-from vision import ProbingArguments
+from vision_ladder import ProbingArguments
 
-from vision_bench import cautions, sae
+from vision_bench import report as cautions
+from vision_bench import sae
 from vision_bench.metrics import MEASURED
 from vision_bench.runs import Interval, Run, interval, markdown_table, paired_difference
 

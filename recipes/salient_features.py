@@ -44,9 +44,10 @@ from noisy_probe import (
 )
 from program import run_as_program
 from training_accuracies import chance_percent, own_labels
-from vision import SPLITS, finish, measure_seeds, start
+from vision_ladder import SPLITS, finish, measure_seeds, start
 
-from vision_bench import cautions, figures
+from vision_bench import figures
+from vision_bench import report as cautions
 from vision_bench.data import ImageSet
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.runs import Run, device_name, markdown_table

@@ -26,8 +26,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from vision_bench import features, models, sae, zoo
-from vision_bench.corruption_sweep import Sweep, parse
-from vision_bench.corruptions import flip_labels
+from vision_bench.corruptions import Grid, InputNoise, flip_labels, parse
 from vision_bench.data import ImageSet, load_splits, stratified_fraction
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.probe import NORM, TRAINING, Probes, fit_linear_probes, probe_accuracy, training_accuracy
@@ -62,7 +61,7 @@ class Settings:
     label_column: str | None = None
     image_size: int | None = None  # pixels; None: what a model of timm was trained at, else the data set's
     limit: int | None = None  # about so many images of the training and of the test set, drawn from each class
-    corruptions: Sequence[str] = ("label_noise", "gaussian", "few_shots")  # see `corruption_sweep.parse`
+    corruptions: Sequence[str] = ("label_noise", "gaussian", "few_shots")  # see `corruptions.parse`
     features: Sequence[str] = KINDS
     layer: str | None = None  # of models.layers; None: the last one of each model
     seeds: Sequence[int] = (0, 1, 2, 3, 4)  # of label noise, few shots and probes
@@ -134,7 +133,7 @@ class Subject(NamedTuple):
     image_size: tuple[int, int]  # pixels
     preprocessing: str  # in words, how its images are made
     train: Features
-    tests: dict[str, Features]  # by the names of Sweep.tests
+    tests: dict[str, Features]  # by the names of Grid.tests
     num_classes: int
     id: str  # follows from the weights, the layer, and all images as the model gets them
 
@@ -151,7 +150,7 @@ class Subject(NamedTuple):
 class _Data:
     """The images of the settings at one size after another."""
 
-    def __init__(self, settings: Settings, sweep: Sweep, progress: bool) -> None:
+    def __init__(self, settings: Settings, sweep: Grid, progress: bool) -> None:
         self.settings, self.sweep, self.progress = settings, sweep, progress
         self._loaded: dict[int | None, dict[str, ImageSet]] = {}
         self._whole: dict[int | None, str] = {}  # fingerprints of all training images
@@ -209,7 +208,7 @@ class _Data:
                 )
                 sets[str(shift)] = _limited(shifted, settings.limit)
             elif shift is not None:
-                sets[str(shift)] = synthetic(shift.name, test)
+                sets[str(shift)] = synthetic(shift.name, test, shift.strength)
         return sets
 
 
@@ -314,7 +313,7 @@ def _begin(settings: Settings, is_main: bool) -> Run:
 
 
 def _check(
-    frozen: zoo.Frozen, random: bool, settings: Settings, sweep: Sweep, data: _Data, device: torch.device
+    frozen: zoo.Frozen, random: bool, settings: Settings, sweep: Grid, data: _Data, device: torch.device
 ) -> tuple[Subject, zoo.Frozen | None]:
     """A model that gives features of one size for the images, or an error.
 
@@ -359,7 +358,7 @@ def _layer(frozen: zoo.Frozen, settings: Settings) -> str:
     return settings.layer or layers[-1]
 
 
-def _passes(sweep: Sweep) -> list[tuple[str, str, features.InputNoise | None]]:
+def _passes(sweep: Grid) -> list[tuple[str, str, InputNoise | None]]:
     """Every pass over images: its name, the set of `_Data.at`, and the noise."""
     tests = ((test, str(shift or "clean"), noise) for test, (shift, noise) in sweep.tests().items())
     return [("train", "train", None), *tests]
@@ -391,7 +390,7 @@ def _features(
     layer: str,
     images: ImageSet,
     split: str,
-    noise: features.InputNoise | None,
+    noise: InputNoise | None,
 ) -> Features:
     of = features.source(frozen.model, images, split, [layer], noise=noise, checkpoint=checkpoint)
     words = re.sub(r"[^\w.]+", "_", f"{Path(frozen.name).name}-{split}".replace("-", "_"))
@@ -429,7 +428,7 @@ def _check_features(frozen: zoo.Frozen, layer: str, sets: dict[str, ImageSet], d
     return next(iter(widths.values()), None)
 
 
-def _extract(subject: Subject, frozen: zoo.Frozen, settings: Settings, sweep: Sweep, data: _Data) -> None:
+def _extract(subject: Subject, frozen: zoo.Frozen, settings: Settings, sweep: Grid, data: _Data) -> None:
     """Compute the features that the cache lacks. Raises FloatingPointError in every process if some are not finite."""
     wanted = {"train": subject.train, **subject.tests}
     sets = _sets(frozen, settings, data)
@@ -468,7 +467,7 @@ def _diverged(results: Run, subject: Subject, kind: str, reason: str, device: to
     )
 
 
-def _complete(done: list[dict[str, Any]], subject: Subject, kind: str, settings: Settings, sweep: Sweep) -> bool:
+def _complete(done: list[dict[str, Any]], subject: Subject, kind: str, settings: Settings, sweep: Grid) -> bool:
     """Whether there is every row of a kind of features of a model; they are written together."""
     there = [row for row in done if row["config"]["features_id"] == subject.id and row["config"]["features"] == kind]
     if any(row["metric"] == DIVERGED for row in there):
@@ -496,7 +495,7 @@ def _drop_incomplete(results: Run, lacking: dict[str, list[str]]) -> None:
 
 
 def _measure(
-    results: Run, subject: Subject, kind: str, settings: Settings, sweep: Sweep, device: torch.device, progress: bool
+    results: Run, subject: Subject, kind: str, settings: Settings, sweep: Grid, device: torch.device, progress: bool
 ) -> list[dict[str, Any]]:
     """All rows of one kind of features of one model; a single one where `relu` equals `raw`, which is measured."""
     start = time.monotonic()
@@ -587,7 +586,7 @@ def _of_kind(raw: torch.Tensor, kind: str, encoder: sae.TopKAutoencoder | None) 
 
 
 def _probes(
-    subject: Subject, train: torch.Tensor, settings: Settings, sweep: Sweep, device: torch.device, progress: bool
+    subject: Subject, train: torch.Tensor, settings: Settings, sweep: Grid, device: torch.device, progress: bool
 ) -> tuple[list[tuple[float, float, int]], Probes, list[tuple[int, float, float]]]:
     """A probe for every (share of the images, share of wrong labels, seed), trained in one pass for each draw.
 

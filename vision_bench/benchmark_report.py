@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vision_bench import cautions, figures, sae
+from vision_bench import figures, report, sae
 from vision_bench.benchmark import ACCURACY, KINDS, SAME, Settings, Subject
-from vision_bench.corruption_sweep import CLEAN, Sweep, parse
+from vision_bench.corruptions import CLEAN, Grid, parse
 from vision_bench.metrics import MEASURED, chance_level
 from vision_bench.probe import NORM, TRAINING
 from vision_bench.runs import DIVERGED, Interval, interval, paired_difference, write_atomic
@@ -88,7 +88,7 @@ def _labels(subjects: Sequence[Subject]) -> dict[str, str]:
     return {s.id: s.label if short.count(s.label) == 1 else f"{s.name} {s.layer}" for s in subjects}
 
 
-def _cells(subject: Subject, label: str, kind: str, rows: Sequence[Row], sweep: Sweep) -> list[dict[str, Any]]:
+def _cells(subject: Subject, label: str, kind: str, rows: Sequence[Row], sweep: Grid) -> list[dict[str, Any]]:
     """A row of the table for every way of training and of testing the probes on a kind of features of a model."""
     of_model = [row for row in rows if row["config"]["features_id"] == subject.id]
     mine = [row for row in of_model if row["config"]["features"] == kind]
@@ -160,7 +160,7 @@ def _markdown(
     cells: list[dict[str, Any]],
     rows: Sequence[Row],
     settings: Settings,
-    sweep: Sweep,
+    sweep: Grid,
 ) -> str:
     tests, seeds = list(sweep.tests()), len(settings.seeds)
     limit = f", about {settings.limit} images of each split" if settings.limit else ""
@@ -206,7 +206,7 @@ def _markdown(
         values.append([one["model"], one["features"], "-", "-", *["diverged"] * len(tests), *["-"] * len(what)])
     levels = {cell["test"]: f"{cell['chance_top1']:.1f}" for cell in cells}
     values.append(["chance level", "-", "-", "-", *(levels.get(test, "-") for test in tests), *["-"] * len(what)])
-    text += _table([*head, *tests, *what], values) + cautions.untrained(untrained)
+    text += _table([*head, *tests, *what], values) + report.untrained(untrained)
     for (model, reason), group in itertools.groupby(diverged, key=lambda one: (one["model"], one["reason"])):
         marked = ", ".join(one["features"] for one in group)
         text += f"\n{model}, {marked}: diverged, so that nothing could be measured: {reason}.\n"
@@ -225,7 +225,7 @@ def _markdown(
         f"{settings.probe_epochs} epochs, LARS 0.4, {scaled} times the number that makes the mean square norm of the\n"
         f"training rows {NORM:g} squared, so that their scale decides nothing; of few images as many steps as of\n"
         "all, up to whole epochs.\n"
-        f"{cautions.TRAINING_NOTE}"
+        f"{report.TRAINING_NOTE}"
         "Consistency, chance, sparsity and live dimensions are of the clean test images; chance is the consistency\n"
         "with shuffled labels. A consistency means little without the sparsity beside it. Accuracies of models that\n"
         "were pretrained on other images, or with labels, are no comparison of methods. results.csv has all numbers,\n"
@@ -240,7 +240,7 @@ def _markdown(
         text += "\nSparse autoencoders on clean test images:\n\n"
         lines = [[label, *("-" if v is None else f"{v:.3g}" for v in values)] for label, values in qualities.items()]
         text += _table(["model", "variance unexplained", "active latents", "dead latents"], lines)
-        text += cautions.unexplained({label: values[0] for label, values in qualities.items()})
+        text += report.unexplained({label: values[0] for label, values in qualities.items()})
     return text
 
 

@@ -1,13 +1,38 @@
-"""Noise on labels and on images, made once from a generator (section 3.1 of the paper)."""
+"""What may be wrong with training labels and with test images, and the one table of it (section 3.1 of the paper).
+
+    from vision_bench.corruptions import CONDITIONS, NORMALISED_IMAGES, Condition, Range, add_input_noise
+
+    def salt(images, scale, generator):
+        return torch.where(torch.rand(images.shape, generator=generator) < scale, images.max(), images)
+
+    CONDITIONS["salt"] = Condition(NORMALISED_IMAGES, salt, "share of white values", Range(0, 1), numbers=(0.1,))
+    noisy = add_input_noise(torch.randn(8, 3, 32, 32), "salt", 0.1, torch.Generator().manual_seed(0))
+
+A condition of the table is known to `python -m vision_bench`, to the recipes, to their help, errors and figures.
+"""
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 
-INPUT_NOISES = ("gaussian", "uniform", "uniform_centred")
+# What a condition changes; its function then is
+TRAINING_LABELS = "training labels"  # (labels, share, num_classes, generator) -> labels
+TRAINING_IMAGES = "training images"  # (labels, share, generator) -> indices of the images that are left
+NORMALISED_IMAGES = "normalised test images"  # (images, scale, generator) -> images: input noise
+UINT8_IMAGES = "uint8 test images"  # (images) or (images, strength) -> images: a shift
+
+NORMALISED, PIXEL = SPACES = ("normalised", "pixel")  # where input noise is added
+FOLDER = "folder"  # the word for a shift whose images are in a folder of their own
+CLEAN = "clean"
 
 
 def check_labels(labels: torch.Tensor, num_classes: int) -> None:
@@ -76,14 +101,163 @@ def flip_labels(
     return classes[positions]
 
 
+def stratified_fraction(
+    labels: torch.Tensor, fraction: float, generator: torch.Generator, class_names: Sequence[str] | None = None
+) -> torch.Tensor:
+    """Indices of a share of the samples, drawn without replacement from each class: round(fraction * n_c) of n_c.
+
+    Args:
+        labels: (n,) of an integer dtype, at least 0.
+        fraction: in (0, 1]; 1 takes every sample.
+        generator: of the draw.
+        class_names: for the error, by default the labels.
+
+    Returns:
+        (m,) int64, ascending, on the device of `labels`.
+
+    Raises:
+        TypeError: the labels are not integers.
+        ValueError: the fraction is out of its range, or a class with samples would be left with none.
+    """
+    check_labels(labels, int(labels.max()) + 1 if labels.numel() and int(labels.max()) >= 0 else 1)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}; it must be in (0, 1], 0.1 for 10 % of the samples.")
+    order = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
+    chosen = []
+    for index, count in enumerate(torch.bincount(labels).tolist()):
+        size = round(fraction * count)
+        if count and not size:
+            name = index if class_names is None else class_names[index]
+            raise ValueError(
+                f"fraction is {fraction}: class {name} has {count} samples and would be left with none; take "
+                f"at least {1 / count:.3g}."
+            )
+        chosen.append(order[labels[order] == index][:size])
+    return torch.cat(chosen).sort().values
+
+
+def gaussian(images: torch.Tensor, scale: float, generator: torch.Generator) -> torch.Tensor:
+    """Images of any shape plus scale * e, with e of N(0, 1) for each value, drawn in float32."""
+    e = torch.randn(images.shape, generator=generator, device=generator.device)
+    return images + (scale * e).to(images)
+
+
+def uniform(images: torch.Tensor, scale: float, generator: torch.Generator) -> torch.Tensor:
+    """Images of any shape plus scale * e, with e of U[0, 1) for each value, drawn in float32."""
+    e = torch.rand(images.shape, generator=generator, device=generator.device)
+    return images + (scale * e).to(images)
+
+
+def uniform_centred(images: torch.Tensor, scale: float, generator: torch.Generator) -> torch.Tensor:
+    """Images of any shape plus scale * e, with e of U[-1, 1) for each value, drawn in float32."""
+    e = 2 * torch.rand(images.shape, generator=generator, device=generator.device) - 1
+    return images + (scale * e).to(images)
+
+
+def rotated(images: torch.Tensor, degrees: float = 25.0) -> torch.Tensor:
+    """uint8 images (n, 3, h, w), turned counter-clockwise, bilinear, black where there was nothing."""
+    from torchvision.transforms.v2 import functional
+
+    return functional.rotate(images, degrees, functional.InterpolationMode.BILINEAR)
+
+
+def inverted(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images (n, 3, h, w), the negative."""
+    return 255 - images
+
+
+def thinned(images: torch.Tensor, erosion: float = 1 / 16) -> torch.Tensor:
+    """uint8 images (n, 3, h, w), bright parts eroded from each edge by a share of the shorter side of the image.
+
+    Each pixel is enlarged bilinearly to 4 x 4, each value replaced by the least one in a square, and averaged again.
+    """
+    finer = 4
+    fine = F.interpolate(images.float(), scale_factor=finer, mode="bilinear", align_corners=False)
+    reach = max(1, round(erosion * finer * min(images.shape[-2:])))
+    # Down the columns, then along the rows: of a square of k x k values 2 k are compared, not all.
+    negative = F.max_pool2d(-fine, (2 * reach + 1, 1), stride=1, padding=(reach, 0))
+    negative = F.max_pool2d(negative, (1, 2 * reach + 1), stride=1, padding=(0, reach))
+    return F.avg_pool2d(-negative, finer).round().to(torch.uint8)
+
+
+class Range(NamedTuple):
+    """Numbers above `low` and below `high`, with `high` itself where the range is closed."""
+
+    low: float
+    high: float = math.inf
+    closed: bool = False
+    example: str = ""  # that explains the number, for errors
+
+    def __contains__(self, number: object) -> bool:
+        assert isinstance(number, (int, float))
+        return self.low < number < self.high or (self.closed and number == self.high)
+
+    def __str__(self) -> str:
+        ends = f"in ({self.low:g}, {self.high:g}{']' if self.closed else ')'}"
+        words = f"above {self.low:g} and finite" if self.high == math.inf else ends
+        return f"{words}, {self.example}" if self.example else words
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A row of the table: one way in which training data or test images are not as they should be.
+
+    Args:
+        changes: `TRAINING_LABELS`, `TRAINING_IMAGES`, `NORMALISED_IMAGES` or `UINT8_IMAGES`; decides the arguments of
+            `function`.
+        function: makes the change.
+        label: of the axis of a figure that shows the number, or of a bar where there is none.
+        range: of the number; None where the condition takes none.
+        numbers: those that are measured where none is named. Empty: the function's own default is.
+    """
+
+    changes: str
+    function: Callable[..., torch.Tensor]
+    label: str
+    range: Range | None = None
+    numbers: tuple[float, ...] = ()
+
+
+CONDITIONS: dict[str, Condition] = {
+    "label_noise": Condition(
+        TRAINING_LABELS, flip_labels, "wrong labels, %", Range(0, 1, True, "0.4 for 40 % wrong labels"), (0.4, 0.8)
+    ),
+    "few_shots": Condition(
+        TRAINING_IMAGES,
+        stratified_fraction,
+        "training images, %",
+        Range(0, 1, example="0.1 for 10 % of the training images"),
+        (0.1,),
+    ),
+    "gaussian": Condition(NORMALISED_IMAGES, gaussian, "standard deviation of Gaussian noise", Range(0), (0.6,)),
+    "uniform": Condition(NORMALISED_IMAGES, uniform, "scale s of uniform noise in [0, s)", Range(0), (0.6,)),
+    "uniform_centred": Condition(
+        NORMALISED_IMAGES, uniform_centred, "scale s of uniform noise in [-s, s)", Range(0), (0.6,)
+    ),
+    "rotated": Condition(UINT8_IMAGES, rotated, "rotation, degrees", Range(-180, 180, True)),
+    "inverted": Condition(UINT8_IMAGES, inverted, "negative"),
+    "thinned": Condition(UINT8_IMAGES, thinned, "erosion, share of the side", Range(0, 0.5)),
+}
+
+
+def noise_names() -> tuple[str, ...]:
+    """The kinds of input noise: the conditions of the table that change `NORMALISED_IMAGES`."""
+    return tuple(name for name, condition in CONDITIONS.items() if condition.changes == NORMALISED_IMAGES)
+
+
+def shift_names() -> tuple[str, ...]:
+    """The synthetic shifts: the conditions of the table that change `UINT8_IMAGES`."""
+    return tuple(name for name, condition in CONDITIONS.items() if condition.changes == UINT8_IMAGES)
+
+
 def add_input_noise(images: torch.Tensor, kind: str, scale: float, generator: torch.Generator) -> torch.Tensor:
-    """Noise on normalised images (section 3.1, Fig. 2): x + scale * e, nothing clamped.
+    """Noise on normalised images (section 3.1, Fig. 2): of the kinds here x + scale * e, nothing clamped.
 
     Args:
         images: of any shape and floating dtype, after normalisation.
         kind: distribution of e for each value: "gaussian" N(0, 1); "uniform" U[0, 1), as the official code, which
-            also shifts the mean; "uniform_centred" U[-1, 1).
-        scale: at least 0.
+            also shifts the mean; "uniform_centred" U[-1, 1); or another condition that changes `NORMALISED_IMAGES`.
+        scale: at least 0, and in the range of the kind; 0 changes nothing.
         generator: of e; on any device. e is drawn in float32.
 
     Returns:
@@ -93,23 +267,22 @@ def add_input_noise(images: torch.Tensor, kind: str, scale: float, generator: to
         TypeError: the images are not floating-point.
         ValueError: the kind or the scale is not allowed.
     """
-    if kind not in INPUT_NOISES:
-        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, INPUT_NOISES))}.")
+    if kind not in noise_names():
+        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, noise_names()))}.")
     if not (scale >= 0 and math.isfinite(scale)):
         raise ValueError(f"scale is {scale}; it must be a finite number of at least 0.")
+    allowed = CONDITIONS[kind].range
+    if scale and allowed is not None and scale not in allowed:
+        raise ValueError(f"scale is {scale}; for {kind} it must be {allowed}.")
     if not images.is_floating_point():
         raise TypeError(f"images has dtype {images.dtype}; noise is added to normalised, floating-point images.")
-    draw = torch.randn if kind == "gaussian" else torch.rand
-    noise = draw(images.shape, generator=generator, device=generator.device)
-    if kind == "uniform_centred":
-        noise = 2 * noise - 1
-    return images + (scale * noise).to(images.device, images.dtype)
+    return CONDITIONS[kind].function(images, scale, generator)
 
 
 def add_pixel_noise(
     images: torch.Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Sequence[float] | torch.Tensor,
+    std: Sequence[float] | torch.Tensor,
     kind: str,
     scale: float,
     generator: torch.Generator,
@@ -117,7 +290,7 @@ def add_pixel_noise(
     """Noise on the pixels that normalised images were made of: values in [0, 1], to which they are clamped afterwards.
 
     Args:
-        images: (n, channels, h, w) floating-point, (pixels - mean) / std.
+        images: (..., channels, h, w) floating-point, (pixels - mean) / std.
         mean, std: of each channel.
         kind, scale, generator: as in `add_input_noise`; the scale is in units of the pixels.
 
@@ -130,3 +303,145 @@ def add_pixel_noise(
     shift, spread = (torch.as_tensor(v, dtype=images.dtype, device=images.device).view(-1, 1, 1) for v in (mean, std))
     pixels = add_input_noise(images * spread + shift, kind, scale, generator)
     return (pixels.clamp(0, 1) - shift) / spread
+
+
+@dataclass(frozen=True)
+class InputNoise:
+    """Noise on images that follows from its seed and the index of the image alone, whatever the batches.
+
+        noise = InputNoise("gaussian", 0.6, seed=1)
+        noisy = noise.add(normalised, first=0, mean=train.mean, std=train.std)
+
+    Args:
+        kind: a condition that changes `NORMALISED_IMAGES`.
+        scale: as in `add_input_noise`.
+        seed: of all images.
+        space: "normalised", added after normalisation; or "pixel", to the values in [0, 1] that normalised images were
+            made of, which are clamped to [0, 1] afterwards and normalised again.
+    """
+
+    kind: str
+    scale: float
+    seed: int = 0
+    space: str = NORMALISED
+
+    def __post_init__(self) -> None:
+        if self.space not in SPACES:
+            raise ValueError(f"space is {self.space!r}; it must be one of {', '.join(SPACES)}.")
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.scale:g} seed {self.seed}" + (" on pixels" if self.space == PIXEL else "")
+
+    def add(
+        self,
+        images: torch.Tensor,
+        first: int,
+        mean: Sequence[float] | torch.Tensor,
+        std: Sequence[float] | torch.Tensor,
+    ) -> torch.Tensor:
+        """The noisy images, a new tensor.
+
+        Args:
+            images: (b, channels, h, w) floating-point, (pixels - mean) / std.
+            first: index of the first of them in its set.
+            mean, std: of each channel.
+        """
+        noisy = torch.empty_like(images)
+        for index, image in enumerate(images):
+            seed = int(np.random.SeedSequence((self.seed, first + index)).generate_state(1)[0])
+            generator = torch.Generator().manual_seed(seed)
+            if self.space == PIXEL:
+                noisy[index] = add_pixel_noise(image, mean, std, self.kind, self.scale, generator)
+            else:
+                noisy[index] = add_input_noise(image, self.kind, self.scale, generator)
+        return noisy
+
+
+class Shift(NamedTuple):
+    """Other test images: the clean ones after a condition that changes `UINT8_IMAGES`, or those of a labelled folder.
+
+    Args:
+        name: of the condition, or `FOLDER`.
+        strength: the number of the condition; None: its default.
+        folder: where the images are, `folder/CLASS/*.jpg`; None for a condition of the table.
+    """
+
+    name: str
+    strength: float | None = None
+    folder: str | None = None
+
+    def __str__(self) -> str:
+        number = "" if self.strength is None else f"{self.strength:g}"
+        return " ".join(filter(None, (self.name, number, self.folder)))
+
+
+class Grid(NamedTuple):
+    """Every combination of these is measured; each field holds the clean condition first."""
+
+    label_noise: tuple[float, ...]  # shares of wrong training labels, 0 first
+    few_shots: tuple[float, ...]  # shares of the training images that have labels, 1 first
+    noises: tuple[InputNoise | None, ...]  # on the test images
+    shifts: tuple[Shift | None, ...]  # of the test images
+
+    def tests(self) -> dict[str, tuple[Shift | None, InputNoise | None]]:
+        """What the probes are tested on, by name: "clean", "gaussian 0.6", "rotated + gaussian 0.6"."""
+        tests: dict[str, tuple[Shift | None, InputNoise | None]] = {}
+        for shift, noise in itertools.product(self.shifts, self.noises):
+            parts = [str(shift)] if shift else []
+            parts += [f"{noise.kind} {noise.scale:g}"] if noise else []
+            tests[" + ".join(parts) or CLEAN] = shift, noise
+        return tests
+
+
+def parse(words: Sequence[str]) -> Grid:
+    """The grid of words NAME or NAME=NUMBER,NUMBER,... with names of `CONDITIONS`, or folder=PATH.
+
+        parse(["label_noise=0.2,0.8", "gaussian", "rotated", "folder=data/sketches"]).tests()
+
+    Raises:
+        ValueError: an unknown name, or a number that is none or out of its range.
+    """
+    grid = Grid((0.0,), (1.0,), (None,), (None,))
+    for word in words:
+        name, _, values = word.partition("=")
+        if name == FOLDER:
+            if not values:
+                raise ValueError(f"corruptions has {word!r}; write folder=PATH, with CLASS/*.jpg in it.")
+            grid = grid._replace(shifts=(*grid.shifts, Shift(FOLDER, folder=values)))
+            continue
+        if name not in CONDITIONS:
+            near = difflib.get_close_matches(name, [*CONDITIONS, FOLDER], n=1)
+            raise ValueError(
+                f"corruptions has {word!r}, which is unknown; there are {', '.join([*CONDITIONS, FOLDER])}"
+                + (f". Do you mean {near[0]}?" if near else ".")
+            )
+        changes, numbers = CONDITIONS[name].changes, _numbers(name, word, values)
+        if changes == TRAINING_LABELS:
+            grid = grid._replace(label_noise=(*grid.label_noise, *numbers))
+        elif changes == TRAINING_IMAGES:
+            grid = grid._replace(few_shots=(*grid.few_shots, *numbers))
+        elif changes == NORMALISED_IMAGES:
+            grid = grid._replace(noises=(*grid.noises, *(InputNoise(name, number) for number in numbers)))
+        else:
+            strengths = numbers or (None,)
+            grid = grid._replace(shifts=(*grid.shifts, *(Shift(name, strength) for strength in strengths)))
+    for field in grid:
+        if len(set(field)) < len(field):
+            raise ValueError(f"corruptions is {' '.join(words)}; the same one stands there twice.")
+    return grid
+
+
+def _numbers(name: str, word: str, values: str) -> tuple[float, ...]:
+    condition = CONDITIONS[name]
+    if not values:
+        return condition.numbers
+    if condition.range is None:
+        raise ValueError(f"corruptions has {word!r}; {name} takes no number.")
+    try:
+        numbers = tuple(float(value) for value in values.split(","))
+    except ValueError:
+        raise ValueError(f"corruptions has {name}={values!r}; write numbers with commas, {name}=0.2,0.4.") from None
+    for number in numbers:
+        if number not in condition.range:
+            raise ValueError(f"corruptions has {name}={number:g}; it must be {condition.range}.")
+    return numbers

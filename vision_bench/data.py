@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from vision_bench import image_files, image_sources
-from vision_bench.corruptions import check_labels
+from vision_bench.corruptions import check_labels, stratified_fraction
 from vision_bench.image_files import CorruptImage, Images, StreamedImages, listed, resized
 from vision_bench.image_sources import SPLIT_NAMES, one_of, split_names
 
@@ -283,41 +283,6 @@ def warnings_in_one_line() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
-
-
-def stratified_fraction(
-    labels: torch.Tensor, fraction: float, generator: torch.Generator, class_names: Sequence[str] | None = None
-) -> torch.Tensor:
-    """Indices of a share of the samples, drawn without replacement from each class: round(fraction * n_c) of n_c.
-
-    Args:
-        labels: (n,) of an integer dtype, at least 0.
-        fraction: in (0, 1]; 1 takes every sample.
-        generator: of the draw.
-        class_names: for the error, by default the labels.
-
-    Returns:
-        (m,) int64, ascending, on the device of `labels`.
-
-    Raises:
-        TypeError: the labels are not integers.
-        ValueError: the fraction is out of its range, or a class with samples would be left with none.
-    """
-    check_labels(labels, int(labels.max()) + 1 if labels.numel() and int(labels.max()) >= 0 else 1)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction is {fraction}; it must be in (0, 1], 0.1 for 10 % of the samples.")
-    order = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
-    chosen = []
-    for index, count in enumerate(torch.bincount(labels).tolist()):
-        wanted = round(fraction * count)
-        if count and not wanted:
-            name = index if class_names is None else class_names[index]
-            raise ValueError(
-                f"fraction is {fraction}: class {name} has {count} samples and would be left with none; take "
-                f"at least {1 / count:.3g}."
-            )
-        chosen.append(order[labels[order] == index][:wanted])
-    return torch.cat(chosen).sort().values
 
 
 def _reader(

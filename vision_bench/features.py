@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -23,7 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from vision_bench import models, storage
-from vision_bench.corruptions import add_input_noise
+from vision_bench.corruptions import InputNoise
 
 if TYPE_CHECKING:
     from vision_bench.data import Images, ImageSet
@@ -31,29 +30,6 @@ if TYPE_CHECKING:
 KIND = "feature shard"
 SHARD_ROWS = 8192  # at most
 SHARD_PIXELS = 2**23  # 8,192 images of 32 x 32 pixels, 167 of 224 x 224, which a CPU takes a minute or two for
-
-
-@dataclass(frozen=True)
-class InputNoise:
-    """Noise on normalised images, see `add_input_noise`; that on image i follows from the seed and i alone."""
-
-    kind: str
-    scale: float
-    seed: int = 0
-
-    def starting_at(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function that adds the noise to batches (b, c, h, w), in their order from the image of that index on."""
-        indices = itertools.count(index)
-
-        def perturb(images: torch.Tensor) -> torch.Tensor:
-            noisy = torch.empty_like(images)
-            for place, image in zip(noisy, images, strict=True):
-                seed = int(np.random.SeedSequence((self.seed, next(indices))).generate_state(1)[0])
-                generator = torch.Generator().manual_seed(seed)
-                place.copy_(add_input_noise(image, self.kind, self.scale, generator))
-            return noisy
-
-        return perturb
 
 
 @dataclass(frozen=True)
@@ -102,7 +78,7 @@ def source(
         normalised,
         tuple(images.mean),
         tuple(images.std),
-        None if noise is None else f"{noise.kind} {noise.scale:g} seed {noise.seed}",
+        None if noise is None else str(noise),
     )
 
 
@@ -157,10 +133,9 @@ def extract(
     with tqdm(total=sum(map(len, mine)), desc=f"features of {split}", unit="image", disable=not shown) as bar:
         for rows in mine:
             pixels = images.images[rows.start : rows.stop]
-            perturb = noise.starting_at(rows.start) if noise is not None else None
             try:
                 made = embed(
-                    model, pixels, images.mean, images.std, wanted.layers, batch_size, perturb, rows.start, bar.update
+                    model, pixels, images.mean, images.std, wanted.layers, batch_size, noise, rows.start, bar.update
                 )
             except FloatingPointError as error:
                 broken = str(error)
@@ -182,17 +157,18 @@ def embed(
     std: Sequence[float] | torch.Tensor,
     layers: Sequence[str] | None = None,
     batch_size: int = 256,
-    perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    noise: InputNoise | None = None,
     first: int = 0,
     report: Callable[[int], object] | None = None,
+    perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Features (n, d) float32, on the CPU, of images (n, 3, h, w) uint8, by layer; computed in eval mode.
 
     Args:
         model, layers: as in `extract`. The model computes on the device on which it is.
         mean, std: of the data set's channels, for images in [0, 1].
-        perturb: what becomes of the normalised images (b, 3, h, w) float32, batch after batch in their order.
-        first: index of the first image in its set, for errors.
+        noise: on the images, after their normalisation.
+        first: index of the first image in its set, from which its noise follows, and for errors.
         report: called after each batch with its number of images.
 
     Raises:
@@ -207,6 +183,8 @@ def embed(
     try:
         for start in range(0, len(images), batch_size):
             x = normalise(images[start : start + batch_size].to(device), mean, std)
+            if noise is not None:
+                x = noise.add(x, first + start, mean, std)
             made = models.outputs(model, x if perturb is None else perturb(x))
             for layer, there in parts.items():
                 shape = (len(x), there[0].shape[1] if there else made[layer].shape[-1])

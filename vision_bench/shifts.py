@@ -1,30 +1,28 @@
 """Test images of another distribution, labelled with the classes of the training set (Fig. 2c).
 
-Three synthetic shifts of any images; labelled folders and Hugging Face sets, such as ImageNet-Sketch and
-ImageNet-Stylized, restricted to the classes of the training set; the arrays of CIFAR-C and CIFAR-10.1.
+Shifts of any images, by the table of `vision_bench.corruptions`; labelled folders and Hugging Face sets, such as
+ImageNet-Sketch and ImageNet-Stylized, restricted to the classes of the training set; the arrays of CIFAR-C and
+CIFAR-10.1.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from vision_bench import image_files
+from vision_bench.corruptions import CONDITIONS, shift_names
 from vision_bench.data import ImageSet, find_images, warn_of_training_images
 from vision_bench.image_files import in_threads, listed, resized
 from vision_bench.image_sources import Source, has_class_folders
 
-ANGLE = 25.0  # degrees, counter-clockwise
-EROSION = 1 / 16  # of the side of the image, from each edge of a bright part
-FINER = 4  # parts of a pixel in which the erosion is done
 SEVERITIES = 5
 # Of the 19 corruptions, those that are not of the benchmark but for validation (Hendrycks and Dietterich, 2019).
 EXTRA_CORRUPTIONS = ("gaussian_blur", "saturate", "spatter", "speckle_noise")
@@ -33,45 +31,24 @@ CHUNK = 1024  # images
 DATA_ENDING, LABELS_ENDING = "_data.npy", "_labels.npy"
 
 
-def rotated(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (n, 3, h, w), turned by `ANGLE`, bilinear, black where there was nothing."""
-    from torchvision.transforms.v2 import functional
+def synthetic(kind: str, images: ImageSet, strength: float | None = None) -> ImageSet:
+    """The same images after a condition of the table that changes uint8 images, such as "rotated".
 
-    return functional.rotate(images, ANGLE, functional.InterpolationMode.BILINEAR)
+    Args:
+        strength: the number of the condition; by default the one that its function has.
 
-
-def inverted(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (n, 3, h, w), the negative."""
-    return 255 - images
-
-
-def thinned(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (n, 3, h, w), bright parts eroded by `EROSION` of the shorter side from each edge.
-
-    Enlarged bilinearly, each value replaced by the least one in a square, and averaged to pixels again.
+    Raises:
+        ValueError: there is no such condition, it takes no number, or the number is out of its range.
     """
-    pixels = images.float()
-    fine = F.interpolate(pixels, scale_factor=FINER, mode="bilinear", align_corners=False)
-    reach = max(1, round(EROSION * FINER * min(images.shape[-2:])))
-    # Down the columns, then along the rows: of a square of k x k values 2 k are compared, not all.
-    negative = F.max_pool2d(-fine, (2 * reach + 1, 1), stride=1, padding=(reach, 0))
-    negative = F.max_pool2d(negative, (1, 2 * reach + 1), stride=1, padding=(0, reach))
-    return F.avg_pool2d(-negative, FINER).round().to(torch.uint8)
-
-
-SYNTHETIC: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "rotated": rotated,
-    "inverted": inverted,
-    "thinned": thinned,
-}
-
-
-def synthetic(kind: str, images: ImageSet) -> ImageSet:
-    """The same images after a synthetic shift, a name in `SYNTHETIC`. Raises ValueError for another name."""
-    if kind not in SYNTHETIC:
-        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(SYNTHETIC)}.")
-    changed = torch.cat([SYNTHETIC[kind](images.images[start : start + 256]) for start in range(0, len(images), 256)])
-    return replace(images, images=changed)
+    if kind not in shift_names():
+        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(shift_names())}.")
+    condition = CONDITIONS[kind]
+    if strength is not None and (condition.range is None or strength not in condition.range):
+        allowed = f"for {kind} it must be {condition.range}" if condition.range else f"{kind} takes none"
+        raise ValueError(f"strength is {strength}; {allowed}.")
+    numbers = () if strength is None else (strength,)
+    parts = [images.images[start : start + 256] for start in range(0, len(images), 256)]
+    return replace(images, images=torch.cat([condition.function(part, *numbers) for part in parts]))
 
 
 def load_shifted(

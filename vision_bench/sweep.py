@@ -38,18 +38,10 @@ from vision_bench.data import stratified_fraction
 from vision_bench.features import InputNoise
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.probe import TRAINING, Probes, fit_linear_probes, probe_accuracy, training_accuracy
-from vision_bench.runs import Run, device_name
+from vision_bench.runs import Cell, Run, device_name
 
 ACCURACY = "offline_probe_top1"  # of a probe on test images
 CLEAN = "clean"
-
-
-class Cell(NamedTuple):
-    """The place of a row in a run: its metric, its seed, and the settings that distinguish it within the run."""
-
-    metric: str
-    seed: int | None
-    arm: dict[str, Any]
 
 
 class Training(NamedTuple):

@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from vision_bench import benchmark, features, models, probe, sae, timm_models
 from vision_bench.__main__ import main
-from vision_bench.corruptions import flip_labels
+from vision_bench.corruptions import InputNoise, flip_labels
 from vision_bench.data import load_images, stratified_fraction
 from vision_bench.metrics import semantic_consistency
 from vision_bench.probe import fit_linear_probes, probe_accuracy
@@ -108,9 +108,9 @@ def test_a_cell_equals_what_its_parts_give_one_by_one(folder, kind, shots, test)
         for images in (train, clean)
     )
     images = synthetic("rotated", clean) if "rotated" in test else clean
-    noise = features.InputNoise("gaussian", 0.5).starting_at(0) if "gaussian" in test else None
+    noise = InputNoise("gaussian", 0.5) if "gaussian" in test else None
     x = features.embed(model, train.images, train.mean, train.std)["backbone"]
-    y = features.embed(model, images.images, images.mean, images.std, perturb=noise)["backbone"]
+    y = features.embed(model, images.images, images.mean, images.std, noise=noise)["backbone"]
     if kind == "unit":
         x, y = F.normalize(x), F.normalize(y)
     drawn = stratified_fraction(train.labels, shots, torch.Generator().manual_seed(seed))

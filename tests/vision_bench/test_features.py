@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from vision_bench import features, models
-from vision_bench.corruptions import add_input_noise
-from vision_bench.features import InputNoise, embed, extract, load, missing, normalise, shards
+from vision_bench.corruptions import InputNoise, add_input_noise, add_pixel_noise
+from vision_bench.features import embed, extract, load, missing, normalise, shards
 
 
 @dataclass
@@ -131,17 +131,34 @@ def test_a_plain_backbone_has_one_layer_and_no_other(model, images, tmp_path):
 def test_noise_on_an_image_follows_from_the_seed_and_its_place(model, images, tmp_path, small_shards):
     noise = InputNoise("gaussian", 0.5, seed=3)
     made = extract(tmp_path, model, images, "test", ["backbone"], batch_size=4, noise=noise)
-    other_batches = noise.starting_at(0)(normalise(images.images, images.mean, images.std))
+    statistics = images.mean, images.std
+    other_batches = noise.add(normalise(images.images, *statistics), 0, *statistics)
     with torch.no_grad():
         expected = model.eval()(other_batches).backbone
     torch.testing.assert_close(load(tmp_path, "backbone", made), expected, rtol=1e-5, atol=1e-6)
     assert made.noise == "gaussian 0.5 seed 3"
     x = normalise(images.images[7:9], images.mean, images.std)
-    assert torch.equal(noise.starting_at(7)(x), other_batches[7:9])
+    assert torch.equal(noise.add(x, 7, *statistics), other_batches[7:9])
     seed = int(np.random.SeedSequence((3, 8)).generate_state(1)[0])
     assert torch.equal(other_batches[8], add_input_noise(x[1], "gaussian", 0.5, torch.Generator().manual_seed(seed)))
     with pytest.raises(ValueError, match=r"noise: 'gaussian 0.5 seed 3' there, None wanted"):
         extract(tmp_path, model, images, "test", ["backbone"])
+
+
+def test_noise_on_pixels_is_that_of_the_function_image_by_image(model, images, tmp_path, small_shards):
+    statistics = images.mean, images.std
+    noise = InputNoise("uniform", 0.3, seed=2, space="pixel")
+    normalised = normalise(images.images, *statistics)
+    noisy = noise.add(normalised, 0, *statistics)
+    seed = int(np.random.SeedSequence((2, 5)).generate_state(1)[0])
+    expected = add_pixel_noise(normalised[5], *statistics, "uniform", 0.3, torch.Generator().manual_seed(seed))
+    assert torch.equal(noisy[5], expected)
+    made = extract(tmp_path, model, images, "test", ["backbone"], batch_size=4, noise=noise)
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path, "backbone", made), model.eval()(noisy).backbone)
+    assert made.noise == "uniform 0.3 seed 2 on pixels"
+    with pytest.raises(ValueError, match="space is 'image'; it must be one of normalised, pixel"):
+        InputNoise("uniform", 0.3, space="image")
 
 
 def test_other_statistics_are_other_features(model, images, tmp_path):

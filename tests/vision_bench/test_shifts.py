@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from vision_bench import shifts
+from vision_bench.corruptions import shift_names
 from vision_bench.data import ImageSet, StreamedImages, load_images
 
 COLOURS = {"cat": (250, 10, 10), "dog": (10, 250, 10), "emu": (10, 10, 250), "fox": (120, 120, 120)}
@@ -42,7 +43,7 @@ def make_corruptions(folder, names=("fog", "snow", "spatter"), per_severity=6, c
 
 def test_synthetic_shifts_keep_labels_and_equal_slow_twins():
     digits = load_images("digits", "test").subset(torch.arange(12))
-    changed = {kind: shifts.synthetic(kind, digits) for kind in shifts.SYNTHETIC}
+    changed = {kind: shifts.synthetic(kind, digits) for kind in shift_names()}
     for images in changed.values():
         assert torch.equal(images.labels, digits.labels)
         assert images.images.dtype == torch.uint8
@@ -51,7 +52,7 @@ def test_synthetic_shifts_keep_labels_and_equal_slow_twins():
     assert torch.equal(changed["inverted"].images.int() + digits.images, torch.full(digits.images.shape, 255).int())
 
     # Turned counter-clockwise: each pixel is interpolated from four around its source; rows count downwards.
-    grey, angle = digits.images[3, 0].numpy().astype(float), math.radians(shifts.ANGLE)
+    grey, angle = digits.images[3, 0].numpy().astype(float), math.radians(25)
     expected = np.zeros((8, 8))
     for y, x in itertools.product(range(8), repeat=2):
         right, down = x - 3.5, y - 3.5
@@ -72,6 +73,12 @@ def test_synthetic_shifts_keep_labels_and_equal_slow_twins():
     np.testing.assert_array_equal(changed["thinned"].images[5, 0].numpy(), expected)
     with pytest.raises(ValueError, match="kind is 'mirrored'; it must be one of rotated, inverted, thinned"):
         shifts.synthetic("mirrored", digits)
+    assert torch.equal(shifts.synthetic("rotated", digits, 25).images, changed["rotated"].images)
+    assert not torch.equal(shifts.synthetic("rotated", digits, 10).images, changed["rotated"].images)
+    with pytest.raises(ValueError, match=r"strength is 0.7; for thinned it must be in \(0, 0.5\)"):
+        shifts.synthetic("thinned", digits, 0.7)
+    with pytest.raises(ValueError, match="strength is 3; inverted takes none"):
+        shifts.synthetic("inverted", digits, 3)
 
 
 @pytest.mark.parametrize("memory_limit", [2**30, 0])

@@ -8,6 +8,7 @@ for seed in run.config["seeds"]:
 print(interval([row["value"] for row in run.find("accuracy", arm="lora")]).text())  # 0.55 ± 0.64
 """
 
+from vision_bench.runs.frame import frame, over_seeds, paired, select
 from vision_bench.runs.lines import LineAppender, Lines, file_checksum, locked, read_lines, write_atomic
 from vision_bench.runs.provenance import commit, device_name, versions
 from vision_bench.runs.run import CONFIG, DIVERGED, ROWS, Cell, Run, read_rows
@@ -28,16 +29,20 @@ __all__ = [
     "device_name",
     "differences",
     "file_checksum",
+    "frame",
     "interval",
     "locked",
     "markdown_table",
     "option",
+    "over_seeds",
+    "paired",
     "paired_difference",
     "parse",
     "read_lines",
     "read_rows",
     "recorded",
     "run_as_program",
+    "select",
     "versions",
     "write_atomic",
 ]

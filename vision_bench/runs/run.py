@@ -127,7 +127,8 @@ class Run:
         """The cells that have no row, in their order; those of an arm that is marked as diverged need none.
 
         A mark counts for all cells of its seed that agree with it in what it names: one that names no arm counts for
-        the whole seed.
+        the whole seed. A cell without a seed has its row too if there is one of each seed of the run, as there were
+        before what several seeds share was measured once.
         """
         marks = self.find(DIVERGED)
 
@@ -140,8 +141,13 @@ class Run:
                 for mark in marks
             )
 
-        missing = (cell for cell in cells if not self.find(cell.metric, seed=cell.seed, **cell.arm))
-        return [cell for cell in missing if not is_marked(cell)]
+        def has_row(cell: Cell) -> bool:
+            seeds = self.config.get("seeds") if cell.seed is None else None
+            return bool(self.find(cell.metric, seed=cell.seed, **cell.arm)) or (
+                bool(seeds) and all(self.find(cell.metric, seed=seed, **cell.arm) for seed in seeds or ())
+            )
+
+        return [cell for cell in cells if not has_row(cell) and not is_marked(cell)]
 
     def row(
         self, metric: str, value: float | None, *, n: int, seed: int | None, seconds: float, device: str, **arm: Any
