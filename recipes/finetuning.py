@@ -129,9 +129,7 @@ class FinetuningSettings:
             optimizer=self.finetuning_optimizer,
             learning_rate=self.finetuning_learning_rate,
             monitor_epochs=self.curve_epochs,
-            views=CROPS_AND_FLIPS | vision.VIEWS.get(data, {})
-            if self.finetuning_views is None
-            else self.finetuning_views,
+            views=CROPS_AND_FLIPS | vision.VIEWS.get(data, {}) if views is None else views,
             seed=seed,
         )
         return replace(config, **ARMS[method].changes(self))
@@ -407,16 +405,22 @@ class Study:
             for method in methods
             if (rows := run.find("adapter_sparsity", method=method))
         )
-        return (
-            f"# Finetuning on {self.title}: {config['data']}, {config['backbone']}, {config['finetuning_epochs']} "
-            "epochs\n\nTop-1 accuracy in % after finetuning: on the training images with the labels that were trained "
-            f"on, and on\nthe test images.\n\n{arms}\n## Gains\n\n{gains}\nMean ± half-width of the 95 % interval "
-            f"over {len(config['seeds'])} seeds ({varied}); trainings that diverged\n(NaN or infinite weights or "
-            "scores) are counted in the table and enter no mean. The paper's numbers are of\nanother scale (ResNet-18, "
-            "ImageNet-100, 100 epochs). Accuracies are of eval mode, on images as they are.\nConsistency, sparsity and "
-            "live dimensions are of the classified features of the test images; chance is the\nconsistency with "
-            f"shuffled labels. Controls: {controls}{100 * config['held_out']:g} % held out.\n{adapters}"
-        )
+        scale = "{data}, {backbone}, {finetuning_epochs} epochs".format(**config)
+        return f"""# Finetuning on {self.title}: {scale}
+
+Top-1 accuracy in % after finetuning: on the training images with the labels that were trained on, and on
+the test images.
+
+{arms}
+## Gains
+
+{gains}
+Mean ± half-width of the 95 % interval over {len(config["seeds"])} seeds ({varied}); trainings that diverged
+(NaN or infinite weights or scores) are counted in the table and enter no mean. The paper's numbers are of
+another scale (ResNet-18, ImageNet-100, 100 epochs). Accuracies are of eval mode, on images as they are.
+Consistency, sparsity and live dimensions are of the classified features of the test images; chance is the
+consistency with shuffled labels. Controls: {controls}{100 * config["held_out"]:g} % held out.
+{adapters}"""
 
     def draw(self, run: Run) -> None:
         """Accuracies and gains over the conditions, and `epochs`, accuracies per epoch in the hardest condition."""
