@@ -19,12 +19,12 @@ from identity import Content, check_contents
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
-from evals.completions import has_answers, read_completions
 from evals.contents import adapter_checksums, checksum, model_checksums, non_finite_of_file, task_checksums
 from evals.generate import COMPLETIONS, GenerateSettings, generate, load_task, task_manager
 from evals.judge import judge
 from evals.models import WEIGHTS_FILE, Adapter, attached, hub_commit
 from evals.prompts import encode_answer
+from evals.records import has_answers, read_completions
 from mono_peft import activation_sparsity
 from vision_bench.runs import DIVERGED, Run, device_name
 
