@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,14 @@ class GenerateSettings:
     )
     output_dir: str = option(help="For completions.jsonl, results.jsonl and the rest.", changes_results=False)
     adapters: list[Adapter] = option(
-        [], help="Adapters of the model, [NAME=]FOLDER each; FOLDER may be a name on the hub.", changes_results=False
+        [],
+        help="Adapters of the model; each is a folder or a name on the hub.",
+        changes_results=False,
+        metavar="[NAME=]FOLDER",
     )
-    base: bool = option(True, help="Whether the model answers without adapters too; --no_base leaves it out.", changes_results=False)
+    base: bool = option(
+        True, help="Whether the model answers without adapters too; --no_base leaves it out.", changes_results=False
+    )
     limit: int | None = option(None, help="Only the first so many prompts of each task.")
     max_new_tokens: int | None = option(None, help="Instead of the tasks' own limit (512 in evals/tasks).")
     batch_size: int = option(16, help="Prompts at a time.", changes_results=False)
@@ -79,10 +85,17 @@ class GenerateSettings:
         help="off or on: whether chat templates that have a switch ask all arms to think first; thoughts are cut.",
     )
     thought_markers: list[str] | None = option(
-        None, help="What opens and what ends a thought, instead of what the chat template says."
+        None,
+        help="What opens and what ends a thought, instead of what the chat template says.",
+        nargs=2,
+        metavar=("OPENER", "CLOSER"),
     )
     task_data: dict[str, Any] = option(
-        {}, help="JSON of what the tasks' data functions take, as lm-eval's --metadata.", changes_results=False
+        {},
+        help="JSON of what the tasks' data functions take, as lm-eval's --metadata.",
+        changes_results=False,
+        type=json.loads,
+        metavar="JSON",
     )
 
     def __post_init__(self) -> None:
@@ -117,7 +130,7 @@ class GenerateSettings:
 class JudgeSettings:
     """What judges the answers, and how; `evals.judge.check_judging` checks it."""
 
-    judges: list[str] = option([], help="Judges of the answers, those below.")
+    judges: list[str] = option([], help="Judges of the answers, see below.", metavar="JUDGE")
     judge_batch_size: int = option(8, help="Conversations at a time.")
     judge_dtype: str = option("auto", help=f"Of a judge's weights: {_DTYPE_HELP}.")
     endpoint: str | None = option(

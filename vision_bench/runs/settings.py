@@ -18,14 +18,16 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, field, fields
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 import yaml
 
-CHANGES_RESULTS, POSITIONAL = "changes_results", "positional"  # in the metadata of a field
+CHANGES_RESULTS, POSITIONAL, ARGUMENT = "changes_results", "positional", "argument"  # in the metadata of a field
 
 
-def option(default: Any = MISSING, *, help: str, changes_results: bool = True, positional: bool = False) -> Any:
+def option(
+    default: Any = MISSING, *, help: str, changes_results: bool = True, positional: bool = False, **argument: Any
+) -> Any:
     """A field of a dataclass of settings.
 
     Args:
@@ -34,8 +36,10 @@ def option(default: Any = MISSING, *, help: str, changes_results: bool = True, p
         changes_results: False for what says where and how fast the program works; `recorded` leaves it out, so that
             a run may go on with another value.
         positional: whether the command line takes its values without a name; for a list.
+        argument: of `argparse.ArgumentParser.add_argument`, such as `metavar`, and `nargs="*"` for a list that may be
+            empty.
     """
-    metadata = {"help": help, CHANGES_RESULTS: changes_results, POSITIONAL: positional}
+    metadata = {"help": help, CHANGES_RESULTS: changes_results, POSITIONAL: positional, ARGUMENT: argument}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -52,9 +56,11 @@ def recorded(*settings: Any) -> dict[str, Any]:
 
 
 def defaults(*classes: type[Any]) -> dict[str, Any]:
-    """The defaults of dataclasses of settings by name, without what is required."""
+    """The defaults of the settings of dataclasses that change results, by name, without what is required."""
     values = {}
     for f in (f for settings_class in classes for f in fields(settings_class)):
+        if not f.metadata.get(CHANGES_RESULTS, True):
+            continue
         if f.default is not MISSING:
             values[f.name] = f.default
         elif f.default_factory is not MISSING:
@@ -106,14 +112,17 @@ def parse(
     """
     from transformers import HfArgumentParser  # takes a second to import, and is needed by programs alone
 
+    has_positional = any(f.metadata.get(POSITIONAL) for part in classes for f in fields(part))
+
     class Parser(HfArgumentParser):
         def add_argument(self, *names: str, **named: Any) -> Any:
             """HfArgumentParser gives it the metadata of a field, of which argparse does not know all."""
             named.pop(CHANGES_RESULTS, None)
-            if get_origin(named.get("type")) is dict:
-                named["type"] = json.loads
+            named |= named.pop(ARGUMENT, {})
             if named.pop(POSITIONAL, False):
                 names, named = (names[0].removeprefix("--"),), named | {"nargs": "*"}
+            if has_positional and named.get("const") is True:  # or a switch would take the next of these values
+                named = {"action": "store_true", "help": named.get("help")}
             return super().add_argument(*names, **named)
 
     parser = Parser(classes, **options)
