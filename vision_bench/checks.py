@@ -66,7 +66,7 @@ def per_probe(name: str, value: PerProbe, k: int) -> torch.Tensor:
     return vector.expand(k).clone()
 
 
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_name(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless the value is one of the names allowed."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")

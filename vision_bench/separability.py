@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 
-from vision_bench.checks import check_choice
+from vision_bench.checks import check_name
 
 Array = NDArray[np.float64]
 
@@ -176,7 +176,7 @@ def criterion(moments: Moments, kind: str = "fisher") -> Separability:
     Raises:
         ValueError: `kind` is none of these.
     """
-    check_choice("kind", kind, CRITERIA)
+    check_name("kind", kind, CRITERIA)
     return Separability(*(_criterion(z, moments.priors, kind) for z in (moments.mono, moments.poly)))
 
 
@@ -204,7 +204,7 @@ def crossing(sparsity: float, noise: str = "label", kind: str = "fisher", ties: 
     Raises:
         ValueError: an argument is out of its range.
     """
-    check_choice("noise", noise, NOISES)
+    check_name("noise", noise, NOISES)
     clean = moments(float(sparsity), ties=ties)
     scores = criterion(clean, kind)
     # The order of two numbers that are equal in theory is rounding, hence the proofs come before the arithmetic.
@@ -293,7 +293,7 @@ def simulated_moments(
 
 def _classes(sparsity: Array, ties: str) -> tuple[Array, Array]:
     """Priors of the classes and their shares of samples without a tie, each of shape (2, ...)."""
-    check_choice("ties", ties, TIES)
+    check_name("ties", ties, TIES)
     tie = sparsity**2
     strict = (1 - tie) / 2
     half, certain = np.full_like(tie, 0.5), np.ones_like(tie)
