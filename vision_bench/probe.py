@@ -16,16 +16,7 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from vision_bench.checks import (
-    CHUNK,
-    PerProbe,
-    check_features,
-    check_finite,
-    check_labels,
-    check_name,
-    chunks,
-    per_probe,
-)
+from vision_bench.checks import CHUNK, PerProbe, check_features, check_finite, check_labels, check_name, chunks, vector
 from vision_bench.losses import LEAST_PROBABILITY, LOG_OF_ZERO
 
 OPTIMIZERS = ("lars", "sgd")
@@ -115,7 +106,7 @@ def fit_linear_probes(
     labels = check_labels("label_sets", label_sets, num_classes, n, dims=2)
     k = len(labels)
     settings = {"learning_rate": learning_rate, "weight_decay": weight_decay, "alpha": alpha, "beta": beta}
-    vectors = {name: per_probe(name, value, k) for name, value in settings.items()}
+    vectors = {name: vector(name, value, k) for name, value in settings.items()}
     seeds = [seeds] * k if isinstance(seeds, int) else list(seeds)
     if len(seeds) != k:
         raise ValueError(
@@ -145,7 +136,7 @@ def fit_linear_probes(
     for key in dict.fromkeys(keys):
         members = [i for i in range(k) if keys[i] == key]
         generator = torch.Generator().manual_seed(order_stream(key))
-        own = {name: vector[members].to(device, dtype) for name, vector in vectors.items()}
+        own = {name: values[members].to(device, dtype) for name, values in vectors.items()}
         start = _initial([seeds[i] for i in members], num_classes, d, dtype, device)
         groups.append((generator, _Group(start, labels[members].to(device), optimizer, momentum, **own), members))
 
