@@ -25,7 +25,6 @@ from vision_bench.runs import Cell, Run
 from vision_bench.shifts import SEVERITIES
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet100": 100}
-FINETUNED = "finetuned_validation_top1"
 
 Need = tuple[str, dict[str, Any], Sequence[int]]
 
@@ -298,28 +297,6 @@ TABLE = (
             "severities_*": "Accuracy by severity of the corruptions of {}: ours",
         },
         render=shifted,
-    ),
-    of_table(
-        recipe="few_shot_finetuning",
-        items=("figure_3ab",),
-        title="Figures 3(a), 3(b): finetuning on few labels",
-        claim="The paper: non-negative tuning (NCE) has the lower training and the higher validation accuracy, the "
-        "more the fewer the labels, up to +3.9 points at 10 % of ImageNet-100.",
-        metric=FINETUNED,
-        needs=lambda config: crossed(FINETUNED, config, method=config["methods"], fraction=config["fractions"]),
-        pictures={"figure_3ab": "Figure 3(a, b): ours", "epochs": "Accuracy per epoch at the smallest fraction, ours"},
-        render=drawn_by_recipe("FewShotArguments"),
-    ),
-    of_table(
-        recipe="noisy_finetuning",
-        items=("figure_3c",),
-        title="Figure 3(c): finetuning on wrong labels",
-        claim="The paper: the gain of non-negative tuning (NCE) grows with the label noise, up to +11.9 points on "
-        "ImageNet-100.",
-        metric=FINETUNED,
-        needs=lambda config: crossed(FINETUNED, config, method=config["methods"], noise_rate=config["noise_rates"]),
-        pictures={"figure_3c": "Figure 3(c): ours", "epochs": "Accuracy per epoch at the highest rate, ours"},
-        render=drawn_by_recipe("NoisyArguments"),
     ),
     of_table(
         recipe="sst2_monolora",
