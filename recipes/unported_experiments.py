@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -88,27 +87,6 @@ def shifted_needs(config: dict[str, Any]) -> list[Need]:
         axes = {"shift": [shift], "corruption": names, "severity": range(1, SEVERITIES + 1)}
         found += crossed(ACCURACY, config, features=ARMS, **axes)
     return found
-
-
-def superposition_needs(config: dict[str, Any]) -> list[Need]:
-    """Of the window for all seeds, of its neighbours for the first few."""
-    window = {name: [config[name]] for name in ("sparsity", "samples")}
-    axes = {"sparsity": config["sparsities"], "samples": config["sample_sizes"]}
-    few = config | {"seeds": config["seeds"][: config["neighbour_seeds"]]}
-    noises = [("clean", 0.0), ("label", config["noise_rate"]), *(("input", level) for level in config["input_noises"])]
-    found = crossed("superposition", config, size=config["sizes"], features=("mono", "poly"))
-    for noise, level in noises:
-        arm = {"noise": [noise], "level": [level], "features": ("mono", "poly")}
-        first = {"size": config["sizes"][:1], "flips": config["flips"][:1]}
-        found += crossed("accuracy", config, **first, **window, **arm)
-        found += crossed("accuracy", few, size=config["sizes"], flips=config["flips"], **axes, **arm)
-    return found
-
-
-def separability_needs(config: dict[str, Any]) -> list[Need]:
-    """Of the simulation, which comes after the closed forms, and of the claims."""
-    values = crossed("value", config, source=["simulation"], sparsity=config["sparsities"])
-    return values + crossed("claim", config, ties=["zero", "one", "coin", "drop"], kind=[None, "fisher", "difference"])
 
 
 def settings_of(run: Run, settings: type[Any]) -> Any:
@@ -206,35 +184,10 @@ def shifted(run: Run, source: Path) -> str:
     return str(recipe.report(named, settings_of(named, recipe.OodArguments), shifts))
 
 
-def separability(run: Run, source: Path) -> str:
-    """The theorems."""
-    recipe = importlib.import_module(run.recipe)
-    script = settings_of(run, recipe.SeparabilityArguments)
-    recipe.draw(script, run.folder)
-    return str(recipe.report(run, script))
-
-
 def top_activated(run: Run, source: Path) -> str:
     """The tables from the rows; the pictures are those of the run, as their images are in no row."""
     recipe = importlib.import_module(run.recipe)
     return str(recipe.report(run, settings_of(run, recipe.TopActivatedArguments)))
-
-
-def table_2(task: str) -> Callable[[Run, Path], str]:
-    """A half of Table 2; `task` is the class of its recipe."""
-
-    def render(run: Run, source: Path) -> str:
-        report: ModuleType = importlib.import_module("table2_report")
-        of = getattr(importlib.import_module(run.recipe), task)
-        config = run.config
-        trained = [method for method in config["methods"] if method != "base"]
-        return str(
-            report.write_report(
-                run, of.paper, of.performance, trained, config["judges"], demonstration=config["demonstration"]
-            )
-        )
-
-    return render
 
 
 TABLE = (
@@ -299,28 +252,6 @@ TABLE = (
         render=shifted,
     ),
     of_table(
-        recipe="sst2_monolora",
-        items=("table_2", "table_2_sst2"),
-        title="Table 2, SST-2: MonoLoRA",
-        claim="The paper (Llama-2-7b-chat, one run): accuracy 92.78 % with LoRA and 94.84 % with MonoLoRA; "
-        "ShieldGemma's average score, lower is safer, 7.90 and 3.53, of the base 4.83.",
-        metric="accuracy",
-        needs=lambda config: crossed("accuracy", config, method=config["methods"]),
-        pictures={"safety": "Safety against task performance: ours, and the paper's"},
-        render=table_2("Sst2"),
-    ),
-    of_table(
-        recipe="dolly_monolora",
-        items=("table_2", "table_2_dolly"),
-        title="Table 2, Dolly: MonoLoRA",
-        claim="The paper (Llama-2-7b-chat, one run): task performance 14.08 with LoRA and 14.48 with MonoLoRA; "
-        "ShieldGemma's average score 6.12 and 6.04, of the base 4.83.",
-        metric="answer_nll",
-        needs=lambda config: crossed("answer_nll", config, method=config["methods"]),
-        pictures={"safety": "Safety against task performance: ours, and the paper's"},
-        render=table_2("Dolly"),
-    ),
-    of_table(
         recipe="salient_features",
         items=("figure_4c",),
         title="Figure 4(c): semantic consistency of salient dimensions",
@@ -330,33 +261,6 @@ TABLE = (
         needs=lambda config: probed(config, FEATURES),
         pictures={"figure_4c": "Figure 4(c): ours"},
         render=drawn_by_recipe("SalientArguments"),
-    ),
-    of_table(
-        recipe="superposition",
-        items=("figure_5",),
-        title="Figure 5: the toy model of superposition",
-        claim="The paper: with superposition (poly) the toy model classifies better without noise, without it (mono) "
-        "better under 90 % label noise and under input noise (bars without numbers).",
-        metric="superposition",
-        needs=superposition_needs,
-        pictures={
-            "gram": "Figure 5(a): ours",
-            "accuracy": "Figure 5(b): ours",
-            "phase": "Where the ordering holds",
-        },
-        render=drawn_by_recipe("SuperpositionArguments"),
-        own=frozenset({"sparsity", "samples", "flips"}),
-    ),
-    of_table(
-        recipe="separability",
-        items=("theorems",),
-        title="Theorems 4.1, 4.2 and B.1 to B.9: separability",
-        claim="The paper: poly separates better without noise, mono from a label noise of 25 % on.",
-        metric="claim",
-        needs=separability_needs,
-        pictures={"criterion": "The criterion against label and input noise"},
-        render=separability,
-        own=frozenset({"ties", "kind"}),
     ),
     of_table(
         recipe="robust_loss",

@@ -57,12 +57,12 @@ def pairs_file(tmp_path):
 
 @pytest.fixture
 def no_training(monkeypatch):
+    import comparison
     import evaluation
-    import table2
 
     def fail(*args, **kwargs):
         raise AssertionError("training began")
 
-    monkeypatch.setattr(table2, "finetuning", fail)
-    monkeypatch.setattr(table2, "load_base", fail)
+    monkeypatch.setattr(comparison, "finetuning", fail)
+    monkeypatch.setattr(comparison, "load_base", fail)
     monkeypatch.setattr(evaluation, "load_base", fail)

@@ -23,6 +23,7 @@ from vision_bench.metrics import semantic_consistency
 from vision_bench.probe import fit_linear_probes, probe_accuracy
 from vision_bench.runs import interval, paired_difference
 from vision_bench.shifts import load_shifted, synthetic
+from vision_bench.sweep import ACCURACY
 
 QUICK = ["--limit", "300", "--seeds", "0", "1", "--probe_epochs", "20", "--sae_epochs", "3"]
 CORRUPTIONS = ["--corruptions", "label_noise=0.4", "few_shots=0.5", "gaussian=0.5", "rotated"]
@@ -51,7 +52,7 @@ def folder(tmp_path_factory, checkpoint):
     return path
 
 
-def found(folder, metric=benchmark.ACCURACY, **arm):
+def found(folder, metric=ACCURACY, **arm):
     lines = (folder / "results.jsonl").read_text().splitlines()
     there = [row for row in map(json.loads, lines) if row["metric"] == metric]
     return [row for row in there if all((row["config"] | {"seed": row["seed"]}).get(k) == v for k, v in arm.items())]
@@ -328,7 +329,7 @@ def test_the_scale_of_a_models_features_decides_nothing(tmp_path):
     for name in ("odd_pixels", "odd_large_pixels"):
         command = ["--random_init", name, "--output_dir", str(tmp_path / name), "--corruptions", "label_noise=0.4"]
         main([*command, "few_shots=0.5", *QUICK])
-    metrics = (benchmark.ACCURACY, *probe.TRAINING, *sae.QUALITY)
+    metrics = (ACCURACY, *probe.TRAINING, *sae.QUALITY)
     for metric in metrics:
         first, second = (
             {
@@ -338,7 +339,7 @@ def test_the_scale_of_a_models_features_decides_nothing(tmp_path):
             for name in ("odd_pixels", "odd_large_pixels")
         )
         assert first == second
-        if metric in (benchmark.ACCURACY, *probe.TRAINING):
+        if metric in (ACCURACY, *probe.TRAINING):
             assert {key[0] for key in first} == {"raw", "unit", "relu", "sae"}
     clean = found(tmp_path / "odd_large_pixels", features="raw", label_noise=0, few_shots=1)
     assert min(row["value"] for row in clean) > 0.5

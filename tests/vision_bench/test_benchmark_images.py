@@ -9,8 +9,8 @@ from PIL import Image
 
 from vision_bench import models
 from vision_bench.__main__ import main
-from vision_bench.benchmark import ACCURACY
 from vision_bench.data import load_images
+from vision_bench.sweep import ACCURACY
 
 QUICK = ["--random_init", "small_conv", "--features", "raw", "--seeds", "0", "--probe_epochs", "2"]
 
