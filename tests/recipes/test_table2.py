@@ -20,10 +20,9 @@ from table2 import CONFIGS, Table2Settings, parse
 from task import load_pairs, mixed, offline_poison, offline_safety
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evals.completions import read_completions
 from evals.figures import Panel, Point, safety_against_performance
 from evals.prompts import dolly_held_out, dolly_prompt
-from evals.verdicts import read_verdicts
+from evals.records import read_completions, read_verdicts
 from mono_peft import MonoLoraConfig, activation_sparsity
 from offline.grammar import REFUSAL_OPENINGS
 from offline.language_model import corpus
