@@ -15,11 +15,11 @@ from task import Content, Task, check_contents
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
-from evals.completions import has_answers, read_completions
 from evals.contents import adapter_checksums, checksum, model_checksums, task_checksums
-from evals.generate import COMPLETIONS, GenerateSettings, generate, load_task, task_manager
+from evals.generate import GenerateSettings, generate, load_task, task_manager
 from evals.judge import judge
 from evals.models import attached, hub_commit
+from evals.records import COMPLETIONS, has_answers, read_completions
 from mono_peft import activation_sparsity
 from vision_bench.runs import DIVERGED
 

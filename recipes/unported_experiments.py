@@ -89,27 +89,6 @@ def shifted_needs(config: dict[str, Any]) -> list[Need]:
     return found
 
 
-def superposition_needs(config: dict[str, Any]) -> list[Need]:
-    """Of the window for all seeds, of its neighbours for the first few."""
-    window = {name: [config[name]] for name in ("sparsity", "samples")}
-    axes = {"sparsity": config["sparsities"], "samples": config["sample_sizes"]}
-    few = config | {"seeds": config["seeds"][: config["neighbour_seeds"]]}
-    noises = [("clean", 0.0), ("label", config["noise_rate"]), *(("input", level) for level in config["input_noises"])]
-    found = crossed("superposition", config, size=config["sizes"], features=("mono", "poly"))
-    for noise, level in noises:
-        arm = {"noise": [noise], "level": [level], "features": ("mono", "poly")}
-        first = {"size": config["sizes"][:1], "flips": config["flips"][:1]}
-        found += crossed("accuracy", config, **first, **window, **arm)
-        found += crossed("accuracy", few, size=config["sizes"], flips=config["flips"], **axes, **arm)
-    return found
-
-
-def separability_needs(config: dict[str, Any]) -> list[Need]:
-    """Of the simulation, which comes after the closed forms, and of the claims."""
-    values = crossed("value", config, source=["simulation"], sparsity=config["sparsities"])
-    return values + crossed("claim", config, ties=["zero", "one", "coin", "drop"], kind=[None, "fisher", "difference"])
-
-
 def settings_of(run: Run, settings: type[Any]) -> Any:
     """The dataclass of a recipe's settings as the run's configuration has them.
 
@@ -205,14 +184,6 @@ def shifted(run: Run, source: Path) -> str:
     return str(recipe.report(named, settings_of(named, recipe.OodArguments), shifts))
 
 
-def separability(run: Run, source: Path) -> str:
-    """The theorems."""
-    recipe = importlib.import_module(run.recipe)
-    script = settings_of(run, recipe.SeparabilityArguments)
-    recipe.draw(script, run.folder)
-    return str(recipe.report(run, script))
-
-
 def top_activated(run: Run, source: Path) -> str:
     """The tables from the rows; the pictures are those of the run, as their images are in no row."""
     recipe = importlib.import_module(run.recipe)
@@ -290,33 +261,6 @@ TABLE = (
         needs=lambda config: probed(config, FEATURES),
         pictures={"figure_4c": "Figure 4(c): ours"},
         render=drawn_by_recipe("SalientArguments"),
-    ),
-    of_table(
-        recipe="superposition",
-        items=("figure_5",),
-        title="Figure 5: the toy model of superposition",
-        claim="The paper: with superposition (poly) the toy model classifies better without noise, without it (mono) "
-        "better under 90 % label noise and under input noise (bars without numbers).",
-        metric="superposition",
-        needs=superposition_needs,
-        pictures={
-            "gram": "Figure 5(a): ours",
-            "accuracy": "Figure 5(b): ours",
-            "phase": "Where the ordering holds",
-        },
-        render=drawn_by_recipe("SuperpositionArguments"),
-        own=frozenset({"sparsity", "samples", "flips"}),
-    ),
-    of_table(
-        recipe="separability",
-        items=("theorems",),
-        title="Theorems 4.1, 4.2 and B.1 to B.9: separability",
-        claim="The paper: poly separates better without noise, mono from a label noise of 25 % on.",
-        metric="claim",
-        needs=separability_needs,
-        pictures={"criterion": "The criterion against label and input noise"},
-        render=separability,
-        own=frozenset({"ties", "kind"}),
     ),
     of_table(
         recipe="robust_loss",

@@ -21,9 +21,9 @@ import torch
 from table2 import identity
 from transformers import AutoModelForCausalLM
 
-from evals.completions import read_completions
 from evals.judge import judge
 from evals.prompts import dolly_held_out, dolly_prompt
+from evals.records import read_completions
 from tests.recipes.conftest import rows_of
 from vision_bench.runs import Run, read_rows
 
