@@ -26,8 +26,8 @@ from torch import nn
 from vision_bench import storage
 
 # Attributes that decide nothing: those of torch itself, and those in which timm notes what it was asked for and what
-# the weights come from. All that timm makes of its arguments is in other attributes, so that weights in a folder and in
-# a file alone are one model.
+# the weights come from. All that timm makes of its arguments is in other attributes, so that weights in a folder and
+# in a file alone are one model.
 _RECORDS = {"_model_args", "pretrained_model_args", "pretrained_cfg", "default_cfg"}
 _NOT_COMPUTED = {*vars(nn.Module()), "_compiled_call_impl", "_is_torch_compile"} | _RECORDS
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
