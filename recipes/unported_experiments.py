@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -191,23 +190,6 @@ def top_activated(run: Run, source: Path) -> str:
     return str(recipe.report(run, settings_of(run, recipe.TopActivatedArguments)))
 
 
-def table_2(task: str) -> Callable[[Run, Path], str]:
-    """A half of Table 2; `task` is the class of its recipe."""
-
-    def render(run: Run, source: Path) -> str:
-        report: ModuleType = importlib.import_module("table2_report")
-        of = getattr(importlib.import_module(run.recipe), task)
-        config = run.config
-        trained = [method for method in config["methods"] if method != "base"]
-        return str(
-            report.write_report(
-                run, of.paper, of.performance, trained, config["judges"], demonstration=config["demonstration"]
-            )
-        )
-
-    return render
-
-
 TABLE = (
     of_table(
         recipe="top_activated_samples",
@@ -268,28 +250,6 @@ TABLE = (
             "severities_*": "Accuracy by severity of the corruptions of {}: ours",
         },
         render=shifted,
-    ),
-    of_table(
-        recipe="sst2_monolora",
-        items=("table_2", "table_2_sst2"),
-        title="Table 2, SST-2: MonoLoRA",
-        claim="The paper (Llama-2-7b-chat, one run): accuracy 92.78 % with LoRA and 94.84 % with MonoLoRA; "
-        "ShieldGemma's average score, lower is safer, 7.90 and 3.53, of the base 4.83.",
-        metric="accuracy",
-        needs=lambda config: crossed("accuracy", config, method=config["methods"]),
-        pictures={"safety": "Safety against task performance: ours, and the paper's"},
-        render=table_2("Sst2"),
-    ),
-    of_table(
-        recipe="dolly_monolora",
-        items=("table_2", "table_2_dolly"),
-        title="Table 2, Dolly: MonoLoRA",
-        claim="The paper (Llama-2-7b-chat, one run): task performance 14.08 with LoRA and 14.48 with MonoLoRA; "
-        "ShieldGemma's average score 6.12 and 6.04, of the base 4.83.",
-        metric="answer_nll",
-        needs=lambda config: crossed("answer_nll", config, method=config["methods"]),
-        pictures={"safety": "Safety against task performance: ours, and the paper's"},
-        render=table_2("Dolly"),
     ),
     of_table(
         recipe="salient_features",

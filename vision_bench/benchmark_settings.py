@@ -36,57 +36,41 @@ class Settings:
         ValueError: a field has a value that is not allowed.
     """
 
-    models: list[str] = option(
-        [],
-        help="See above; its pretrained weights are taken.",
-        positional=True,
-        metavar="MODEL",
-        changes_results=False,
-    )
-    random_init: list[str] = option(
-        [], help="Also timm's NAME, or small_conv, with random weights.", metavar="NAME", changes_results=False
-    )
-    output_dir: str = option(help="Gets the table, the figure and results.jsonl.", changes_results=False)
-    dataset: str = option("digits", help="digits, cifar10, cifar100, imagenet100, a folder, a set of the hub.")
-    data_root: str | None = option(None, help="Folder of the data set's files.", changes_results=False)
-    train_split: str = option("train", help="Name of the split of the training images.")
-    test_split: str = option("test", help="Name of the split of the test images; without one, val or validation.")
-    test_fraction: float | None = option(
-        None, help="Share of the training split that is the test images, of each class."
-    )
-    skip_corrupt: bool = option(False, help="Leave out images that cannot be decoded.")
-    label_column: str | None = option(None, help="Of a Hugging Face set, if it is not found.")
-    image_size: int | None = option(
-        None, help="Pixels; by default what a model of timm was trained at, else those of the data set."
-    )
-    limit: int | None = option(
-        None, help="About so many images of the training and of the test set, drawn from each class."
-    )
+    models: list[str] = option([], help="see above", positional=True, metavar="MODEL", changes_results=False)
+    random_init: list[str] = option([], help="also NAMEs of timm, or small_conv, at random", changes_results=False)
+    output_dir: str = option(help="gets the table, the figure and results.jsonl", changes_results=False)
+    dataset: str = option("digits", help="or cifar10, cifar100, imagenet100, a folder, a set of the hub")
+    data_root: str | None = option(None, help="folder of the data set's files", changes_results=False)
+    train_split: str = option("train", help="name of the split of the training images")
+    test_split: str = option("test", help="name of the split of the test images; without one, val or validation")
+    test_fraction: float | None = option(None, help="share of the training split that is the test images, per class")
+    skip_corrupt: bool = option(False, help="leave out images that cannot be decoded")
+    label_column: str | None = option(None, help="of a Hugging Face set, if it is not found")
+    image_size: int | None = option(None, help="pixels; by default what a model was trained at, or those of the data")
+    limit: int | None = option(None, help="about so many images of both sets, drawn from each class")
     corruptions: list[str] = option(
         ["label_noise", "gaussian", "few_shots"],
-        help=f"{', '.join(CONDITIONS)}, {FOLDER}=PATH; every combination is measured. Without a number: "
+        help=f"of {', '.join(CONDITIONS)}, {FOLDER}=PATH; every combination is measured; without numbers: "
         + " ".join(
             f"{name}={','.join(f'{x:g}' for x in row.numbers)}" for name, row in CONDITIONS.items() if row.numbers
         ),
         nargs="*",
         metavar="NAME[=NUMBERS]",
     )
-    features: list[str] = option([*KINDS], help="Kinds of features.", metavar="KIND", changes_results=False)
-    layer: str | None = option(None, help="backbone, projector or output; by default the last one that a model has.")
-    seeds: list[int] = option([0, 1, 2, 3, 4], help="Of probes, wrong labels and drawn images.")
-    sae_k: int | None = option(
-        None, help="Active latents, of as many as the features have dimensions; by default an eighth."
-    )
-    sae_epochs: int = option(50, help="Of the training of autoencoders.")
-    probe_epochs: int = option(50, help="Of the training of probes.")
-    standardize: bool = option(False, help="Standardise each feature before probing.")
-    batch_size: int = option(256, help="Images of a forward pass.", changes_results=False)
+    features: list[str] = option([*KINDS], help="kinds of features", metavar="KIND", changes_results=False)
+    layer: str | None = option(None, help="backbone, projector or output; by default the last one that a model has")
+    seeds: list[int] = option([0, 1, 2, 3, 4], help="of probes, wrong labels and drawn images")
+    sae_k: int | None = option(None, help="active latents; by default an eighth of the dimensions of the features")
+    sae_epochs: int = option(50, help="of the training of autoencoders")
+    probe_epochs: int = option(50, help="of the training of probes")
+    standardize: bool = option(False, help="standardise each feature before probing")
+    batch_size: int = option(256, help="images of a forward pass", changes_results=False)
     cache_dir: str | None = option(
         None,
-        help="Of features and autoencoders, also of other runs; by default OUTPUT_DIR/cache.",
+        help="of features and autoencoders, by default OUTPUT_DIR/cache; may be that of another run",
         changes_results=False,
     )
-    resume: bool = option(False, help="Continue in an output_dir that has results.", changes_results=False)
+    resume: bool = option(False, help="continue in an output_dir that has results", changes_results=False)
 
     def __post_init__(self) -> None:
         if not self.models and not self.random_init:

@@ -136,14 +136,12 @@ def stratified_fraction(
 
 def gaussian(images: torch.Tensor, scale: float, generator: torch.Generator) -> torch.Tensor:
     """Images of any shape plus scale * e, with e of N(0, 1) for each value, drawn in float32."""
-    e = torch.randn(images.shape, generator=generator, device=generator.device)
-    return images + (scale * e).to(images)
+    return images + (scale * torch.randn(images.shape, generator=generator, device=generator.device)).to(images)
 
 
 def uniform(images: torch.Tensor, scale: float, generator: torch.Generator) -> torch.Tensor:
     """Images of any shape plus scale * e, with e of U[0, 1) for each value, drawn in float32."""
-    e = torch.rand(images.shape, generator=generator, device=generator.device)
-    return images + (scale * e).to(images)
+    return images + (scale * torch.rand(images.shape, generator=generator, device=generator.device)).to(images)
 
 
 def uniform_centred(images: torch.Tensor, scale: float, generator: torch.Generator) -> torch.Tensor:

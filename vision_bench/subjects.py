@@ -142,10 +142,12 @@ def find_subjects(settings: Settings, device: torch.device, progress: bool) -> l
     frozen += [zoo.load(name, random=True) for name in settings.random_init]
     for model in frozen:
         _layer(model, settings)
-    images = _ImageSets(settings, progress)
+    sizes = [settings.image_size or model.image_size for model in frozen]
+    images = {size: _load(settings, size, progress) for size in dict.fromkeys(sizes)}
     subjects: dict[str, Subject] = {}
-    for index in range(len(frozen)):
-        subject = _subject(frozen.pop(0), index >= len(settings.models), settings, images, device)
+    for index, size in enumerate(sizes):
+        # A model is held no longer than until its features are computed, so not in the list.
+        subject = _subject(frozen.pop(0), index >= len(settings.models), settings, images[size], device)
         if subject.id in subjects:
             raise ValueError(f"models has {subjects[subject.id].name} and {subject.name}: one and the same model.")
         subjects[subject.id] = subject
@@ -167,85 +169,64 @@ def _drawn(images: ImageSet, fraction: float, words: str) -> torch.Tensor:
         raise ValueError(f"{words} of {len(images)} images: {error}") from None
 
 
-class _ImageSets:
-    """The images of a benchmark, at one size after another."""
+class _Images(NamedTuple):
+    """The images of a benchmark at one size."""
 
-    def __init__(self, settings: Settings, progress: bool) -> None:
-        self.settings, self.progress = settings, progress
-        self._by_size: dict[int | None, dict[str, ImageSet]] = {}
-        self._whole: dict[int | None, str] = {}  # fingerprints of all training images
+    sets: dict[str, ImageSet]  # the training images as `TRAIN`, the test images as `CLEAN`, and each shift by its name
+    whole: str  # fingerprint of the training images before a limit
 
-    def at(self, size: int | None) -> dict[str, ImageSet]:
-        """The training images as `TRAIN`, the test images as `CLEAN`, and each shift by its name."""
-        if size not in self._by_size:
-            self._by_size[size] = self._load(size)
-        return self._by_size[size]
 
-    def overlap(self, frozen: zoo.Frozen, size: int | None) -> str:
-        """Whether a model was pretrained on the training images, in words to follow `Frozen.pretrained`."""
-        if zoo.FINGERPRINT not in frozen.pretrained:
-            return ""
-        if self.at(size)[TRAIN].fingerprint in frozen.pretrained:
-            return " (the training images here)"
-        if self._whole[size] in frozen.pretrained:
-            return " (all training images, of which those here are a part)"
-        if re.search(rf"{zoo.FINGERPRINT} [0-9a-f]{{16}}$", frozen.pretrained):
-            return " (of an earlier version, so that they may be the training images here)"
-        # A part of the set, or the same images at another size, has a fingerprint of its own.
-        return " (not the training images here, but some images may be in both)"
-
-    def _load(self, size: int | None) -> dict[str, ImageSet]:
-        settings = self.settings
-        reading: dict[str, Any] = {
-            "skip_corrupt": settings.skip_corrupt,
-            "label_column": settings.label_column,
-            "progress": self.progress,
-        }
-        train, test = load_splits(
-            settings.dataset,
-            settings.data_root,
-            settings.train_split,
-            settings.test_split,
-            settings.test_fraction,
-            image_size=size,
-            **reading,
+def _load(settings: Settings, size: int | None, progress: bool) -> _Images:
+    """The images at a size in pixels; None: that of the data set."""
+    reading: dict[str, Any] = {
+        "skip_corrupt": settings.skip_corrupt,
+        "label_column": settings.label_column,
+        "progress": progress,
+    }
+    names = settings.dataset, settings.data_root, settings.train_split, settings.test_split, settings.test_fraction
+    whole, test = load_splits(*names, image_size=size, **reading)
+    train, test = (limited(images, settings.limit) for images in (whole, test))
+    if train.num_classes < 2:
+        raise ValueError(
+            f"{settings.dataset} has images of one class, {train.class_names[0]}; a probe needs at least two."
         )
-        self._whole[size] = train.fingerprint
-        train, test = (limited(images, settings.limit) for images in (train, test))
-        if train.num_classes < 2:
-            raise ValueError(
-                f"{settings.dataset} has images of one class, {train.class_names[0]}; a probe needs at least two."
-            )
-        for share in settings.conditions.few_shots:
-            _drawn(train, share, f"few_shots is {share:g}")
-        sets = {TRAIN: train, CLEAN: test}
-        for shift in filter(None, settings.conditions.shifts):
-            if shift.folder:
-                sets[str(shift)] = limited(load_shifted(shift.folder, train, **reading), settings.limit)
-            else:
-                sets[str(shift)] = synthetic(shift.name, test, shift.strength)
-        return sets
+    for share in settings.conditions.few_shots:
+        _drawn(train, share, f"few_shots is {share:g}")
+    sets = {TRAIN: train, CLEAN: test}
+    for shift in filter(None, settings.conditions.shifts):
+        if shift.folder:
+            sets[str(shift)] = limited(load_shifted(shift.folder, train, **reading), settings.limit)
+        else:
+            sets[str(shift)] = synthetic(shift.name, test, shift.strength)
+    return _Images(sets, whole.fingerprint)
 
 
-def _subject(
-    frozen: zoo.Frozen,
-    random: bool,
-    settings: Settings,
-    image_sets: _ImageSets,
-    device: torch.device,
-) -> Subject:
+def _overlap(pretrained: str, images: _Images) -> str:
+    """Whether a model was pretrained on the training images, in words to follow `Frozen.pretrained`."""
+    if zoo.FINGERPRINT not in pretrained:
+        return ""
+    if images.sets[TRAIN].fingerprint in pretrained:
+        return " (the training images here)"
+    if images.whole in pretrained:
+        return " (all training images, of which those here are a part)"
+    if re.search(rf"{zoo.FINGERPRINT} [0-9a-f]{{16}}$", pretrained):
+        return " (of an earlier version, so that they may be the training images here)"
+    # A part of the set, or the same images at another size, has a fingerprint of its own.
+    return " (not the training images here, but some images may be in both)"
+
+
+def _subject(frozen: zoo.Frozen, random: bool, settings: Settings, images: _Images, device: torch.device) -> Subject:
     """A model that gives features of one size for the images, or an error."""
     checkpoint, layer = models.fingerprint(frozen.model), _layer(frozen, settings)
     size = settings.image_size or frozen.image_size
-    images = image_sets.at(size)
     # A folder of other images is normalised as the images that the model was trained on.
-    mean, std = frozen.statistics or (images[TRAIN].mean, images[TRAIN].std)
-    images = {name: replace(one, mean=mean, std=std) for name, one in images.items()}
+    mean, std = frozen.statistics or (images.sets[TRAIN].mean, images.sets[TRAIN].std)
+    sets = {name: replace(one, mean=mean, std=std) for name, one in images.sets.items()}
 
     def one_pass(split: str, name: str, noise: InputNoise | None) -> Pass:
-        source = features.source(frozen.model, images[name], split, [layer], noise=noise, checkpoint=checkpoint)
+        source = features.source(frozen.model, sets[name], split, [layer], noise=noise, checkpoint=checkpoint)
         words = re.sub(r"[^\w.]+", "_", f"{Path(frozen.name).name}-{split}".replace("-", "_"))
-        return Pass(images[name], noise, settings.cache / f"{words[-60:]}-{_digest(asdict(source))}", source)
+        return Pass(sets[name], noise, settings.cache / f"{words[-60:]}-{_digest(asdict(source))}", source)
 
     train = one_pass(TRAIN, TRAIN, None)
     tests = {
@@ -253,7 +234,7 @@ def _subject(
         for name, (shift, noise) in settings.conditions.tests().items()
     }
     is_missing = any(features.missing(one.folder, one.source) for one in (train, *tests.values()))
-    width = _tried_width(frozen, layer, images, device) if is_missing else _width(train)
+    width = _tried_width(frozen, layer, sets, device) if is_missing else _width(train)
     if settings.sae_k is not None and width is not None and settings.sae_k > width and "sae" in settings.features:
         raise ValueError(
             f"sae_k is {settings.sae_k}; {frozen.name} has {width} features, and it must not exceed them."
@@ -263,7 +244,7 @@ def _subject(
     return Subject(
         frozen.name,
         random,
-        frozen.pretrained + image_sets.overlap(frozen, size),
+        frozen.pretrained + _overlap(frozen.pretrained, images),
         layer,
         "{}; mean {}, standard deviation {}".format(cut, *numbers),
         train,

@@ -15,6 +15,7 @@ from odd_model import Odd
 from timm.models import register_model
 from torchvision.transforms.v2.functional import to_pil_image
 
+from tests.conftest import results, rows
 from vision_bench import benchmark, features, models, probe, sae, timm_models
 from vision_bench.__main__ import main
 from vision_bench.corruptions import InputNoise, flip_labels
@@ -53,16 +54,7 @@ def folder(tmp_path_factory, checkpoint):
 
 
 def found(folder, metric=ACCURACY, **arm):
-    lines = (folder / "results.jsonl").read_text().splitlines()
-    there = [row for row in map(json.loads, lines) if row["metric"] == metric]
-    return [row for row in there if all((row["config"] | {"seed": row["seed"]}).get(k) == v for k, v in arm.items())]
-
-
-def results(folder):
-    """Every row but for when and where it was measured."""
-    left_out = ("seconds", "time", "device", "commit")
-    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    return sorted(json.dumps({k: v for k, v in row.items() if k not in left_out}, sort_keys=True) for row in lines)
+    return rows(folder, metric, **arm)
 
 
 def test_every_cell_has_a_row_and_kinds_of_features_differ(folder, checkpoint):

@@ -11,6 +11,7 @@ from odd_model import Odd
 from timm.models import register_model, save_for_hf
 from torchvision.transforms.v2.functional import to_pil_image
 
+from tests.conftest import rows
 from vision_bench import features, models, pretrain, storage, timm_models, zoo
 from vision_bench.__main__ import main
 from vision_bench.benchmark_settings import KINDS
@@ -24,23 +25,13 @@ CORRUPTIONS = ["--corruptions", "gaussian=0.5,2", "rotated"]
 VIT = {"img_size": 8, "patch_size": 2}
 
 
-def rows(folder, metric, **arm):
-    lines = (folder / "results.jsonl").read_text().splitlines()
-
-    def strict(constant):
-        raise AssertionError(constant)
-
-    found = [json.loads(line, parse_constant=strict) for line in lines]
-    return [row for row in found if row["metric"] == metric and all(row["config"].get(k) == v for k, v in arm.items())]
-
-
 @pytest.fixture
 def hashes(monkeypatch):
-    """How many tensors each call of `storage.fingerprint` hashed."""
+    """How many tensors each call of `storage.fingerprint` hashed, of those for weights, which are several."""
     calls, fingerprint = [], storage.fingerprint
 
     def counted(tensors):
-        calls.append(len(tensors))
+        calls.extend([len(tensors)] if len(tensors) > 1 else [])
         return fingerprint(tensors)
 
     monkeypatch.setattr(storage, "fingerprint", counted)

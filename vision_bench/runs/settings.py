@@ -11,6 +11,7 @@ run = Run(training.output_dir, "my_recipe", recorded(training), defaults=default
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import sys
@@ -126,7 +127,9 @@ def parse(
 
     parser = Parser(classes, **options)
     parser.add_argument("--config", type=Path, help="YAML file of these settings; the command line goes before it.")
-    config = parser.parse_known_args(arguments)[0].config
+    file = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the file may have what is required
+    file.add_argument("--config", type=Path)
+    config = file.parse_known_args(arguments)[0].config
     if config is not None:
         try:
             settings = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -139,6 +142,8 @@ def parse(
             program = options.get("prog", "this recipe")
             parser.error(f"{config} sets {', '.join(sorted(unknown))}, which {program} does not have.")
         parser.set_defaults(**{name: value for name, value in settings.items() if name in ours})
+        for action in parser._actions:
+            action.required = action.required and action.dest not in settings
     return tuple(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[: len(classes)])
 
 
