@@ -45,7 +45,7 @@ FINAL = {name: f"finetuned_{name}" for name in ACCURACIES}  # the accuracies of 
 ADAPTER_IMAGES = 256  # test images on which the sparsity of an adapter's latents is measured
 
 Condition = dict[str, float]  # `fraction` of the training images, and `noise_rate` of their labels
-Curves = dict[str, dict[str, tuple[list[float], list[float]]]]  # by panel and arm, means and half-widths
+Curves = dict[str, dict[str, figures.Curve]]  # by panel and arm
 
 
 class Arm(NamedTuple):
@@ -435,12 +435,13 @@ consistency with shuffled labels. Controls: {controls}{100 * config["held_out"]:
         shares = [condition[self.axis] for condition in conditions]
         published = {s and 100 * s: points for s, points in self.published.items() if s in (None, *shares)}
         notes = {method: diverged(run, conditions, method) for method in methods}
-        axis = ([100 * share for share in shares], panels, self.label, self.logarithmic)
-        figures.save(run.folder / self.picture, figures.finetuning_curves(*axis, published=published, notes=notes))
+        curves = ([100 * share for share in shares], panels, self.label)
+        options = {"logarithmic": self.logarithmic, "published": published, "notes": notes}
+        figures.save(run.folder / self.picture, figures.band_curves(*curves, **options))
         notes = {method: diverged(run, [hardest], method) for method in methods}
-        figures.save(run.folder / "epochs", figures.finetuning_curves(epochs, per_epoch, "epoch", notes=notes))
+        figures.save(run.folder / "epochs", figures.band_curves(epochs, per_epoch, "epoch", notes=notes))
 
 
-def curve(values: Sequence[Interval]) -> tuple[list[float], list[float]]:
+def curve(values: Sequence[Interval]) -> figures.Curve:
     """Means and half-widths for a drawing."""
     return [value.mean for value in values], [value.half_width or 0.0 for value in values]
