@@ -121,7 +121,7 @@ class FinetuningSettings:
 
     def finetune_config(self, method: str, seed: int, data: str = "") -> FinetuneConfig:
         """The finetuning of an arm on the data set `data`, which decides the views unless they are set."""
-        views = self.finetuning_views
+        views = vision.from_json("finetuning_views", self.finetuning_views)
         config = FinetuneConfig(
             layer=self.layer,
             epochs=self.finetuning_epochs,
@@ -223,7 +223,7 @@ def measure(
         try:
             model = vision.pretrained(pretraining, "simclr", model_seed, splits, accelerator).model
         except FloatingPointError as error:
-            measured = {"seconds": time.monotonic() - begun, "device": device_name(accelerator.device)}
+            measured: dict[str, Any] = {"seconds": time.monotonic() - begun, "device": device_name(accelerator.device)}
             for cell in arms:
                 reason = f"pretraining: {error}"
                 run.add_diverged(reason, n=len(splits["train"]), seed=cell.seed, **measured, **cell.arm)
@@ -266,12 +266,12 @@ def finetune_cell(
             progress=True,
         )
     except FloatingPointError as error:
-        measured = {"seconds": time.monotonic() - begun, "device": device_name(accelerator.device)}
+        measured: dict[str, Any] = {"seconds": time.monotonic() - begun, "device": device_name(accelerator.device)}
         run.add_diverged(str(error), n=len(train), seed=seed, **measured, **cell.arm)
         tuned = None
     if tuned is not None and accelerator.is_main_process:
         consistency = semantic_consistency(embed(tuned.model.to(accelerator.device), test), test.labels).summary
-        arm = {"seed": seed, "device": device_name(accelerator.device), **cell.arm}
+        arm: dict[str, Any] = {"seed": seed, "device": device_name(accelerator.device), **cell.arm}
         arm["seconds"] = time.monotonic() - begun
         kept = len(train) - round(config.held_out * len(train))
         counts = {"train_top1": kept, "online_train_top1": kept, "validation_top1": len(test)}
