@@ -285,7 +285,7 @@ def identity(
 def _defaults(settings_class: type[Any]) -> dict[str, Any]:
     """The defaults of settings that count; one that came after a folder was made is at its default there."""
     return {
-        f.name: f.default_factory() if f.default is MISSING else f.default  # type: ignore[misc]
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
         for f in fields(settings_class)
         if f.name not in _PLACES
     }
