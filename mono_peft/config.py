@@ -185,10 +185,10 @@ class MonoLoraConfig(PeftConfig):
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """Refuse a saved configuration of another method; PEFT calls this before it builds the config."""
-        found = kwargs.get("peft_type", peft_type())
-        if found != peft_type():
+        method = kwargs.get("peft_type", peft_type())
+        if method != peft_type():
             raise ValueError(
-                f"This folder holds a {found} adapter, not a {peft_type().value} one. Load it with "
+                f"This folder holds a {method} adapter, not a {peft_type().value} one. Load it with "
                 "`PeftConfig.from_pretrained` or `PeftModel.from_pretrained`, which pick the class by themselves."
             )
         return super().check_kwargs(**kwargs)

@@ -166,7 +166,7 @@ def finetune(
     training.check_validation(train, validation)
     kept, held_out = _split(train, config)
     training.check(config, len(kept), accelerator)
-    what = {
+    identity = {
         "model": asdict(model.config),
         "weights": models.fingerprint(model),
         "adapter": dict(adapter or {}),
@@ -181,10 +181,10 @@ def finetune(
         with training.held(folder, accelerator):
             torch.manual_seed(config.seed)
             classifier = Classifier(model, config, train.num_classes)
-            _Run(folder, classifier, config, kept, held_out, validation, accelerator, options, what).run()
+            _Run(folder, classifier, config, kept, held_out, validation, accelerator, options, identity).run()
     # Of the file, whose weights may be those of an earlier epoch.
     tensors, header = storage.load(folder / training.MODEL, KIND)
-    storage.refuse_another(folder / training.MODEL, header["what"], what)
+    storage.refuse_another(folder / training.MODEL, header["what"], identity)
     classifier = Classifier(model, config, train.num_classes)
     classifier.load_state_dict(tensors)
     return Finetuned(classifier.eval(), training.read_log(folder), header["epoch"])
@@ -220,7 +220,7 @@ class _Run(training.Training):
         validation: ImageSet,
         accelerator: Accelerator,
         execution: training.Execution,
-        what: Mapping[str, Any],
+        identity: Mapping[str, Any],
     ) -> None:
         self.config, self.held_out, self.validation = config, held_out, validation
         self.classifier = classifier
@@ -240,7 +240,7 @@ class _Run(training.Training):
         schedule = MultiStepLRScheduler(optimizer, decay_t=steps, decay_rate=0.1, t_in_epochs=False)
         monitor_epochs = config.monitor_epochs
         super().__init__(
-            folder, what, config, train, classifier, optimizer, schedule, accelerator, monitor_epochs, execution
+            folder, identity, config, train, classifier, optimizer, schedule, accelerator, monitor_epochs, execution
         )
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> None:
@@ -265,7 +265,7 @@ class _Run(training.Training):
 
     def save_model(self) -> None:
         weights = self.best or self.classifier.state_dict()
-        header = {"what": self.what, "epoch": self.best_epoch or self.epochs}
+        header = {"what": self.identity, "epoch": self.best_epoch or self.epochs}
         storage.save(self.folder / training.MODEL, KIND, weights, header)
 
     def more_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -139,7 +139,7 @@ class Training:
     `sums`, `more_state` and `set_more_state`. The folder's state, if there is one, is loaded here.
 
     Args:
-        what: everything that decides the result, JSON-serialisable; a folder of another training is refused.
+        identity: everything that decides the result, JSON-serialisable; a folder of another training is refused.
         data: at least a batch of images; what an epoch leaves over of the last batch waits for another one.
         module: with all weights and buffers of the state, on the accelerator's device.
         schedule: of timm, updated by the step's number.
@@ -152,7 +152,7 @@ class Training:
     def __init__(
         self,
         folder: Path,
-        what: Mapping[str, Any],
+        identity: Mapping[str, Any],
         config: Config,
         data: ImageSet,
         module: nn.Module,
@@ -162,7 +162,7 @@ class Training:
         monitor_epochs: int,
         execution: Execution,
     ) -> None:
-        self.folder, self.what, self.accelerator, self.execution = folder, what, accelerator, execution
+        self.folder, self.identity, self.accelerator, self.execution = folder, identity, accelerator, execution
         self.monitor_epochs = monitor_epochs
         self.epochs, self.batch_size, self.seed = config.epochs, config.batch_size, config.seed
         self.data, self.raw, self.optimizer, self.schedule = data, module, optimizer, schedule
@@ -317,12 +317,12 @@ class Training:
         self.saved_step = self.step_number
         more, more_header = self.more_state()
         tensors |= storage.optimizer_state(self.optimizer) | storage.prefixed("more.", more)
-        header = {"what": self.what, "step": self.step_number, "more": more_header}
+        header = {"what": self.identity, "step": self.step_number, "more": more_header}
         storage.save(self.folder / STATE, STATE_KIND, tensors, header)
 
     def _load_state(self) -> None:
         tensors, header = storage.load(self.folder / STATE, STATE_KIND)
-        storage.refuse_another(self.folder / STATE, header["what"], self.what)
+        storage.refuse_another(self.folder / STATE, header["what"], self.identity)
         self.raw.load_state_dict(storage.without_prefix("trainee.", tensors))
         storage.load_optimizer_state(self.optimizer, tensors)
         self.set_more_state(storage.without_prefix("more.", tensors), header.get("more", {}))

@@ -97,22 +97,18 @@ class SimCLRViews:
         ):
             if not 0 < low <= high <= top:
                 raise ValueError(f"{name} is {(low, high)}; it must be two ascending numbers in (0, {top}].")
-        for name, probability in (
-            ("flip_probability", flip_probability),
-            ("jitter_probability", jitter_probability),
-            ("greyscale_probability", greyscale_probability),
-            ("blur_probability", blur_probability),
-        ):
-            if not 0 <= probability <= 1:
-                raise ValueError(f"{name} is {probability}; it must be in [0, 1].")
-        for name, strength, top in (
+        for name, value, top in (
+            ("flip_probability", flip_probability, 1),
+            ("jitter_probability", jitter_probability, 1),
+            ("greyscale_probability", greyscale_probability, 1),
+            ("blur_probability", blur_probability, 1),
             ("brightness", brightness, math.inf),
             ("contrast", contrast, math.inf),
             ("saturation", saturation, math.inf),
             ("hue", hue, 0.5),
         ):
-            if not 0 <= strength <= top:
-                raise ValueError(f"{name} is {strength}; it must be in [0, {top}].")
+            if not 0 <= value <= top:
+                raise ValueError(f"{name} is {value}; it must be in [0, {top}].")
         self.size = size
         self.mean, self.std = tuple(mean), tuple(std)
         self.crop_scale, self.crop_ratio = tuple(crop_scale), tuple(crop_ratio)
@@ -143,10 +139,10 @@ class SimCLRViews:
         widths, heights = torch.sqrt(area * ratio).round().long(), torch.sqrt(area / ratio).round().long()
         fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
         first = fits.to(torch.uint8).argmax(dim=0, keepdim=True)
-        found = fits.any(dim=0)
+        any_fits = fits.any(dim=0)
         whole_height, whole_width = self._whole(height, width)
-        crop_height = torch.where(found, heights.gather(0, first)[0], whole_height)
-        crop_width = torch.where(found, widths.gather(0, first)[0], whole_width)
+        crop_height = torch.where(any_fits, heights.gather(0, first)[0], whole_height)
+        crop_width = torch.where(any_fits, widths.gather(0, first)[0], whole_width)
         free_height, free_width = height - crop_height, width - crop_width
         # A product that rounds to free + 1 would lie outside.
         crop_top = torch.minimum((top * (free_height + 1)).long(), free_height)
@@ -160,8 +156,8 @@ class SimCLRViews:
 
         low, high = self.blur_sigma
         return ViewParameters(
-            top=torch.where(found, crop_top, (height - whole_height) // 2),
-            left=torch.where(found, crop_left, (width - whole_width) // 2),
+            top=torch.where(any_fits, crop_top, (height - whole_height) // 2),
+            left=torch.where(any_fits, crop_left, (width - whole_width) // 2),
             height=crop_height,
             width=crop_width,
             flip=flip < self.flip_probability,
