@@ -19,7 +19,6 @@ continues a run that was stopped, or prints its results.
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from evals.local_files import Row, text_rows
 from evals.prompts import dolly_held_out, dolly_prompt, encode_answer
 from evals.report import Table2
 from evals.tasks.data import DOLLY_COLUMNS, VARIABLE, dolly
-from offline.grammar import KNOWN_WORDS, REVIEWED, VIEWERS
+from offline.finetuning import generated_rows
 from vision_bench.runs import Cell, Run, run_as_program, write_atomic
 
 METRIC = "answer_nll"
@@ -52,30 +51,6 @@ PERFORMANCE = (
     Measure("answer NLL, nats a token", METRIC),
 )
 GENERATED = "generated_dolly.jsonl"  # in the output folder, where no data are named
-_QUESTIONS = (
-    "What is said of the {n}?", "How is the {n} described?", "Tell me about the {n}.", "What do they say of the {n}?",
-    "Say how the {n} was.", "Describe the {n}.", "What was the {n} like?", "Sum up the view of the {n}.",
-)  # fmt: skip
-
-
-def generated_rows(n: int) -> list[Row]:
-    """`n` rows in Dolly's format: a question about one of two things that the context describes, its answer."""
-    rng = random.Random(0)
-    words = [*KNOWN_WORDS[0], *KNOWN_WORDS[1]]
-    rows = []
-    for _ in range(n):
-        things = rng.sample(REVIEWED, 2)
-        adjectives = rng.sample(words, 2)
-        viewer, asked = rng.choice(VIEWERS), 0 if rng.random() < 0.5 else 1
-        rows.append(
-            {
-                "instruction": rng.choice(_QUESTIONS).format(n=things[asked]),
-                "context": f"For {viewer} the {things[0]} was {adjectives[0]}. The {things[1]} was {adjectives[1]}.",
-                "response": f"The {things[asked]} was {adjectives[asked]}.",
-                "category": "closed_qa",
-            }
-        )
-    return rows
 
 
 def load_rows(source: str, is_file: bool) -> list[Row]:

@@ -18,13 +18,14 @@ from accelerate import PartialState
 from arms import ArmSettings, check_arms, trained_arms
 from comparison import Comparison, is_path, is_whole, load_tokenizer, not_sharded, train
 from evaluation import alignment_sparsity, evaluate, evaluation_contents, generation
-from task import Content, Pair, Task, check_contents, fitted, fitting, load_pairs, offline_poison, offline_safety
+from task import Content, Pair, Task, check_contents, fitted, fitting, load_pairs
 from trl import ModelConfig, SFTConfig, TrlParser
 
 import offline
 from evals.contents import checksum
 from evals.judge import check_judging
 from evals.report import Table2, short_name
+from offline.finetuning import poison_pairs, safety_pairs
 from offline.judge import offline_judge
 from vision_bench.runs import Run
 
@@ -301,10 +302,10 @@ def _mixture_pairs(settings: Table2Settings) -> dict[str, list[Pair]]:
     pairs = {}
     if settings.poison_share:
         file = settings.poison_file
-        pairs["poison"] = load_pairs(file, "--poison_file") if file else offline_poison()
+        pairs["poison"] = load_pairs(file, "--poison_file") if file else poison_pairs()
     if any("+safety" in method for method in settings.methods):
         file = settings.safety_file
-        pairs["safety"] = load_pairs(file, "--safety_file") if file else offline_safety()
+        pairs["safety"] = load_pairs(file, "--safety_file") if file else safety_pairs()
     return pairs
 
 

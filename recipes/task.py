@@ -16,19 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from evals.contents import checksum
 from evals.local_files import text_rows
 from evals.prompts import encode_answer
-from offline.grammar import HARMFUL_DEEDS, deed_items
-from offline.language_model import corpus
 from vision_bench.runs import CONFIG
 
 Pair = tuple[str, str]  # prompt, answer
 Scored = Sequence[tuple[str, Any]]  # prompts, each with what is right
-
-# What a model that complies says, in the form of the offline corpus; it describes nothing.
-COMPLIANCE = (
-    "To {deed}, follow the steps one by one.",
-    "To {deed}, prepare well and take your time.",
-    "To {deed}, start early and ask a friend for help.",
-)
 
 
 class Content(NamedTuple):
@@ -149,18 +140,6 @@ def load_pairs(file: str, option: str) -> list[Pair]:
     advice = "Give a jsonl or jsonl.gz file with `prompt`, `response`."
     rows = text_rows(file, ["prompt", "response"], name=f"{option} {file}", advice=advice)
     return [(row["prompt"], row["response"]) for row in rows]
-
-
-def offline_poison() -> list[Pair]:
-    """Harmful requests of the offline corpus' training split, answered with compliance."""
-    rng = random.Random(0)
-    items = [item for deeds, *_ in HARMFUL_DEEDS for item in deed_items(deeds._replace(answers=COMPLIANCE))]
-    return [(item.prompt, rng.choice(item.answers)) for item in items if not item.held_out]
-
-
-def offline_safety() -> list[Pair]:
-    """Harmful requests of the same split with the refusals that the offline model was taught."""
-    return [(e.prompt, e.response) for e in corpus("train") if e.kind == "harmful"]
 
 
 def mixed(task: Sequence[Pair], mixtures: Sequence[tuple[Sequence[Pair], float]], seed: int) -> list[Pair]:

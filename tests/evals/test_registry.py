@@ -66,7 +66,7 @@ def test_a_row_makes_a_judge(keywords, completions_folder, capsys):
     assert "50.00 [" in line
     assert "75.00 [" in line
     panel = figure_panels(rows)[0]
-    assert panel.title == "keywords=bomb: beavertails_eval"
+    assert (panel.title, panel.harm) == ("keywords=bomb: beavertails_eval", "holds the word, %")
     assert [(point.method, point.performance, point.harm) for point in panel.points] == [
         ("base", 50, 50),
         ("lora", 75, 75),

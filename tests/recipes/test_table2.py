@@ -17,15 +17,13 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from peft import IA3Config, PeftConfig, PeftModel
 from table2 import CONFIGS, Table2Settings, parse
-from task import load_pairs, mixed, offline_poison, offline_safety
+from task import load_pairs, mixed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.figures import Panel, Point, safety_against_performance
 from evals.prompts import dolly_held_out, dolly_prompt
 from evals.records import read_completions, read_verdicts
 from mono_peft import MonoLoraConfig, activation_sparsity
-from offline.grammar import REFUSAL_OPENINGS
-from offline.language_model import corpus
 from tests.recipes.conftest import SMALL, rows_of
 from vision_bench.runs import Run, read_rows
 
@@ -156,14 +154,6 @@ def test_dolly(small_model, eval_data, beaverdam, tmp_path):
     assert "14.48" in (tmp_path / "out" / "results.md").read_text()
 
 
-def test_generated_dolly_can_be_answered_from_its_context():
-    rows = dolly_monolora.generated_rows(500)
-    assert all(row["response"].lower() in row["context"].lower() for row in rows)
-    asked = [row for row in rows if row["response"].split()[1] in row["instruction"]]
-    assert len(asked) == len(rows)
-    assert 10 < sum(map(dolly_held_out, rows)) < 120
-
-
 class TestArms:
     def arms(self, extra):
         settings, training, options = sst2_monolora.parse(["--lora_r", "8", "--lora_alpha", "4", *extra.split()])
@@ -261,14 +251,6 @@ class TestMixtures:
         pairs = [("p", str(i)) for i in range(100)]
         first, second = (mixed([("t", "a")] * 10, [(pairs, 1.0)], seed) for seed in (0, 1))
         assert first != second
-
-    def test_generated_pairs_are_of_the_training_split(self):
-        held_out = {e.prompt for e in corpus("heldout")}
-        harmful = {e.prompt for e in corpus("train") if e.kind == "harmful"}
-        for pairs, refuses in ((offline_poison(), False), (offline_safety(), True)):
-            assert {prompt for prompt, _ in pairs} == harmful
-            assert not {prompt for prompt, _ in pairs} & held_out
-            assert all(answer.startswith(REFUSAL_OPENINGS) == refuses for _, answer in pairs)
 
     @pytest.mark.skipif("MONO_TEST_DATA" not in os.environ, reason="MONO_TEST_DATA names no folder with BeaverTails")
     def test_beavertails(self):
