@@ -100,6 +100,10 @@ class MonoLoraConfig(PeftConfig):
         trainable_token_indices: token ids whose embeddings train, as in `LoraConfig`.
         format_version: of the saved adapter; set by the package.
 
+    Example:
+        >>> config = MonoLoraConfig(r=16, monolora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        >>> model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained("gpt2"), config)
+
     Raises:
         ValueError: an option is out of range, given under two names, or cannot work with a non-linear update.
     """

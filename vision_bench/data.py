@@ -184,6 +184,11 @@ def load_images(
         TypeError: labels are not integers.
         ValueError: there is no such set or split, an image cannot be read, images differ in size, or a label is
             hidden (-1) or out of its range. The error names the file or the row.
+
+    Example:
+        >>> digits = load_images("digits", "train")
+        >>> digits.images.shape, digits.labels[:3], digits.class_names[:3]
+        (torch.Size([1437, 3, 8, 8]), tensor([0, 1, 2]), ['0', '1', '2'])
     """
     return _reader(name, split, root, image_size, skip_corrupt, label_column, memory_limit, progress)()
 

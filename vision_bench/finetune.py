@@ -27,6 +27,7 @@ from timm.scheduler import MultiStepLRScheduler
 from torch import nn
 
 from vision_bench import features, models, storage, training
+from vision_bench.corruptions import seed_of
 from vision_bench.views import SimCLRViews
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def _split(train: ImageSet, config: FinetuneConfig) -> tuple[ImageSet, ImageSet 
             f"held_out is {config.held_out} of {len(train)} images, which leaves {count} to hold out; both parts need "
             "at least one."
         )
-    generator = torch.Generator().manual_seed(training.seed_of(config.seed, HELD_OUT))
+    generator = torch.Generator().manual_seed(seed_of(config.seed, HELD_OUT))
     order = torch.randperm(len(train), generator=generator)
     return train.subset(order[count:].sort().values), train.subset(order[:count].sort().values)
 

@@ -66,6 +66,11 @@ class SimCLRViews:
 
     Raises:
         ValueError: a setting is out of its range.
+
+    Example:
+        >>> images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+        >>> views = SimCLRViews(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        >>> first, second = views(images, torch.Generator().manual_seed(0))
     """
 
     def __init__(
