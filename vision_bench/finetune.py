@@ -28,7 +28,7 @@ from torch import nn
 
 from vision_bench import features, models, storage, training
 from vision_bench.corruptions import seed_of
-from vision_bench.views import SimCLRViews
+from vision_bench.views import SimCLRViews, check_settings
 
 if TYPE_CHECKING:
     from vision_bench.data import ImageSet
@@ -83,12 +83,7 @@ class FinetuneConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1).")
         if any(not 0 < milestone < 1 for milestone in self.milestones):
             raise ValueError(f"milestones is {self.milestones}; they are shares of the epochs, each in (0, 1).")
-        try:
-            SimCLRViews(8, (0.5,) * 3, (0.5,) * 3, **(self.views or {}))
-        except TypeError as error:
-            raise ValueError(
-                f"views is {self.views}, settings of SimCLRViews other than size, mean, std: {error}"
-            ) from None
+        check_settings(self.views or {})
 
 
 class Classifier(nn.Module):

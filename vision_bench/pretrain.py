@@ -28,7 +28,7 @@ from torch import nn
 from vision_bench import features, models, storage, training
 from vision_bench.losses import activation_bonus, info_nce
 from vision_bench.probe import knn_accuracy, probe_accuracy
-from vision_bench.views import SimCLRViews
+from vision_bench.views import SimCLRViews, check_settings
 
 if TYPE_CHECKING:
     from vision_bench.data import ImageSet
@@ -71,12 +71,7 @@ class PretrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and finite.")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"warmup_epochs is {self.warmup_epochs}; it must be in [0, {self.epochs}), the epochs.")
-        try:
-            SimCLRViews(8, (0.5,) * 3, (0.5,) * 3, **self.views)
-        except TypeError as error:
-            raise ValueError(
-                f"views is {self.views}, settings of SimCLRViews other than size, mean, std: {error}"
-            ) from None
+        check_settings(self.views)
         if self.optimizer == "lars" and self.weight_decay == 0:
             raise ValueError(
                 "weight_decay is 0, and timm's LARS adapts only what is decayed: it would be plain SGD. Give a small "
