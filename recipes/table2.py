@@ -264,7 +264,8 @@ def show(run: Run, experiment: Experiment) -> None:
     if run.is_main:
         text = experiment.report(run)
         run.write("results.md", text)
-        experiment.draw(run)
+        if experiment.draw is not None:
+            experiment.draw(run)
         print(text)
 
 
