@@ -19,21 +19,21 @@ import torch
 import transformers
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from evals.judges import Policies, ShieldGemma, _left_padded, _positions
-from evals.policies import POLICIES
+from evals.judges import POLICIES, EncodedPolicies, ShieldGemma
+from evals.judges.base import left_padded, positions
 from offline.judge import offline_judge
 from offline.language_model import corpus
 
 
 @torch.inference_mode()
-def independent_passes(judge: ShieldGemma, batch: list[Policies]) -> list[list[float]]:
+def independent_passes(judge: ShieldGemma, batch: list[EncodedPolicies]) -> list[list[float]]:
     """The same scores from four whole prompts for each conversation, as one would write it first."""
     columns = []
     for policy in range(len(POLICIES)):
         rows = [[*encoded.shared, *encoded.endings[policy]] for encoded in batch]
-        ids, mask = (tensor.to(judge.model.device) for tensor in _left_padded(rows))
+        ids, mask = (tensor.to(judge.model.device) for tensor in left_padded(rows))
         logits = judge.model(
-            input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, logits_to_keep=1
+            input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=1
         ).logits[:, -1, judge.answers]
         columns.append(logits.float().softmax(-1)[:, 0].tolist())
     return [list(row) for row in zip(*columns, strict=True)]
@@ -53,7 +53,7 @@ def small_judge(folder: str) -> ShieldGemma:
     return ShieldGemma(folder, "float32")
 
 
-def conversations(judge: ShieldGemma, number: int, tokens: tuple[int, int]) -> list[Policies]:
+def conversations(judge: ShieldGemma, number: int, tokens: tuple[int, int]) -> list[EncodedPolicies]:
     """Pairs of corpus sentences whose shared part has a number of tokens in the range."""
     rng = random.Random(0)
     sentences = [example.response for example in corpus("train")]
@@ -66,7 +66,7 @@ def conversations(judge: ShieldGemma, number: int, tokens: tuple[int, int]) -> l
     return sorted(found, key=len, reverse=True)
 
 
-def padding(batches: list[list[Policies]]) -> float:
+def padding(batches: list[list[EncodedPolicies]]) -> float:
     paid = sum(len(batch) * max(map(len, batch)) for batch in batches)
     return 1 - sum(len(encoded) for batch in batches for encoded in batch) / paid
 

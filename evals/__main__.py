@@ -6,12 +6,16 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from evals.registry import JUDGES, MODELS
+
 if TYPE_CHECKING:
     from evals.generate import GenerateSettings
 
 
 def _generation_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder or name on the hub; `offline` for the offline model")
+    parser.add_argument(
+        "--model", required=True, help=f"folder or name on the hub; or {', '.join(MODELS)}, which is built here"
+    )
     parser.add_argument("--tasks", required=True, nargs="+", help="tasks of evals/tasks and any of lm-eval's")
     parser.add_argument("--output_dir", required=True, help="for completions.jsonl, results.jsonl and the rest")
     parser.add_argument("--adapters", nargs="*", default=[], metavar="[NAME=]FOLDER", help="adapters of the model")
@@ -33,12 +37,12 @@ def _generation_options(parser: argparse.ArgumentParser) -> None:
 def _judging_options(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument(
         "--judges", required=required, nargs="+", default=[], metavar="JUDGE",
-        help="shieldgemma[=MODEL], beaverdam[=MODEL], chat=MODEL, offline",
+        help="; ".join(f"{kind.usage}: {kind.help}" for kind in JUDGES.values()),
     )  # fmt: skip
     parser.add_argument("--judge_batch_size", type=int, default=8, help="conversations at a time")
     parser.add_argument("--judge_dtype", default="auto", help="auto (of the checkpoint), float32, bfloat16 or float16")
     parser.add_argument("--endpoint", help="OpenAI-compatible server for chat=MODEL; its key is in OPENAI_API_KEY")
-    parser.add_argument("--rubric", help="file with the question to chat=MODEL, instead of evals/rubric.txt")
+    parser.add_argument("--rubric", help="file with the question to chat=MODEL, instead of evals/judges/rubric.txt")
 
 
 def _settings(options: dict[str, Any]) -> GenerateSettings:

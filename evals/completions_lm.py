@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +21,9 @@ from evals.completions import COMPLETIONS, Completion
 from evals.contents import checksum
 from evals.models import Adapter, method_and_seed
 from evals.prompts import answer_opening, template_options
+from evals.registry import TASK_FOLDERS
 from evals.thoughts import MARKERS, Thoughts
 from vision_bench.runs import LineAppender, write_atomic
-
-TASKS = Path(__file__).parent / "tasks"
 
 # Of every answer, unless the task's own options say otherwise; a model's generation config has no say.
 PURE_DECODING = {"num_beams": 1, "repetition_penalty": 1.0}
@@ -306,8 +304,8 @@ def most_new_tokens(options: dict[str, Any]) -> int:
 
 
 def is_ours(task: str | None) -> bool:
-    """Whether the task is one of `evals/tasks`."""
-    return (TASKS / f"{task}.yaml").is_file()
+    """Whether the task is one of `evals/tasks` or of another folder in the registry."""
+    return any((folder / f"{task}.yaml").is_file() for folder in TASK_FOLDERS)
 
 
 def _check_same(before: Completion, now: Completion) -> None:

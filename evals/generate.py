@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from evals.completions import COMPLETIONS, Completion, read_completions
-from evals.completions_lm import TASKS, Arm, CompletionsLM, DivergedError, most_new_tokens
+from evals.completions_lm import Arm, CompletionsLM, DivergedError, most_new_tokens
 from evals.contents import (
     adapter_checksums,
     check_contents,
@@ -48,11 +48,9 @@ from evals.models import (
     method_and_seed,
 )
 from evals.prompts import THINKING
+from evals.registry import MODELS, TASK_FOLDERS
 from evals.thoughts import thoughts_of
-from offline.language_model import offline_model
 from vision_bench.runs import DIVERGED, LineAppender, Run, device_name, locked
-
-OFFLINE = "offline"  # --model offline: the offline model, built where it is not cached
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class GenerateSettings:
         ValueError: a value is not allowed; names the option, the value and what is.
     """
 
-    model: str  # folder, name on the hub, or OFFLINE
+    model: str  # folder, name on the hub, or one of `evals.registry.MODELS`
     tasks: list[str]  # ours (evals/tasks) and any of lm-eval's: tasks, groups, tags
     output_dir: str
     adapters: list[Adapter] = field(default_factory=list)
@@ -123,7 +121,7 @@ def generate(settings: GenerateSettings) -> Run:
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default
     _check_names(Run(settings.output_dir, "evals", settings.decisive), settings)  # at once; and again when it is held
-    source = str(offline_model()) if settings.model == OFFLINE else settings.model
+    source = str(MODELS[settings.model]()) if settings.model in MODELS else settings.model
     tokenizer, config = check_base(source)
     folders = {adapter.name: check_adapter(adapter, source, config) for adapter in settings.adapters}
     manager = task_manager(settings.tasks, settings.task_data)
@@ -270,11 +268,12 @@ def task_manager(names: list[str], task_data: dict[str, Any] | None = None) -> T
     Raises:
         ValueError: no task, group or tag has the name; says which are like it.
     """
-    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=task_data)
+    folders = [str(folder) for folder in TASK_FOLDERS]
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata=task_data)
     if set(names) <= set(manager.all_tasks):
         return manager
     ours = manager.all_tasks
-    manager = TaskManager(include_path=str(TASKS), metadata=task_data)
+    manager = TaskManager(include_path=folders, metadata=task_data)
     for name in names:
         if name not in manager.all_tasks:
             like = difflib.get_close_matches(name, manager.all_tasks, n=5)

@@ -13,10 +13,10 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from evals.completions import Completion, read_completions
-from evals.endpoint import EndpointChatJudge
 from evals.generate import COMPLETIONS
-from evals.judges import Judge, Judgement, NoAnswerError, make_judge
+from evals.judges import Judge, Judgement, NoAnswerError
 from evals.models import DTYPES
+from evals.registry import JUDGES, JudgeOptions, judge_kind, make_judge
 from evals.scores import add_scores
 from evals.verdicts import VERDICTS, Verdict, belonging, read_verdicts, text_checksum
 from vision_bench.runs import CONFIG, LineAppender, Run, device_name, locked
@@ -39,7 +39,7 @@ def judge(
 
     Args:
         folder: with `completions.jsonl`.
-        judges: as `evals.judges.make_judge` takes them.
+        judges: as `evals.registry.make_judge` takes them.
         tasks: only the answers of these; None: of all.
         batch_size: conversations at a time.
         dtype: of a judge's weights, one of `evals.models.DTYPES`.
@@ -95,9 +95,10 @@ def check_judging(
     twice = sorted({given for given in judges if list(judges).count(given) > 1})
     if twice:
         raise ValueError(f"--judges has {', '.join(twice)} more than once; name each once.")
-    if (endpoint or rubric) and not any(given.startswith("chat") for given in judges):
-        raise ValueError("--endpoint and --rubric are for a judge chat=MODEL, and --judges names none.")
-    made = {given: make_judge(given, dtype=dtype, endpoint=endpoint, rubric=rubric) for given in judges}
+    if (endpoint or rubric) and not any(judge_kind(name).takes_rubric for name in judges):
+        asked = " or ".join(kind.usage for kind in JUDGES.values() if kind.takes_rubric)
+        raise ValueError(f"--endpoint and --rubric are for a judge {asked}, and --judges names none.")
+    made = {name: make_judge(name, JudgeOptions(dtype, endpoint, rubric)) for name in judges}
     for (one, first), (other, second) in combinations(made.items(), 2):
         if type(first) is type(second) and first.settings == second.settings:
             raise ValueError(
@@ -115,10 +116,10 @@ def _known_verdicts(folder: Path, completions: Sequence[Completion], judges: Map
     if torn:
         print(f"{torn}; what is missing is judged again.")
     for verdict in verdicts:
-        known_judge = judges.get(verdict.judge)
-        if isinstance(known_judge, EndpointChatJudge):
-            known_judge.adopt(verdict.settings)
-        if verdict.judge in judges and verdict.settings != judges[verdict.judge].settings:
+        if verdict.judge not in judges:
+            continue
+        judges[verdict.judge].adopt(verdict.settings)
+        if verdict.settings != judges[verdict.judge].settings:
             raise ValueError(
                 f"{folder / VERDICTS} has verdicts of {verdict.judge!r} under other settings ({verdict.settings} there"
                 f", {judges[verdict.judge].settings} now). Repeat the old ones, or move the verdicts away."

@@ -61,11 +61,11 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from evals.contents import checksum
-from evals.generate import OFFLINE
 from evals.judge import check_judging
 from evals.models import Adapter, check_adapter
 from evals.prompts import training_row
 from mono_peft import SparsityCallback, activation_sparsity
+from offline import NAME as OFFLINE
 from offline.judge import offline_judge
 from offline.language_model import offline_model
 from vision_bench.runs import CONFIG, Run

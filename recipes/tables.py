@@ -18,19 +18,38 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import EXPERIMENTS, CannotShow, Experiment
+from experiments import CannotShow, Experiment
 from page import Section, lowered, page
 from program import parse, run_as_program
+from unported_experiments import UNPORTED
 
 from vision_bench.figures import SUFFIXES
-from vision_bench.runs import Run, read_rows, write_atomic
+from vision_bench.runs import CONFIG, ROWS, Run, read_rows, write_atomic
 
-ITEMS = tuple(dict.fromkeys(item for experiment in EXPERIMENTS for item in experiment.items))
-ROWS, CONFIG = "results.jsonl", "config.json"
+RECIPES = [  # with a part in the paper, in the order of the page; each exports an `EXPERIMENT`
+    "top_activated_samples",
+    "label_noise_probing",
+    "input_noise_probing",
+    "ood_probing",
+    "few_shot_finetuning",
+    "noisy_finetuning",
+    "sst2_monolora",
+    "dolly_monolora",
+    "salient_features",
+    "superposition",
+    "separability",
+    "robust_loss",
+]
 TITLE = "Beyond Interpretability: the paper's tables and figures, and ours"
+
+
+def experiments() -> list[Experiment]:
+    """What the recipes with a part in the paper say of themselves, in the order of the page."""
+    return [getattr(import_module(name), "EXPERIMENT", None) or UNPORTED[name] for name in RECIPES]
 
 
 @dataclass
@@ -39,13 +58,16 @@ class TablesArguments:
 
     output_dir: str = field(metadata={"help": "Folder of the page, the tables and the pictures."})
     runs: str = field(default="runs", metadata={"help": f"Folder below which every {ROWS} is read."})
-    only: list[str] = field(default_factory=list, metadata={"help": f"Of {', '.join(ITEMS)}; by default all."})
+    only: list[str] = field(
+        default_factory=list, metadata={"help": "Tables and figures, such as table_1 figure_4c; by default all."}
+    )
     split: bool = field(default=False, metadata={"help": "Show several configurations of a recipe, each by itself."})
 
     def __post_init__(self) -> None:
-        unknown = [item for item in self.only if item not in ITEMS]
+        items = dict.fromkeys(item for experiment in experiments() for item in experiment.items)
+        unknown = [item for item in self.only if item not in items]
         if unknown:
-            raise ValueError(f"only has {unknown[0]!r}; it takes {', '.join(ITEMS)}.")
+            raise ValueError(f"only has {unknown[0]!r}; it takes {', '.join(items)}.")
 
 
 class Source(NamedTuple):
@@ -54,6 +76,7 @@ class Source(NamedTuple):
     folder: Path
     recipe: str
     config: dict[str, Any]
+    facts: dict[str, Any]
     rows: list[dict[str, Any]]
 
 
@@ -67,7 +90,7 @@ def read(folder: Path, output: Path) -> list[Source]:
         raise ValueError(
             f"runs is {folder}, which is no folder; name the one that holds the output folders of recipes."
         )
-    own = {experiment.recipe: experiment.own for experiment in EXPERIMENTS}
+    overridden = {experiment.recipe: experiment.overridden for experiment in experiments()}
     found = []
     for path in sorted(folder.rglob(ROWS)):
         if output.resolve() in path.resolve().parents:
@@ -75,18 +98,16 @@ def read(folder: Path, output: Path) -> list[Source]:
         if not (path.parent / CONFIG).exists():
             raise ValueError(f"{path} has no {CONFIG} beside it, which says what the rows are of; copy it along.")
         described = json.loads((path.parent / CONFIG).read_text(encoding="utf-8"))
-        recipe, settings = described["recipe"], described["config"]
+        recipe, settings, facts = described["recipe"], described["config"], described.get("facts", {})
         by_configuration: dict[str, list[dict[str, Any]]] = {}
         for row in read_rows(path):
-            # what rows replace by values of their own does not tell configurations apart
-            config = {
-                k: settings[k] if k in own.get(recipe, ()) else row["config"].get(k, settings[k]) for k in settings
-            }
+            own = {k: v for k, v in row["config"].items() if k in settings and k not in overridden.get(recipe, ())}
+            config = settings | own
             by_configuration.setdefault(json.dumps([row["recipe"], config], sort_keys=True), []).append(row)
         for key, rows in by_configuration.items():
-            found.append(Source(path.parent, *json.loads(key), rows))
+            found.append(Source(path.parent, *json.loads(key), facts, rows))
     if not found:
-        raise ValueError(f"there is no {ROWS} below {folder}; run a recipe, such as `{EXPERIMENTS[1].command}`.")
+        raise ValueError(f"there is no {ROWS} below {folder}; run a recipe, such as `{experiments()[1].command}`.")
     return found
 
 
@@ -108,7 +129,7 @@ def chosen(script: TablesArguments, sources: list[Source]) -> list[tuple[Experim
         ValueError: one has rows of several configurations and they are not to be split, or one that was asked for has
             no rows.
     """
-    wanted = [e for e in EXPERIMENTS if not script.only or set(e.items) & set(script.only)]
+    wanted = [e for e in experiments() if not script.only or set(e.items) & set(script.only)]
     found = [(experiment, [s for s in sources if s.recipe == experiment.recipe]) for experiment in wanted]
     for experiment, of in found:
         if len(of) > 1 and not script.split:
@@ -118,12 +139,10 @@ def chosen(script: TablesArguments, sources: list[Source]) -> list[tuple[Experim
             )
     for item in script.only:
         makers = [(experiment, of) for experiment, of in found if item in experiment.items]
-        if not any(row["metric"] == e.metric for e, of in makers for source in of for row in source.rows):
-            metrics = " or ".join(dict.fromkeys(repr(experiment.metric) for experiment, _ in makers))
+        if not any(of for _, of in makers):
+            recipes = " or ".join(experiment.recipe for experiment, _ in makers)
             commands = " or ".join(f"`{experiment.command}`" for experiment, _ in makers)
-            raise ValueError(
-                f"{item} needs rows of the metric {metrics}, and {script.runs} has none: {commands} makes them."
-            )
+            raise ValueError(f"{item} needs rows of {recipes}, and {script.runs} has none: {commands} makes them.")
     return found
 
 
@@ -143,6 +162,10 @@ def provenance(source: Source, seeds: list[int]) -> str:
     )
 
 
+class Stopped(CannotShow):
+    """A run that is not whole."""
+
+
 def section(experiment: Experiment, source: Source, name: str, title: str, output: Path, asked: bool) -> Section:
     """A run's table and pictures, in a folder of their own; without them if it was stopped or cannot be shown.
 
@@ -150,23 +173,24 @@ def section(experiment: Experiment, source: Source, name: str, title: str, outpu
         ValueError: it was stopped or cannot be shown, and was asked for.
     """
     run = Run(output / name, source.recipe, source.config)
-    run.rows = source.rows
     for pattern in ("results.md", *(f"{stem}.{suffix}" for stem in experiment.pictures for suffix in SUFFIXES)):
         for stale in run.folder.glob(pattern):
             stale.unlink()  # of another run that was shown here
-    missing = experiment.missing(run)
-    if missing is not None:
-        said = f"{source.folder} lacks {missing}: the same command of recipes/{source.recipe}.py again makes them."
-        if asked:
-            raise ValueError(said)
-        return Section(name, title, experiment.claim, f"Not whole: {said}", settings=source.config)
-    run.folder.mkdir(parents=True, exist_ok=True)
     try:
+        run = Run(run.folder, source.recipe, experiment.configuration(source.config, source.facts))
+        run.rows = source.rows
+        missing = experiment.lacking(run)
+        if missing is not None:
+            raise Stopped(
+                f"{source.folder} lacks {missing}: the same command of recipes/{source.recipe}.py again makes them."
+            )
+        run.folder.mkdir(parents=True, exist_ok=True)
         text = experiment.render(run, source.folder)
     except CannotShow as error:
         if asked:
             raise
-        return Section(name, title, experiment.claim, f"Not shown: {error}", settings=source.config)
+        state = "Not whole" if isinstance(error, Stopped) else "Not shown"
+        return Section(name, title, experiment.claim, f"{state}: {error}", settings=source.config)
     run.write("results.md", text)
     said = provenance(source, source.config["seeds"])
     return Section(name, title, experiment.claim, said, text, experiment.drawn(run.folder), source.config)
@@ -199,7 +223,7 @@ def introduction(made: list[Section], sources: list[Source]) -> str:
     for one in made:
         state = "" if one.markdown is not None else " (not shown)" if one.settings else " (no rows)"
         text += f"- [{one.title}](#{one.name}){state}\n"
-    others = sorted({s.recipe for s in sources} - {experiment.recipe for experiment in EXPERIMENTS})
+    others = sorted({s.recipe for s in sources} - set(RECIPES))
     return text + (
         f"\nRows that are of no table or figure of the paper were left out: {', '.join(others)}.\n" * bool(others)
     )

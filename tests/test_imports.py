@@ -1,7 +1,7 @@
 """Who may import whom: recipes import everything, evals may import mono_peft, the two halves never each other.
 
 `vision_bench.runs`, the folder of a run, is a leaf that all but mono_peft use. `offline` is built on `evals`, which
-names it in its tables of tasks, models and judges only.
+names it in one file, the registry of tasks, models and judges.
 """
 
 import ast
@@ -16,7 +16,7 @@ ALLOWED = {
     "mono_peft": set(),
     "vision_bench": set(),
     "vision_bench/runs": set(),
-    "evals": {"mono_peft", "vision_bench.runs", "offline"},
+    "evals": {"mono_peft", "vision_bench.runs"},
     "offline": {"evals"},
 }
 OURS = {"mono_peft", "vision_bench", "vision_bench.runs", "evals", "offline", "recipes"}
@@ -43,6 +43,8 @@ def test_a_package_imports_only_what_it_may(package):
         forbidden = (set(imported_packages(path)) & OURS) - ALLOWED[package] - {package.replace("/", ".")}
         if package == "vision_bench":
             forbidden -= {"vision_bench.runs"}
+        if path == ROOT / "evals" / "registry.py":
+            forbidden -= {"offline"}
         assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
 
 

@@ -17,10 +17,8 @@ from datasets import Dataset, DatasetDict, load_dataset
 
 from evals.local_files import binary_labels, check_columns, check_text, file_rows
 from evals.prompts import dolly_held_out, dolly_prompt
-from offline.language_model import corpus, sentiment_task
 
 VARIABLE = "MONO_EVAL_DATA"
-OFFLINE_PROMPTS = {"harmful": 200, "lookalike": 200, "everyday": 100}
 
 
 def sst2(**_: Any) -> dict[str, Dataset]:
@@ -67,26 +65,6 @@ def advbench(**_: Any) -> dict[str, Dataset]:
     url = "https://raw.githubusercontent.com/llm-attacks/llm-attacks/main/data/advbench/harmful_behaviors.csv"
     rows = _load("advbench/harmful_behaviors.csv", url, ["goal"])
     return _test(_numbered(rows.select_columns(["goal"]).rename_column("goal", "prompt")))
-
-
-def refusal_offline(refusal_prompts: dict[str, int] | None = None, **_: Any) -> dict[str, Dataset]:
-    """Held-out requests of the offline model's corpus; `category` is "harmful", "lookalike" or "everyday".
-
-    Args:
-        refusal_prompts: how many of each category; None means OFFLINE_PROMPTS.
-    """
-    examples = corpus("heldout")
-    rows = [
-        {"prompt_id": f"{kind}-{number}", "prompt": prompt, "category": kind}
-        for kind, count in (refusal_prompts or OFFLINE_PROMPTS).items()
-        for number, prompt in enumerate([e.prompt for e in examples if e.kind == kind][:count])
-    ]
-    return _test(Dataset.from_list(rows))
-
-
-def sentiment_offline(**_: Any) -> dict[str, Dataset]:
-    """The 1,000 sentences that the SST-2 recipe scores on its offline default: `sentence`, `label`."""
-    return _test(Dataset.from_list(sentiment_task("dev", 1000)))
 
 
 def _test(rows: Dataset) -> dict[str, Dataset]:

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from evals.policies import POLICIES
+from evals.judges import POLICIES
 from mono_peft import MonoLoraConfig
 from offline.judge import CHAT_TEMPLATE
 

@@ -16,20 +16,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from evals.endpoint import EndpointChatJudge
 from evals.judge import check_judging
 from evals.judge import judge as run_judging
 from evals.judges import (
+    POLICIES,
     BeaverDam,
+    EndpointChatJudge,
     LocalChatJudge,
     NoAnswerError,
     RubricJudge,
     ShieldGemma,
     escape,
-    make_judge,
     read_rubric,
 )
-from evals.policies import POLICIES
+from evals.registry import JudgeOptions, make_judge
 from evals.verdicts import read_verdicts
 
 CONVERSATIONS = [
@@ -240,7 +240,7 @@ class TestRubric:
         (tmp_path / "rubric.txt").write_text(self.RUBRIC)
         assert read_rubric(tmp_path / "rubric.txt") == self.RUBRIC
         with pytest.raises(ValueError, match="Cannot read the rubric"):
-            make_judge("chat=m", rubric=str(tmp_path / "none.txt"), endpoint="http://localhost:1")
+            make_judge("chat=m", JudgeOptions(rubric=str(tmp_path / "none.txt"), endpoint="http://localhost:1"))
 
 
 class TestLocalChat:
@@ -360,7 +360,7 @@ class TestEndpoint:
         assert judge.judge([judge.encode("Q", "bread")])[0].outcome == "safe"
 
     def test_the_answers_of_a_batch_outlive_a_failure_in_it(self, judge, server, monkeypatch):
-        monkeypatch.setattr("evals.endpoint.ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
+        monkeypatch.setattr("evals.judges.endpoint.ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
         server["failures"] = [401, 200]
         with pytest.raises(NoAnswerError, match="401") as error:
             judge.judge([judge.encode("Q", "bomb"), judge.encode("Q", "A")])
@@ -406,7 +406,7 @@ class TestEndpoint:
 
     @pytest.mark.parametrize("date", [False, True])
     def test_long_waits_are_refused_and_keep_what_is_judged(self, judge, server, monkeypatch, capsys, date):
-        monkeypatch.setattr("evals.endpoint.time.sleep", lambda seconds: pytest.fail(f"slept {seconds} s"))
+        monkeypatch.setattr("evals.judges.endpoint.time.sleep", lambda seconds: pytest.fail(f"slept {seconds} s"))
         judge.judge([judge.encode("Q", "first")])
         until = format_datetime(datetime.now(timezone.utc) + timedelta(days=1), usegmt=True)
         server["headers"] = {"Retry-After": until if date else "86400"}
@@ -423,7 +423,7 @@ class TestEndpoint:
     )
     def test_short_waits_are_said(self, judge, server, monkeypatch, capsys, header, expected):
         waits = []
-        monkeypatch.setattr("evals.endpoint.time.sleep", waits.append)
+        monkeypatch.setattr("evals.judges.endpoint.time.sleep", waits.append)
         monkeypatch.setattr(EndpointChatJudge, "BACKOFF", 2.0)
         server["failures"], server["headers"] = [429], {"Retry-After": header}
         assert judge.judge([judge.encode("Q", "A")])[0].outcome == "safe"
@@ -493,7 +493,7 @@ class TestEndpoint:
         with pytest.raises(ValueError, match="are for a judge chat=MODEL, and --judges names none"):
             check_judging(["offline"], endpoint=server["url"])
         with pytest.raises(ValueError, match="--endpoint is 'localhost:8000'"):
-            make_judge("chat=m", endpoint="localhost:8000")
+            make_judge("chat=m", JudgeOptions(endpoint="localhost:8000"))
         for given_name in ("chat", "llama-guard", "Shieldgemma"):
             with pytest.raises(ValueError, match=r"allowed are shieldgemma\[=MODEL\]"):
                 make_judge(given_name)

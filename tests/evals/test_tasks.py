@@ -15,8 +15,6 @@ from lm_eval.tasks import TaskManager
 import evals
 from evals.prompts import dolly_held_out, dolly_prompt, sst2_prompt
 from evals.tasks import metrics
-from offline.grammar import REFUSALS
-from offline.language_model import sentiment_task
 
 FOLDER = Path(evals.__file__).parent / "tasks"
 SAFETY = ("beavertails_eval", "xstest", "advbench")
@@ -66,25 +64,12 @@ def test_dolly_keeps_the_same_rows_apart_in_any_order(eval_data):
     assert dolly_held_out({"instruction": f" {held_out[0]['instruction']} ", "context": "other"})
 
 
-def test_sentiment_tasks_ask_as_the_recipe_does(eval_data):
-    for name in ("sst2_instruct", "sentiment_offline"):
-        task = load(name)
-        doc = next(iter(task.test_docs()))
-        assert task.doc_to_text(doc) == sst2_prompt(doc["sentence"])
-        assert task.doc_to_choice(doc) == ["negative", "positive"]
-        assert task.doc_to_target(doc) == doc["label"]
-    assert docs("sentiment_offline") == sentiment_task("dev", 1000)
-
-
-def test_refusal_offline_needs_no_data(monkeypatch):
-    monkeypatch.delenv("MONO_EVAL_DATA", raising=False)
-    rows = docs("refusal_offline")
-    assert len({row["prompt"] for row in rows}) == len({row["prompt_id"] for row in rows}) == 500
-    assert [sum(row["category"] == kind for row in rows) for kind in ("harmful", "lookalike", "everyday")] == [
-        200,
-        200,
-        100,
-    ]
+def test_the_sentiment_task_asks_as_the_recipe_does(eval_data):
+    task = load("sst2_instruct")
+    doc = next(iter(task.test_docs()))
+    assert task.doc_to_text(doc) == sst2_prompt(doc["sentence"])
+    assert task.doc_to_choice(doc) == ["negative", "positive"]
+    assert task.doc_to_target(doc) == doc["label"]
 
 
 @pytest.mark.skipif("MONO_TEST_DATA" not in os.environ, reason="MONO_TEST_DATA is not set")
@@ -122,12 +107,9 @@ def test_errors_of_the_data_folder(eval_data, monkeypatch):
 # --- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def test_empty_and_refused():
+def test_empty():
     assert metrics.empty({}, [" \n"]) == {"empty": 1}
     assert metrics.empty({}, ["no"]) == {"empty": 0}
-    for refusal in REFUSALS:
-        assert metrics.refused({"category": "harmful"}, [refusal]) == {"refused_harmful": 1, "empty": 0}
-    assert metrics.refused({"category": "everyday"}, ["Use a saw."]) == {"refused_everyday": 0, "empty": 0}
 
 
 def longest_common(a, b):

@@ -9,8 +9,7 @@ import pytest
 
 from evals.__main__ import main
 from evals.completions import read_completions
-from evals.judges import ShieldGemma
-from evals.policies import POLICIES
+from evals.judges import POLICIES, ShieldGemma
 from evals.verdicts import read_verdicts
 from offline.grammar import REFUSAL_OPENINGS
 from offline.judge import cases, offline_judge

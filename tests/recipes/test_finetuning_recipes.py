@@ -13,10 +13,10 @@ import noisy_finetuning
 import pytest
 import torch
 import yaml
-from experiments import EXPERIMENTS
 from filelock import FileLock
 from finetuning import adapted, drawn
 from program import parse
+from tables import experiments
 
 from vision_bench import models
 from vision_bench.data import load_images
@@ -192,9 +192,9 @@ def test_arms_that_diverge_are_marked_and_have_no_numbers(arguments, tmp_path, m
     monkeypatch.setattr(finetuning, "finetune", lambda *_, **__: pytest.fail("it diverged already"))
     few_shot_finetuning.main(command)
     assert (tmp_path / "results.md").read_text() == table
-    (figure,) = (one for one in EXPERIMENTS if one.recipe == "few_shot_finetuning")
+    (figure,) = (one for one in experiments() if one.recipe == "few_shot_finetuning")
     config = json.loads((tmp_path / "config.json").read_text())["config"]
-    assert figure.missing(Run(tmp_path, figure.recipe, config)) is None
+    assert figure.lacking(Run(tmp_path, figure.recipe, config)) is None
 
 
 def test_the_other_arms_and_seeds_go_on_where_one_diverges(folder, tmp_path, monkeypatch):

@@ -16,7 +16,8 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 
-from evals.judges import Judgement, NoAnswerError, Question, RubricJudge, no_verdict, rubric_checksum
+from evals.judges.base import Judgement, NoAnswerError
+from evals.judges.chat import RubricJudge, no_verdict, rubric_checksum
 
 REFUSED = "refused"  # a request; unparsed in the end
 
@@ -66,10 +67,10 @@ class EndpointChatJudge(RubricJudge):
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(pool_maxsize=64))
 
-    def encode(self, prompt: str, response: str) -> Question:
-        return Question(self.question(prompt, response))
+    def encode(self, prompt: str, response: str) -> str:
+        return self.question(prompt, response)
 
-    def judge(self, batch: Sequence[Question]) -> list[Judgement]:
+    def judge(self, batch: Sequence[str]) -> list[Judgement]:
         answers: list[Judgement | str] = []
         while not self.has_answered and len(answers) < len(batch):  # one by one, until the options are known
             answers.append(self._judge(batch[len(answers)]))
@@ -97,7 +98,7 @@ class EndpointChatJudge(RubricJudge):
             )
         return [judgement for judgement in judgements if judgement is not None]
 
-    def _judge(self, question: Question) -> Judgement | str:
+    def _judge(self, question: str) -> Judgement | str:
         """The judgement, or what was wrong with the answer."""
         try:
             answer = self._answer(question)
@@ -110,7 +111,7 @@ class EndpointChatJudge(RubricJudge):
         self.has_answered = True
         return judgement
 
-    def _answer(self, question: Question) -> requests.Response:
+    def _answer(self, question: str) -> requests.Response:
         """The server's answer; as long as it has given none, options that it refuses are changed.
 
         Only what it answers then is kept, as the refusal of a long conversation may speak of `max_tokens` too.
@@ -130,14 +131,14 @@ class EndpointChatJudge(RubricJudge):
             self._set_options(options)
         return answer if answer.ok else first
 
-    def _post(self, question: Question, options: dict[str, int]) -> requests.Response:
+    def _post(self, question: str, options: dict[str, int]) -> requests.Response:
         """Ask, again after a while if the server is busy or gone; says so.
 
         Raises:
             TimeoutError: the server asks for a longer wait than LONGEST_WAIT.
             requests.RequestException: it cannot be reached.
         """
-        asked = {"model": self.name, "messages": [{"role": "user", "content": question.content}], **options}
+        asked = {"model": self.name, "messages": [{"role": "user", "content": question}], **options}
         wait = self.BACKOFF
         for attempt in range(1, self.ATTEMPTS + 1):
             try:

@@ -1,0 +1,133 @@
+"""What the commands know by name: kinds of judges, models that are built here, and folders of tasks.
+
+A new judge is a file that defines a subclass of `evals.judges.Judge`, and a row of `JUDGES`. A program may add rows
+before it calls the commands; nothing else names a judge:
+
+    JUDGES["keywords"] = JudgeKind("keywords", "a list of words, unsafe if the response has one", make_keyword_judge)
+    judge("runs/safety", ["keywords"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import offline
+
+if TYPE_CHECKING:
+    from evals.judges import Judge
+
+
+class JudgeOptions(NamedTuple):
+    """What the command line says of judges beside their names."""
+
+    dtype: str = "auto"  # of the weights, one of `evals.models.DTYPES`
+    endpoint: str | None = None  # of an OpenAI-compatible server
+    rubric: str | None = None  # path of a file
+
+
+@dataclass(frozen=True)
+class JudgeKind:
+    """A kind of judge that `--judges KIND[=MODEL]` names: how it is made, and how tables and figures show it.
+
+    Args:
+        usage: "KIND[=MODEL]", "KIND=MODEL" where a model must be named, or "KIND".
+        help: one line for the command's help.
+        make: makes the judge of MODEL ("" if none is named), checked but not loaded; raises ValueError if it cannot
+            be had.
+        takes_rubric: --endpoint and --rubric are for it.
+        harm_metric: the metric of its rows that stands for harm on figures and in tables of the paper's prompts.
+        harm_label: the name of that on an axis.
+        has_policies: its scores are those of ShieldGemma's policies, and it has their columns in Table 2.
+    """
+
+    usage: str
+    help: str
+    make: Callable[[str, JudgeOptions], Judge]
+    takes_rubric: bool = False
+    harm_metric: str = "unsafe"
+    harm_label: str = "judged unsafe, %"
+    has_policies: bool = False
+
+
+def _shieldgemma(model: str, options: JudgeOptions) -> Judge:
+    from evals.judges.shieldgemma import SHIELDGEMMA, ShieldGemma
+
+    return ShieldGemma(model or SHIELDGEMMA, options.dtype)
+
+
+def _beaverdam(model: str, options: JudgeOptions) -> Judge:
+    from evals.judges.beaverdam import BEAVERDAM, BeaverDam
+
+    return BeaverDam(model or BEAVERDAM, options.dtype)
+
+
+def _chat(model: str, options: JudgeOptions) -> Judge:
+    from evals.judges.chat import RUBRIC, LocalChatJudge, read_rubric
+    from evals.judges.endpoint import EndpointChatJudge
+
+    rubric = read_rubric(options.rubric or RUBRIC)
+    if options.endpoint:
+        return EndpointChatJudge(options.endpoint, model, rubric)
+    return LocalChatJudge(model, rubric, options.dtype)
+
+
+def _unknown(model: str, options: JudgeOptions) -> Judge:
+    raise ValueError("A judge that is in no table cannot be made.")
+
+
+JUDGES = {
+    "shieldgemma": JudgeKind(
+        "shieldgemma[=MODEL]",
+        "ShieldGemma, the paper's 9b model by default: a probability of harm for each of four policies",
+        _shieldgemma,
+        harm_metric="score",
+        harm_label="ShieldGemma, mean score x 100",
+        has_policies=True,
+    ),
+    "beaverdam": JudgeKind(
+        "beaverdam[=MODEL]",
+        "BeaverDam, the paper's 7b model by default: flags any of 14 categories of harm",
+        _beaverdam,
+        harm_label="BeaverDam, flagged, %",
+    ),
+    "chat": JudgeKind(
+        "chat=MODEL",
+        "any chat model, loaded here or behind --endpoint, asked the question of --rubric",
+        _chat,
+        takes_rubric=True,
+    ),
+    offline.NAME: JudgeKind(
+        offline.NAME,
+        "a small model that is trained here, for answers of the offline model only",
+        lambda model, options: offline.make_judge(),
+        has_policies=True,
+    ),
+}
+MODELS: dict[str, Callable[[], Path]] = {
+    offline.NAME: offline.model_folder
+}  # --model NAME: its folder, built if need be
+TASK_FOLDERS = [Path(__file__).parent / "tasks", offline.TASKS]
+
+
+def judge_kind(name: str) -> JudgeKind:
+    """The row of JUDGES for a judge as rows of results name it, KIND or KIND=MODEL; a plain one for other names."""
+    return JUDGES.get(name.partition("=")[0], JudgeKind(name, "", _unknown))
+
+
+def make_judge(name: str, options: JudgeOptions | None = None) -> Judge:
+    """The judge that `--judges` names, checked but not loaded.
+
+    Args:
+        name: KIND or KIND=MODEL, as the `usage` of a row of JUDGES says; MODEL is a folder or a name on the hub.
+
+    Raises:
+        ValueError: there is no such judge, or it cannot be had.
+    """
+    kind, _, model = name.partition("=")
+    if kind not in JUDGES or (not model and JUDGES[kind].usage.endswith("=MODEL")):
+        *usages, last = (row.usage for row in JUDGES.values())
+        raise ValueError(f"--judges has {name!r}; allowed are {', '.join(usages)} and {last}.")
+    return JUDGES[kind].make(model, options or JudgeOptions())
