@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from finetuning import FinetuningArguments, curves, diverged, levels, measure, start, tables
 from program import run_as_program
-from vision import finish
+from vision_ladder import finish
 
 from vision_bench import figures
 from vision_bench.runs import Run

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from program import parse
 from torch import nn
-from vision import (
+from vision_ladder import (
     SPLITS,
     VIEWS,
     DownstreamArguments,
@@ -42,7 +42,7 @@ from vision_bench.features import normalise
 from vision_bench.finetune import CROPS_AND_FLIPS, LAYERS, Classifier, FinetuneConfig, embed, finetune
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.models import ContrastiveModel
-from vision_bench.runs import DIVERGED, Interval, Run, device_name, interval, markdown_table, paired_difference
+from vision_bench.runs import DIVERGED, Interval, Run, device_name, interval, markdown_table, option, paired_difference
 
 LOSSES = ("ce", "nce")
 CONTROLS = ("ce+weight_decay", "ce+dropout", "ce+early_stopping")
@@ -81,7 +81,7 @@ class FinetuningArguments(DownstreamArguments):
     adapter_targets: list[str] = field(
         default_factory=lambda: ["qkv"], metadata={"help": "Modules of the backbone that they adapt."}
     )
-    keep_models: bool = field(default=False, metadata={"help": "Keep every finetuned model: many files."})
+    keep_models: bool = option(False, help="Keep every finetuned model: many files.", changes_results=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from training_accuracies import CHANCE
-from vision import METHODS, ProbingArguments, pretrained
+from vision_ladder import METHODS, ProbingArguments, pretrained
 
 from vision_bench import features, models, sae
 from vision_bench.data import ImageSet

@@ -38,7 +38,7 @@ from probes import (
 from program import run_as_program
 from shifted import Trial, measure
 from training_accuracies import chance_percent
-from vision import finish, measure_seeds, start
+from vision_ladder import finish, measure_seeds, start
 
 from vision_bench import figures
 from vision_bench.corruptions import CONDITIONS, SPACES, add_input_noise, add_pixel_noise, noise_names

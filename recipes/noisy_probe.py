@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from frozen_features import is_described
 from training_accuracies import add_training
-from vision import ProbingArguments, highest_with_signal
+from vision_ladder import ProbingArguments, highest_with_signal
 
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet

@@ -55,7 +55,7 @@ from probes import (
 from program import parse, run_as_program
 from shifted import Trial, measure
 from training_accuracies import chance_percent
-from vision import SPLITS, finish, load_splits, measure_seeds, results_config, start_accelerator
+from vision_ladder import SPLITS, finish, load_splits, measure_seeds, results_config, start_accelerator
 
 from vision_bench import figures
 from vision_bench.corruptions import shift_names

@@ -14,52 +14,59 @@ online probe, of nearest neighbours and of the linear probes of label_noise_prob
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 from accelerate import Accelerator
-from program import parse, run_as_program
-from vision import (
-    METHODS,
-    PretrainingArguments,
-    ProbingArguments,
-    finish,
-    load_splits,
-    pretrained,
-    results_config,
-    start_accelerator,
-)
+from vision import METHODS, PretrainingSettings, ProbingSettings, finish, pretrained, start
 
 from vision_bench.data import ImageSet
 from vision_bench.features import embed
 from vision_bench.metrics import MEASURED, semantic_consistency
-from vision_bench.runs import DIVERGED, Run, device_name, interval, markdown_table
+from vision_bench.runs import (
+    DIVERGED,
+    Cell,
+    Run,
+    device_name,
+    interval,
+    markdown_table,
+    option,
+    run_as_program,
+)
 
 LOGGED = ("loss", "online_probe_train_top1", "online_probe_validation_top1", "knn_validation_top1")
 
 
 @dataclass
-class PretrainArguments(PretrainingArguments):
-    """Settings of this recipe."""
+class MethodsSettings:
+    """The settings of this recipe alone."""
 
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": f"Of {', '.join(METHODS)}."})
+    methods: list[str] = option(list(METHODS), help=f"Of {', '.join(METHODS)}.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.methods or set(self.methods) - set(METHODS):
             raise ValueError(f"methods is {self.methods}; it takes {', '.join(METHODS)}.")
 
 
-def report(run: Run, script: PretrainArguments) -> str:
+def cells(config: Mapping[str, Any]) -> Iterator[Cell]:
+    """Every row of a whole run, all of a model one after the other."""
+    for seed, method, metric in product(config["seeds"], config["methods"], (*LOGGED, *MEASURED)):
+        yield Cell(metric, seed, {"method": method})
+
+
+def report(run: Run) -> str:
     """Means over the seeds with 95 % intervals as Markdown."""
     lines = []
-    for method in script.methods:
+    for method in run.config["methods"]:
         rows = {metric: run.find(metric, method=method) for metric in (*LOGGED, *MEASURED)}
         count = len(run.find(DIVERGED, method=method))
-        cells = [interval([row["value"] for row in found] or [None]).text(3) for found in rows.values()]
+        means = [interval([row["value"] for row in rows[metric]] or [None]).text(3) for metric in rows]
         seeds = str(len(rows["loss"])) + (f" ({count} more diverged)" if count else "")
-        lines.append([method, seeds, *cells])
-    header = ["method", "seeds", *((*LOGGED, *MEASURED))]
-    text = f"# Pretraining on {script.data}: {script.backbone}, {script.pretraining_epochs} epochs\n\n"
+        lines.append([method, seeds, *means])
+    header = ["method", "seeds", *LOGGED, *MEASURED]
+    text = "# Pretraining on {data}: {backbone}, {pretraining_epochs} epochs\n\n".format(**run.config)
     text += markdown_table([name.replace("_", " ") for name in header], lines)
     return text + (
         "\nMean ± half-width of the 95 % interval over seeds. Loss and online probe in training: mean over the last\n"
@@ -70,20 +77,19 @@ def report(run: Run, script: PretrainArguments) -> str:
 
 
 def measured(
-    script: PretrainArguments,
+    pretraining: PretrainingSettings,
     method: str,
     seed: int,
-    train: ImageSet,
-    validation: ImageSet,
+    splits: Mapping[str, ImageSet],
     accelerator: Accelerator,
 ) -> dict[str, float | None]:
-    """What the table says of a model, trained now or before; in the main process.
+    """The metrics of a model, trained now or before, by name; in the main process.
 
     Raises:
         FloatingPointError: the training diverged.
         ValueError: the model's log has no accuracies on these test images.
     """
-    model, log = pretrained(script, method, seed, train, validation, accelerator)
+    model, log = pretrained(pretraining, method, seed, splits, accelerator)
     if not accelerator.is_main_process:
         return {}
     if lacking := [name for name in LOGGED if name not in log[-1]]:
@@ -91,39 +97,30 @@ def measured(
             f"the model of {method}, seed {seed}, was trained beside other test images or by an older version: its "
             f"log has no {', '.join(lacking)} on these; choose another --checkpoints."
         )
-    made = embed(model.to(accelerator.device), validation.images, validation.mean, validation.std)["output"]
-    return {name: log[-1][name] for name in LOGGED} | semantic_consistency(made, validation.labels).summary
+    test = splits["test"]
+    features = embed(model.to(accelerator.device), test.images, test.mean, test.std)["output"]
+    return {name: log[-1][name] for name in LOGGED} | semantic_consistency(features, test.labels).summary
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train the models that the output folder lacks, then write and print the table."""
-    script = parse(PretrainArguments, arguments, shared_with=ProbingArguments)
-    train, validation = load_splits(script)
-    accelerator = start_accelerator(script, "pretrain")
-    described = results_config(script, train, validation)
-    run = Run(script.output_dir, "pretrain", described, is_main=accelerator.is_main_process)
-    run.bind()
-    for seed in script.seeds:
-        for method in script.methods:
-            arm = {"seed": seed, "method": method}
-            if run.find(DIVERGED, **arm) or all(run.find(metric, **arm) for metric in (*LOGGED, *MEASURED)):
-                continue
-            start = time.monotonic()
-            try:
-                values = measured(script, method, seed, train, validation, accelerator)
-            except FloatingPointError as error:
-                seconds = time.monotonic() - start
-                run.add_diverged(
-                    str(error), n=len(train), seconds=seconds, device=device_name(accelerator.device), **arm
-                )
-                continue
-            if not accelerator.is_main_process:
-                continue
-            common = {"seconds": time.monotonic() - start, "device": device_name(accelerator.device), **arm}
-            counts = {metric: len(train if metric in LOGGED[:2] else validation) for metric in values}
-            missing = [metric for metric in values if not run.find(metric, **arm)]
-            run.add_rows([run.row(metric, values[metric], n=counts[metric], **common) for metric in missing])
-    finish(accelerator, run, lambda: report(run, script))
+    classes = (PretrainingSettings, MethodsSettings)
+    (pretraining, _), splits, accelerator, run = start("pretrain", classes, arguments, shared=[ProbingSettings])
+    lacking = run.lacking(cells(run.config))
+    for seed, method in dict.fromkeys((cell.seed, cell.arm["method"]) for cell in lacking):
+        begun = time.monotonic()
+        arm = {"seed": seed, "method": method, "device": device_name(accelerator.device)}
+        try:
+            values = measured(pretraining, method, seed, splits, accelerator)
+        except FloatingPointError as error:
+            run.add_diverged(str(error), n=len(splits["train"]), seconds=time.monotonic() - begun, **arm)
+            continue
+        metrics = [cell.metric for cell in lacking if (cell.seed, cell.arm["method"]) == (seed, method)]
+        counts = {metric: len(splits["train" if metric in LOGGED[:2] else "test"]) for metric in metrics}
+        seconds = time.monotonic() - begun
+        if accelerator.is_main_process:
+            run.add_rows([run.row(m, values[m], n=counts[m], seconds=seconds, **arm) for m in metrics])
+    finish(accelerator, run, report)
 
 
 if __name__ == "__main__":

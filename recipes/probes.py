@@ -13,7 +13,7 @@ from typing import Any
 import frozen_features
 from frozen_features import FEATURES
 from training_accuracies import chance_percent, own_labels
-from vision import ProbingArguments
+from vision_ladder import ProbingArguments
 
 from vision_bench import report as cautions
 from vision_bench import sae

@@ -44,7 +44,7 @@ from probes import (
 )
 from program import run_as_program
 from training_accuracies import add_training, chance_percent
-from vision import SPLITS, finish, highest_with_signal, measure_seeds, start
+from vision_ladder import SPLITS, finish, highest_with_signal, measure_seeds, start
 
 from vision_bench import figures
 from vision_bench.corruptions import flip_labels

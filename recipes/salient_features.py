@@ -44,7 +44,7 @@ from noisy_probe import (
 )
 from program import run_as_program
 from training_accuracies import chance_percent, own_labels
-from vision import SPLITS, finish, measure_seeds, start
+from vision_ladder import SPLITS, finish, measure_seeds, start
 
 from vision_bench import figures
 from vision_bench import report as cautions

@@ -11,7 +11,8 @@ import torch
 import vision
 from filelock import FileLock
 from pretrain import main
-from program import parse
+
+from vision_bench.runs import parse
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 SMALL = ["--seeds", "0", "1", "--pretraining_epochs", "2", "--warmup_epochs", "1"]
@@ -81,13 +82,13 @@ def test_a_folder_that_another_process_holds_is_refused_before_training(tmp_path
 
 
 def test_models_of_other_test_images_lend_no_accuracies(folder, tmp_path, monkeypatch):
-    load = recipe.load_splits
+    load = vision.load_splits
 
-    def fewer(script):
-        train, test = load(script)
-        return train, test.subset(torch.arange(100))
+    def fewer(pretraining):
+        splits = load(pretraining)
+        return splits | {"test": splits["test"].subset(torch.arange(100))}
 
-    monkeypatch.setattr(recipe, "load_splits", fewer)
+    monkeypatch.setattr(vision, "load_splits", fewer)
     with pytest.raises(ValueError, match="simclr, seed 0, was trained beside other test images"):
         main(["--output_dir", str(tmp_path), *SMALL, "--checkpoints", str(folder / "models")])
 
@@ -95,8 +96,10 @@ def test_models_of_other_test_images_lend_no_accuracies(folder, tmp_path, monkey
 @pytest.mark.parametrize("name", ["cifar100", "imagenet100"])
 def test_the_papers_configurations_serve_both_recipes(name):
     arguments = ["--config", str(CONFIGS / f"{name}.yaml"), "--output_dir", "x"]
-    pretraining = parse(recipe.PretrainArguments, arguments, shared_with=recipe.ProbingArguments)
-    probing = parse(label_noise_probing.LabelNoiseArguments, arguments)
+    pretraining, _ = parse(
+        [vision.PretrainingSettings, recipe.MethodsSettings], arguments, shared=[vision.ProbingSettings]
+    )
+    (probing,) = parse([label_noise_probing.LabelNoiseArguments], arguments)
     for script in (pretraining, probing):
         assert script.data == name
         assert (script.projector_hidden, script.projector_out, script.backbone) == (16384, 2048, "resnet18")

@@ -8,7 +8,7 @@ import torch
 from finetuning import drawn
 from PIL import Image
 from pretrain import main
-from vision import PretrainingArguments, load_splits
+from vision import PretrainingSettings, load_splits
 
 from vision_bench.data import load_images
 
@@ -50,12 +50,12 @@ def place(tmp_path_factory):
 
 
 def test_what_is_odd_about_the_images_is_one_line_each(place, tmp_path, capsys):
-    settings = PretrainingArguments(str(tmp_path), data=place, test_split="dev")
+    settings = PretrainingSettings(str(tmp_path), data=place, test_split="dev")
     with pytest.raises(ValueError, match=r"row 7 of .*skip_corrupt"):
         load_splits(settings)
     settings.skip_corrupt = True
     capsys.readouterr()
-    train, test = load_splits(settings)
+    train, test = load_splits(settings).values()
     assert train.class_names == test.class_names == [str(i) for i in range(1, 11)]
     assert (len(train), len(test)) == (95, 95)
     lines = [line for line in capsys.readouterr().err.splitlines() if "arning" in line]
@@ -67,11 +67,11 @@ def test_what_is_odd_about_the_images_is_one_line_each(place, tmp_path, capsys):
 
 
 def test_test_images_of_a_set_with_one_split(place, tmp_path):
-    settings = PretrainingArguments(str(tmp_path), data=place, skip_corrupt=True)
+    settings = PretrainingSettings(str(tmp_path), data=place, skip_corrupt=True)
     with pytest.raises(ValueError, match=r"splits train, dev\..*in recipes test_from_train"):
         load_splits(settings)
     settings.test_from_train = 0.2
-    train, test = load_splits(settings)
+    train, test = load_splits(settings).values()
     assert len(train) + len(test) == 95
     counts = (train.labels.bincount() + test.labels.bincount()).tolist()
     assert test.labels.bincount().tolist() == [round(0.2 * count) for count in counts]
@@ -80,7 +80,7 @@ def test_test_images_of_a_set_with_one_split(place, tmp_path):
 def test_wrong_labels_of_held_and_streamed_images_have_one_fingerprint(place, tmp_path):
     settings = {"data": place, "test_split": "dev", "skip_corrupt": True}
     held, streamed = (
-        load_splits(PretrainingArguments(str(tmp_path), memory_gib=gib, **settings))[0] for gib in (4.0, 0.0)
+        load_splits(PretrainingSettings(str(tmp_path), memory_gib=gib, **settings))["train"] for gib in (4.0, 0.0)
     )
     assert isinstance(held.images, torch.Tensor) != isinstance(streamed.images, torch.Tensor)
     noisy = [drawn(images, 0.5, seed=0, noise_rate=0.4) for images in (held, streamed)]
