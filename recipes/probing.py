@@ -9,28 +9,39 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from vision import IMAGES, PretrainingSettings, ProbingSettings, highest_with_signal, models_of, pretrained, varied
+from vision import (
+    IMAGES,
+    PretrainingSettings,
+    ProbingSettings,
+    highest_with_signal,
+    measure_seeds,
+    models_of,
+    pretrained,
+    varied,
+)
 
 from vision_bench import features, kinds, models, sae
 from vision_bench.data import ImageSet
 from vision_bench.metrics import chance_level
 from vision_bench.models import ContrastiveModel
+from vision_bench.probe import Probes
 from vision_bench.report import CHANCE, DECAY, TRAINING_NOTE, Comparison, ProbeTable, unexplained
-from vision_bench.runs import Cell, Run, device_name, option, over_seeds, select
-from vision_bench.sweep import CLEAN, Arm, Fitted, Grid, Measured, Test, Training, rows, sweep
+from vision_bench.runs import Cell, Run, defaults, device_name, interval, option, over_seeds, select
+from vision_bench.sweep import Arm, Fitted, Grid, Measured, Test, Training, rows, sweep
 
 FEATURES = ("poly", "sae", "ncl")
 ARMS = (*FEATURES, "poly_decay", "poly_unit", "random_relu", "random_mask")
 RANDOM = ("poly_unit", "random_relu")  # what sae and ncl must beat to have gained by what they learnt
 METHODS = {"simclr": kinds.BASE, "ncl": kinds.NCL}
-FACTS = (IMAGES, "num_classes")  # of a run's configuration: what follows from the images
 
+CHUNK = 8192  # rows of features that are classified at once
+
+GridOf = Callable[[dict[str, Any], int], Grid]  # of a run's configuration and the seed of the pretraining
 Study = Callable[[str, Fitted, torch.Tensor, torch.Tensor], list[Measured]]
 
 
@@ -67,6 +78,11 @@ class NoisyProbeSettings:
             self.noise_rate = highest_with_signal([i / 10 for i in range(10)], splits["train"].num_classes)
 
 
+def recorded_defaults(*classes: type[Any]) -> dict[str, Any]:
+    """Whatever a run of probes records, at its default; the images have none that is asked for."""
+    return {**defaults(*classes), IMAGES: {}}
+
+
 def check_rates(rates: Sequence[float]) -> None:
     """Raise ValueError unless `rates`, a setting noise_rates, has different shares of wrong labels."""
     for rate in rates:
@@ -76,30 +92,44 @@ def check_rates(rates: Sequence[float]) -> None:
         raise ValueError(f"noise_rates takes different numbers, got {rates}.")
 
 
-def controlled_arms(
-    config: Mapping[str, Any], model_seed: int, losses: Mapping[str, tuple[float, float]] | None = None
-) -> dict[str, Arm]:
-    """The arms of a run, each with a training for every loss, weight decay, seed and rate of wrong labels.
+def controlled_grid(
+    config: Mapping[str, Any],
+    model_seed: int,
+    tests: Sequence[Test],
+    *,
+    training_arm: Callable[[Training], dict[str, Any]] = lambda training: {},
+    test_arm: Callable[[Test], dict[str, Any]] = lambda test: {},
+    losses: Mapping[str, tuple[float, float]] | None = None,
+) -> Grid:
+    """The probes with the models of a pretraining, for every loss, weight decay, seed and rate of wrong labels.
 
     Args:
         config: of the run; without noise_rates all labels are right.
         model_seed: of the pretraining.
+        tests, training_arm, test_arm: as `Grid`; rows of a training also have their weight decay.
         losses: (alpha, beta) by name; None is cross entropy without a name.
     """
-    rates, seeds = config.get("noise_rates", [0.0]), models_of(config)[model_seed]
-    return {
-        name: Arm(
-            "poly" if name == "poly_decay" else name,
-            [
-                Training(rate, alpha=alpha, beta=beta, weight_decay=decay, loss=loss, seed=seed)
-                for loss, (alpha, beta) in (losses or {"": (1.0, 0.0)}).items()
-                for decay in (config["decays"] if name == "poly_decay" else [0.0])
-                for seed in seeds
-                for rate in rates
-            ],
-        )
+    trainings = {
+        name: [
+            Training(rate, alpha=alpha, beta=beta, weight_decay=decay, loss=loss, seed=seed)
+            for loss, (alpha, beta) in (losses or {"": (1.0, 0.0)}).items()
+            for decay in decays
+            for seed in models_of(config)[model_seed]
+            for rate in config.get("noise_rates", [0.0])
+        ]
+        for name, decays in {"poly_decay": config["decays"], "": [0.0]}.items()
+    }
+    arms = {
+        name: Arm("poly" if name == "poly_decay" else name, trainings["poly_decay" if name == "poly_decay" else ""])
         for name in config["arms"]
     }
+    return Grid(
+        arms,
+        tests,
+        lambda training: {**training_arm(training), DECAY: training.weight_decay},
+        test_arm,
+        model_seed=seed_of_models(config, model_seed),
+    )
 
 
 def noisy_grid(config: Mapping[str, Any], model_seed: int) -> Grid:
@@ -117,7 +147,7 @@ def seed_of_models(config: Mapping[str, Any], model_seed: int) -> int | None:
     return model_seed if len(models_of(config)[model_seed]) == 1 else None
 
 
-def all_cells(config: dict[str, Any], grid: Callable[[dict[str, Any], int], Grid]) -> Iterator[Cell]:
+def all_cells(grid: GridOf, config: dict[str, Any]) -> Iterator[Cell]:
     """Every cell of a run of probes: the grids of all pretraining seeds, the autoencoders, and the chance levels."""
     for model_seed in models_of(config):
         whole = grid(config, model_seed)
@@ -135,7 +165,7 @@ def shifts_of(grid: Grid) -> list[dict[str, Any]]:
 class FrozenModels(NamedTuple):
     """The models of a pretraining, and what they make of the images."""
 
-    models: dict[str, ContrastiveModel]  # kinds.BASE is SimCLR's, kinds.NCL that of non-negative contrastive learning
+    contrastive: dict[str, ContrastiveModel]  # kinds.BASE is SimCLR's, kinds.NCL the non-negative one
     frozen: kinds.Frozen
     test: kinds.Outputs  # of the test images
 
@@ -177,7 +207,7 @@ def frozen_models(
         progress=True,
     ).autoencoder
     if accelerator.is_main_process:
-        timed = {"n": len(test), "seconds": 0.0, "device": device_name(accelerator.device)}
+        timed: dict[str, Any] = {"n": len(test), "seconds": 0.0, "device": device_name(accelerator.device)}
         if not run.find(CHANCE):
             level = chance_level(splits["test"].labels, splits["test"].num_classes)
             run.add(CHANCE, level, seed=None, **timed, split="test")
@@ -193,44 +223,56 @@ def measure(
     settings: Sequence[Any],
     splits: Mapping[str, ImageSet],
     accelerator: Accelerator,
-    grid: Grid,
-    model_seed: int,
+    grid: GridOf,
     *,
     images: Callable[[Test], ImageSet] | None = None,
-    perturb: Callable[[Test], Callable[[torch.Tensor], torch.Tensor] | None] = lambda test: None,
     study: Study | None = None,
 ) -> None:
-    """Add the rows of a grid, with the models of a pretraining seed, that the run lacks; all processes call this.
+    """Add the rows of a recipe that the run lacks, pretraining seed after pretraining seed; all processes call this.
 
     Args:
         settings: `PretrainingSettings` and `ProbingSettings` first.
-        images: of a test other than the first, which has the test images as they are.
-        perturb: gives for a test what becomes of its normalised images. It is asked anew for each model, so that all
-            models see the same noise.
+        images: of a test other than the first, which has the test images as they are; by default these too.
         study: as `sweep` takes it; it is called for one arm at a time.
     """
-    if not run.lacking(cell for name in grid.arms for cell in grid.cells(name)):
-        return
-    pretraining, probing, *_ = settings
-    contrastive, frozen, clean = frozen_models(run, pretraining, probing, model_seed, splits, accelerator)
-    if not accelerator.is_main_process:
-        return
-    start = time.monotonic()
+
+    def measure_seed(model_seed: int) -> None:
+        whole = grid(run.config, model_seed)
+        if not run.lacking(cell for name in whole.arms for cell in whole.cells(name)):
+            return
+        models = frozen_models(run, settings[0], settings[1], model_seed, splits, accelerator)
+        if accelerator.is_main_process:
+            _sweep(run, settings[1], splits, accelerator.device, whole, models, images, study)
+
+    measure_seeds(run, accelerator, measure_seed)
+
+
+def _sweep(
+    run: Run,
+    probing: ProbingSettings,
+    splits: Mapping[str, ImageSet],
+    device: torch.device,
+    grid: Grid,
+    models: FrozenModels,
+    images: Callable[[Test], ImageSet] | None,
+    study: Study | None,
+) -> None:
+    """Add the rows of a grid; the arguments are those of `measure`."""
 
     def load(test: Test) -> tuple[kinds.Outputs, torch.Tensor]:
-        shown = splits["test"] if images is None else images(test)
-        arm = {name: value for name, value in grid.test_arm(test).items() if name == "shift"}
-        if not run.find(CHANCE, **arm):
-            timed = {"seconds": time.monotonic() - start, "device": device_name(accelerator.device)}
-            run.add(CHANCE, chance_level(shown.labels, shown.num_classes), n=len(shown), seed=None, **timed, **arm)
-        if test == grid.tests[0]:
-            return clean, shown.labels
-        outputs = {
-            name: features.embed(
-                model, shown.images, shown.mean, shown.std, [probing.layer], perturb=perturb(test)
-            )[probing.layer]
-            for name, model in contrastive.items()
-        }
+        start, shown = time.monotonic(), splits["test"] if images is None else images(test)
+        shift = {name: value for name, value in grid.test_arm(test).items() if name == "shift"}
+        outputs = models.test
+        if test != grid.tests[0]:
+            outputs = {}
+            for name, model in models.contrastive.items():
+                by_layer = features.embed(
+                    model, shown.images, shown.mean, shown.std, [probing.layer], noise=test.noise
+                )
+                outputs[name] = by_layer[probing.layer]
+        if not run.find(CHANCE, **shift):
+            timed: dict[str, Any] = {"seconds": time.monotonic() - start, "device": device_name(device)}
+            run.add(CHANCE, chance_level(shown.labels, shown.num_classes), n=len(shown), seed=None, **timed, **shift)
         return outputs, shown.labels
 
     # Without further tests an arm is done once it is probed. The images of several tests are made once for all arms.
@@ -238,23 +280,42 @@ def measure(
     for arms in parts:
         batches = sweep(
             replace(grid, arms=arms),
-            frozen,
+            models.frozen,
             splits["train"].labels,
             splits["train"].num_classes,
             load,
-            device=accelerator.device,
+            device=device,
             lacks=lambda cell: bool(run.lacking([cell])),
             study=study,
             progress=True,
             **probing.probe_settings(),
         )
-        for batch in rows(run, batches, accelerator.device):
+        for batch in rows(run, batches, device):
             run.add_rows(batch)
 
 
-def probe_table(run: Run, columns: Mapping[Any, Mapping[str, Any]]) -> ProbeTable:
+@torch.no_grad()
+def predictions(probes: Probes, features: torch.Tensor) -> torch.Tensor:
+    """Classes (k, n) on the CPU that k probes give to features (n, d)."""
+    weights, biases = probes
+    parts = [
+        torch.einsum("nd,kcd->knc", part.to(weights), weights) + biases[:, None] for part in features.split(CHUNK)
+    ]
+    return torch.cat([logits.argmax(dim=2).cpu() for logits in parts], dim=1)
+
+
+def where_there_is_one(run: Run, metric: str, name: str, digits: int) -> str:
+    """Mean over seeds, signed, of a metric that a seed may have no value of: "-" if none has, else how many have."""
+    rows, seeds = run.find(metric, features=name), len(run.config["seeds"])
+    if not rows:
+        return "-"
+    few = f" ({len(rows)} of {seeds} seeds)" if len(rows) < seeds else ""
+    return interval([row["value"] for row in rows]).text(digits, sign=True) + few
+
+
+def probe_table(run: Run, columns: Mapping[Any, Mapping[str, Any]], arms: Sequence[str] | None = None) -> ProbeTable:
     """The accuracies of a run, with gains of each arm over poly, and of sae and ncl over the random controls."""
-    arms = run.config["arms"]
+    arms = run.config["arms"] if arms is None else arms
     comparisons = [Comparison(name, name, "poly") for name in arms if name != "poly"]
     comparisons += [Comparison(f"{n} over {o}", n, o) for n in FEATURES[1:] for o in RANDOM if {n, o} <= set(arms)]
     return ProbeTable(run.rows, columns, arms, comparisons)
@@ -270,7 +331,7 @@ def notes(run: Run, table: ProbeTable) -> str:
     config = run.config
     quality = [over_seeds(select(table.rows, metric)["value"]) for metric in sae.QUALITY]
     fvu, l0, dead = (interval.text(3) for interval in quality)
-    unscaled = "" if config["rescale"] else "The scale of features decides how far these probes come (rescale: false).\n"
+    unscaled = "The scale of features decides how far these probes come (rescale: false).\n"
     decays = ", ".join(f"{by_arm['poly_decay']:g}" for by_arm in table.decays.values() if "poly_decay" in by_arm)
     return (
         f"\n{over(config)}\n"
@@ -280,6 +341,6 @@ def notes(run: Run, table: ProbeTable) -> str:
         f"poly_decay takes the best of {len(config['decays'])} weight decays for each column on the test labels\n"
         f"themselves, which favours it (those it took, column after column of all tables: {decays});\n"
         "poly_unit, random_relu, random_mask: see vision_bench/kinds.py.\n"
-        f"{TRAINING_NOTE}{unscaled}"
+        f"{TRAINING_NOTE}{unscaled * (not config['rescale'])}"
         f"SAE on test images: FVU {fvu}, L0 {l0}, dead {dead}.\n" + unexplained({"sae": quality[0].mean})
     )

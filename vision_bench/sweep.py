@@ -33,15 +33,12 @@ import torch
 from tqdm.auto import tqdm
 
 from vision_bench import kinds
-from vision_bench.corruptions import flip_labels
-from vision_bench.data import stratified_fraction
-from vision_bench.features import InputNoise
+from vision_bench.corruptions import CLEAN, InputNoise, flip_labels, stratified_fraction
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.probe import TRAINING, Probes, fit_linear_probes, probe_accuracy, training_accuracy
 from vision_bench.runs import Cell, Run, device_name
 
 ACCURACY = "offline_probe_top1"  # of a probe on test images
-CLEAN = "clean"
 
 
 class Training(NamedTuple):
@@ -77,6 +74,7 @@ class Measured(NamedTuple):
     cell: Cell
     value: float | None
     n: int  # samples behind the value
+    details: Mapping[str, Any] = {}  # what else stands in the row, and follows from the same measurement
 
 
 class Fitted(NamedTuple):
@@ -278,6 +276,7 @@ def sweep(
                 continue
             features = make(outputs)
             studied = study(name, fitted[name], features, answers) if study else []
+            measured += [one for one in studied if lacks(one.cell)]
             tested = set(grid.tested(name, test))
             chosen = [i for i, training in enumerate(fitted[name].trainings) if training in tested]
             weights, biases = (part[chosen] for part in fitted[name].probes)
@@ -287,8 +286,8 @@ def sweep(
             if any(map(lacks, described)):
                 cells += described
                 accuracies += semantic_consistency(features, answers).summary.values()
-            done = [cell for cell, *_ in studied]
-            measured += studied + [
+            done = [one.cell for one in studied]
+            measured += [
                 Measured(cell, value, len(answers))
                 for cell, value in zip(cells, accuracies, strict=True)
                 if lacks(cell) and cell not in done
@@ -304,6 +303,7 @@ def rows(
     for batch in batches:
         timed: dict[str, Any] = {"seconds": time.monotonic() - start, "device": device_name(device)}
         yield [
-            run.row(cell.metric, value, n=n, seed=cell.seed, **timed, **common, **cell.arm) for cell, value, n in batch
+            run.row(cell.metric, value, n=n, seed=cell.seed, **timed, **common, **cell.arm, **details)
+            for cell, value, n, details in batch
         ]
         start = time.monotonic()
