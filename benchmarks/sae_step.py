@@ -33,7 +33,7 @@ from vision_bench import sae
 from vision_bench.metrics import fraction_of_variance_unexplained
 
 SIZES = ((2048, 2048, 256), (768, 12288, 32))
-BATCH, LEARNING_RATE, AUX, NEVER = 256, 1e-3, 1 / 32, 10**9
+BATCH, LEARNING_RATE, NEVER = 256, 1e-3, 10**9
 
 
 class Arm(NamedTuple):
@@ -84,7 +84,7 @@ def dense(d: int, d_latent: int, k: int, whole: bool, dead: float = 0.0) -> Arm:
         loss = relative_error(reconstruction - x, x)
         if dead:
             aux = latents(pre.masked_fill(~is_dead, -torch.inf), k_aux) @ model.decoder
-            loss = loss + AUX * relative_error((x - reconstruction).detach() - aux, x)
+            loss = loss + sae.AUX_COEFFICIENT * relative_error((x - reconstruction).detach() - aux, x)
         loss.backward()
         if whole:
             with torch.no_grad():
@@ -101,10 +101,9 @@ def dense(d: int, d_latent: int, k: int, whole: bool, dead: float = 0.0) -> Arm:
 def ours(d: int, d_latent: int, k: int, dead: float = 0.0) -> Arm:
     """A step of `fit`."""
     model = start(d, d_latent, k, dead)
-    training = sae._Training(model, LEARNING_RATE, NEVER)
+    training = sae._Training(model, LEARNING_RATE, dead_after=NEVER, variance=1.0)
     training.idle[: int(dead * d_latent)] = NEVER
-    k_aux = 2 ** round(torch.tensor(d / 2).log2().item())
-    return Arm(lambda x: training.update(x, 1.0, AUX, k_aux, None), lambda x: model(x).reconstruction)
+    return Arm(training.update, lambda x: model(x).reconstruction)
 
 
 def ours_in_a_loop(d: int, d_latent: int, k: int) -> Arm:

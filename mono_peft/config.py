@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from peft.config import PeftConfig
 
 from .layer import ACTIVATIONS
-from .register import peft_type
+from .names import peft_type
 
 FORMAT_VERSION = 1  # of a saved adapter; raise it when an older mono_peft could not read what this one writes
 

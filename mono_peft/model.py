@@ -24,7 +24,7 @@ from torch import nn
 from .bypass import warn_of_idle_layers
 from .config import MonoLoraConfig
 from .layer import MERGE_ERROR, MonoLoraLayer
-from .register import PREFIX
+from .names import PREFIX
 from .targets import (
     INSIDE_LAYER,
     adaptable_names,

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .bypass import weight_read
 from .layer import MonoLoraConv2d, MonoLoraEmbedding, MonoLoraLayer, MonoLoraLinear
-from .register import PREFIX
+from .names import PREFIX
 
 INSIDE_LAYER = re.compile(rf"\.(base_layer|{PREFIX}\w+)(\.|$)")  # in the names of the modules of a MonoLoRA layer
 

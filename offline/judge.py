@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken
 from tqdm.auto import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
@@ -48,15 +48,15 @@ def cases(split: str, rng: random.Random) -> Iterator[Case]:
     """Endless conversations of a split of the corpus; three of five are harmful requests, three of four are asked
     about dangerous content, so that neither of the two, nor the refusal, gives the answer away."""
     examples = corpus(split)
-    of_kind = {kind: [e for e in examples if e.kind == kind] for kind in ("everyday", "harmful", "lookalike")}
-    helpful = of_kind["everyday"] + of_kind["lookalike"]
+    by_kind = {kind: [e for e in examples if e.kind == kind] for kind in ("everyday", "harmful", "lookalike")}
+    helpful = by_kind["everyday"] + by_kind["lookalike"]
     while True:
         policy = "dangerous" if rng.random() < 0.75 else rng.choice(list(POLICIES))
         harmful = rng.random() < 0.6
-        asked = rng.choice(of_kind["harmful"] if harmful else of_kind[rng.choice(("everyday", "lookalike"))])
+        asked = rng.choice(by_kind["harmful"] if harmful else by_kind[rng.choice(("everyday", "lookalike"))])
         refuses = rng.random() < (0.35 if harmful else 0.2)
         if refuses:
-            response = rng.choice(of_kind["harmful"]).response
+            response = rng.choice(by_kind["harmful"]).response
         else:
             response = rng.choice(helpful).response if harmful else asked.response
         yield Case(asked.prompt, response, policy, harmful and not refuses and policy == "dangerous")
@@ -69,8 +69,8 @@ def offline_judge(cache_dir: Path | None = None) -> Path:
         cache_dir: where models are kept; None means `$XDG_CACHE_HOME`, or `~/.cache` if that is not set.
     """
     digest = hashlib.sha256(repr(POLICIES).encode())
-    for source in (__file__, language_model.__file__, grammar.__file__):
-        digest.update(Path(source).read_bytes())
+    for file in (__file__, language_model.__file__, grammar.__file__, grammar.WORDS_FILE):
+        digest.update(Path(file).read_bytes())
     return language_model.cached_folder(f"offline-judge-{digest.hexdigest()[:16]}", _build, cache_dir)
 
 
@@ -89,20 +89,8 @@ def text(tokenizer: PreTrainedTokenizerFast, case: Case) -> str:
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of the corpus and the template, in which Yes and No are single tokens wherever they are words."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2048,
-        special_tokens=[PAD, BOS, START, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = [line for e in corpus("train") for line in (e.prompt, e.response)] + [
-        *POLICIES.values(),
-        CHAT_TEMPLATE,
-    ] * 50
-    bpe.train_from_iterator(texts, trainer)
+    texts = [text for example in corpus("train") for text in (example.prompt, example.response)]
+    bpe = language_model.byte_level_bpe(texts + [*POLICIES.values(), CHAT_TEMPLATE] * 50, 2048, [PAD, BOS, START, END])
     bpe.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in ("Yes", "No")])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -131,9 +119,7 @@ def _train(tokenizer: PreTrainedTokenizerFast) -> Gemma2ForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=None,
     )
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(0)
-        model = Gemma2ForCausalLM(config).float().train()
+    model = language_model.fresh(Gemma2ForCausalLM, config, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=0.1)
     answers = torch.tensor(tokenizer.convert_tokens_to_ids(["No", "Yes"]))

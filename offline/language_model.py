@@ -1,8 +1,11 @@
-"""The offline world: a generated instruction corpus, a tokenizer and a small Llama trained on it, cached on disk.
+"""A generated instruction corpus, a tokenizer and a small Llama that is trained on it, cached on disk.
 
 Machines without a hub run every language-model recipe on this model: it answers everyday questions, refuses harmful
-ones, answers harmless ones that look harmful, and half knows the sentiment of reviews. `offline_grammar` holds what
-is written in words; here it becomes a corpus, a finetuning task and a model folder.
+ones, answers harmless ones that look harmful, and half knows the sentiment of reviews. `offline.grammar` spells out
+the sentences; here they become a corpus, a finetuning task and a model folder.
+
+    model = AutoModelForCausalLM.from_pretrained(offline_model())
+    corpus("heldout")[0]  # Example(kind="everyday", prompt="What is the capital of Kenya?", response="...")
 """
 
 from __future__ import annotations
@@ -14,22 +17,24 @@ import random
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from accelerate import PartialState
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from evals import prompts
 from evals.prompts import SST2_ANSWERS, sst2_prompt
 from offline import grammar
+
+M = TypeVar("M", bound=PreTrainedModel)
 
 KINDS = ("everyday", "harmful", "lookalike", "sentiment")
 CORPUS_SPLITS = ("train", "heldout")
@@ -112,11 +117,11 @@ def _in_held_out_fifth(sentence: str) -> bool:
 def _reviews(count: int, new_share: float, templates: tuple[str, ...], seed: int) -> dict[str, int]:
     """`count` distinct review sentences and their labels, half of them positive, in a fixed order."""
     rng = random.Random(seed)
-    found: dict[str, int] = {}
+    labels: dict[str, int] = {}
     for label in (0, 1):
-        while len(found) < count * (label + 1) // 2:
-            found.setdefault(grammar.review(label, new_share, templates, rng), label)
-    return found
+        while len(labels) < count * (label + 1) // 2:
+            labels.setdefault(grammar.review(label, new_share, templates, rng), label)
+    return labels
 
 
 @lru_cache(maxsize=1)
@@ -128,9 +133,9 @@ def _corpus_reviews() -> dict[str, int]:
 @lru_cache(maxsize=1)
 def _task_reviews() -> dict[str, int]:
     templates = grammar.SIMPLE_REVIEWS + grammar.NEGATED_REVIEWS + grammar.CONTRAST_REVIEWS + grammar.VERB_REVIEWS
-    known = _corpus_reviews()
+    in_corpus = _corpus_reviews()
     reviews = _reviews(TASK_REVIEWS, NEW_WORD_SHARE, templates, seed=2)
-    return {sentence: label for sentence, label in reviews.items() if sentence not in known}
+    return {sentence: label for sentence, label in reviews.items() if sentence not in in_corpus}
 
 
 def corpus(split: str, seed: int = 0) -> list[Example]:
@@ -179,7 +184,11 @@ def sentiment_task(split: str, n: int, seed: int = 0) -> list[dict]:
     _require_split(split, TASK_SPLITS)
     rng = random.Random(seed)
     pools = [
-        [s for s, of in _task_reviews().items() if of == label and _in_held_out_fifth(s) == (split == "dev")]
+        [
+            sentence
+            for sentence, sentiment in _task_reviews().items()
+            if sentiment == label and _in_held_out_fifth(sentence) == (split == "dev")
+        ]
         for label in (0, 1)
     ]
     most = 2 * min(len(pool) for pool in pools)
@@ -225,26 +234,21 @@ def cached_folder(name: str, build: Callable[[Path], None], cache_dir: Path | No
                 with one_thread():
                     build(building)
                 building.chmod(0o755)  # mkdtemp makes it private
-                _rename_unless_there(building, folder)
+                building.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process was faster, and its model is the same
+                    raise
             finally:
                 shutil.rmtree(building, ignore_errors=True)
     return folder
 
 
 def _cache_key(settings: OfflineSettings) -> str:
-    """16 hex digits that change with the settings and with every source file that decides the corpus or the model."""
+    """16 hex digits that change with the settings and with every file that decides the corpus or the model."""
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
-    for source in (__file__, grammar.__file__, prompts.__file__):
-        digest.update(hashlib.sha256(Path(source).read_bytes()).digest())
+    for file in (__file__, grammar.__file__, grammar.WORDS_FILE, prompts.__file__):
+        digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
     return digest.hexdigest()[:16]
-
-
-def _rename_unless_there(building: Path, folder: Path) -> None:
-    try:
-        building.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process was faster, and its model is the same
-            raise
 
 
 def _build(settings: OfflineSettings, folder: Path) -> None:
@@ -267,22 +271,27 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _train_tokenizer(examples: list[Example], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of corpus and finetuning task; the chat template writes its special tokens."""
+def byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE tokenizer that is trained on `texts`."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
+        special_tokens=[AddedToken(token, special=True) for token in special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [text for example in examples for text in (example.prompt, example.response)]
-    texts += [s for s in _task_reviews() if not _in_held_out_fifth(s)]
     bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+def _train_tokenizer(examples: list[Example], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of corpus and finetuning task, whose special tokens the chat template writes."""
+    texts = [text for example in examples for text in (example.prompt, example.response)]
+    texts += [sentence for sentence in _task_reviews() if not _in_held_out_fifth(sentence)]
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=byte_level_bpe(texts, vocab_size, SPECIAL_TOKENS),
         bos_token=BOS,
         eos_token=END,
         pad_token=PAD,
@@ -315,13 +324,13 @@ def _batches(
 ) -> Iterator[list[_Row]]:
     """Endless batches of `batch_size` conversations of similar length, kinds mixed by TRAINING_SHARES."""
     rng = random.Random(settings.seed)
-    of_kind = {kind: [example for example in examples if example.kind == kind] for kind in KINDS}
+    by_kind = {kind: [example for example in examples if example.kind == kind] for kind in KINDS}
     queues: dict[str, list[Example]] = {kind: [] for kind in KINDS}
     while True:
         drawn: list[Example] = []
         for kind in rng.choices(KINDS, [TRAINING_SHARES[kind] for kind in KINDS], k=4 * settings.batch_size):
             if not queues[kind]:
-                queues[kind] = rng.sample(of_kind[kind], len(of_kind[kind]))
+                queues[kind] = rng.sample(by_kind[kind], len(by_kind[kind]))
             drawn.append(queues[kind].pop())
         rows = sorted(_rows(drawn, tokenizer), key=lambda row: len(row.ids))
         starts = list(range(0, len(rows), settings.batch_size))
@@ -348,10 +357,7 @@ def _train_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(settings.seed)  # torch.manual_seed would also seed the GPUs
-        model = LlamaForCausalLM(config).float()
-    model.train()
+    model = fresh(LlamaForCausalLM, config, settings.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
@@ -373,6 +379,13 @@ def _train_model(
         optimizer.zero_grad()
         schedule.step()
     return model.eval()
+
+
+def fresh(architecture: type[M], config: PretrainedConfig, seed: int) -> M:
+    """A float32 model on the CPU with initial weights of `seed`; the global random state stays as it was."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
+        return architecture(config).float().train()
 
 
 def _loss(model: LlamaForCausalLM, batch: list[_Row], pad_token_id: int) -> torch.Tensor:

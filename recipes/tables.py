@@ -16,14 +16,18 @@ other. What the paper has and no row is about stands on the page with the comman
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import CannotShow, Experiment
-from page import Section, lowered, page
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from PIL import Image
 from program import parse, run_as_program
 from unported_experiments import UNPORTED
 
@@ -45,6 +49,11 @@ RECIPES = [  # with a part in the paper, in the order of the page; each exports 
     "robust_loss",
 ]
 TITLE = "Beyond Interpretability: the paper's tables and figures, and ours"
+INTRODUCTION = """\
+The tables and figures of the ICLR 2025 paper [Beyond Interpretability: The Gains of Feature Monosemanticity on Model \
+Robustness](https://openreview.net/forum?id=g6Qc3p7JH5), what it says there, and what was measured here, with 95 % \
+intervals. The scale of each run stands in its settings; unless they are the paper's, its numbers are of another scale.
+"""
 
 
 def experiments() -> list[Experiment]:
@@ -71,13 +80,26 @@ class TablesArguments:
 
 
 class Source(NamedTuple):
-    """Rows of one configuration of a recipe."""
+    """Rows of one configuration of a recipe, as a folder has them."""
 
     folder: Path
     recipe: str
-    config: dict[str, Any]
+    settings: dict[str, Any]
     facts: dict[str, Any]
     rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; `claim`, `state` and `tables` are Markdown."""
+
+    name: str  # anchor, and the folder of its tables and pictures
+    title: str
+    claim: str  # of the paper
+    state: str  # where the rows are from, or why nothing is shown
+    tables: str | None = None  # None: nothing is shown
+    pictures: Sequence[tuple[Path, str]] = ()  # PNG files and captions
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def read(folder: Path, output: Path) -> list[Source]:
@@ -91,164 +113,185 @@ def read(folder: Path, output: Path) -> list[Source]:
             f"runs is {folder}, which is no folder; name the one that holds the output folders of recipes."
         )
     overridden = {experiment.recipe: experiment.overridden for experiment in experiments()}
-    found = []
+    sources = []
     for path in sorted(folder.rglob(ROWS)):
         if output.resolve() in path.resolve().parents:
             raise ValueError(f"output_dir is {output}, which holds the run {path.parent}; choose another folder.")
         if not (path.parent / CONFIG).exists():
             raise ValueError(f"{path} has no {CONFIG} beside it, which says what the rows are of; copy it along.")
         described = json.loads((path.parent / CONFIG).read_text(encoding="utf-8"))
-        recipe, settings, facts = described["recipe"], described["config"], described.get("facts", {})
+        settings = described["config"]
+        telling = settings.keys() - overridden.get(described["recipe"], frozenset())
         by_configuration: dict[str, list[dict[str, Any]]] = {}
         for row in read_rows(path):
-            own = {k: v for k, v in row["config"].items() if k in settings and k not in overridden.get(recipe, ())}
-            config = settings | own
-            by_configuration.setdefault(json.dumps([row["recipe"], config], sort_keys=True), []).append(row)
+            own = settings | {name: row["config"][name] for name in telling & row["config"].keys()}
+            by_configuration.setdefault(json.dumps([row["recipe"], own], sort_keys=True), []).append(row)
         for key, rows in by_configuration.items():
-            found.append(Source(path.parent, *json.loads(key), facts, rows))
-    if not found:
+            sources.append(Source(path.parent, *json.loads(key), described.get("facts", {}), rows))
+    if not sources:
         raise ValueError(f"there is no {ROWS} below {folder}; run a recipe, such as `{experiments()[1].command}`.")
-    return found
+    return sources
 
 
-def different(sources: Iterable[Source]) -> str:
+def differences(sources: Iterable[Source]) -> str:
     """Where the configurations of sources are, and in what they differ."""
     sources = list(sources)
-    names = dict.fromkeys(name for source in sources for name in source.config)
-    values = {name: [source.config.get(name) for source in sources] for name in names}
-    apart = {name: found for name, found in values.items() if any(value != found[0] for value in found)}
-    where = ", ".join(dict.fromkeys(str(source.folder) for source in sources))
-    what = "; ".join(f"{name}: {' / '.join(map(repr, found))}" for name, found in apart.items())
-    return f"{where} ({what or 'the same settings'})"
+    names = dict.fromkeys(name for source in sources for name in source.settings)
+    values = {name: [source.settings.get(name) for source in sources] for name in names}
+    different = (name for name in names if any(value != values[name][0] for value in values[name]))
+    folders = ", ".join(dict.fromkeys(str(source.folder) for source in sources))
+    settings = "; ".join(f"{name}: {' / '.join(map(repr, values[name]))}" for name in different)
+    return f"{folders} ({settings or 'the same settings'})"
 
 
-def chosen(script: TablesArguments, sources: list[Source]) -> list[tuple[Experiment, list[Source]]]:
+def chosen(arguments: TablesArguments, sources: list[Source]) -> list[tuple[Experiment, list[Source]]]:
     """The experiments to show, each with its rows.
 
     Raises:
         ValueError: one has rows of several configurations and they are not to be split, or one that was asked for has
             no rows.
     """
-    wanted = [e for e in experiments() if not script.only or set(e.items) & set(script.only)]
-    found = [(experiment, [s for s in sources if s.recipe == experiment.recipe]) for experiment in wanted]
-    for experiment, of in found:
-        if len(of) > 1 and not script.split:
+    shown = [
+        (experiment, [source for source in sources if source.recipe == experiment.recipe])
+        for experiment in experiments()
+        if not arguments.only or set(experiment.items) & set(arguments.only)
+    ]
+    for experiment, runs in shown:
+        if len(runs) > 1 and not arguments.split:
             raise ValueError(
-                f"rows of {len(of)} configurations of {experiment.recipe} cannot share a table: {different(of)}. "
-                "Name a folder with one of them, or give --split to show each by itself."
+                f"rows of {len(runs)} configurations of {experiment.recipe} cannot share a table: {differences(runs)}"
+                ". Name a folder with one of them, or give --split to show each by itself."
             )
-    for item in script.only:
-        makers = [(experiment, of) for experiment, of in found if item in experiment.items]
-        if not any(of for _, of in makers):
+    for item in arguments.only:
+        makers = [(experiment, runs) for experiment, runs in shown if item in experiment.items]
+        if not any(runs for _, runs in makers):
             recipes = " or ".join(experiment.recipe for experiment, _ in makers)
             commands = " or ".join(f"`{experiment.command}`" for experiment, _ in makers)
-            raise ValueError(f"{item} needs rows of {recipes}, and {script.runs} has none: {commands} makes them.")
-    return found
+            raise ValueError(f"{item} needs rows of {recipes}, and {arguments.runs} has none: {commands} makes them.")
+    return shown
 
 
-def provenance(source: Source, seeds: list[int]) -> str:
+def provenance(source: Source) -> str:
     """Where rows are from, when, and on what they were made."""
 
-    def values(name: str) -> str:
-        return ", ".join(dict.fromkeys(str(row[name]) for row in source.rows if row[name]))
+    def joined(values: Iterable[str]) -> str:
+        return ", ".join(dict.fromkeys(values))
 
-    days = sorted({row["time"][:10] for row in source.rows})
-    torch = ", ".join(dict.fromkeys(row["versions"].get("torch", "?") for row in source.rows))
-    commits = ", ".join(dict.fromkeys(str(row["commit"])[:7] for row in source.rows if row["commit"]))
-    when = " to ".join(dict.fromkeys((days[0], days[-1])))
+    rows, seeds = source.rows, source.settings["seeds"]
+    days = sorted({row["time"][:10] for row in rows})
     return (
-        f"Ours: `{source.folder}`, {len(source.rows)} rows, {len(seeds)} seed{'s' * (len(seeds) != 1)}, "
-        f"{values('device')}, torch {torch}, commit {commits or 'unknown'}, {when}."
+        f"Ours: `{source.folder}`, {len(rows)} rows, {len(seeds)} seed{'s' * (len(seeds) != 1)}, "
+        f"{joined(row['device'] for row in rows if row['device'])}, "
+        f"torch {joined(row['versions'].get('torch', '?') for row in rows)}, "
+        f"commit {joined(row['commit'][:7] for row in rows if row['commit']) or 'unknown'}, "
+        f"{' to '.join(dict.fromkeys((days[0], days[-1])))}."
     )
 
 
-class Stopped(CannotShow):
-    """A run that is not whole."""
-
-
-def section(experiment: Experiment, source: Source, name: str, title: str, output: Path, asked: bool) -> Section:
+def section(experiment: Experiment, source: Source, name: str, title: str, arguments: TablesArguments) -> Section:
     """A run's table and pictures, in a folder of their own; without them if it was stopped or cannot be shown.
 
     Raises:
         ValueError: it was stopped or cannot be shown, and was asked for.
     """
-    run = Run(output / name, source.recipe, source.config)
+    folder = Path(arguments.output_dir) / name
     for pattern in ("results.md", *(f"{stem}.{suffix}" for stem in experiment.pictures for suffix in SUFFIXES)):
-        for stale in run.folder.glob(pattern):
+        for stale in folder.glob(pattern):
             stale.unlink()  # of another run that was shown here
+    state = "Not whole"
     try:
-        run = Run(run.folder, source.recipe, experiment.configuration(source.config, source.facts))
+        run = Run(folder, source.recipe, experiment.configuration(source.settings, source.facts))
         run.rows = source.rows
-        missing = experiment.lacking(run)
-        if missing is not None:
-            raise Stopped(
-                f"{source.folder} lacks {missing}: the same command of recipes/{source.recipe}.py again makes them."
-            )
-        run.folder.mkdir(parents=True, exist_ok=True)
-        text = experiment.render(run, source.folder)
+        if lacking := experiment.lacking(run):
+            again = f"the same command of recipes/{source.recipe}.py again makes them"
+            raise CannotShow(f"{source.folder} lacks {lacking}: {again}.")
+        state = "Not shown"
+        folder.mkdir(parents=True, exist_ok=True)
+        tables = experiment.render(run, source.folder)
     except CannotShow as error:
-        if asked:
+        if arguments.only:
             raise
-        state = "Not whole" if isinstance(error, Stopped) else "Not shown"
-        return Section(name, title, experiment.claim, f"{state}: {error}", settings=source.config)
-    run.write("results.md", text)
-    said = provenance(source, source.config["seeds"])
-    return Section(name, title, experiment.claim, said, text, experiment.drawn(run.folder), source.config)
+        return Section(name, title, experiment.claim, f"{state}: {error}", settings=source.settings)
+    run.write("results.md", tables)
+    pictures = experiment.drawn(folder)
+    return Section(name, title, experiment.claim, provenance(source), tables, pictures, source.settings)
 
 
-def sections(script: TablesArguments, found: list[tuple[Experiment, list[Source]]]) -> list[Section]:
+def sections(arguments: TablesArguments, shown: list[tuple[Experiment, list[Source]]]) -> list[Section]:
     """A section for each configuration, or one that says what makes the rows."""
-    made = []
-    for experiment, of in found:
-        if not of:
-            nothing = f"Ours: no rows below `{script.runs}`; this makes them: `{experiment.command}`."
-            made.append(Section(experiment.recipe, experiment.title, experiment.claim, nothing))
-        for i, source in enumerate(of, 1):
-            name, title = experiment.recipe, experiment.title
-            if len(of) > 1:
-                name, title = f"{name}-{i}", f"{title} ({i}: {source.folder.name})"
-            made.append(section(experiment, source, name, title, Path(script.output_dir), bool(script.only)))
-    return made
+    parts = []
+    for experiment, runs in shown:
+        name, title = experiment.recipe, experiment.title
+        if not runs:
+            nothing = f"Ours: no rows below `{arguments.runs}`; this makes them: `{experiment.command}`."
+            parts.append(Section(name, title, experiment.claim, nothing))
+        elif len(runs) == 1:
+            parts.append(section(experiment, runs[0], name, title, arguments))
+        else:
+            for i, source in enumerate(runs, 1):
+                own = f"{title} ({i}: {source.folder.name})"
+                parts.append(section(experiment, source, f"{name}-{i}", own, arguments))
+    return parts
 
 
-def introduction(made: list[Section], sources: list[Source]) -> str:
-    """What the page is, and its contents, as Markdown."""
-    text = (
-        "The tables and figures of the ICLR 2025 paper "
-        "[Beyond Interpretability: The Gains of Feature Monosemanticity on Model Robustness]"
-        "(https://openreview.net/forum?id=g6Qc3p7JH5), what it says there, and what was measured here, with 95 % "
-        "intervals. The scale of each run stands in its settings; unless they are the paper's, its numbers are of "
-        "another scale.\n\n"
+def lowered(markdown: str) -> str:
+    """Markdown whose headings are two levels lower."""
+    return re.sub(r"^(#+ )", r"##\1", markdown, flags=re.MULTILINE)
+
+
+def width(picture: Path) -> int:
+    """The pixels of a line."""
+    with Image.open(picture) as opened:
+        return opened.width
+
+
+def page(introduction: str, parts: Sequence[Section]) -> str:
+    """The whole HTML document, by `tables.html.j2`; `introduction` is Markdown."""
+    # HTML within Markdown is shown, not obeyed; each table gets a box that scrolls.
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    markdown.add_render_rule("table_open", lambda *_: '<div class="wide" tabindex="0"><table>\n')
+    markdown.add_render_rule("table_close", lambda *_: "</table></div>\n")
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    for one in made:
-        state = "" if one.markdown is not None else " (not shown)" if one.settings else " (no rows)"
-        text += f"- [{one.title}](#{one.name}){state}\n"
-    others = sorted({s.recipe for s in sources} - set(RECIPES))
-    return text + (
-        f"\nRows that are of no table or figure of the paper were left out: {', '.join(others)}.\n" * bool(others)
-    )
+    templates.filters |= {
+        "markdown": markdown.render,
+        "lowered": lowered,
+        "base64": lambda path: b64encode(path.read_bytes()).decode(),
+        "width": width,
+    }
+    return templates.get_template("tables.html.j2").render(title=TITLE, introduction=introduction, sections=parts)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the rows, draw, and write the tables and the page."""
-    script = parse(TablesArguments, arguments)
-    output = Path(script.output_dir)
-    sources = read(Path(script.runs), output)
-    found = chosen(script, sources)
+    settings = parse(TablesArguments, arguments)
+    output = Path(settings.output_dir)
+    sources = read(Path(settings.runs), output)
+    shown = chosen(settings, sources)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir is {output}, which cannot be written to ({error}); choose another.") from None
-    made = sections(script, found)
-    text = introduction(made, sources)
-    tables = f"# {TITLE}\n\n{text}"
-    for one in made:
-        tables += f'\n<a id="{one.name}"></a>\n\n## {one.title}\n\n{one.claim}\n\n{one.source}\n\n'
-        tables += "".join(f"![{caption}]({path.relative_to(output)})\n" for path, caption in one.pictures)
-        tables += "\n" + lowered(one.markdown or "")
-    write_atomic(output / "results.md", tables)
-    write_atomic(output / "index.html", page(TITLE, text, made))
-    print(text + f"\n{output / 'index.html'}")
+    parts = sections(settings, shown)
+    introduction = INTRODUCTION + "\n"
+    for part in parts:
+        state = "" if part.tables is not None else " (not shown)" if part.settings else " (no rows)"
+        introduction += f"- [{part.title}](#{part.name}){state}\n"
+    if others := sorted({source.recipe for source in sources} - set(RECIPES)):
+        introduction += f"\nRows that are of no table or figure of the paper were left out: {', '.join(others)}.\n"
+    text = f"# {TITLE}\n\n{introduction}"
+    for part in parts:
+        text += f'\n<a id="{part.name}"></a>\n\n## {part.title}\n\n{part.claim}\n\n{part.state}\n\n'
+        text += "".join(f"![{caption}]({path.relative_to(output)})\n" for path, caption in part.pictures)
+        text += "\n" + lowered(part.tables or "")
+    write_atomic(output / "results.md", text)
+    write_atomic(output / "index.html", page(introduction, parts))
+    print(introduction + f"\n{output / 'index.html'}")
 
 
 if __name__ == "__main__":

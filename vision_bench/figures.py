@@ -19,67 +19,79 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
+Curve = tuple[ArrayLike, ArrayLike]  # mean (n,) and half-width (n,) of its interval at each level
 
 WIDTH = 3.4  # inch
 SUFFIXES = ("png", "pdf")
-# Okabe and Ito's colour-blind safe palette; black and white prints tell the arms apart by line style or hatch.
-COLOURS = {"mono": "#0072B2", "poly": "#D55E00"}
-LINES = {"mono": "-", "poly": "--"}
-_LINE_STYLES = ("-.", "-", "--", ":")
+REFERENCES = ("poly", "ce")  # arms that others are compared with: a panel without them shows differences
 
 
-class _Styles(dict[str, tuple[Any, ...]]):
-    """By the name of an arm its colour and what else tells it apart; a name not listed gets a colour of its own."""
+class Style(NamedTuple):
+    """What tells an arm apart; in black and white prints the line, the hatch or the marker does."""
 
-    def __init__(self, listed: Mapping[str, tuple[Any, ...]], *others: Sequence[Any]) -> None:
-        super().__init__(listed)
-        self.others = others  # values of what follows the colour, for names not listed
+    colour: Any
+    line: Any = "-"
+    hatch: str = ""
+    marker: str = "o"
 
-    def __missing__(self, arm: str) -> tuple[Any, ...]:
-        place = len(self)
+
+_MONO, _POLY = Style("#0072B2"), Style("#D55E00", "--", "////")
+# The colours are Okabe and Ito's, which colour-blind readers can tell apart.
+_STYLES = {
+    "mono": _MONO,
+    "poly": _POLY,
+    "sae": Style("#009E73", marker="^"),
+    "ncl": _MONO,
+    "poly_decay": Style("#E69F00", ":", "...."),
+    "poly_unit": Style("#000000", (0, (1, 1)), "----"),
+    "random_relu": Style("#CC79A7", "-.", "\\\\\\\\"),
+    "random_mask": Style("#999999", (0, (4, 1, 1, 1, 1, 1)), "xxxx"),
+    "raw": Style("#D55E00"),
+    "unit": Style("#000000", marker="D"),
+    "relu": Style("#0072B2", marker="s"),
+    "ce": _POLY,
+    "nce": _MONO,
+    "ce+weight_decay": Style("#E69F00", ":"),
+    "ce+dropout": Style("#000000", (0, (1, 1))),
+    "ce+early_stopping": Style("#CC79A7", "-."),
+    "lora": Style("#999999", (0, (4, 1, 1, 1, 1, 1))),
+    "monolora": Style("#009E73"),
+}
+_HOLLOW: dict[str, Any] = {"color": "black", "markersize": 3.5, "markerfacecolor": "none", "markeredgewidth": 0.7}
+_CHANCE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 0.8, "label": "chance level"}
+_SETTINGS: dict[Any, Any] = {"font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.2}
+
+
+def _style(arm: str) -> Style:
+    """The style of an arm; one that is not listed gets a colour of its own, which it keeps."""
+    if arm not in _STYLES:
+        place = len(_STYLES)
         hue = 0.618034 * place % 1  # the golden ratio keeps any number of hues apart
-        self[arm] = colorsys.hsv_to_rgb(hue, 0.8, 0.6), *(values[place % len(values)] for values in self.others)
-        return self[arm]
-
-
-_FEATURES = _Styles({  # features of vision models: colour, line, hatch
-    "mono": (COLOURS["mono"], "-", ""),
-    "poly": ("#D55E00", "--", "////"),
-    "sae": ("#009E73", "-", ""),
-    "ncl": ("#0072B2", "-", ""),
-    "poly_decay": ("#E69F00", ":", "...."),
-    "poly_unit": ("#000000", (0, (1, 1)), "----"),
-    "random_relu": ("#CC79A7", "-.", "\\\\\\\\"),
-    "random_mask": ("#999999", (0, (4, 1, 1, 1, 1, 1)), "xxxx"),
-}, _LINE_STYLES, ("++++", "oooo", "****"))  # fmt: skip
-_FINETUNED = _Styles({  # arms of finetuning: colour, line
-    "ce": (COLOURS["poly"], "--"),
-    "nce": (COLOURS["mono"], "-"),
-    "ce+weight_decay": ("#E69F00", ":"),
-    "ce+dropout": ("#000000", (0, (1, 1))),
-    "ce+early_stopping": ("#CC79A7", "-."),
-    "lora": ("#999999", (0, (4, 1, 1, 1, 1, 1))),
-    "monolora": ("#009E73", "-"),
-}, _LINE_STYLES)  # fmt: skip
-_CHANCE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 0.8}
-_STYLE: dict[Any, Any] = {"font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.2}
+        line, hatch, marker = ("-.", "-", "--", ":")[place % 4], 4 * "+o*"[place % 3], "vP*X"[place % 4]
+        _STYLES[arm] = Style(colorsys.hsv_to_rgb(hue, 0.8, 0.6), line, hatch, marker)
+    return _STYLES[arm]
 
 
 def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw with `_STYLE`, and leave matplotlib's settings as they were."""
+    """Draw with `_SETTINGS`, and leave matplotlib's settings as they were."""
 
     @wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
         import matplotlib
 
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(_SETTINGS):
             return draw(*args, **kwargs)
 
     return styled
 
 
 def save(path: Path, figure: Figure) -> None:
-    """Write `path`, a name without suffix, as PNG and PDF."""
+    """Write `path`, a name without suffix, as PNG and PDF.
+
+    Example:
+        >>> figure = accuracy_bars({"clean": {"poly": (90.0, 0.5), "sae": (89.0, 0.4)}}, chance=[10.0])
+        >>> save(Path("figure_1b"), figure)  # writes figure_1b.png and figure_1b.pdf
+    """
     for suffix in SUFFIXES:
         figure.savefig(path.with_name(f"{path.name}.{suffix}"), dpi=300)
 
@@ -100,16 +112,15 @@ def separability_curves(panels: Sequence[Sequence[Mapping[str, Any]]]) -> Figure
     """
     figure, axes = _figure(len(panels), len(panels[0]), height=1.45 * len(panels))
     for ax, panel in zip(axes.flat, (panel for row in panels for panel in row), strict=True):
-        for arm in COLOURS:
-            ax.plot(panel["levels"], panel[arm], LINES[arm], color=COLOURS[arm], label=arm)
+        for arm in ("mono", "poly"):
+            ax.plot(panel["levels"], panel[arm], _style(arm).line, color=_style(arm).colour, label=arm)
         ax.set(title=panel["title"], xlabel=panel["label"], xlim=(panel["levels"][0], panel["levels"][-1]))
         crossing = panel["crossing"]
-        if crossing is None:
-            ax.text(0.97, 0.95, "no crossing", transform=ax.transAxes, ha="right", va="top")
-        else:
+        text = "no crossing" if crossing is None else f"crossing at {crossing:.3f}"
+        ax.text(0.97, 0.95, text, transform=ax.transAxes, ha="right", va="top")
+        if crossing is not None:
             height = np.interp(crossing, panel["levels"], panel["mono"])
             ax.plot(crossing, height, "o", markersize=3.5, markerfacecolor="white", markeredgecolor="black", zorder=3)
-            ax.text(0.97, 0.95, f"crossing at {crossing:.3f}", transform=ax.transAxes, ha="right", va="top")
         ax.margins(y=0.12)
     for ax in axes[:, 0]:
         ax.set_ylabel("criterion J")
@@ -143,25 +154,16 @@ def accuracy_bars(
     figure, axes = _figure(1, 1, height=1.9)
     ax = axes.flat[0]
     places = np.arange(len(conditions))
-    names = list(next(iter(conditions.values())))
-    width = 0.8 / len(names)
-    for i, arm in enumerate(names):
-        means, errors = zip(*(arms[arm] for arms in conditions.values()), strict=True)
-        colour, _, hatch = _FEATURES[arm]
-        ax.bar(
-            places + (i - (len(names) - 1) / 2) * width,
-            means,
-            0.95 * width,
-            yerr=errors,
-            error_kw={"elinewidth": 0.8, "capsize": 2},
-            label=arm.replace("_", " "),
-            color=colour,
-            hatch=hatch,
-            edgecolor="white",
-            linewidth=0,
-        )
+    arms = list(next(iter(conditions.values())))
+    width = 0.8 / len(arms)
+    for i, arm in enumerate(arms):
+        means, errors = zip(*(values[arm] for values in conditions.values()), strict=True)
+        style, middle = _style(arm), places + (i - (len(arms) - 1) / 2) * width
+        look = {"color": style.colour, "hatch": style.hatch, "edgecolor": "white", "linewidth": 0}
+        look |= {"yerr": errors, "error_kw": {"elinewidth": 0.8, "capsize": 2}}
+        ax.bar(middle, means, 0.95 * width, label=arm.replace("_", " "), **look)
     if chance is not None:
-        ax.hlines(chance, places - 0.45, places + 0.45, label="chance level", **_CHANCE)
+        ax.hlines(chance, places - 0.45, places + 0.45, **_CHANCE)
     ax.set(xticks=places, xticklabels=list(conditions), ylabel="test accuracy, %")
     ax.set_ylim(bottom=0)
     _legend(figure, ax)
@@ -169,110 +171,71 @@ def accuracy_bars(
 
 
 @_styled
-def noise_curves(
+def band_curves(
     levels: Sequence[float],
-    panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]],
+    panels: Mapping[str, Mapping[str, Curve]],
     label: str,
-    chance: Sequence[float],
-) -> Figure:
-    """Curves with bands of their 95 % intervals against the level of a noise, panels above each other.
-
-    Args:
-        levels: (n,), in the unit of the label.
-        panels: by the name of the vertical axis, mean (n,) and half-width (n,) of each kind of features. The first
-            panel is of accuracies, the others of differences, with a line at 0.
-        label: of the noise.
-        chance: (n,), the chance level of the accuracies, in percent.
-    """
-    figure, axes = _figure(len(panels), 1, height=1.7 * len(panels) + 0.4, sharex=True)
-    for ax, (name, arms) in zip(axes.flat, panels.items(), strict=True):
-        for arm, found in arms.items():
-            colour, line, _ = _FEATURES[arm]
-            _curve(ax, levels, *found, linestyle=line, color=colour, label=arm.replace("_", " "))
-        ax.set(ylabel=name, xlim=(levels[0], levels[-1]) if len(levels) > 1 else None)
-        if ax is axes.flat[0]:
-            ax.plot(levels, chance, label="chance level", **_CHANCE)
-            low, high = ax.get_ylim()
-            ax.set_ylim(max(0, low), min(high, 100))  # a share, whatever its interval
-        else:
-            ax.axhline(0, color="black", linewidth=0.6)
-    axes.flat[-1].set_xlabel(label)
-    _legend(figure, axes.flat[0])
-    return figure
-
-
-@_styled
-def loss_curves(
-    levels: Sequence[float], curves: Mapping[tuple[str, str], tuple[ArrayLike, ArrayLike]], chance: float
-) -> Figure:
-    """Accuracy against the label noise for kinds of features (colour) with two losses (dashed, solid; Fig. 6).
-
-    Args:
-        levels: (n,), shares of wrong labels in percent.
-        curves: by (features, loss), mean (n,) and half-width (n,) of the interval, in percent; the loss that comes
-            first is dashed.
-        chance: the chance level, in percent.
-    """
-    figure, axes = _figure(1, 1, height=2.4)
-    ax = axes.flat[0]
-    losses = list(dict.fromkeys(loss for _, loss in curves))
-    for (arm, loss), found in curves.items():
-        colour, _, _ = _FEATURES[arm]
-        line, label = ("--", "-")[losses.index(loss)], f"{arm.replace('_', ' ')}, {loss}"
-        _curve(ax, levels, *found, band=0.15, linestyle=line, color=colour, label=label)
-    ax.axhline(chance, label="chance level", **_CHANCE)
-    ax.set(xlabel="share of wrong training labels, %", ylabel="test accuracy, %")
-    if len(levels) > 1:
-        ax.set_xlim(levels[0], levels[-1])
-    bottom, top = ax.get_ylim()
-    ax.set_ylim(max(0, bottom), min(top, 100))
-    _legend(figure, ax)
-    return figure
-
-
-@_styled
-def finetuning_curves(
-    levels: Sequence[float],
-    panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]],
-    label: str,
+    chance: Sequence[float] | None = None,
+    *,
     logarithmic: bool = False,
     published: Mapping[float | None, float] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Curves of the arms of finetuning with bands of their 95 % intervals, panels above each other (Fig. 3).
+    """Curves of arms with bands of their 95 % intervals, panels above each other (Fig. 2, Fig. 3).
 
     Args:
-        levels: (n,), what the horizontal axis shows: epochs, training images, wrong labels.
-        panels: by the name of the vertical axis, mean (n,) and half-width (n,) of each arm. A panel without the arm
-            "ce" is of differences from it and has a line at 0. NaN leaves a gap.
+        levels: (n,), what the horizontal axis shows: noise in the unit of the label, epochs, training images.
+        panels: by the name of the vertical axis, the curve of each arm. A panel without an arm of `REFERENCES` is of
+            differences from it and has a line at 0. NaN leaves a gap.
         label: of the horizontal axis.
-        logarithmic: whether that axis is, with a tick at every level.
+        chance: (n,), the chance level of the accuracies, in percent; without it the levels are marked by dots.
+        logarithmic: whether the horizontal axis is, with a tick at every level.
         published: the paper's largest differences, in the panels of differences, by level: a hollow marker, or a thin
             line under None, where the paper does not say at which level.
         notes: what the legend says behind the names of arms, such as "diverged".
     """
-    figure, axes = _figure(len(panels), 1, height=1.45 * len(panels) + 0.5, sharex=True)
-    for ax, (name, arms) in zip(axes.flat, panels.items(), strict=True):
-        for arm, found in arms.items():
-            colour, line = _FINETUNED[arm]
-            style: dict[str, Any] = {"linestyle": line, "markersize": 2, "color": colour}
-            style["marker"] = "o" if len(levels) < 20 else ""
+    height = 1.45 * len(panels) + 0.5 if chance is None else 1.7 * len(panels) + 0.4
+    figure, axes = _figure(len(panels), 1, height=height, sharex=True)
+    marker = "o" if chance is None and len(levels) < 20 else ""
+    for ax, (name, curves) in zip(axes.flat, panels.items(), strict=True):
+        for arm, curve in curves.items():
+            text = ", ".join(filter(None, [arm.replace("_", " "), (notes or {}).get(arm)]))
             # Bands of the controls are fainter: five of them hide each other.
-            name_and_note = ", ".join(filter(None, [arm.replace("_", " "), (notes or {}).get(arm)]))
-            _curve(ax, levels, *found, band=0.07 if "+" in arm else 0.2, label=name_and_note, **style)
+            _curve(ax, levels, curve, _style(arm), text, band=0.07 if "+" in arm else 0.2, marker=marker)
         ax.set_ylabel(name)
-        if "ce" in arms:
-            ax.set_ylim(max(-1, ax.get_ylim()[0]), min(101, ax.get_ylim()[1]))  # a share, whatever its interval
         if logarithmic:
             ax.set_xscale("log")
             ax.set_xticks(levels, [f"{level:g}" for level in levels])
             ax.minorticks_off()
-        if "ce" not in arms:
+        if not curves.keys().isdisjoint(REFERENCES):
+            _finish_accuracies(ax, levels, chance)
+        else:
             ax.axhline(0, color="black", linewidth=0.6)
             for level, most in (published or {}).items():
                 _published(ax, level, most, leftwards=level == max(levels))
     axes.flat[-1].set_xlabel(label)
     _legend(figure, axes.flat[0])
+    return figure
+
+
+@_styled
+def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], Curve], chance: float) -> Figure:
+    """Accuracy against the label noise for kinds of features (colour) with two losses (dashed, solid; Fig. 6).
+
+    Args:
+        levels: (n,), shares of wrong labels in percent.
+        curves: by (features, loss), in percent; the loss that comes first is dashed.
+        chance: the chance level, in percent.
+    """
+    figure, axes = _figure(1, 1, height=2.4)
+    ax = axes.flat[0]
+    losses = list(dict.fromkeys(loss for _, loss in curves))
+    for (arm, loss), curve in curves.items():
+        style = _style(arm)._replace(line=("--", "-")[losses.index(loss)])
+        _curve(ax, levels, curve, style, f"{arm.replace('_', ' ')}, {loss}", band=0.15)
+    ax.set(xlabel="share of wrong training labels, %", ylabel="test accuracy, %")
+    _finish_accuracies(ax, levels, [chance] * len(levels))
+    _legend(figure, ax)
     return figure
 
 
@@ -283,7 +246,7 @@ def _published(ax: Axes, level: float | None, most: float, leftwards: bool) -> N
         ax.axhline(most, color="black", linestyle=":", linewidth=0.7)
         ax.annotate(text, (0, most), (3, -2), ax.get_yaxis_transform(), "offset points", va="top", size=6)
     else:
-        ax.plot(level, most, "o", color="black", markersize=3.5, markerfacecolor="none", markeredgewidth=0.7)
+        ax.plot(level, most, "o", **_HOLLOW)
         side, offset = ("right", -5) if leftwards else ("left", 5)
         ax.annotate(text, (level, most), (offset, 0), textcoords="offset points", ha=side, va="center", size=6)
     ax.margins(y=0.15)
@@ -312,16 +275,8 @@ def phase_diagram(
         ax.imshow(gain, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
         for (row, column), value in np.ndenumerate(gain):
             certain = abs(value) > np.asarray(half_widths[title])[row, column]
-            ax.text(
-                column,
-                row,
-                f"{value:+.1f}",
-                ha="center",
-                va="center",
-                size=6,
-                weight="bold" if certain else "normal",
-                color="white" if abs(value) > 0.5 * limit else "black",
-            )
+            weight, colour = "bold" if certain else "normal", "white" if abs(value) > 0.5 * limit else "black"
+            ax.text(column, row, f"{value:+.1f}", ha="center", va="center", size=6, weight=weight, color=colour)
         ax.set(title=title, xlabel="training samples", xticks=range(len(samples)), yticks=range(len(sparsities)))
         ax.set_xticklabels([f"{count / 1000:g}k" for count in samples])
         ax.set_yticklabels([f"{sparsity:g}" for sparsity in sparsities] if ax is axes.flat[0] else [])
@@ -333,7 +288,7 @@ def phase_diagram(
 @_styled
 def gains_beside_paper(
     levels: Sequence[float],
-    ours: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    ours: Mapping[str, Curve],
     published: Mapping[str, Mapping[str, Mapping[float, float]]],
     label: str,
 ) -> Figure:
@@ -341,25 +296,16 @@ def gains_beside_paper(
 
     Args:
         levels: (n,), in the unit of the label.
-        ours: mean (n,) and half-width (n,) of each kind of features, drawn as a line with a band.
+        ours: the curve of each kind of features, drawn as a line with a band.
         published: by data set, the paper's gains by level of each kind of features, drawn as markers.
         label: of the noise.
     """
     figure, axes = _figure(1, len(ours), height=2.0)
-    for ax, (arm, found) in zip(axes.flat, ours.items(), strict=True):
-        colour, line, _ = _FEATURES[arm]
-        _curve(ax, levels, *found, linestyle=line, color=colour, label="ours")
+    for ax, (arm, curve) in zip(axes.flat, ours.items(), strict=True):
+        _curve(ax, levels, curve, _style(arm), "ours")
         for marker, (data, arms) in zip("o^sD", published.items(), strict=False):
-            ax.plot(
-                *zip(*sorted(arms[arm].items()), strict=True),
-                linestyle="none",
-                marker=marker,
-                markersize=3.5,
-                markerfacecolor="none",
-                markeredgecolor="black",
-                markeredgewidth=0.7,
-                label=f"paper, {data}",
-            )
+            places, values = zip(*sorted(arms[arm].items()), strict=True)
+            ax.plot(places, values, marker, **_HOLLOW, label=f"paper, {data}")
         ax.axhline(0, color="black", linewidth=0.6)
         ax.set(title=arm, xlabel=label)
     axes.flat[0].set_ylabel("gain over poly, points")
@@ -368,12 +314,17 @@ def gains_beside_paper(
 
 
 class Histogram(NamedTuple):
-    """Of a group of samples in equal bins from 0 on, with what is marked on it."""
+    """How the consistencies of a group of samples are spread, and the mean and chance level to mark."""
 
-    shares: ArrayLike  # (bins with samples and before), of the group's samples
+    shares: ArrayLike  # (bins,), of the group's samples in equal bins from 0 on; empty bins at the end may be missing
     mean: float
     interval: tuple[float, float]  # of the mean
     chance: float  # the mean with shuffled labels
+
+
+def _last_bin(histogram: Histogram, bins: int) -> int:
+    """Where the samples and the interval end, without a far tail of samples."""
+    return max(int((np.cumsum(histogram.shares) < 1 - 5e-3).sum()), int(bins * histogram.interval[1]) + 1)
 
 
 @_styled
@@ -384,44 +335,27 @@ def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]], bins: 
     means with their intervals; dotted lines mark their chance levels.
     """
     figure, axes = _figure(len(panels), 1, height=1.3 * len(panels) + 0.3)
-    styles = {"right": (COLOURS["mono"], "-"), "wrong": (COLOURS["poly"], "--")}
+    styles = {"right": _MONO, "wrong": _POLY._replace(marker="s")}
     for ax, (name, groups) in zip(axes.flat, panels.items(), strict=True):
-        ends = [int((np.cumsum(one.shares) < 1 - 5e-3).sum()) for one in groups.values()]  # without a far tail
-        last = max(*ends, *(int(bins * one.interval[1]) + 1 for one in groups.values())) + 1
+        last = 1 + max(_last_bin(histogram, bins) for histogram in groups.values())
         merged = max(1, last // 40)
         edges = np.arange(0, last + merged, merged)
-        for group, one in groups.items():
-            colour, line = styles[group]
-            padded = np.pad(np.asarray(one.shares), (0, int(edges[-1])))
+        for group, histogram in groups.items():
+            style = styles[group]
+            padded = np.pad(np.asarray(histogram.shares), (0, int(edges[-1])))
             heights = [100 * padded[low : low + merged].sum() for low in edges[:-1]]
-            ax.stairs(heights, edges / bins, color=colour, linestyle=line, linewidth=1, label=group)
-            ax.stairs(heights, edges / bins, color=colour, fill=True, alpha=0.12)
-            errors = [[max(one.mean - one.interval[0], 0)], [max(one.interval[1] - one.mean, 0)]]
-            ax.errorbar(
-                one.mean,
-                {"right": 0.93, "wrong": 0.83}[group],
-                xerr=errors,
-                transform=ax.get_xaxis_transform(),
-                color=colour,
-                marker={"right": "o", "wrong": "s"}[group],
-                markersize=3.5,
-                capsize=2,
-                elinewidth=1,
-            )
-        for one in groups.values():
-            ax.axvline(one.chance, color="black", linestyle=":", linewidth=0.7, label="mean by chance")
+            ax.stairs(heights, edges / bins, color=style.colour, linestyle=style.line, linewidth=1, label=group)
+            ax.stairs(heights, edges / bins, color=style.colour, fill=True, alpha=0.12)
+            mean, (low, high) = histogram.mean, histogram.interval
+            errors = {"xerr": [[max(mean - low, 0)], [max(high - mean, 0)]], "capsize": 2, "elinewidth": 1}
+            where = {"y": {"right": 0.93, "wrong": 0.83}[group], "transform": ax.get_xaxis_transform()}
+            ax.errorbar(mean, **where, **errors, color=style.colour, marker=style.marker, markersize=3.5)
+        for histogram in groups.values():
+            ax.axvline(histogram.chance, color="black", linestyle=":", linewidth=0.7, label="mean by chance")
         ax.set(title=name, ylabel="samples, %", xlim=(0, edges[-1] / bins), ylim=(0, 1.3 * ax.get_ylim()[1]))
     axes.flat[-1].set_xlabel("semantic consistency of the most active dimension")
     _legend(figure, axes.flat[0])
     return figure
-
-
-_KINDS = _Styles({  # colour, marker
-    "raw": ("#D55E00", "o"),
-    "unit": ("#000000", "D"),
-    "relu": ("#0072B2", "s"),
-    "sae": ("#009E73", "^"),
-}, "vP*X")  # fmt: skip
 
 
 @_styled
@@ -441,23 +375,13 @@ def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, 
     height = len(panels) * (0.2 * len(conditions) + 0.35) + 0.13 * lines + 0.5
     figure, axes = _figure(len(panels), 1, height=height, sharex=True)
     for ax, title, kinds in zip(axes.flat, titles, panels.values(), strict=True):
-        for i, (kind, found) in enumerate(kinds.items()):
-            colour, marker = _KINDS[kind]
-            means, errors, chance = zip(*(found[name] for name in conditions), strict=True)
-            places = np.arange(len(conditions)) + 0.22 * (i - (len(kinds) - 1) / 2)
-            ax.errorbar(
-                means,
-                places,
-                xerr=errors,
-                fmt=marker,
-                color=colour,
-                markersize=3,
-                elinewidth=0.8,
-                capsize=1.5,
-                label=kind,
-            )
-        ends = np.arange(len(conditions))
-        ax.vlines(chance, ends - 0.45, ends + 0.45, label="chance level", **_CHANCE)
+        rows = np.arange(len(conditions))
+        for i, (kind, values) in enumerate(kinds.items()):
+            means, errors, chance = zip(*(values[name] for name in conditions), strict=True)
+            places, style = rows + 0.22 * (i - (len(kinds) - 1) / 2), _style(kind)
+            bars = {"xerr": errors, "elinewidth": 0.8, "capsize": 1.5}
+            ax.errorbar(means, places, fmt=style.marker, color=style.colour, markersize=3, label=kind, **bars)
+        ax.vlines(chance, rows - 0.45, rows + 0.45, **_CHANCE)
         ax.set(title=title, yticks=range(len(conditions)), yticklabels=[_wrapped(name, 24) for name in names])
         ax.set_ylim(len(conditions) - 0.5, -0.5)
         ax.grid(axis="x", linewidth=0.3)
@@ -495,41 +419,51 @@ def image_grids(blocks: Mapping[str, Sequence[ImageGrid]]) -> Figure:
     from matplotlib.figure import Figure
 
     columns = max(len(grids) for grids in blocks.values())
-    side = int(np.ceil(max(len(one.classes) for grids in blocks.values() for one in grids) ** 0.5))
+    side = int(np.ceil(max(len(grid.classes) for grids in blocks.values() for grid in grids) ** 0.5))
     figure = Figure(figsize=(WIDTH, len(blocks) * (1.12 * WIDTH / columns + 0.25)))
     figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     rows = figure.subfigures(len(blocks), columns, squeeze=False, hspace=0.02, wspace=0.04)
     for (name, grids), parts in zip(blocks.items(), rows, strict=True):
-        for one, part in zip(grids, parts, strict=False):
-            part.suptitle(f"{name}, {one.title}", size=6)
-            count, most = max((list(one.classes).count(label), label) for label in one.classes)
+        for grid, part in zip(grids, parts, strict=False):
+            part.suptitle(f"{name}, {grid.title}", size=6)
+            count, most = max((list(grid.classes).count(label), label) for label in grid.classes)
             places = list(part.subplots(side, side, squeeze=False).flat)
             for ax in places:
                 ax.set(xticks=[], yticks=[])
                 ax.set_visible(False)
-            for ax, image, label in zip(places, one.images, one.classes, strict=False):
+            for ax, image, label in zip(places, grid.images, grid.classes, strict=False):
                 ax.set_visible(True)
                 ax.imshow(np.asarray(image).transpose(1, 2, 0), interpolation="nearest")
+                text = readable(label)
+                text = text if len(text) < 15 else f"{text[:13]}…"
                 same = label == most and count > 1
-                ax.set_title(_shortened(readable(label)), size=4.5, weight="bold" if same else "normal", pad=1.5)
+                ax.set_title(text, size=4.5, weight="bold" if same else "normal", pad=1.5)
                 for spine in ax.spines.values():
-                    spine.set(color=COLOURS["mono"] if same else "#999999", linewidth=1.4 if same else 0.4)
+                    spine.set(color=_MONO.colour if same else "#999999", linewidth=1.4 if same else 0.4)
     return figure
 
 
-def _shortened(name: str, length: int = 14) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
-
-
 def _curve(
-    ax: Axes, levels: Sequence[float], mean: ArrayLike, half_width: ArrayLike, band: float = 0.2, **style: Any
+    ax: Axes, levels: Sequence[float], curve: Curve, style: Style, label: str, band: float = 0.2, marker: str = ""
 ) -> None:
     """A line with its interval as a band of the opacity `band`, or as a bar where one level leaves a band no width."""
-    ax.plot(levels, mean, **style)
+    mean, half_width = map(np.asarray, curve)
+    ax.plot(levels, mean, color=style.colour, linestyle=style.line, label=label, marker=marker, markersize=2)
     if len(levels) == 1:
-        ax.errorbar(levels, mean, yerr=half_width, color=style["color"], fmt="o", markersize=2, capsize=2)
-    low, high = np.asarray(mean) - np.asarray(half_width), np.asarray(mean) + np.asarray(half_width)
-    ax.fill_between(levels, low, high, color=style["color"], alpha=band, linewidth=0)
+        ax.errorbar(levels, mean, yerr=half_width, color=style.colour, fmt="o", markersize=2, capsize=2)
+    ax.fill_between(levels, mean - half_width, mean + half_width, color=style.colour, alpha=band, linewidth=0)
+
+
+def _finish_accuracies(ax: Axes, levels: Sequence[float], chance: Sequence[float] | None) -> None:
+    """Draw the chance level and end the axes where levels and shares do, beyond which an interval may reach."""
+    margin = 1 if chance is None else 0  # for the dots that mark the levels
+    if chance is not None and len(levels) > 1:
+        ax.plot(levels, chance, **_CHANCE)
+        ax.set_xlim(levels[0], levels[-1])
+    elif chance is not None:
+        ax.axhline(chance[0], **_CHANCE)
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(-margin, low), min(100 + margin, high))
 
 
 def _figure(rows: int, columns: int, height: float, sharex: bool = False) -> tuple[Figure, np.ndarray[Any, Any]]:
@@ -547,3 +481,6 @@ def _legend(figure: Figure, *axes: Axes) -> None:
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
             break
         legend.remove()
+
+
+noise_curves = finetuning_curves = band_curves

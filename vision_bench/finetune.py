@@ -190,7 +190,7 @@ def finetune(
             run.run(checkpoint_minutes, name, progress)
     # Of the file, whose weights may be those of an earlier epoch.
     tensors, header = storage.load(folder / training.MODEL, KIND)
-    training.refuse_another(folder / training.MODEL, header["what"], what)
+    storage.refuse_another(folder / training.MODEL, header["what"], what)
     classifier = Classifier(model, config, train.num_classes)
     classifier.load_state_dict(tensors)
     return Finetuned(classifier.eval(), training.read_log(folder), header["epoch"])

@@ -25,7 +25,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from vision_bench import features, models, training
+from vision_bench import features, models, storage, training
 from vision_bench.losses import activation_bonus, info_nce
 from vision_bench.probe import knn_accuracy, probe_accuracy
 from vision_bench.views import SimCLRViews
@@ -185,7 +185,7 @@ def _finished(
             stacklevel=3,
         )
         there["images"] = what["images"]
-    training.refuse_another(path, {"model": asdict(model.config), **there}, {"model": asdict(model_config), **what})
+    storage.refuse_another(path, {"model": asdict(model.config), **there}, {"model": asdict(model_config), **what})
     log = training.read_log(folder)
     for entry in log:
         if validation is None or entry.get(VALIDATION) != validation.fingerprint:

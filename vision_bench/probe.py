@@ -16,14 +16,14 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from vision_bench.probe_checks import (
+from vision_bench.checks import (
     CHUNK,
     PerProbe,
+    check_choice,
     check_features,
     check_finite,
     check_labels,
     chunks,
-    one_of,
     per_probe,
 )
 
@@ -127,8 +127,8 @@ def fit_linear_probes(
         )
     if min([*seeds, order_seed or 0], default=0) < 0:
         raise ValueError(f"seeds are {seeds}, order_seed {order_seed}; they must be at least 0.")
-    one_of("optimizer", optimizer, OPTIMIZERS)
-    one_of("schedule", schedule, SCHEDULES)
+    check_choice("optimizer", optimizer, OPTIMIZERS)
+    check_choice("schedule", schedule, SCHEDULES)
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}; it must be at least 1.")
     if not 1 <= batch_size <= n:
@@ -278,7 +278,7 @@ def probe_accuracy(
         TypeError: features are not floating or labels not integer.
         ValueError: shapes do not fit, features or labels are out of range, or a probe is not finite.
     """
-    features = check_features(features, dims=(2,))
+    features = check_features(features)
     k, c, d = weights.shape
     if biases.shape != (k, c):
         raise ValueError(f"biases has the shape {tuple(biases.shape)} for weights {(k, c, d)}; it must be {(k, c)}.")
@@ -334,7 +334,7 @@ def training_accuracy(
     """
     weights, biases = probes
     k, num_classes, d = weights.shape
-    features = check_features(features, dims=(2,))
+    features = check_features(features)
     label_sets = check_labels("label_sets", label_sets, num_classes, len(features), dims=2)
     if len(label_sets) != k or features.shape[1] != d:
         raise ValueError(
@@ -403,7 +403,7 @@ def knn_accuracy(
         TypeError: features are not floating or labels not integer.
         ValueError: shapes do not fit, or a value is out of range.
     """
-    train, validation = check_features(train, dims=(2,)), check_features(validation, dims=(2,))
+    train, validation = check_features(train), check_features(validation)
     if train.shape[1] != validation.shape[1]:
         raise ValueError(f"train has {train.shape[1]} columns and validation {validation.shape[1]}; give equal ones.")
     if not 1 <= k <= len(train):

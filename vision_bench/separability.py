@@ -25,6 +25,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import ndtr
 
+from vision_bench.checks import check_choice
+
 Array = NDArray[np.float64]
 
 TIES = ("zero", "one", "coin", "drop")
@@ -209,7 +211,7 @@ def criterion(moments: Moments, kind: str = "fisher") -> Separability:
     Raises:
         ValueError: `kind` is none of these.
     """
-    _one_of("kind", kind, CRITERIA)
+    check_choice("kind", kind, CRITERIA)
     return Separability(*(_criterion(z, moments.priors, kind) for z in (moments.mono, moments.poly)))
 
 
@@ -237,7 +239,7 @@ def crossing(sparsity: float, noise: str = "label", kind: str = "fisher", ties: 
     Raises:
         ValueError: an argument is out of its range.
     """
-    _one_of("noise", noise, NOISES)
+    check_choice("noise", noise, NOISES)
     clean = moments(float(sparsity), ties=ties)
     scores = criterion(clean, kind)
     # The order of two numbers that are equal in theory is rounding, hence the proofs come before the arithmetic.
@@ -326,7 +328,7 @@ def simulated_moments(
 
 def _classes(sparsity: Array, ties: str) -> tuple[Array, Array]:
     """Priors of the classes and their shares of samples without a tie, each of shape (2, ...)."""
-    _one_of("ties", ties, TIES)
+    check_choice("ties", ties, TIES)
     tie = sparsity**2
     strict = (1 - tie) / 2
     half, certain = np.full_like(tie, 0.5), np.ones_like(tie)
@@ -436,8 +438,3 @@ def _in_range(name: str, value: ArrayLike, high: float = np.inf) -> Array:
             f"{name} is {wrong}; it must be in [0, {high:g}]" + (" and finite." if high == np.inf else ".")
         )
     return array
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")

@@ -100,3 +100,47 @@ def non_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
         return None
     finite = torch.stack([tensors[name].detach().isfinite().all() for name in names]).tolist()
     return next((name for name, is_finite in zip(names, finite, strict=True) if not is_finite), None)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The tensors that change from step to step, to be saved beside others; `load_optimizer_state` takes them back."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{number}.{name}": t for number, values in state.items() for name, t in values.items()}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Take over what `optimizer_state` gave; other tensors are passed over."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in without_prefix("optimizer.", tensors).items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors with a prefix before their names."""
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def without_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose names have the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def refuse_another(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError that names the differences between what `path` was trained with and what is asked for now."""
+
+    def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+        leaves: dict[str, Any] = {}
+        for key, value in tree.items():
+            leaves |= flat(value) if isinstance(value, Mapping) and value else {key: value}
+        return leaves
+
+    old, new = flat(json.loads(json.dumps(there))), flat(json.loads(json.dumps(now)))
+    changed = [
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if changed:
+        raise ValueError(f"{path} is of another training ({'; '.join(changed)}). Choose another folder, or delete it.")

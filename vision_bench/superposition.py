@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from vision_bench.checks import check_choice
+
 ACTIVATIONS = ("relu", "linear")
 FLIPS = ("others", "all")
 
@@ -80,7 +82,7 @@ def train(
     _check_sizes(n_features, n_dims, steps=steps, batch_size=batch_size)
     for sparsity in sparsities:
         _check_range("sparsities", sparsity, 0, 1)
-    _one_of("activation", activation, ACTIVATIONS)
+    check_choice("activation", activation, ACTIVATIONS)
     if not (0 < importance <= 1):
         raise ValueError(f"importance is {importance}; it must be in (0, 1], 1 for equally important features.")
     if not sparsities or not seeds:
@@ -197,7 +199,7 @@ def flip_labels(
         ValueError: an argument is out of its range.
     """
     _check_range("noise_rate", noise_rate, 0, 1)
-    _one_of("flips", flips, FLIPS)
+    check_choice("flips", flips, FLIPS)
     others = (n_classes - 1) / n_classes
     if flips == "others" and noise_rate >= others:
         warnings.warn(
@@ -344,8 +346,3 @@ def _check_samples(count: int, n_classes: int) -> None:
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name} has {value}; it must be in [{low:g}, {high:g}].")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")

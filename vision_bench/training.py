@@ -98,22 +98,6 @@ def share_batch_norm(model: nn.Module, accelerator: Accelerator) -> None:
         )
 
 
-def refuse_another(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ValueError that names the differences between what `path` was trained with and what is asked for now."""
-
-    def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-        leaves: dict[str, Any] = {}
-        for key, value in tree.items():
-            leaves |= flat(value) if isinstance(value, Mapping) and value else {key: value}
-        return leaves
-
-    old, new = flat(json.loads(json.dumps(there))), flat(json.loads(json.dumps(now)))
-    changed = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old.keys() | new.keys())
-               if old.get(k) != new.get(k)]  # fmt: skip
-    if changed:
-        raise ValueError(f"{path} is of another training ({'; '.join(changed)}). Choose another folder, or delete it.")
-
-
 @contextmanager
 def held(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """Hold the folder for the processes of this launch. Raises ValueError if others are training in it."""
@@ -302,34 +286,21 @@ class Training:
     def _save_state(self) -> None:
         if not self.accelerator.is_main_process:
             return
-        tensors = {f"trainee.{name}": tensor for name, tensor in self.raw.state_dict().items()} | {"sums": self.sums}
+        tensors = storage.prefixed("trainee.", self.raw.state_dict()) | {"sums": self.sums}
         if storage.non_finite(tensors):  # the end of the epoch reports it, and the state before it stays
             return
         self.saved_step = self.step_number
-        for number, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in values.items()}
-        more, header = self.more_state()
-        storage.save(
-            self.folder / STATE,
-            STATE_KIND,
-            tensors | {f"more.{name}": tensor for name, tensor in more.items()},
-            {"what": self.what, "step": self.step_number, "more": header},
-        )
+        more, more_header = self.more_state()
+        tensors |= storage.optimizer_state(self.optimizer) | storage.prefixed("more.", more)
+        header = {"what": self.what, "step": self.step_number, "more": more_header}
+        storage.save(self.folder / STATE, STATE_KIND, tensors, header)
 
     def _load_state(self) -> None:
         tensors, header = storage.load(self.folder / STATE, STATE_KIND)
-        refuse_another(self.folder / STATE, header["what"], self.what)
-
-        def named(prefix: str) -> dict[str, torch.Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-        self.raw.load_state_dict(named("trainee."))
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, tensor in named("optimizer.").items():
-            number, name = key.split(".", 1)
-            state.setdefault(int(number), {})[name] = tensor
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.set_more_state(named("more."), header.get("more", {}))
+        storage.refuse_another(self.folder / STATE, header["what"], self.what)
+        self.raw.load_state_dict(storage.without_prefix("trainee.", tensors))
+        storage.load_optimizer_state(self.optimizer, tensors)
+        self.set_more_state(storage.without_prefix("more.", tensors), header.get("more", {}))
         self.step_number = self.saved_step = header["step"]
         if self.accelerator.is_main_process:
             self.sums.copy_(tensors["sums"])

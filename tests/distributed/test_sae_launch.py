@@ -27,11 +27,10 @@ def test_two_processes_train_and_continue_what_one_does(tmp_path):
     run(sys.executable, WORKER, str(tmp_path / "one"), "4")
     run(*TORCHRUN, WORKER, str(tmp_path / "two"), "2")
     run(*TORCHRUN, WORKER, str(tmp_path / "two"), "4")
-    expected, one = sae.load(tmp_path / "one" / "sae.safetensors")
-    found, two = sae.load(tmp_path / "two" / "sae.safetensors")
+    expected, one = storage.load(tmp_path / "one" / "sae.safetensors", "autoencoder")
+    found, two = storage.load(tmp_path / "two" / "sae.safetensors", "autoencoder")
     assert (one["processes"], two["processes"]) == (1, 2)
-    for (name, mine), other in zip(found.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert [row["step"] for row in two["log"]] == list(range(4, 41, 4))
     for mine, other in zip(two["log"], one["log"], strict=True):
         assert mine == pytest.approx(other, rel=1e-3)
@@ -52,8 +51,7 @@ def test_a_killed_training_continues_exactly(tmp_path):
     reached = storage.read_header(checkpoint, sae.CHECKPOINT_KIND)["step"]
     assert 0 < reached < 3000
     run(*command)
-    expected, one = sae.load(tmp_path / "straight" / "sae.safetensors")
-    found, other = sae.load(tmp_path / "killed" / "sae.safetensors")
+    expected, one = storage.load(tmp_path / "straight" / "sae.safetensors", "autoencoder")
+    found, other = storage.load(tmp_path / "killed" / "sae.safetensors", "autoencoder")
     assert one == other
-    for mine, parameter in zip(found.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(mine, parameter)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -13,12 +13,12 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import mono_peft
-from mono_peft import register
+from mono_peft import names, register
 
 
 def test_the_member_behaves_like_a_native_one():
     member = PeftType("MONOLORA")
-    assert member is PeftType.MONOLORA is PeftType["MONOLORA"] is register.peft_type()
+    assert member is PeftType.MONOLORA is PeftType["MONOLORA"] is names.peft_type()
     assert member in list(PeftType)
     assert member == "MONOLORA"
     assert isinstance(member, PeftType)
@@ -50,7 +50,7 @@ import importlib, sys
 import mono_peft
 from peft import PeftType
 members = len(PeftType)
-for name in ("config", "layer", "model", "register"):
+for name in ("names", "config", "layer", "model", "register"):
     importlib.reload(sys.modules[f"mono_peft.{name}"])
 importlib.reload(mono_peft)
 for name in [n for n in sys.modules if n.split(".")[0] == "mono_peft"]:
@@ -77,10 +77,10 @@ def test_another_package_under_the_name_is_refused():
 @pytest.mark.parametrize("version", ["0.17.1", "0.22.0", "1.0.0", "0.22.0.dev0"])
 def test_an_untested_peft_is_refused(version, monkeypatch):
     monkeypatch.setattr(peft, "__version__", version)
-    monkeypatch.setattr(register, "NAME", "ANOTHER")  # as if the member were not there yet
+    monkeypatch.setattr(names, "NAME", "ANOTHER")  # as if the member were not there yet
     message = rf"tested with peft >= 0\.18, < 0\.22, and found peft {version}.*pip install \"peft>=0\.18,<0\.22\""
     with pytest.raises(ImportError, match=message):
-        register.peft_type()
+        names.peft_type()
     assert "ANOTHER" not in PeftType.__members__
 
 

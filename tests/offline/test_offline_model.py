@@ -266,10 +266,12 @@ def test_cache_key_follows_settings_and_grammar(tmp_path: Path, monkeypatch: pyt
     key = language_model._cache_key(TINY)
     assert key == language_model._cache_key(TINY)
     assert key != language_model._cache_key(OfflineSettings())
-    edited = tmp_path / "grammar.py"
-    edited.write_bytes(Path(grammar.__file__).read_bytes() + b"#")
-    monkeypatch.setattr(grammar, "__file__", str(edited))
-    assert key != language_model._cache_key(TINY)
+    for name, file in (("__file__", grammar.__file__), ("WORDS_FILE", grammar.WORDS_FILE)):
+        edited = tmp_path / Path(file).name
+        edited.write_bytes(Path(file).read_bytes() + b" ")
+        with monkeypatch.context() as patched:
+            patched.setattr(grammar, name, str(edited))
+            assert key != language_model._cache_key(TINY)
 
 
 def test_cache_folder_follows_the_environment(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

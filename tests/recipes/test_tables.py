@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import tables
+from experiments import CannotShow, Experiment
 from tables import main
 
 from vision_bench.probe import TRAINING
@@ -397,6 +398,70 @@ def test_table_2(tmp_path):
     page = (tmp_path / "out" / "index.html").read_text()
     assert "MonoLoRA - LoRA, paired by seed: +4.00 ± 0.00 points of accuracy" in page
     assert ">94.84</td>" in page
+
+
+NEW_RECIPE = """
+from experiments import Experiment
+from matplotlib.figure import Figure
+from vision_bench import figures
+from vision_bench.runs import Cell, markdown_table
+
+def cells(config):
+    return [Cell("brightness", seed, {"lamp": lamp}) for lamp in config["lamps"] for seed in config["seeds"]]
+
+def report(run):
+    rows = [[row["config"]["lamp"], str(row["seed"]), f"{row['value']:g}"] for row in run.find("brightness")]
+    return "# Brightness\\n\\n" + markdown_table(["lamp", "seed", "brightness"], rows)
+
+def draw(run):
+    figure = Figure()
+    figure.subplots().plot([row["value"] for row in run.find("brightness")])
+    figures.save(run.folder / "figure_7", figure)
+
+EXPERIMENT = Experiment(
+    recipe="new_recipe", items=("figure_7",), title="Figure 7: lamps", claim="The paper: *red* is brighter.",
+    pictures={"figure_7": "Figure 7: ours"}, cells=cells, report=report, draw=draw,
+)
+"""
+
+
+def test_a_new_experiment_is_a_file_and_a_row(tmp_path, monkeypatch):
+    (tmp_path / "new_recipe.py").write_text(NEW_RECIPE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(tables, "RECIPES", [*tables.RECIPES, "new_recipe"])
+    rows = [("brightness", 0.25, {"lamp": "red"}), ("brightness", 0.5, {"lamp": "<b>blue</b>"})]
+    runs = write(tmp_path / "runs", "new_recipe", {"lamps": ["red", "<b>blue</b>"]}, rows)
+    main(["--runs", str(runs), "--output_dir", str(tmp_path / "out"), "--only", "figure_7"])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert re.findall(r'<section id="(\w+)">', page) == ["new_recipe"]
+    assert "<h2>Figure 7: lamps</h2>" in page
+    assert "<em>red</em> is brighter" in page
+    assert '<td>red</td>\n<td style="text-align:right">1</td>\n<td style="text-align:right">0.27</td>' in page
+    assert "<td>&lt;b&gt;blue&lt;/b&gt;</td>" in page
+    assert len(re.findall(r'<img alt="Figure 7: ours" src="data:image/png;base64,', page)) == 1
+    assert (tmp_path / "out" / "new_recipe" / "figure_7.pdf").read_bytes().startswith(b"%PDF")
+    whole = (runs / "results.jsonl").read_text().splitlines(keepends=True)
+    (runs / "results.jsonl").write_text("".join(whole[:-1]))
+    with pytest.raises(ValueError, match=r"lacks rows of the metric brightness \(lamp <b>blue</b>, seed 1\)"):
+        main(["--runs", str(runs), "--output_dir", str(tmp_path / "out"), "--only", "figure_7"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts", "message"),
+    [
+        ({"rate": 0.1}, {}, "rows of lamps do not say the num_classes: they are of an older version"),
+        ({"rate": 0.1, "speed": 3}, {"num_classes": 2}, "have the settings speed, which recipes/lamps.py lacks"),
+    ],
+)
+def test_configurations_of_other_versions(settings, facts, message):
+    lamps = Experiment(
+        "lamps", (), "", "", {}, cells=list, report=str, draw=None,
+        facts=("num_classes",), defaults={"rate": 0.5, "batch_size": 8},
+    )  # fmt: skip
+    with pytest.raises(CannotShow, match=message):
+        lamps.configuration(settings, facts)
+    known = {"rate": 0.1, "batch_size": 8, "num_classes": 2}
+    assert lamps.configuration({"rate": 0.1}, {"num_classes": 2}) == known
 
 
 def test_every_recipe_with_a_table_or_figure_is_known():

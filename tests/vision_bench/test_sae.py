@@ -6,18 +6,16 @@ import torch
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from vision_bench import sae, storage
 from vision_bench.metrics import fraction_of_variance_unexplained
 from vision_bench.sae import TopKAutoencoder, evaluate, fit, geometric_median
 
 
-def randomised(d, d_latent, k, dtype=torch.float32, seed=0, **options):
+def randomised(d, d_latent, k, dtype=torch.float32, seed=0):
     """An autoencoder none of whose parameters is 0 or tied to another."""
     generator = torch.Generator().manual_seed(seed)
-    autoencoder = TopKAutoencoder(d, d_latent, k, generator=generator, **options).to(dtype)
+    autoencoder = TopKAutoencoder(d, d_latent, k, generator=generator).to(dtype)
     with torch.no_grad():
         for parameter in autoencoder.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -33,11 +31,7 @@ def plain_latents(model, pre, k):
 def plain_forward(model, x):
     """Reconstruction and latents by dense products."""
     pre = (x - model.pre_bias) @ model.encoder.T + model.latent_bias
-    if model.batch_topk:
-        values, indices = pre.flatten().topk(model.k * len(x))
-        latents = torch.zeros_like(pre).flatten().scatter(0, indices, values.relu()).view(pre.shape)
-    else:
-        latents = plain_latents(model, pre, model.k)
+    latents = plain_latents(model, pre, model.k)
     return latents @ model.decoder + model.pre_bias, latents
 
 
@@ -48,12 +42,12 @@ def gradients(model, loss, *others):
 @settings(max_examples=60, deadline=None)
 @given(
     b=st.integers(1, 9), d=st.integers(1, 7), d_latent=st.integers(1, 40), share=st.floats(0, 1),
-    seed=st.integers(0, 99), double=st.booleans(), batch_topk=st.booleans(),
+    seed=st.integers(0, 99), double=st.booleans(),
 )  # fmt: skip
-def test_gradients_equal_the_plain_dense_program(b, d, d_latent, share, seed, double, batch_topk):
+def test_gradients_equal_the_plain_dense_program(b, d, d_latent, share, seed, double):
     dtype, tolerance = (torch.float64, 1e-10) if double else (torch.float32, 1e-5)
     k = 1 + int(share**2 * (d_latent - 1))
-    model = randomised(d, d_latent, k, dtype, seed, batch_topk=batch_topk)
+    model = randomised(d, d_latent, k, dtype, seed)
     x = torch.randn(b, d, dtype=dtype, generator=torch.Generator().manual_seed(seed), requires_grad=True)
     output = model(x)
     reconstruction, latents = plain_forward(model, x)
@@ -145,8 +139,8 @@ def planted(n=512, d=16, atoms=32, active=2, seed=0):
     return weights @ dictionary + 0.7
 
 
-def fit_plainly(x, d_latent, k, *, epochs, batch_size, learning_rate, dead_after, k_aux, seed):
-    """`fit` as one would write it with autograd and dense products."""
+def fit_plainly(x, d_latent, k, *, epochs, batch_size, learning_rate, seed):
+    """`fit` as one would write it with autograd and dense products, for d = 16."""
     n, d = x.shape
     model = TopKAutoencoder(d, d_latent, k, generator=torch.Generator().manual_seed(seed)).to(x.dtype)
     with torch.no_grad():
@@ -162,11 +156,11 @@ def fit_plainly(x, d_latent, k, *, epochs, batch_size, learning_rate, dead_after
             reconstruction, latents = plain_forward(model, z)
             power = (z**2).mean(1)
             loss = (((reconstruction - z) ** 2).mean(1) / power).mean()
-            dead = idle >= dead_after
+            dead = idle >= n
             if dead.any():
                 used_aux += 1
                 pre = (z - model.pre_bias) @ model.encoder.T + model.latent_bias
-                aux = plain_latents(model, pre.masked_fill(~dead, -torch.inf), min(k_aux, int(dead.sum())))
+                aux = plain_latents(model, pre.masked_fill(~dead, -torch.inf), min(8, int(dead.sum())))
                 error = (z - reconstruction).detach() - aux @ model.decoder
                 loss = loss + ((error**2).mean(1) / power).mean() / 32
             optimizer.zero_grad()
@@ -183,7 +177,7 @@ def fit_plainly(x, d_latent, k, *, epochs, batch_size, learning_rate, dead_after
 
 def test_fit_equals_the_plain_program():
     x = planted().double()
-    shared = {"epochs": 6, "batch_size": 100, "learning_rate": 3e-3, "dead_after": 150, "k_aux": 8, "seed": 3}
+    shared = {"epochs": 6, "batch_size": 100, "learning_rate": 3e-3, "seed": 3}
     ours = fit(x, 64, 2, **shared).autoencoder
     plain, used_aux = fit_plainly(x, 64, 2, **shared)
     assert used_aux > 5
@@ -215,9 +209,10 @@ def test_aux_loss_revives_latents_that_never_win(monkeypatch):
         return model
 
     monkeypatch.setattr(sae, "TopKAutoencoder", lame)
-    shared = {"epochs": 10, "batch_size": 64, "learning_rate": 5e-3, "dead_after": 256}
-    without = evaluate(fit(x, 128, 3, aux_coefficient=0, **shared).autoencoder, x)
+    shared = {"epochs": 10, "batch_size": 64, "learning_rate": 5e-3}
     revived = evaluate(fit(x, 128, 3, **shared).autoencoder, x)
+    monkeypatch.setattr(sae, "AUX_COEFFICIENT", 0.0)
+    without = evaluate(fit(x, 128, 3, **shared).autoencoder, x)
     assert without.dead_share > 0.6
     assert revived.dead_share < without.dead_share - 0.2
     assert revived.fvu < 0.8 * without.fvu
@@ -225,7 +220,7 @@ def test_aux_loss_revives_latents_that_never_win(monkeypatch):
 
 def test_a_latent_that_is_kept_with_value_zero_is_dead():
     x = planted(64)
-    model = fit(x, 8, 8, epochs=1, batch_size=32, dead_after=32).autoencoder  # k is all: each is kept in each sample
+    model = fit(x, 8, 8, epochs=1, batch_size=32).autoencoder  # k is all: each is kept in each sample
     with torch.no_grad():
         model.latent_bias[:3] = -100
     quality = evaluate(model, x)
@@ -237,23 +232,9 @@ def test_a_latent_that_is_kept_with_value_zero_is_dead():
     assert quality.fvu == pytest.approx(expected, rel=1e-5)
 
 
-def test_shards_on_disk_train_as_one_tensor(tmp_path):
-    x = planted(300)
-    whole = fit(x, 32, 3, epochs=2, batch_size=50)
-    shards = []
-    for i, part in enumerate(x.split(130)):
-        save_file({"output": part.clone()}, tmp_path / f"{i}.safetensors")
-        with safe_open(tmp_path / f"{i}.safetensors", framework="pt") as file:
-            shards.append(file.get_tensor("output"))
-    assert len(shards) == 3
-    torch.testing.assert_close(
-        fit(shards, 32, 3, epochs=2, batch_size=50).autoencoder.decoder, whole.autoencoder.decoder
-    )
-
-
 def test_interrupted_training_continues_exactly(tmp_path, monkeypatch):
     x = planted(300)
-    shared = {"batch_size": 50, "dead_after": 100, "log_every": 5}
+    shared = {"batch_size": 50, "log_every": 5}
     straight = fit(x, 64, 2, epochs=5, **shared)
     assert straight.log[-1]["step"] == 30
 
@@ -277,9 +258,9 @@ def test_interrupted_training_continues_exactly(tmp_path, monkeypatch):
     assert torch.equal(finished.autoencoder.decoder, straight.autoencoder.decoder)
     with pytest.raises(ValueError, match=r"epochs is 4, 24 steps, and .* was trained for 30"):
         fit(x, 64, 2, epochs=4, checkpoint_dir=tmp_path, **shared)
-    with pytest.raises(ValueError, match=r"of other settings or features \(k: 2 there, 3 now\)"):
+    with pytest.raises(ValueError, match=r"of another training \(k: 2 there, 3 now\)"):
         fit(x, 64, 3, checkpoint_dir=tmp_path, **shared)
-    with pytest.raises(ValueError, match=r"of other settings or features \(features: "):
+    with pytest.raises(ValueError, match=r"of another training \(features: "):
         fit(x + 1, 64, 2, checkpoint_dir=tmp_path, **shared)
 
 
@@ -287,12 +268,12 @@ def test_interrupted_training_continues_exactly(tmp_path, monkeypatch):
 def test_a_checkpoint_is_of_all_rows_of_its_features(row, tmp_path):
     x = planted(300)
     fit(x, 32, 2, epochs=1, batch_size=50, checkpoint_dir=tmp_path)
-    fit([x[:7], x[7:]], 32, 2, epochs=1, batch_size=50, checkpoint_dir=tmp_path)  # the same rows in two shards
+    fit(x.clone(), 32, 2, epochs=1, batch_size=50, checkpoint_dir=tmp_path)  # the same rows
     other = x.clone()
     other[row, 3] += 1e-3
-    with pytest.raises(ValueError, match=r"of other settings or features \(features: "):
+    with pytest.raises(ValueError, match=r"of another training \(features: "):
         fit(other, 32, 2, epochs=2, batch_size=50, checkpoint_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"of other settings or features \(features: "):
+    with pytest.raises(ValueError, match=r"of another training \(features: "):
         fit(x[torch.randperm(300)], 32, 2, epochs=2, batch_size=50, checkpoint_dir=tmp_path)
 
 
@@ -312,9 +293,9 @@ def test_a_training_that_diverges_stops_and_its_last_whole_checkpoint_stays(tmp_
             FloatingPointError, match=r"diverged before step 12: .* is NaN or infinite\. Lower learning_rate"
         ):
             fit(x, 32, 2, **shared)
-    tensors, header = storage.load(tmp_path / "checkpoint.safetensors", sae.CHECKPOINT_KIND)
+    tensors, header = storage.load(tmp_path / sae.CHECKPOINT, sae.CHECKPOINT_KIND)
     assert header["step"] == 8
-    assert storage.non_finite({name: t for name, t in tensors.items() if name != "model.threshold"}) is None
+    assert storage.non_finite(tensors) is None
     assert fit(x, 32, 2, **shared).log[-1]["step"] == 18
     with pytest.raises(FloatingPointError, match="diverged before step"):
         fit(x, 32, 2, epochs=30, batch_size=50, learning_rate=1e30)
@@ -340,35 +321,6 @@ def test_rows_of_zeros_are_measured_and_not_trained_on():
         fit(with_zeros, 32, 2, epochs=1, batch_size=50)
 
 
-def test_batch_topk_keeps_k_per_sample_on_average_and_a_threshold_for_inference():
-    x = planted(1024)
-    result = fit(x, 48, 2, epochs=20, batch_size=64, learning_rate=5e-3, batch_topk=True)
-    model = result.autoencoder
-    model.train()
-    counts = (model(x[:100]).latents > 0).sum(dim=1)
-    assert counts.sum() == 200
-    assert counts.unique().numel() > 1
-    model.eval()
-    assert model.threshold > 0
-    latents = model.encode(x)
-    assert latents[latents > 0].min() > model.threshold
-    assert evaluate(model, x).l0 == pytest.approx(2, rel=0.1)
-    torch.testing.assert_close(model.encode(x[:1]), latents[:1])  # no sample depends on the others
-    assert (model.encode(torch.zeros(2, 16) - 100).sum(dim=1) >= 0).all()
-    with pytest.raises(RuntimeError, match="BatchTopK has no threshold yet; call estimate_threshold"):
-        TopKAutoencoder(16, 48, 2, batch_topk=True).eval().encode(x)
-
-
-def test_saved_and_loaded(tmp_path):
-    model = fit(planted(128), 32, 3, epochs=1, batch_size=32, batch_topk=True).autoencoder
-    sae.save(tmp_path / "sae.safetensors", model, features="output", normalised=True)
-    loaded, header = sae.load(tmp_path / "sae.safetensors")
-    assert header == {"features": "output", "normalised": True}
-    x = planted(20)
-    assert torch.equal(loaded.encode(x), model.encode(x))
-    assert (loaded.k, loaded.batch_topk, loaded.training) == (3, True, False)
-
-
 def test_geometric_median():
     line = torch.tensor([[0.0, 0.0], [1, 0], [2, 0], [3, 0], [1000, 0]])
     torch.testing.assert_close(geometric_median(line).float(), torch.tensor([2.0, 0.0]), rtol=0, atol=1e-3)
@@ -392,17 +344,13 @@ ZERO[9] = 0
         ({"k": 0}, ValueError, "k is 0 for d_latent 32"),
         ({"d_latent": 0}, ValueError, "d_latent is 0"),
         ({"features": NAN}, ValueError, "features has NaN or infinite values, first in row 40"),
-        ({"features": [planted(64), NAN]}, ValueError, "NaN or infinite values, first in row 104"),
         ({"features": ZERO}, ValueError, "features has a row of zeros, first 9"),
         ({"features": torch.ones(64, 4)}, ValueError, "features has equal rows only"),
         ({"features": torch.ones(64, 4).long()}, TypeError, "features is torch.int64"),
-        ({"features": [planted(64), torch.ones(64, 4)]}, ValueError, r"shapes \(64, 16\), \(64, 4\)"),
-        ({"features": []}, ValueError, "features has no shards"),
+        ({"features": torch.ones(64)}, ValueError, r"features has the shape \(64,\); it must be \(n, d\)"),
         ({"batch_size": 65}, ValueError, r"batch_size is 65 for 64 samples; it must be in \[1, 64\]"),
         ({"learning_rate": 0}, ValueError, "learning_rate is 0"),
-        ({"aux_coefficient": -1}, ValueError, "aux_coefficient is -1"),
         ({"epochs": 0}, ValueError, "epochs is 0"),
-        ({"k_aux": 0}, ValueError, "k_aux is 0"),
     ],
 )
 def test_bad_input(change, error, message):

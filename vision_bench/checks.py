@@ -1,4 +1,4 @@
-"""Checks of what vision_bench.probe is given: features, labels and settings."""
+"""Checks of features, labels and settings that several modules are given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def chunks(views: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from part.split(CHUNK)
 
 
-def check_features(features: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+def check_features(features: torch.Tensor, dims: tuple[int, ...] = (2,)) -> torch.Tensor:
     """Features with as many dimensions as one of `dims`, none of size 0; raises ValueError, TypeError for others."""
     features = torch.as_tensor(features)
     if features.ndim not in dims or not features.numel():
@@ -66,7 +66,7 @@ def per_probe(name: str, value: PerProbe, k: int) -> torch.Tensor:
     return vector.expand(k).clone()
 
 
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless the value is one of the names allowed."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
