@@ -111,8 +111,9 @@ def study(
     shown = (top >= 0).all(dim=1).nonzero().squeeze(1)
     if len(shown) < dimensions:
         raise ValueError(
-            f"{name}, seed {fitted.trainings[0].seed}: {len(shown)} of {len(top)} dimensions are activated by {samples} "
-            f"test images or more, and {dimensions} are to be shown. Lower samples, or train the model longer."
+            f"{name}, seed {fitted.trainings[0].seed}: {len(shown)} of {len(top)} dimensions are activated by "
+            f"{samples} test images or more, and {dimensions} are to be shown. Lower samples, or train the model "
+            "longer."
         )
     pure = purity(top, images.labels)
     consistency = semantic_consistency(features, images.labels).per_dimension
