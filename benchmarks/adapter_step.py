@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import platform
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
-import peft
 import torch
+from measuring import in_turn, machine, median, options_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -30,7 +29,7 @@ ARMS = ("base", "LoRA", "MonoLoRA")
 MIB = 2**20
 
 
-def arms_of(base: nn.Module, **options: object) -> dict[str, nn.Module]:
+def with_adapters(base: nn.Module, **options: Any) -> dict[str, nn.Module]:
     """The frozen base, and it with either adapter; B is not zero, so that every product counts."""
     models = {"base": copy.deepcopy(base).requires_grad_(False)}
     for name, config in (
@@ -41,27 +40,19 @@ def arms_of(base: nn.Module, **options: object) -> dict[str, nn.Module]:
     return {name: model.train() for name, model in models.items()}
 
 
-def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each run over the rounds; three rounds before them do not count."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 3):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if i >= 3:
-                times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+def milliseconds(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median of each run over the rounds."""
+    return {name: 1e3 * median(values) for name, values in in_turn(runs, rounds, uncounted=3).items()}
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor], x: torch.Tensor) -> int:
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    """What autograd keeps of a forward pass beyond weights, buffers and the input."""
+    uncounted = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
+        if storage.data_ptr() not in uncounted:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -71,14 +62,22 @@ def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor], x: torch.
     return sum(kept.values())
 
 
-def row(label: str, models: dict[str, nn.Module], forward: Callable, x: torch.Tensor, rounds: int) -> str:
+def row(
+    label: str,
+    models: dict[str, nn.Module],
+    forward: Callable[[nn.Module], torch.Tensor],
+    x: torch.Tensor,
+    rounds: int,
+) -> str:
+    """A line of the table: times of a step, their ratios, and memory."""
+
     def step(model: nn.Module) -> None:
         for tensor in (x, *model.parameters()):
             tensor.grad = None
         forward(model).backward()
 
-    medians = interleaved({name: lambda m=model: step(m) for name, model in models.items()}, rounds)
-    saved = {name: saved_bytes(model, lambda m=model: forward(m), x) / MIB for name, model in models.items()}
+    medians = milliseconds({name: partial(step, model) for name, model in models.items()}, rounds)
+    saved = {name: saved_bytes(model, partial(forward, model), x) / MIB for name, model in models.items()}
     cells = [f"{medians[name]:.2f}" for name in ARMS]
     cells += [f"{medians['MonoLoRA'] / medians[other]:.3f}" for other in ("LoRA", "base")]
     cells += [f"{saved[name]:.2f}" for name in ("LoRA", "MonoLoRA")]
@@ -91,18 +90,23 @@ def row(label: str, models: dict[str, nn.Module], forward: Callable, x: torch.Te
     return f"| {label} | " + " | ".join(cells) + " |"
 
 
-def linear_rows(options: argparse.Namespace, device: str, dtype: torch.dtype):
+def linear_rows(options: argparse.Namespace, device: str, dtype: torch.dtype) -> Iterator[str]:
+    """Lines of single layers."""
     for d, tokens, r, dropout in itertools.product(options.dims, options.tokens, options.ranks, options.dropouts):
         torch.manual_seed(0)
         base = nn.Sequential(nn.Linear(d, d, bias=False)).to(device, dtype)
-        models = arms_of(base, target_modules=["0"], r=r, lora_dropout=dropout)
+        models = with_adapters(base, target_modules=["0"], r=r, lora_dropout=dropout)
         x = torch.randn(1, tokens, d, device=device, dtype=dtype, requires_grad=True)
-        yield row(
-            f"Linear {d}, {tokens} tokens, r {r}, p {dropout}", models, lambda m, x=x: m(x).sum(), x, options.steps
-        )
+
+        def forward(model: nn.Module, x: torch.Tensor = x) -> torch.Tensor:
+            output: torch.Tensor = model(x)
+            return output.sum()
+
+        yield row(f"Linear {d}, {tokens} tokens, r {r}, p {dropout}", models, forward, x, options.steps)
 
 
-def llama(device: str, dtype: torch.dtype) -> tuple[LlamaForCausalLM, str]:
+def llama(device: str, dtype: torch.dtype) -> tuple[Any, str]:
+    """A Llama with random weights, and its size in words."""
     hidden, layers = (2048, 16) if device == "cuda" else (512, 4)
     config = LlamaConfig(
         vocab_size=1024, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
@@ -112,37 +116,41 @@ def llama(device: str, dtype: torch.dtype) -> tuple[LlamaForCausalLM, str]:
     return LlamaForCausalLM(config).to(device, dtype), f"Llama {hidden} x {layers}"
 
 
-def model_rows(options: argparse.Namespace, device: str, dtype: torch.dtype):
+def model_rows(options: argparse.Namespace, device: str, dtype: torch.dtype) -> Iterator[str]:
+    """Lines of a whole model."""
     base, size = llama(device, dtype)
     ids = torch.randint(0, 1024, (4, 128), device=device)
     for targets, dropout in itertools.product((["q_proj", "v_proj"], "all-linear"), options.dropouts):
-        models = arms_of(base, target_modules=targets, r=8, lora_dropout=dropout, task_type="CAUSAL_LM")
+        models = with_adapters(base, target_modules=targets, r=8, lora_dropout=dropout, task_type="CAUSAL_LM")
         embeddings = base.get_input_embeddings()(ids).detach().requires_grad_()
 
         def forward(model: nn.Module, x: torch.Tensor = embeddings) -> torch.Tensor:
-            return model(inputs_embeds=x, labels=ids, use_cache=False).loss
+            loss: torch.Tensor = model(inputs_embeds=x, labels=ids, use_cache=False).loss
+            return loss
 
         label = f"{size}, {'all-linear' if targets == 'all-linear' else 'q, v'}, 4 x 128 tokens, r 8, p {dropout}"
         yield row(label, models, forward, embeddings, options.steps)
 
 
 def generate_row(options: argparse.Namespace, device: str, dtype: torch.dtype) -> str:
+    """The time of greedy generation."""
     base, size = llama(device, dtype)
-    models = arms_of(base, target_modules="all-linear", r=8, task_type="CAUSAL_LM")
+    models = with_adapters(base, target_modules="all-linear", r=8, task_type="CAUSAL_LM")
     ids = torch.randint(0, 1024, (1, 16), device=device)
     settings = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
 
-    def run(model: nn.Module) -> None:
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    def run(model: Any) -> None:
+        model.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
 
-    runs = {name: lambda m=model: run(m.eval()) for name, model in models.items()}
-    medians = interleaved(runs, max(5, options.steps // 5))
+    runs = {name: partial(run, model) for name, model in models.items()}
+    medians = milliseconds(runs, max(5, options.steps // 5))
     times = ", ".join(f"{name} {value:.0f} ms" for name, value in medians.items())
     return f"generate, {size}, all-linear, 64 new tokens: {times}; ratio {medians['MonoLoRA'] / medians['LoRA']:.3f}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Time and print a line after another."""
+    parser = options_of(__doc__)
     parser.add_argument("--dims", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
@@ -152,10 +160,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, CPU"
-    print(
-        f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, peft {peft.__version__}, {dtype}\n"
-    )
+    print(f"{machine('peft')}, {dtype}\n")
     columns = [
         "step",
         *(f"{arm}, ms" for arm in ARMS),

@@ -8,29 +8,17 @@ first round, so that the time is that of the processor, to which a disk adds its
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
+from measuring import median, options_of, seconds
 
 from vision_bench import models
 from vision_bench.runs import Run, file_checksum
 
 ROWS = 2000
-
-
-def seconds(function: Callable[[], object], rounds: int) -> float:
-    """The median time of a call."""
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def add_rows(one_at_a_time: bool) -> None:
@@ -51,7 +39,7 @@ def add_rows(one_at_a_time: bool) -> None:
 
 def main() -> None:
     """Time and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder with safetensors files")
     parser.add_argument("--timm_model", default="vit_base_patch16_224")
     parser.add_argument("--rounds", type=int, default=5)
@@ -59,16 +47,16 @@ def main() -> None:
 
     files = sorted(options.model.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files) / 1e6
-    duration = seconds(lambda: [file_checksum(path) for path in files], options.rounds)
+    duration = median(seconds(lambda: [file_checksum(path) for path in files]) for _ in range(options.rounds))
     print(f"checksum of {options.model.name}: {size:.0f} MB, {duration:.2f} s, {size / duration:.0f} MB/s")
 
     model = timm.create_model(options.timm_model, num_classes=0)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    duration = seconds(lambda: models.fingerprint(model), options.rounds)
+    duration = median(seconds(lambda: models.fingerprint(model)) for _ in range(options.rounds))
     print(f"fingerprint of {options.timm_model}: {millions:.0f} M weights, {duration:.2f} s")
 
     for words, one_at_a_time in (("one at a time", True), ("at once", False)):
-        duration = seconds(lambda: add_rows(one_at_a_time), options.rounds)  # noqa: B023 (called at once)
+        duration = median(seconds(partial(add_rows, one_at_a_time)) for _ in range(options.rounds))
         print(f"{ROWS} rows, {words}: {duration:.2f} s")
 
 

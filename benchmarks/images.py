@@ -9,14 +9,13 @@ after the first round, so that the time is that of the processor, to which a dis
 
 from __future__ import annotations
 
-import argparse
 import io
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from measuring import median, options_of
 from PIL import Image
 
 from vision_bench.data import find_images
@@ -35,7 +34,8 @@ def written_as_jpeg(source: EncodedImages, side: int, folder: Path) -> ImageFile
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Read the images in either way and print the speed."""
+    parser = options_of(__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--split", required=True)
     parser.add_argument("--side", type=int)
@@ -63,7 +63,7 @@ def main() -> None:
                     for _ in in_threads(way, indices):
                         pass
                     times.append((time.perf_counter() - wall, time.process_time() - processor))
-                wall, processor = (statistics.median(column) for column in zip(*times, strict=True))
+                wall, processor = (median(column) for column in zip(*times, strict=True))
                 print(
                     f"{threads} threads, {words}: {len(indices) / wall:,.0f} images/s, {size / wall / 1e6:.0f} MB/s, "
                     f"{1e6 * processor / len(indices):.0f} us of processor time an image"

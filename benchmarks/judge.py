@@ -9,14 +9,12 @@ the sums and their ratio, the largest difference of scores, and the share of pad
 
 from __future__ import annotations
 
-import argparse
-import platform
 import random
 import tempfile
 import time
 
 import torch
-import transformers
+from measuring import machine, options_of
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from evals.judges import POLICIES, EncodedPolicies, ShieldGemma
@@ -57,22 +55,24 @@ def conversations(judge: ShieldGemma, number: int, tokens: tuple[int, int]) -> l
     """Pairs of corpus sentences whose shared part has a number of tokens in the range."""
     rng = random.Random(0)
     sentences = [example.response for example in corpus("train")]
-    found = []
-    while len(found) < number:
+    pairs: list[EncodedPolicies] = []
+    while len(pairs) < number:
         words = " ".join(rng.choices(sentences, k=100)).split(" ")
         encoded = judge.encode("A question?", " ".join(words[: rng.randint(tokens[0] // 2, tokens[1])]))
         if tokens[0] <= len(encoded) <= tokens[1]:
-            found.append(encoded)
-    return sorted(found, key=len, reverse=True)
+            pairs.append(encoded)
+    return sorted(pairs, key=len, reverse=True)
 
 
 def padding(batches: list[list[EncodedPolicies]]) -> float:
+    """The share of padding in all batches."""
     paid = sum(len(batch) * max(map(len, batch)) for batch in batches)
     return 1 - sum(len(encoded) for batch in batches for encoded in batch) / paid
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Time both arms batch by batch and print the sums."""
+    parser = options_of(__doc__)
     parser.add_argument("--model", help="a ShieldGemma; by default a small Gemma 2 with random weights")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--pairs", type=int, default=700)
@@ -82,15 +82,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         judge = ShieldGemma(options.model, options.dtype) if options.model else small_judge(folder)
         judge.load()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, CPU"
-    print(
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {judge.model.dtype}"
-    )
-    found = conversations(judge, options.pairs, tuple(options.tokens))
-    batches = [found[i : i + options.batch_size] for i in range(0, len(found), options.batch_size)]
-    endings = [len(ending) for ending in found[0].endings]
-    print(f"{len(found)} conversations of {len(found[-1])} to {len(found[0])} tokens, policies of {endings} tokens")
+    print(f"{machine('transformers')}, {judge.model.dtype}")
+    pairs = conversations(judge, options.pairs, tuple(options.tokens))
+    batches = [pairs[i : i + options.batch_size] for i in range(0, len(pairs), options.batch_size)]
+    endings = [len(ending) for ending in pairs[0].endings]
+    print(f"{len(pairs)} conversations of {len(pairs[-1])} to {len(pairs[0])} tokens, policies of {endings} tokens")
     arms = {"shared": judge.scores, "independent": lambda batch: independent_passes(judge, batch)}
     for run in arms.values():
         run(batches[-1])

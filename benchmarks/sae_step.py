@@ -14,19 +14,18 @@ from their own and with losses of their own.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import logging
-import platform
-import statistics
 import sys
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import torch
+from measuring import machine, median, options_of, ratios, seconds
 from torch.nn import functional as F
 
 from vision_bench import sae
@@ -62,10 +61,12 @@ def start(d: int, d_latent: int, k: int, dead: float) -> sae.TopKAutoencoder:
 
 
 def relative_error(error: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The loss of all arms but the peers': squares of the error by those of the sample, over the batch."""
     return (error.square().mean(1) / x.square().mean(1)).mean()
 
 
 def dense(d: int, d_latent: int, k: int, whole: bool, dead: float = 0.0) -> Arm:
+    """Autograd and dense products; `whole` with the unit-norm decoder, the projection of its gradient and AuxK."""
     model = start(d, d_latent, k, dead)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
     is_dead = torch.arange(d_latent) < int(dead * d_latent)
@@ -86,9 +87,10 @@ def dense(d: int, d_latent: int, k: int, whole: bool, dead: float = 0.0) -> Arm:
             aux = latents(pre.masked_fill(~is_dead, -torch.inf), k_aux) @ model.decoder
             loss = loss + sae.AUX_COEFFICIENT * relative_error((x - reconstruction).detach() - aux, x)
         loss.backward()
-        if whole:
+        gradient = model.decoder.grad
+        if whole and gradient is not None:
             with torch.no_grad():
-                model.decoder.grad -= (model.decoder.grad * model.decoder).sum(1, keepdim=True) * model.decoder
+                gradient -= (gradient * model.decoder).sum(1, keepdim=True) * model.decoder
         optimizer.step()
         optimizer.zero_grad()
         if whole:
@@ -131,6 +133,7 @@ def without_init(name: str, **attributes: object) -> None:
 
 
 def dictionary_learning(d: int, d_latent: int, k: int) -> Arm:
+    """The step of TopKTrainer."""
     if "dictionary_learning" not in sys.modules:
         without_init("dictionary_learning")
         without_init("dictionary_learning.trainers")
@@ -162,10 +165,10 @@ def saelens(d: int, d_latent: int, k: int) -> Arm:
     none_dead, since = torch.zeros(d_latent, dtype=torch.bool), torch.zeros(d_latent)
 
     def step(x: torch.Tensor) -> None:
-        given = TrainStepInput(
+        batch = TrainStepInput(
             sae_in=x, coefficients={}, dead_neuron_mask=none_dead, n_training_steps=0, is_logging_step=False
         )
-        output = model.training_forward_pass(given)
+        output = model.training_forward_pass(batch)
         with torch.no_grad():
             fired = output.feature_acts.bool().float().sum(-2).bool()
             since.add_(1)[fired] = 0
@@ -178,7 +181,8 @@ def saelens(d: int, d_latent: int, k: int) -> Arm:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Time the arms in turn and print a table of each size."""
+    parser = options_of(__doc__)
     parser.add_argument("--peers", help="folder of the peers' packages")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quality_steps", type=int, default=40)
@@ -186,12 +190,12 @@ def main() -> None:
     if options.peers:
         sys.path.append(options.peers)
     builders: dict[str, Callable[[int, int, int], Arm]] = {
-        "dense": lambda *sizes: dense(*sizes, whole=False),
-        "dense, all of it": lambda *sizes: dense(*sizes, whole=True),
+        "dense": partial(dense, whole=False),
+        "dense, all of it": partial(dense, whole=True),
         "ours, `fit`": ours,
         "ours, own loop": ours_in_a_loop,
-        "dense, all of it, a quarter dead": lambda *sizes: dense(*sizes, whole=True, dead=0.25),
-        "ours, `fit`, a quarter dead": lambda *sizes: ours(*sizes, dead=0.25),
+        "dense, all of it, a quarter dead": partial(dense, whole=True, dead=0.25),
+        "ours, `fit`, a quarter dead": partial(ours, dead=0.25),
         "SAELens": saelens,
         "dictionary_learning": dictionary_learning,
     }
@@ -202,7 +206,7 @@ def main() -> None:
         except PackageNotFoundError:
             peers.append(f"{name} not installed")
     print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {', '.join(peers)}, "
+        f"{machine()}, {', '.join(peers)}, "
         f"{time.strftime('%Y-%m-%d')}; batch {BATCH}, median of {options.rounds} rounds\n"
     )
     print("| arm | d -> latents, k | ms | ratio to dense | per round | FVU |\n|---|---|---:|---:|---:|---:|")
@@ -221,21 +225,20 @@ def main() -> None:
                 timed = 3 <= i < options.rounds + 3
                 if i > 3 and not timed and "dead" in name:
                     continue
-                began = time.process_time()
-                arm.step(data[i % len(data)])
+                duration = seconds(partial(arm.step, data[i % len(data)]), time.process_time)
                 if timed:
-                    times[name].append(time.process_time() - began)
+                    times[name].append(duration)
         unseen = samples(2048, d, 3)
-        medians = {name: statistics.median(values) for name, values in times.items()}
+        medians = {name: median(values) for name, values in times.items()}
         for name, arm in arms.items():
-            ratios = sorted(mine / base for mine, base in zip(times[name], times["dense"], strict=True))
+            each = ratios(times, name, "dense")
             quality = "-"
             if "dead" not in name:
                 with torch.no_grad():
                     quality = f"{fraction_of_variance_unexplained(arm.reconstruct(unseen), unseen):.4f}"
             print(
                 f"| {name} | {d} -> {d_latent}, {k} | {1e3 * medians[name]:.1f} | "
-                f"{medians[name] / medians['dense']:.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} | {quality} |",
+                f"{medians[name] / medians['dense']:.2f} | {each[0]:.2f} to {each[-1]:.2f} | {quality} |",
                 flush=True,
             )
 

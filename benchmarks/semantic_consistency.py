@@ -11,11 +11,12 @@ with the most active samples that a non-negative method gives.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from measuring import in_turn, machine, median, options_of, ratios, spread
 
 from vision_bench.metrics import semantic_consistency
 
@@ -23,6 +24,7 @@ EPS = 1e-5
 
 
 def loop(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The share of the most frequent class among the active samples of each dimension."""
     active = torch.nn.functional.normalize(features, dim=1).abs() > EPS
     shares = torch.full((features.shape[1],), float("nan"))
     for dimension in range(features.shape[1]):
@@ -33,6 +35,7 @@ def loop(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def official(features: torch.Tensor, labels: torch.Tensor, dimensions: int) -> torch.Tensor:
+    """The same of the first dimensions, as published."""
     normalised = torch.nn.functional.normalize(features, dim=1)
     shares = []
     for dimension in range(dimensions):
@@ -42,7 +45,8 @@ def official(features: torch.Tensor, labels: torch.Tensor, dimensions: int) -> t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Time, compare and print."""
+    parser = options_of(__doc__)
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--dimensions", type=int, default=2048)
     parser.add_argument("--classes", type=int, default=100)
@@ -53,31 +57,27 @@ def main() -> None:
     features = torch.randn(options.samples, options.dimensions, generator=generator).relu()
     labels = torch.randint(options.classes, (options.samples,), generator=generator)
 
-    semantic_consistency(features, labels)  # the first use of each operation is slower
-    times: dict[str, list[float]] = {"ours": [], "loop": [], "official": []}
-    for _ in range(options.rounds):
-        start = time.process_time()
-        ours = semantic_consistency(features, labels)
-        times["ours"].append(time.process_time() - start)
-        start = time.process_time()
-        looped = loop(features, labels)
-        times["loop"].append(time.process_time() - start)
-        start = time.process_time()
-        published = official(features, labels, options.official)
-        times["official"].append((time.process_time() - start) * options.dimensions / options.official)
+    arms: dict[str, Callable[[], object]] = {
+        "ours": partial(semantic_consistency, features, labels),
+        "loop": partial(loop, features, labels),
+        "official": partial(official, features, labels, options.official),
+    }
+    times = in_turn(arms, options.rounds, clock=time.process_time)
+    times["official"] = [value * options.dimensions / options.official for value in times["official"]]
+    ours, looped = semantic_consistency(features, labels), loop(features, labels)
+    published = official(features, labels, options.official)
     difference = max(
         (ours.per_dimension - looped).abs().max().item(),
         (ours.per_dimension[: options.official] - published).abs().max().item(),
     )
     print(
         f"{options.samples} x {options.dimensions}, {options.classes} classes, median of {options.rounds} rounds, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}:"
+        f"{machine()}:"
     )
     for name, values in times.items():
-        ratios = sorted(other / own for other, own in zip(values, times["ours"], strict=True))
         print(
-            f"  {name:9} {statistics.median(values):8.3f} s, {statistics.median(ratios):6.1f} times ours "
-            f"(rounds {ratios[0]:.1f} to {ratios[-1]:.1f})"
+            f"  {name:9} {median(values):8.3f} s, {median(ratios(times, name, 'ours')):6.1f} times ours "
+            f"{spread(times, name, 'ours')}"
         )
     print(f"  largest difference of a dimension {difference:.1e}; mean {ours.mean:.4f}, chance {ours.chance:.4f}")
 

@@ -11,17 +11,16 @@ settings. `identity` is MonoLoRA without its non-linearity: it has to agree with
 from __future__ import annotations
 
 import argparse
-import platform
 import tempfile
 import time
+from itertools import product
+from statistics import mean
 
-import numpy as np
-import peft
 import torch
 import transformers
 from datasets import Dataset
+from measuring import machine, options_of
 from peft import LoraConfig, get_peft_model
-from scipy import stats
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -33,6 +32,7 @@ from transformers import (
 
 from evals.local_files import binary_labels, file_rows
 from mono_peft import MonoLoraConfig, activation_sparsity
+from vision_bench.runs import interval
 
 
 def sentences(file: str, tokenizer: transformers.PreTrainedTokenizerBase) -> Dataset:
@@ -79,15 +79,9 @@ def accuracy(
     return score, 100 * activation_sparsity(trainer.model, batches).overall
 
 
-def with_interval(values: list[float]) -> str:
-    """Mean and half-width of the 95 % interval of Student's t."""
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else float("nan")
-    return f"{np.mean(values):.2f} ± {half:.2f}"
-
-
 def main() -> None:
     """Run the grid and print a row as soon as its seeds are done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--eval_file", required=True)
@@ -105,23 +99,20 @@ def main() -> None:
     options.dev = sentences(options.eval_file, options.tokenizer)
 
     print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, peft {peft.__version__}, {time.strftime('%Y-%m-%d')}; {options.train_samples} "
+        f"{machine('transformers', 'peft')}, {time.strftime('%Y-%m-%d')}; {options.train_samples} "
         f"sentences, batch 32, one epoch, AdamW, seeds {options.seeds}, {len(options.dev)} dev sentences\n"
     )
     print("| arm | lr | alpha | r | accuracy, % | - LoRA, paired | sparsity, % |\n|---|---:|---:|---:|---:|---:|---:|")
-    for rate in options.learning_rates:
-        for alpha in options.alphas:
-            for r in options.ranks:
-                of_lora: list[float] = []
-                for arm in options.arms:
-                    results = [accuracy(options, arm, rate, alpha, r, seed) for seed in options.seeds]
-                    scores = [score for score, _ in results]
-                    of_lora = scores if arm == "lora" else of_lora
-                    gap = with_interval([a - b for a, b in zip(scores, of_lora, strict=True)]) if of_lora else "-"
-                    sparsity = f"{np.mean([zero for _, zero in results]):.1f}" if arm != "lora" else "-"
-                    row = [arm, f"{rate:g}", f"{alpha:g}", str(r), with_interval(scores), gap, sparsity]
-                    print("| " + " | ".join(row) + " |", flush=True)
+    for rate, alpha, r in product(options.learning_rates, options.alphas, options.ranks):
+        lora: list[float] = []
+        for arm in options.arms:
+            results = [accuracy(options, arm, rate, alpha, r, seed) for seed in options.seeds]
+            scores = [score for score, _ in results]
+            lora = scores if arm == "lora" else lora
+            gap = interval([a - b for a, b in zip(scores, lora, strict=True)]).text(2) if lora else "-"
+            sparsity = f"{mean(zero for _, zero in results):.1f}" if arm != "lora" else "-"
+            row = [arm, f"{rate:g}", f"{alpha:g}", str(r), interval(scores).text(2), gap, sparsity]
+            print("| " + " | ".join(row) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ the hue of HSV, and reports the difference of the views in [0, 1].
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import kornia.augmentation as augment
 import torch
+from measuring import in_turn, machine, median, options_of, ratios, spread
 from torchvision import transforms
 from torchvision.transforms.v2 import functional
 
@@ -29,11 +29,13 @@ MEAN, STD = STATISTICS["cifar100"]
 
 
 def ours(blur: bool) -> Callable[[torch.Tensor], object]:
+    """Our views of a batch."""
     views, generator = SimCLRViews(SIZE, MEAN, STD, blur_probability=0.5 * blur), torch.Generator().manual_seed(0)
     return lambda images: views(images, generator)
 
 
 def with_kornia(blur: bool) -> Callable[[torch.Tensor], object]:
+    """The same by kornia, on whole batches too."""
     steps = [
         augment.RandomResizedCrop((SIZE, SIZE), SCALE),
         augment.ColorJitter(*JITTER, p=0.8),
@@ -47,6 +49,7 @@ def with_kornia(blur: bool) -> Callable[[torch.Tensor], object]:
 
 
 def with_pil(blur: bool) -> Callable[[torch.Tensor], object]:
+    """The same by torchvision, image by image."""
     pipeline = transforms.Compose(
         [
             transforms.RandomResizedCrop(SIZE, SCALE),
@@ -67,22 +70,15 @@ def with_pil(blur: bool) -> Callable[[torch.Tensor], object]:
 
 
 def speed(images: torch.Tensor, rounds: int, blur: bool) -> None:
+    """Time the three in turn and print their speed."""
     arms = {"ours": ours(blur), "kornia": with_kornia(blur), "PIL": with_pil(blur)}
-    for make in arms.values():
-        make(images)  # the first use of each operation is slower
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
-        for name, make in arms.items():
-            start = time.process_time()
-            make(images)
-            times[name].append(time.process_time() - start)
+    runs = {name: partial(make, images) for name, make in arms.items()}
+    times = in_turn(runs, rounds, clock=time.process_time)
     print(f"{'with' if blur else 'without'} blur, batch {len(images)}, median of {rounds} rounds:")
     for name, values in times.items():
-        ratios = sorted(other / own for other, own in zip(values, times["ours"], strict=True))
-        rate = 2 * len(images) / statistics.median(values)
         print(
-            f"  {name:7} {rate:8.0f} views per CPU-second, {statistics.median(ratios):5.1f} times our time "
-            f"(rounds {ratios[0]:.1f} to {ratios[-1]:.1f})"
+            f"  {name:7} {2 * len(images) / median(values):8.0f} views per CPU-second, "
+            f"{median(ratios(times, name, 'ours')):5.1f} times our time {spread(times, name, 'ours')}"
         )
 
 
@@ -90,7 +86,8 @@ def difference(images: torch.Tensor) -> None:
     """Mean absolute difference of views in [0, 1] from torchvision's with the same parameters."""
     views = SimCLRViews(SIZE, (0.0,) * 3, (1.0,) * 3, blur_probability=0.0, greyscale_probability=0.0)
     generator = torch.Generator().manual_seed(0)
-    drawn = views.draw(len(images), *images.shape[-2:], generator)
+    height, width = images.shape[-2:]
+    drawn = views.draw(len(images), height, width, generator)
     neutral = {
         "crop and flip": {"brightness", "contrast", "saturation", "hue"},
         "and brightness, contrast, saturation": {"hue"},
@@ -100,7 +97,7 @@ def difference(images: torch.Tensor) -> None:
     for label, off in neutral.items():
         values = {name: torch.zeros(len(images)) if name == "hue" else torch.ones(len(images)) for name in off}
         parameters = drawn._replace(**values)
-        found, distances, effects = views.apply(images, parameters), [], []
+        applied, distances, effects = views.apply(images, parameters), [], []
         for i, image in enumerate(images.float() / 255):
             at = {name: column[i].item() for name, column in parameters._asdict().items()}
             box = [at["top"], at["left"], at["height"], at["width"]]
@@ -110,14 +107,15 @@ def difference(images: torch.Tensor) -> None:
             names = ["brightness", "contrast", "saturation", "hue"]
             for k in torch.randperm(4, generator=generator).tolist():
                 view = getattr(functional, f"adjust_{names[k]}")(view, at[names[k]])
-            distances.append((found[i] - view).abs().mean())
+            distances.append((applied[i] - view).abs().mean())
             effects.append((view - plain).abs().mean())
         mean, effect = torch.stack(distances).mean().item(), torch.stack(effects).mean().item()
         print(f"  {label}: {mean:.4f} (the jitter itself changes values by {effect:.4f})")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print the speeds and, of real images, the difference from torchvision."""
+    parser = options_of(__doc__)
     parser.add_argument("--data", help="name of a data set with images of 32 pixels; else uniform noise")
     parser.add_argument("--root", help="folder of its files")
     parser.add_argument("--batch_size", type=int, default=256)
@@ -127,7 +125,7 @@ def main() -> None:
         images = load_images(options.data, "test", options.root).images[:2048]
     else:
         images = torch.randint(0, 256, (options.batch_size, 3, SIZE, SIZE), dtype=torch.uint8)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(machine("kornia", "torchvision"))
     for blur in (False, True):
         speed(images[: options.batch_size], options.rounds, blur)
     if options.data:

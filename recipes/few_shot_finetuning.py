@@ -16,77 +16,58 @@ weight decay; early stopping about 5 points below at 10 %, for want of the image
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from finetuning import FinetuningArguments, curves, diverged, levels, measure, start, tables
-from program import run_as_program
-from vision_ladder import finish
+from experiments import Experiment
+from finetuning import Study
+from paper import FEW_SHOT_GAINS
 
-from vision_bench import figures
-from vision_bench.runs import Run
-
-PAPER = {0.1: 3.9}  # points that NCE gains at most, by fraction (ImageNet-100)
+from vision_bench.runs import option, run_as_program
 
 
 @dataclass
-class FewShotArguments(FinetuningArguments):
-    """Settings of this recipe."""
+class FewShotSettings:
+    """The settings of this recipe alone."""
 
-    fractions: list[float] = field(
-        default_factory=lambda: [0.1, 0.2, 0.5], metadata={"help": "Shares of the training set, of each class."}
-    )
+    fractions: list[float] = option([0.1, 0.2, 0.5], help="Shares of the training set, of each class.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.fractions or len(set(self.fractions)) < len(self.fractions):
             raise ValueError(f"fractions takes different numbers, got {self.fractions}.")
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise ValueError(f"fractions has {fraction}; each must be in (0, 1], 0.1 for 10 % of the images.")
 
-    def conditions(self) -> list[dict[str, float]]:
-        return [{"fraction": fraction, "noise_rate": 0.0} for fraction in self.fractions]
 
-
-def report(run: Run, script: FewShotArguments) -> str:
-    """The table with the paper's gain at 10 % beside ours."""
-    known = [f"{PAPER[fraction]:+g} at most" if fraction in PAPER else "-" for fraction in script.fractions]
-    paper = {"nce - ce, the paper, ImageNet-100": known}
-    text = f"# Finetuning on few labels: {script.data}, {script.backbone}, {script.finetuning_epochs} epochs\n\n"
-    return text + tables(run, script, lambda condition: f"{100 * condition['fraction']:g} %", paper)
-
-
-def draw(run: Run, script: FewShotArguments) -> None:
-    """Fig. 3(a, b) with the gains below, and the accuracies per epoch at the smallest fraction."""
-    fewest = min(script.conditions(), key=lambda condition: condition["fraction"])
-    percents = [100 * fraction for fraction in script.fractions]
-    paper: dict[float | None, float] = {100 * at: PAPER[at] for at in script.fractions if at in PAPER}
-    arms = script.methods
-    notes = {arm: diverged(run, script, method=arm) for arm in arms}
-    drawings = {
-        "figure_3ab": figures.finetuning_curves(
-            percents,
-            levels(run, script),
-            "share of the training set, %",
-            logarithmic=True,
-            published=paper,
-            notes=notes,
-        ),
-        "epochs": figures.finetuning_curves(
-            *curves(run, script, fewest),
-            "epoch",
-            notes={arm: diverged(run, script, method=arm, **fewest) for arm in arms},
-        ),
-    }
-    for name, figure in drawings.items():
-        figures.save(run.folder / name, figure)
+STUDY = Study(
+    recipe="few_shot_finetuning",
+    settings=FewShotSettings,
+    conditions=lambda config: [{"fraction": fraction, "noise_rate": 0.0} for fraction in config["fractions"]],
+    axis="fraction",
+    hardest=min,
+    title="few labels",
+    picture="figure_3ab",
+    label="share of the training set, %",
+    published=FEW_SHOT_GAINS,
+    logarithmic=True,
+)
+EXPERIMENT = Experiment(
+    recipe=STUDY.recipe,
+    items=("figure_3ab",),
+    title="Figures 3(a), 3(b): finetuning on few labels",
+    claim="The paper: non-negative tuning (NCE) has the lower training and the higher validation accuracy, the "
+    "more the fewer the labels, up to +3.9 points at 10 % of ImageNet-100.",
+    pictures={"figure_3ab": "Figure 3(a, b): ours", "epochs": "Accuracy per epoch at the smallest fraction, ours"},
+    cells=STUDY.cells,
+    report=STUDY.report,
+    draw=STUDY.draw,
+    defaults=STUDY.defaults(),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Finetune what the output folder has no rows of, then write and print the table and draw the figures."""
-    script, splits, accelerator, run = start(FewShotArguments, arguments, "few_shot_finetuning")
-    measure(run, script, splits, accelerator)
-    finish(accelerator, run, lambda: report(run, script), lambda: draw(run, script))
+    STUDY.main(arguments)
 
 
 if __name__ == "__main__":

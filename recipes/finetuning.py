@@ -5,96 +5,113 @@ Controls regularise without making features monosemantic: `ce+weight_decay`, `ce
 `ce+early_stopping` (a share of the training images is held out, and the epoch that is best on it is taken).
 `lora` and `monolora` adapt the frozen backbone with PEFT's `LoraConfig` or `MonoLoraConfig`, cross entropy as in `ce`.
 For a seed all arms see the same images, labels, initial classifier and, but for held-out images, the same batches.
+
+Another arm is a row of `ARMS`:
+
+    ARMS["dora"] = Arm(adapter=lambda settings: LoraConfig(use_dora=True, **settings.lora_options()), baseline="lora")
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
-import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import vision
 from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
-from program import parse
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
-from vision_ladder import (
-    SPLITS,
-    VIEWS,
-    DownstreamArguments,
-    ProbingArguments,
-    load_splits,
-    pretrained,
-    results_config,
-    start_accelerator,
-)
+from vision import PretrainingSettings
 
 from mono_peft import MonoLoraConfig, activation_sparsity
+from vision_bench import figures
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import ImageSet, stratified_fraction
 from vision_bench.features import normalise
 from vision_bench.finetune import CROPS_AND_FLIPS, LAYERS, Classifier, FinetuneConfig, embed, finetune
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.models import ContrastiveModel
-from vision_bench.runs import DIVERGED, Interval, Run, device_name, interval, markdown_table, option, paired_difference
+from vision_bench.runs import DIVERGED, Cell, Run, defaults, device_name, option, parse
+from vision_bench.runs.statistics import Interval, interval, markdown_table, paired_difference
 
-LOSSES = ("ce", "nce")
-CONTROLS = ("ce+weight_decay", "ce+dropout", "ce+early_stopping")
-ADAPTERS = {"lora": LoraConfig, "monolora": MonoLoraConfig}
-METHODS = (*LOSSES, *CONTROLS, *ADAPTERS)
 ACCURACIES = ("train_top1", "validation_top1")
-FINAL = {name: f"finetuned_{name}" for name in ACCURACIES}  # of the weights that an arm ends with
-ADAPTER_IMAGES = 256  # test images on which the sparsity of monolora's latents is measured
+FINAL = {name: f"finetuned_{name}" for name in ACCURACIES}  # the accuracies of the weights that an arm ends with
+ADAPTER_IMAGES = 256  # test images on which the sparsity of an adapter's latents is measured
+
+Condition = dict[str, float]  # `fraction` of the training images, and `noise_rate` of their labels
+Curves = dict[str, dict[str, tuple[list[float], list[float]]]]  # by panel and arm, means and half-widths
+
+
+class Arm(NamedTuple):
+    """How an arm differs from standard finetuning.
+
+    Where `has_latents`, sparsity is measured on the sigma(A x) of its adapters; `baseline` is the arm beside `ce` over
+    which its gain is shown.
+    """
+
+    changes: Callable[[FinetuningSettings], dict[str, Any]] = lambda settings: {}  # fields of `FinetuneConfig`
+    adapter: Callable[[FinetuningSettings], PeftConfig] | None = None  # of the frozen backbone
+    has_latents: bool = False
+    baseline: str | None = None
+
+
+ARMS = {
+    "ce": Arm(),
+    "nce": Arm(lambda settings: {"loss": "nce"}),
+    "ce+weight_decay": Arm(lambda settings: {"weight_decay": settings.control_weight_decay}),
+    "ce+dropout": Arm(lambda settings: {"dropout": settings.control_dropout}),
+    "ce+early_stopping": Arm(lambda settings: {"held_out": settings.held_out}),
+    "lora": Arm(adapter=lambda settings: LoraConfig(**settings.lora_options())),
+    "monolora": Arm(
+        adapter=lambda settings: MonoLoraConfig(**settings.lora_options()), has_latents=True, baseline="lora"
+    ),
+}
 
 
 @dataclass
-class FinetuningArguments(DownstreamArguments):
-    """Pretraining of SimCLR's model, and how it is finetuned."""
+class ThreeSeeds(PretrainingSettings):
+    """The images and the pretraining, with fewer seeds, since each has many finetunings."""
 
-    seeds: list[int] = field(
-        default_factory=lambda: list(range(3)), metadata={"help": "Of pretraining, draws, noise and finetuning."}
+    seeds: list[int] = option([0, 1, 2], help="Of pretraining, draws, noise and finetuning.")
+
+
+@dataclass
+class FinetuningSettings:
+    """How SimCLR's model is finetuned."""
+
+    shared_pretraining: bool = option(False, help=vision.SHARED_PRETRAINING)
+    methods: list[str] = option(list(ARMS)[:5], help=f"Arms, of {', '.join(ARMS)}.")
+    layer: str = option("projector", help=f"What is classified: {', '.join(LAYERS)}.")
+    finetuning_epochs: int = option(10, help="100 in the paper.")
+    finetuning_batch_size: int = option(32, help="256 in the official code.")
+    finetuning_optimizer: str = option("momentum", help="A name of timm's; this one is SGD.")
+    finetuning_learning_rate: float = option(0.05, help="1.5 in the official code.")
+    finetuning_views: str | None = option(
+        None, help="JSON of settings of SimCLRViews; by default crops and flips alone."
     )
-    methods: list[str] = field(
-        default_factory=lambda: [*LOSSES, *CONTROLS], metadata={"help": f"Arms, of {', '.join(METHODS)}."}
-    )
-    layer: str = field(default="projector", metadata={"help": f"What is classified: {', '.join(LAYERS)}."})
-    finetuning_epochs: int = field(default=10, metadata={"help": "100 in the paper."})
-    finetuning_batch_size: int = field(default=32, metadata={"help": "256 in the official code."})
-    finetuning_optimizer: str = field(default="momentum", metadata={"help": "A name of timm's; this one is SGD."})
-    finetuning_learning_rate: float = field(default=0.05, metadata={"help": "1.5 in the official code."})
-    finetuning_views: str | None = field(
-        default=None, metadata={"help": "JSON of settings of SimCLRViews; by default crops and flips alone."}
-    )
-    test_fraction: float = field(default=1.0, metadata={"help": "Of the test images, drawn from each class."})
-    curve_epochs: int = field(default=2, metadata={"help": "Accuracies so often, also those of early stopping."})
-    control_weight_decay: float = field(default=0.01, metadata={"help": "Of ce+weight_decay; all others have none."})
-    control_dropout: float = field(default=0.5, metadata={"help": "Of ce+dropout."})
-    held_out: float = field(default=0.2, metadata={"help": "Share of the training images of ce+early_stopping."})
-    adapter_r: int = field(default=8, metadata={"help": "Rank of lora and monolora."})
-    adapter_alpha: float = field(default=16, metadata={"help": "Their scale is alpha / r."})
-    adapter_targets: list[str] = field(
-        default_factory=lambda: ["qkv"], metadata={"help": "Modules of the backbone that they adapt."}
-    )
+    test_fraction: float = option(1.0, help="Of the test images, drawn from each class.")
+    curve_epochs: int = option(2, help="Accuracies so often, also those of early stopping.")
+    control_weight_decay: float = option(0.01, help="Of ce+weight_decay; all others have none.")
+    control_dropout: float = option(0.5, help="Of ce+dropout.")
+    held_out: float = option(0.2, help="Share of the training images of ce+early_stopping.")
+    adapter_r: int = option(8, help="Rank of lora and monolora.")
+    adapter_alpha: float = option(16, help="Their scale is alpha / r.")
+    adapter_targets: list[str] = option(["qkv"], help="Modules of the backbone that they adapt.")
     keep_models: bool = option(False, help="Keep every finetuned model: many files.", changes_results=False)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        unknown = [name for name in self.methods if name not in METHODS]
+        unknown = [name for name in self.methods if name not in ARMS]
         if unknown or not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"methods is {self.methods}; it takes different names of {', '.join(METHODS)}.")
+            raise ValueError(f"methods is {self.methods}; it takes different names of {', '.join(ARMS)}.")
         if self.methods[0] != "ce":
             raise ValueError(f"methods is {self.methods}; the first must be ce, with which the others are compared.")
-        try:
-            views = self.finetuning_views
-            self.finetuning_views = json.loads(views) if isinstance(views, str) else views
-        except json.JSONDecodeError as error:
-            raise ValueError(f"finetuning_views is {views!r}, which is not JSON ({error}).") from None
+        self.finetuning_views = vision.from_json("finetuning_views", self.finetuning_views)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; it must be in (0, 1).")
         if self.adapter_r < 1 or not self.adapter_alpha > 0:
@@ -102,55 +119,57 @@ class FinetuningArguments(DownstreamArguments):
         for method in self.methods:
             self.finetune_config(method, 0)
 
-    def finetune_config(self, method: str, seed: int) -> FinetuneConfig:
-        """Of an arm."""
-        views = CROPS_AND_FLIPS | VIEWS.get(self.data, {})
-        return FinetuneConfig(
-            loss="nce" if method == "nce" else "ce",
+    def finetune_config(self, method: str, seed: int, data: str = "") -> FinetuneConfig:
+        """The finetuning of an arm on the data set `data`, which decides the views unless they are set."""
+        views = self.finetuning_views
+        config = FinetuneConfig(
             layer=self.layer,
             epochs=self.finetuning_epochs,
             batch_size=self.finetuning_batch_size,
             optimizer=self.finetuning_optimizer,
             learning_rate=self.finetuning_learning_rate,
-            weight_decay=self.control_weight_decay if method == "ce+weight_decay" else 0.0,
-            dropout=self.control_dropout if method == "ce+dropout" else 0.0,
-            held_out=self.held_out if method == "ce+early_stopping" else 0.0,
             monitor_epochs=self.curve_epochs,
-            views=views if self.finetuning_views is None else self.finetuning_views,
+            views=CROPS_AND_FLIPS | vision.VIEWS.get(data, {}) if views is None else views,
             seed=seed,
         )
+        return replace(config, **ARMS[method].changes(self))
 
-    def conditions(self) -> list[dict[str, float]]:
-        """The conditions in which every arm is finetuned, each with `fraction` and `noise_rate`."""
-        raise NotImplementedError
+    def lora_options(self) -> dict[str, Any]:
+        """The arguments of PEFT's `LoraConfig`."""
+        targets = sorted(self.adapter_targets)
+        return {"r": self.adapter_r, "lora_alpha": self.adapter_alpha, "target_modules": targets}
 
-    def check(self, train: ImageSet) -> None:
-        """Raise ValueError for settings that would fail only after pretraining."""
-        if not 1 <= self.batch_size <= len(train):
-            raise ValueError(f"batch_size is {self.batch_size} for {len(train)} images; it must not exceed them.")
-        for fraction in dict.fromkeys(condition["fraction"] for condition in self.conditions()):
-            left = len(drawn(train, fraction, seed=0))
-            if "ce+early_stopping" in self.methods:
-                left -= round(self.held_out * left)
-            if left < self.finetuning_batch_size:
-                raise ValueError(
-                    f"finetuning_batch_size is {self.finetuning_batch_size}, and a fraction of {fraction:g} leaves "
-                    f"{left} of {len(train)} images to train on; it must not exceed them."
-                )
-        model = ContrastiveModel(self.model_config("simclr"))
-        for method in ADAPTERS.keys() & set(self.methods):
-            adapted(model, method, self, 0)
-        if self.layer == "backbone" and "nce" in self.methods:
-            some = train.subset(torch.arange(min(8, len(train))))
-            if embed(Classifier(model, self.finetune_config("ce", 0), train.num_classes), some).min() >= 0:
-                raise ValueError(
-                    f"layer is 'backbone', and the features of {self.backbone} are never negative: nce would be ce. "
-                    "Take the projector, or another backbone."
-                )
+
+def check(
+    pretraining: PretrainingSettings, settings: FinetuningSettings, conditions: Sequence[Condition], train: ImageSet
+) -> None:
+    """Raise ValueError for settings that would fail only after pretraining."""
+    if not 1 <= pretraining.batch_size <= len(train):
+        raise ValueError(f"batch_size is {pretraining.batch_size} for {len(train)} images; it must not exceed them.")
+    held_out = max(settings.finetune_config(method, 0).held_out for method in settings.methods)
+    for fraction in dict.fromkeys(condition["fraction"] for condition in conditions):
+        left = len(drawn(train, fraction, seed=0))
+        left -= round(held_out * left)
+        if left < settings.finetuning_batch_size:
+            raise ValueError(
+                f"finetuning_batch_size is {settings.finetuning_batch_size}, and a fraction of {fraction:g} leaves "
+                f"{left} of {len(train)} images to train on; it must not exceed them."
+            )
+    model = ContrastiveModel(pretraining.model_config("simclr"))
+    for method in settings.methods:
+        if ARMS[method].adapter:
+            adapted(model, method, settings, 0)
+    if settings.layer == "backbone" and "nce" in settings.methods:
+        some = train.subset(torch.arange(min(8, len(train))))
+        if embed(Classifier(model, settings.finetune_config("ce", 0), train.num_classes), some).min() >= 0:
+            raise ValueError(
+                f"layer is 'backbone', and the features of {pretraining.backbone} are never negative: nce would be "
+                "ce. Take the projector, or another backbone."
+            )
 
 
 def adapted(
-    model: ContrastiveModel, method: str, script: FinetuningArguments, seed: int
+    model: ContrastiveModel, method: str, settings: FinetuningSettings, seed: int
 ) -> tuple[ContrastiveModel, dict[str, Any]]:
     """A frozen copy of a model whose backbone has trainable adapters, and what they are.
 
@@ -159,250 +178,283 @@ def adapted(
     """
     model = copy.deepcopy(model).requires_grad_(False)
     linear = {name.rsplit(".", 1)[-1] for name, part in model.backbone.named_modules() if isinstance(part, nn.Linear)}
-    if missing := set(script.adapter_targets) - linear:
+    if missing := set(settings.adapter_targets) - linear:
         raise ValueError(
-            f"adapter_targets has {', '.join(sorted(missing))}; {script.backbone} has these linear layers: "
+            f"adapter_targets has {', '.join(sorted(missing))}; {model.config.backbone} has these linear layers: "
             f"{', '.join(sorted(linear)) or 'none, so take a vision transformer'}."
         )
-    settings = {
-        "r": script.adapter_r,
-        "lora_alpha": script.adapter_alpha,
-        "target_modules": sorted(script.adapter_targets),
-    }
+    adapter = ARMS[method].adapter
+    assert adapter is not None
     torch.manual_seed(seed)  # of the encoders A; B starts at zero
-    model.backbone = get_peft_model(model.backbone, ADAPTERS[method](**settings))
-    return model, {"method": method, **settings}
+    model.backbone = get_peft_model(model.backbone, adapter(settings))
+    return model, {"method": method, **settings.lora_options()}
 
 
-def drawn(train: ImageSet, fraction: float, seed: int, noise_rate: float = 0.0) -> ImageSet:
+def drawn(images: ImageSet, fraction: float, seed: int, noise_rate: float = 0.0) -> ImageSet:
     """A share of each class, and then wrong labels at a share of its images."""
-    indices = torch.arange(len(train))
+    indices = torch.arange(len(images))
     if fraction != 1:
-        indices = stratified_fraction(train.labels, fraction, torch.Generator().manual_seed(seed))
-    part = train.subset(indices)
+        indices = stratified_fraction(images.labels, fraction, torch.Generator().manual_seed(seed))
+    part = images.subset(indices)
     if not noise_rate:
         return part
-    labels = flip_labels(part.labels, noise_rate, train.num_classes, torch.Generator().manual_seed(seed))
+    labels = flip_labels(part.labels, noise_rate, images.num_classes, torch.Generator().manual_seed(seed))
     return replace(part, labels=labels)
 
 
-def measure(run: Run, script: FinetuningArguments, splits: Mapping[str, ImageSet], accelerator: Accelerator) -> None:
-    """Finetune and add the rows of every cell (seed x condition x method) that the run lacks.
+def measure(
+    run: Run,
+    cells: Iterable[Cell],
+    pretraining: PretrainingSettings,
+    settings: FinetuningSettings,
+    splits: Mapping[str, ImageSet],
+    accelerator: Accelerator,
+) -> None:
+    """Finetune and add the rows of every arm of which the run lacks the cell.
 
-    A cell whose finetuning diverges is marked so, and those of a seed whose pretraining does; the others go on.
+    An arm whose finetuning diverges is marked so, and those of a seed whose pretraining does; the others go on.
     """
-    for model_seed, seeds in script.models_of().items():
-        cells = [
-            (seed, condition, method)
-            for seed, condition, method in itertools.product(seeds, script.conditions(), script.methods)
-            if not any(
-                run.find(metric, seed=seed, method=method, **condition)
-                for metric in (FINAL["validation_top1"], DIVERGED)
-            )
-        ]
-        if not cells:
+    lacking = run.lacking(cells)
+    for model_seed, seeds in vision.models_of(run.config).items():
+        arms = [cell for cell in lacking if cell.seed in seeds]
+        if not arms:
             continue
-        start = time.monotonic()
+        begun = time.monotonic()
         try:
-            model = pretrained(script, "simclr", model_seed, splits["train"], splits["test"], accelerator).model
+            model = vision.pretrained(pretraining, "simclr", model_seed, splits, accelerator).model
         except FloatingPointError as error:
-            measured = {"seconds": time.monotonic() - start, "device": device_name(accelerator.device)}
-            for seed, condition, method in cells:
-                arm = {"method": method, **condition}
-                run.add_diverged(f"pretraining: {error}", n=len(splits["train"]), seed=seed, **measured, **arm)
+            measured = {"seconds": time.monotonic() - begun, "device": device_name(accelerator.device)}
+            for cell in arms:
+                reason = f"pretraining: {error}"
+                run.add_diverged(reason, n=len(splits["train"]), seed=cell.seed, **measured, **cell.arm)
             continue
-        for seed, condition, method in cells:
-            finetune_cell(run, script, model, seed, condition, method, splits, accelerator)
+        for cell in arms:
+            finetune_cell(run, cell, model, pretraining, settings, splits, accelerator)
 
 
 def finetune_cell(
     run: Run,
-    script: FinetuningArguments,
+    cell: Cell,
     model: ContrastiveModel,
-    seed: int,
-    condition: Mapping[str, float],
-    method: str,
+    pretraining: PretrainingSettings,
+    settings: FinetuningSettings,
     splits: Mapping[str, ImageSet],
     accelerator: Accelerator,
 ) -> None:
     """Finetune one arm and add all of its rows at once."""
-    start = time.monotonic()
+    begun = time.monotonic()
+    assert cell.seed is not None
+    method, seed, condition = cell.arm["method"], cell.seed, {k: v for k, v in cell.arm.items() if k != "method"}
     train, test = drawn(splits["train"], seed=seed, **condition), splits["test"]
     name = "-".join([method, *(f"{value:g}" for value in condition.values()), str(seed)])
-    folder = Path(script.output_dir) / "finetuned" / name
-    starting, adapter = adapted(model, method, script, seed) if method in ADAPTERS else (model, None)
-    arm = {"method": method, **condition}
+    folder = Path(pretraining.output_dir) / "finetuned" / name
+    initial, adapter = adapted(model, method, settings, seed) if ARMS[method].adapter else (model, None)
+    config = settings.finetune_config(method, seed, pretraining.data)
     try:
-        found = finetune(
+        tuned = finetune(
             folder,
-            starting,
-            script.finetune_config(method, seed),
+            initial,
+            config,
             train,
             test,
             accelerator,
             adapter=adapter,
-            checkpoint_minutes=script.checkpoint_minutes,
-            compile_model=script.compile,
-            workers=script.workers,
+            checkpoint_minutes=pretraining.checkpoint_minutes,
+            compile_model=pretraining.compile,
+            workers=pretraining.workers,
             name=name,
             progress=True,
         )
     except FloatingPointError as error:
-        measured = {"seconds": time.monotonic() - start, "device": device_name(accelerator.device)}
-        run.add_diverged(str(error), n=len(train), seed=seed, **measured, **arm)
-        found = None
-    if found is not None and accelerator.is_main_process:
-        features = embed(found.model.to(accelerator.device), test)
-        what = semantic_consistency(features, test.labels).summary
-        measured = {"seed": seed, "seconds": time.monotonic() - start, "device": device_name(accelerator.device)}
-        kept = len(train) - round(script.finetune_config(method, seed).held_out * len(train))
+        measured = {"seconds": time.monotonic() - begun, "device": device_name(accelerator.device)}
+        run.add_diverged(str(error), n=len(train), seed=seed, **measured, **cell.arm)
+        tuned = None
+    if tuned is not None and accelerator.is_main_process:
+        consistency = semantic_consistency(embed(tuned.model.to(accelerator.device), test), test.labels).summary
+        arm = {"seed": seed, "device": device_name(accelerator.device), **cell.arm}
+        arm["seconds"] = time.monotonic() - begun
+        kept = len(train) - round(config.held_out * len(train))
         counts = {"train_top1": kept, "online_train_top1": kept, "validation_top1": len(test)}
         rows = [
-            run.row(metric, entry[metric], n=counts[metric], epoch=entry["epoch"], **measured, **arm)
-            for entry, metric in itertools.product(found.log, counts)
+            run.row(metric, entry[metric], n=counts[metric], epoch=entry["epoch"], **arm)
+            for entry, metric in product(tuned.log, counts)
             if metric in entry
         ]
-        last = found.log[found.epoch - 1]
-        rows += [run.row(metric, value, n=len(test), **measured, **arm) for metric, value in what.items()]
-        if method == "monolora":
+        rows += [run.row(metric, value, n=len(test), **arm) for metric, value in consistency.items()]
+        if ARMS[method].has_latents:
             pixels = normalise(test.images[:ADAPTER_IMAGES], test.mean, test.std)
-            zeros = activation_sparsity(found.model.backbone, [{"x": pixels}]).overall
-            rows.append(run.row("adapter_sparsity", zeros, n=len(pixels), **measured, **arm))
-        # The last of these says that the cell is complete.
-        rows += [run.row(FINAL[m], last[m], n=counts[m], epoch=found.epoch, **measured, **arm) for m in ACCURACIES]
+            zeros = activation_sparsity(tuned.model.backbone, [{"x": pixels}]).overall
+            rows.append(run.row("adapter_sparsity", zeros, n=len(pixels), **arm))
+        last = tuned.log[tuned.epoch - 1]
+        # The last of these is the row of the cell.
+        rows += [run.row(FINAL[m], last[m], n=counts[m], epoch=tuned.epoch, **arm) for m in ACCURACIES]
         run.add_rows(rows)
-    if accelerator.is_main_process and not script.keep_models:
+    if accelerator.is_main_process and not settings.keep_models:
         shutil.rmtree(folder)
     accelerator.wait_for_everyone()
 
 
-def percent(run: Run, metric: str, **arm: Any) -> list[dict[str, Any]]:
-    """Rows in percent, one for every seed."""
-    return [row | {"value": 100 * row["value"]} for row in run.find(metric, **arm)]
+def mean(rows: Sequence[Mapping[str, Any]]) -> Interval:
+    """The interval of the values of rows, or of none where all seeds of an arm diverged."""
+    return interval([row["value"] for row in rows] or [None])
 
 
-def defined(values: list[float]) -> Interval:
-    """The interval of values, of none where all seeds of an arm diverged."""
-    return interval(values or [None])
+def accuracy(run: Run, metric: str, **arm: Any) -> Interval:
+    """Percent, over the seeds that did not diverge."""
+    return mean(run.find(metric, **arm)).scaled(100)
 
 
-def diverged(run: Run, script: FinetuningArguments, **arm: Any) -> str:
-    """How many of an arm's trainings diverged, in words; an empty text for none."""
-    count = len(run.find(DIVERGED, **arm))
-    total = len(script.seeds) * (1 if "fraction" in arm else len(script.conditions()))
+def gain(run: Run, metric: str, method: str, condition: Condition, over: str = "ce") -> Interval:
+    """Points of accuracy over another arm, paired by the seeds of which neither diverged."""
+    first, second = (run.find(FINAL[metric], method=name, **condition) for name in (method, over))
+    return (paired_difference(first, second) or mean([])).scaled(100)
+
+
+def diverged(run: Run, conditions: Sequence[Condition], method: str) -> str:
+    """How many of an arm's trainings in some conditions diverged, in words; an empty text for none."""
+    count = sum(len(run.find(DIVERGED, method=method, **condition)) for condition in conditions)
+    total = len(run.config["seeds"]) * len(conditions)
     return "" if count == 0 else "diverged" if count == total else f"{count} of {total} diverged"
 
 
-def mean(run: Run, metric: str, method: str, condition: Mapping[str, float]) -> Interval:
-    """Accuracy in percent at the end of finetuning, over the seeds that did not diverge."""
-    return defined([row["value"] for row in percent(run, FINAL[metric], method=method, **condition)])
-
-
-def gain(run: Run, metric: str, method: str, condition: Mapping[str, float], over: str = "ce") -> Interval:
-    """Points of accuracy over another arm, paired by the seeds of which neither diverged."""
-    one, other = (percent(run, FINAL[metric], method=name, **condition) for name in (method, over))
-    return paired_difference(one, other) or defined([])
-
-
-def tables(
-    run: Run,
-    script: FinetuningArguments,
-    name: Callable[[Mapping[str, float]], str],
-    paper: Mapping[str, Sequence[str]],
-) -> str:
-    """Every arm in every condition with what its features are, and the paired gains of NCE, as Markdown.
+@dataclass(frozen=True)
+class Study:
+    """Every arm finetuned in several conditions, which differ in one share.
 
     Args:
-        name: what a condition is called.
-        paper: by the name of a further row of the gains, the paper's gains in the conditions.
+        recipe: its name.
+        settings: the class of the settings that this recipe alone has.
+        conditions: all of them, from the recorded configuration.
+        axis: the name, in a condition, of the share in which they differ.
+        hardest: `min` or `max`: which share has its accuracies per epoch drawn.
+        title: of the table.
+        picture, label: of the drawing over the share, its name and that of its horizontal axis.
+        logarithmic: whether that axis is.
+        published: the paper's largest gains of NCE on ImageNet-100 in points, by share; under None one whose share is
+            not printed.
     """
-    conditions = script.conditions()
-    header = ["condition", "arm", "train", "validation", "train - ce", "validation - ce"]
-    header += [metric.replace("_", " ") for metric in MEASURED]
-    lines = []
-    for condition, method in itertools.product(conditions, script.methods):
-        note = diverged(run, script, method=method, **condition)
-        accuracies = [mean(run, metric, method, condition) for metric in ACCURACIES]
-        cells = [f"{one.text(1)} ({note})" if note and one.n else note or one.text(1) for one in accuracies]
-        for metric in ACCURACIES:
-            cells.append("-" if method == "ce" else gain(run, metric, method, condition).text(1, sign=True))
-        for metric in MEASURED:
-            values = [row["value"] for row in run.find(metric, method=method, **condition)]
-            cells.append(defined(values).text(0 if "live" in metric else 3))
-        lines.append([name(condition), method, *cells])
-    text = (
-        "Top-1 accuracy in % after finetuning: on the training images with the labels that were trained on, and on\n"
-    )
-    text += "the test images.\n\n" + markdown_table(header, lines)
-    header = ["points of test accuracy, paired by seed", *(name(condition) for condition in conditions)]
-    pairs = [("nce", over) for over in script.methods if over != "nce" and "nce" in script.methods]
-    pairs += [("monolora", "lora")] if ADAPTERS.keys() <= set(script.methods) else []
-    lines = []
-    for method, over in pairs:
-        gains = [gain(run, "validation_top1", method, condition, over).text(1, sign=True) for condition in conditions]
-        lines.append([f"{method} - {over}", *gains])
-    lines += [[title, *values] for title, values in paper.items()]
-    of = (
-        "draws, noise and finetuning, the model is the same"
-        if script.shared_pretraining
-        else "pretraining and all else"
-    )
-    controls = f"weight decay {script.control_weight_decay:g}, dropout {script.control_dropout:g}, "
-    zeros = [row["value"] for row in run.find("adapter_sparsity")]
-    adapters = f"Zeros among monolora's latents, all conditions: {interval(zeros).text(3)}.\n" if zeros else ""
-    return text + (
-        f"\n## Gains\n\n{markdown_table(header, lines)}"
-        f"\nMean ± half-width of the 95 % interval over {len(script.seeds)} seeds ({of}); trainings that diverged\n"
-        "(NaN or infinite weights or scores) are counted in the table and enter no mean. The paper's numbers are of\n"
-        "another scale (ResNet-18, ImageNet-100, 100 epochs). Accuracies are of eval mode, on images as they are.\n"
-        "Consistency, sparsity and live dimensions are of the classified features of the test images; chance is the\n"
-        f"consistency with shuffled labels. Controls: {controls}{100 * script.held_out:g} % held out.\n{adapters}"
-    )
+
+    recipe: str
+    settings: type[Any]
+    conditions: Callable[[Mapping[str, Any]], list[Condition]]
+    axis: str
+    hardest: Callable[..., Condition]
+    title: str
+    picture: str
+    label: str
+    published: Mapping[float | None, float]
+    logarithmic: bool = False
+
+    def cells(self, config: Mapping[str, Any]) -> Iterator[Cell]:
+        """The last row of every arm of a whole run; the other rows of an arm are written together with it."""
+        for seed, condition, method in product(config["seeds"], self.conditions(config), config["methods"]):
+            yield Cell(FINAL["validation_top1"], seed, {"method": method, **condition})
+
+    def defaults(self) -> dict[str, Any]:
+        """The configuration of a run by default."""
+        return defaults(ThreeSeeds, FinetuningSettings, self.settings) | {vision.IMAGES: None}
+
+    def main(self, arguments: list[str] | None) -> None:
+        """Finetune what the output folder has no rows of, then write and print the table and draw the figures.
+
+        Raises:
+            ValueError: some settings cannot work.
+        """
+        classes = (ThreeSeeds, FinetuningSettings, self.settings)
+        composed = parse(classes, arguments, shared=[vision.ProbingSettings])
+        pretraining, settings, own = composed
+        splits = vision.load_splits(pretraining)
+        splits["test"] = drawn(splits["test"], settings.test_fraction, seed=0)
+        check(pretraining, settings, self.conditions(vars(own)), splits["train"])
+        accelerator, run = vision.begin(self.recipe, composed, splits)
+        measure(run, self.cells(run.config), pretraining, settings, splits, accelerator)
+        vision.finish(accelerator, run, self.report, self.draw)
+
+    def report(self, run: Run) -> str:
+        """Every arm in every condition with what its features are, and the gains beside the paper's, as Markdown."""
+        config, methods = run.config, run.config["methods"]
+        conditions = {f"{100 * condition[self.axis]:g} %": condition for condition in self.conditions(config)}
+        lines = []
+        for (name, condition), method in product(conditions.items(), methods):
+            note = diverged(run, [condition], method)
+            accuracies = [accuracy(run, FINAL[metric], method=method, **condition) for metric in ACCURACIES]
+            line = [f"{value.text(1)} ({note})" if note and value.n else note or value.text(1) for value in accuracies]
+            for metric in ACCURACIES:
+                line.append("-" if method == "ce" else gain(run, metric, method, condition).text(1, sign=True))
+            for metric in MEASURED:
+                line.append(mean(run.find(metric, method=method, **condition)).text(0 if "live" in metric else 3))
+            lines.append([name, method, *line])
+        header = ["condition", "arm", "train", "validation", "train - ce", "validation - ce"]
+        arms = markdown_table([*header, *(metric.replace("_", " ") for metric in MEASURED)], lines)
+        pairs = [("nce", over) for over in methods if over != "nce" and "nce" in methods]
+        pairs += [(method, over) for method in methods if (over := ARMS.get(method, Arm()).baseline) in methods]
+        lines = []
+        for method, over in pairs:
+            values = [gain(run, "validation_top1", method, condition, over) for condition in conditions.values()]
+            lines.append([f"{method} - {over}", *(value.text(1, sign=True) for value in values)])
+        known = {None: "-"} | {share: f"{points:+g} at most" for share, points in self.published.items() if share}
+        somewhere = f": {self.published[None]:+g} at most" if None in self.published else ""
+        paper = [known.get(condition[self.axis], "-") for condition in conditions.values()]
+        lines.append([f"nce - ce, the paper, ImageNet-100{somewhere}", *paper])
+        gains = markdown_table(["points of test accuracy, paired by seed", *conditions], lines)
+        shared = config["shared_pretraining"]
+        varied = "draws, noise and finetuning, the model is the same" if shared else "pretraining and all else"
+        controls = "weight decay {control_weight_decay:g}, dropout {control_dropout:g}, ".format(**config)
+        adapters = "".join(
+            f"Zeros among {method}'s latents, all conditions: {mean(rows).text(3)}.\n"
+            for method in methods
+            if (rows := run.find("adapter_sparsity", method=method))
+        )
+        scale = "{data}, {backbone}, {finetuning_epochs} epochs".format(**config)
+        return f"""# Finetuning on {self.title}: {scale}
+
+Top-1 accuracy in % after finetuning: on the training images with the labels that were trained on, and on
+the test images.
+
+{arms}
+## Gains
+
+{gains}
+Mean ± half-width of the 95 % interval over {len(config["seeds"])} seeds ({varied}); trainings that diverged
+(NaN or infinite weights or scores) are counted in the table and enter no mean. The paper's numbers are of
+another scale (ResNet-18, ImageNet-100, 100 epochs). Accuracies are of eval mode, on images as they are.
+Consistency, sparsity and live dimensions are of the classified features of the test images; chance is the
+consistency with shuffled labels. Controls: {controls}{100 * config["held_out"]:g} % held out.
+{adapters}"""
+
+    def draw(self, run: Run) -> None:
+        """Accuracies and gains over the conditions, and `epochs`, accuracies per epoch in the hardest condition."""
+        conditions, methods = self.conditions(run.config), run.config["methods"]
+        panels: Curves = {"training accuracy, %": {}, "test accuracy, %": {}, "test, points over ce": {}}
+        per_epoch: Curves = {name: {} for name in list(panels)[:2]}
+        hardest = self.hardest(conditions, key=lambda condition: condition[self.axis])
+        epochs = sorted({row["config"]["epoch"] for row in run.find("validation_top1", **hardest)})
+        for method in methods:
+            for name, metric in zip(per_epoch, ACCURACIES, strict=True):
+                final = [accuracy(run, FINAL[metric], method=method, **condition) for condition in conditions]
+                panels[name][method] = curve(final)
+                values = [accuracy(run, metric, method=method, epoch=epoch, **hardest) for epoch in epochs]
+                per_epoch[name][method] = curve(values)
+            if method != "ce":
+                gains = [gain(run, "validation_top1", method, condition) for condition in conditions]
+                panels["test, points over ce"][method] = curve(gains)
+        shares = [condition[self.axis] for condition in conditions]
+        published = {
+            share and 100 * share: points for share, points in self.published.items() if share in (None, *shares)
+        }
+        over_conditions = figures.finetuning_curves(
+            [100 * share for share in shares],
+            panels,
+            self.label,
+            logarithmic=self.logarithmic,
+            published=published,
+            notes={method: diverged(run, conditions, method) for method in methods},
+        )
+        figures.save(run.folder / self.picture, over_conditions)
+        notes = {method: diverged(run, [hardest], method) for method in methods}
+        figures.save(run.folder / "epochs", figures.finetuning_curves(epochs, per_epoch, "epoch", notes=notes))
 
 
-def curves(
-    run: Run, script: FinetuningArguments, condition: Mapping[str, float]
-) -> tuple[list[int], dict[str, dict[str, tuple[list[float], list[float]]]]]:
-    """Epochs, and mean and half-width of both accuracies of every arm at them, for a drawing."""
-    epochs = sorted({row["config"]["epoch"] for row in run.find("validation_top1", **condition)})
-    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for metric, label in zip(ACCURACIES, ("training accuracy, %", "test accuracy, %"), strict=True):
-        panels[label] = {}
-        for method in script.methods:
-            found = [
-                defined([row["value"] for row in percent(run, metric, method=method, epoch=epoch, **condition)])
-                for epoch in epochs
-            ]
-            panels[label][method] = [one.mean for one in found], [one.half_width or 0.0 for one in found]
-    return epochs, panels
-
-
-def levels(run: Run, script: FinetuningArguments) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
-    """Mean and half-width in every condition of both accuracies and of the gain over `ce`, for a drawing."""
-    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for label, of, metric in (
-        ("training accuracy, %", mean, "train_top1"),
-        ("test accuracy, %", mean, "validation_top1"),
-        ("test, points over ce", gain, "validation_top1"),
-    ):
-        panels[label] = {}
-        for method in script.methods:
-            if of is gain and method == "ce":
-                continue
-            found = [of(run, metric, method, condition) for condition in script.conditions()]
-            panels[label][method] = [one.mean for one in found], [one.half_width or 0.0 for one in found]
-    return panels
-
-
-def start(
-    settings: type[FinetuningArguments], arguments: list[str] | None, recipe: str
-) -> tuple[Any, dict[str, ImageSet], Accelerator, Run]:
-    """Settings, images by split, processes and the folder of a recipe; raises ValueError for what cannot work."""
-    script = parse(settings, arguments, shared_with=ProbingArguments)
-    splits = dict(zip(SPLITS, load_splits(script), strict=True))
-    splits["test"] = drawn(splits["test"], script.test_fraction, seed=0)
-    script.check(splits["train"])
-    accelerator = start_accelerator(script, recipe)
-    run = Run(script.output_dir, recipe, results_config(script, *splits.values()), is_main=accelerator.is_main_process)
-    run.bind()
-    return script, splits, accelerator, run
+def curve(values: Sequence[Interval]) -> tuple[list[float], list[float]]:
+    """Means and half-widths for a drawing."""
+    return [value.mean for value in values], [value.half_width or 0.0 for value in values]

@@ -127,7 +127,8 @@ def read(folder: Path, output: Path) -> list[Source]:
             own = settings | {name: row["config"][name] for name in telling & row["config"].keys()}
             by_configuration.setdefault(json.dumps([row["recipe"], own], sort_keys=True), []).append(row)
         for key, rows in by_configuration.items():
-            sources.append(Source(path.parent, *json.loads(key), described.get("facts", {}), rows))
+            recipe, own = json.loads(key)
+            sources.append(Source(path.parent, recipe, own, described.get("facts", {}), rows))
     if not sources:
         raise ValueError(f"there is no {ROWS} below {folder}; run a recipe, such as `{experiments()[1].command}`.")
     return sources

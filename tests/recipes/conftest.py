@@ -1,4 +1,4 @@
-"""What the recipes of Table 2 are tested with; the judges and the evaluation data are those of tests/evals."""
+"""What the recipes are tested with; the judges and the evaluation data are those of tests/evals."""
 
 import gzip
 import json
@@ -6,20 +6,37 @@ import json
 import pytest
 
 from tests.evals.conftest import beaverdam, eval_data, make_shieldgemma
+from vision_bench.runs import read_rows
 
 __all__ = ["beaverdam", "eval_data", "make_shieldgemma"]
 
 OPTIONS = "--max_steps 4 --per_device_train_batch_size 8 --lora_r 4 --lora_alpha 8 --gradient_checkpointing False"
+# A pretraining and probes of seconds, for the vision recipes.
+PRETRAINING = ["--pretraining_epochs", "2", "--warmup_epochs", "1"]
+PRETRAINING += ["--projector_hidden", "32", "--projector_out", "32"]
+PROBING = [*PRETRAINING, "--seeds", "0", "1", "--sae_k", "4", "--sae_epochs", "4", "--probe_epochs", "4"]
 SMALL = f"{OPTIONS} --learning_rate 1e-2 --lora_dropout 0.1"
 
 
 def rows_of(rows, metric, **arm):
-    """The rows of a metric whose seed and configuration have these values."""
+    """The rows of a metric (None: of all) whose seed and configuration have these values."""
     return [
         r
         for r in rows
-        if r["metric"] == metric and all((r["config"] | {"seed": r["seed"]}).get(k) == v for k, v in arm.items())
+        if metric in (None, r["metric"])
+        and all((r["config"] | {"seed": r["seed"]}).get(k) == v for k, v in arm.items())
     ]
+
+
+def rows(folder, metric=None, **arm):
+    """The rows of a run's folder, of a metric (None: of all) and with these values in seed and configuration."""
+    return rows_of(read_rows(folder / "results.jsonl"), metric, **arm)
+
+
+def value(folder, metric, **arm):
+    """The value of the one row that `rows` finds."""
+    (row,) = rows(folder, metric, **arm)
+    return row["value"]
 
 
 @pytest.fixture
@@ -49,3 +66,22 @@ def no_training(monkeypatch):
     monkeypatch.setattr(table2, "finetuning", fail)
     monkeypatch.setattr(table2, "load_base", fail)
     monkeypatch.setattr(evaluation, "load_base", fail)
+
+
+ARMS = {"poly", "sae", "ncl", "poly_decay", "poly_unit", "random_relu", "random_mask"}  # of the recipes of probes
+CONTROLLED = [*PROBING, "--decays", "1e-3", "0.1"]
+ACCURACY = "offline_probe_top1"
+
+
+def contents(folder):
+    """What the rows of a folder say, without when and where they were measured."""
+    return sorted(
+        (json.dumps(row["config"], sort_keys=True), str(row["seed"]), row["metric"], row["value"])
+        for row in rows(folder)
+    )
+
+
+def keep_rows(folder, keep):
+    """Leave the lines of a folder's rows that `keep`, a function of the list of lines, returns."""
+    path = folder / "results.jsonl"
+    path.write_text("".join(keep(path.read_text().splitlines(keepends=True))))

@@ -11,42 +11,22 @@ import few_shot_finetuning
 import finetuning
 import noisy_finetuning
 import pytest
+import tables
 import torch
 import yaml
 from filelock import FileLock
 from finetuning import adapted, drawn
-from program import parse
-from tables import experiments
+from peft import LoraConfig
 
-from vision_bench import models
+from tests.recipes.conftest import PRETRAINING, rows, value
+from vision_bench import figures, models
 from vision_bench.data import load_images
 from vision_bench.finetune import finetune
-from vision_bench.runs import Run
+from vision_bench.runs import Run, parse
 
 CONFIGS = Path("recipes/configs")
-PRETRAINING = [
-    "--pretraining_epochs",
-    "2",
-    "--warmup_epochs",
-    "1",
-    "--projector_hidden",
-    "32",
-    "--projector_out",
-    "32",
-]
-SMALL = [
-    *PRETRAINING,
-    "--seeds",
-    "0",
-    "1",
-    "--finetuning_epochs",
-    "2",
-    "--curve_epochs",
-    "1",
-    "--test_fraction",
-    "0.3",
-]
-SMALL += ["--control_weight_decay", "1"]
+SMALL = [*PRETRAINING, "--seeds", "0", "1", "--finetuning_epochs", "2", "--curve_epochs", "1"]
+SMALL += ["--test_fraction", "0.3", "--control_weight_decay", "1"]
 FEW = [*SMALL, "--fractions", "0.05", "0.1"]
 NOISY = [*SMALL, "--fraction", "0.1", "--noise_rates", "0", "0.6", "--methods", "ce", "nce"]
 ARMS = {"ce", "nce", "ce+weight_decay", "ce+dropout", "ce+early_stopping"}
@@ -69,15 +49,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("few_shot")
     few_shot_finetuning.main(["--output_dir", str(path), *FEW])
     return path
-
-
-def rows(folder, metric=None, **arm):
-    found = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
-    return [
-        row
-        for row in found
-        if metric in (None, row["metric"]) and all((row["config"] | row).get(k) == v for k, v in arm.items())
-    ]
 
 
 def test_every_cell_has_rows_and_the_arms_differ(folder):
@@ -179,28 +150,27 @@ def test_noisy_finetuning_leaves_rows_table_and_pictures(folder, tmp_path):
 def test_arms_that_diverge_are_marked_and_have_no_numbers(arguments, tmp_path, monkeypatch):
     command = ["--output_dir", str(tmp_path), *arguments, "--finetuning_learning_rate", "1e10"]
     few_shot_finetuning.main(command)
-    script = parse(few_shot_finetuning.FewShotArguments, command)
-    cells = {(s, m, f) for s in script.seeds for m in script.methods for f in script.fractions}
     marked = rows(tmp_path, "diverged")
+    config = marked[0]["config"]
+    cells = {(s, m, f) for s in config["seeds"] for m in config["methods"] for f in config["fractions"]}
     assert {(row["seed"], row["config"]["method"], row["config"]["fraction"]) for row in marked} == cells
     assert {row["metric"] for row in rows(tmp_path)} == {"diverged"}
     assert "The training diverged in epoch" in marked[0]["config"]["reason"]
     table = (tmp_path / "results.md").read_text()
-    for method, fraction in itertools.product(script.methods, script.fractions):
+    for method, fraction in itertools.product(config["methods"], config["fractions"]):
         assert f"| {100 * fraction:g} % | {method} | diverged | diverged | - | - | - | - | - | - |" in table
     assert not list((tmp_path / "finetuned").iterdir())
     monkeypatch.setattr(finetuning, "finetune", lambda *_, **__: pytest.fail("it diverged already"))
     few_shot_finetuning.main(command)
     assert (tmp_path / "results.md").read_text() == table
-    (figure,) = (one for one in experiments() if one.recipe == "few_shot_finetuning")
-    config = json.loads((tmp_path / "config.json").read_text())["config"]
-    assert figure.lacking(Run(tmp_path, figure.recipe, config)) is None
+    described = json.loads((tmp_path / "config.json").read_text())
+    run = Run(tmp_path, "few_shot_finetuning", described["config"], facts=described["facts"])
+    assert few_shot_finetuning.EXPERIMENT.lacking(run) is None
 
 
 def test_the_other_arms_and_seeds_go_on_where_one_diverges(folder, tmp_path, monkeypatch):
     """nce diverges for one of two seeds; that seed has no number anywhere, and the legend says so."""
     drawn_with = []
-    figures = few_shot_finetuning.figures
     monkeypatch.setattr(figures, "finetuning_curves", recording(figures.finetuning_curves, drawn_with))
 
     def diverging(path, model, config, *rest, **named):
@@ -277,16 +247,42 @@ def test_adapters_of_a_vision_transformer_train_and_its_backbone_does_not(tmp_pa
             assert torch.equal(tensor, pretrained[plain])
 
 
+def test_an_arm_from_outside_is_a_row_of_the_table_of_arms(tmp_path, monkeypatch):
+    """It is measured, named in table and figure, given a colour of its own, and shown on the page of results."""
+    dora = finetuning.Arm(
+        adapter=lambda settings: LoraConfig(use_dora=True, **settings.lora_options()), baseline="lora"
+    )
+    slow = finetuning.Arm(lambda settings: {"learning_rate": settings.finetuning_learning_rate / 10})
+    monkeypatch.setattr(finetuning, "ARMS", finetuning.ARMS | {"dora": dora, "ce_slow": slow})
+    drawn_with = []
+    monkeypatch.setattr(figures, "finetuning_curves", recording(figures.finetuning_curves, drawn_with))
+    methods = ["ce", "lora", "dora", "ce_slow"]
+    arguments = [*VIT, "--fractions", "0.5", "--methods", *methods]
+    few_shot_finetuning.main(["--output_dir", str(tmp_path / "run"), *arguments])
+    final = {method: value(tmp_path / "run", "finetuned_validation_top1", method=method) for method in methods}
+    table = (tmp_path / "run" / "results.md").read_text()
+    for method in methods:
+        assert f"| 50 % | {method} | " in table
+    assert f"| dora - lora | {100 * (final['dora'] - final['lora']):+.1f} |" in table
+    loss = {m: value(tmp_path / "run", "online_train_top1", method=m, epoch=1) for m in methods}
+    assert loss["ce"] != loss["ce_slow"]
+    lines = {line.get_label(): line.get_color() for line in drawn_with[0].axes[0].get_lines()}
+    colours = [str(lines[label]) for label in ("ce", "lora", "dora", "ce slow")]
+    assert len(set(colours)) == 4
+    tables.main(["--runs", str(tmp_path / "run"), "--output_dir", str(tmp_path / "page"), "--only", "figure_3ab"])
+    assert "| 50 % | dora | " in (tmp_path / "page" / "results.md").read_text()
+
+
 def test_adapters_leave_the_features_as_they_are_at_first():
-    script = few_shot_finetuning.FewShotArguments(output_dir="unused", methods=["ce", "lora", "monolora"])
+    settings = finetuning.FinetuningSettings(methods=["ce", "lora", "monolora"])
     torch.manual_seed(0)
     options = {"img_size": 8, "patch_size": 4}
     model = models.ContrastiveModel(models.ModelConfig(backbone="test_vit", backbone_options=options)).eval()
     images = torch.randn(2, 3, 8, 8)
     for method in ("lora", "monolora"):
-        made, settings = adapted(model, method, script, 0)
+        made, options = adapted(model, method, settings, 0)
         assert torch.equal(made.eval()(images).backbone, model(images).backbone)
-        assert settings["r"] == 8
+        assert options["r"] == 8
         trained = [name for name, parameter in made.named_parameters() if parameter.requires_grad]
         assert len(trained) == 12
         assert all("lora" in name for name in trained)
@@ -347,16 +343,13 @@ def test_bad_settings_of_noisy_finetuning_are_named(arguments, message, tmp_path
 )
 def test_the_papers_gain_stands_in_the_panel_of_gains(recipe, settings, level, tmp_path, monkeypatch):
     drawn_with = []
-    monkeypatch.setattr(recipe.figures, "finetuning_curves", recording(recipe.figures.finetuning_curves, drawn_with))
-    run = Run(tmp_path, recipe.__name__, {})
-    arguments = {"output_dir": str(tmp_path), "seeds": [0], "methods": ["ce", "nce"]} | settings
-    script = {few_shot_finetuning: "FewShotArguments", noisy_finetuning: "NoisyArguments"}[recipe]
-    script = getattr(recipe, script)(**arguments)
+    monkeypatch.setattr(figures, "finetuning_curves", recording(figures.finetuning_curves, drawn_with))
+    run = Run(tmp_path, recipe.__name__, {"seeds": [0], "methods": ["ce", "nce"]} | settings)
     measured = {"n": 9, "seed": 0, "seconds": 0.0, "device": "cpu", "epoch": 1}
-    for condition, method in itertools.product(script.conditions(), script.methods):
+    for condition, method in itertools.product(recipe.STUDY.conditions(run.config), ["ce", "nce"]):
         for metric in ("train_top1", "validation_top1", "finetuned_train_top1", "finetuned_validation_top1"):
             run.add(metric, 0.6 if method == "ce" else 0.61, method=method, **measured, **condition)
-    recipe.draw(run, script)
+    recipe.STUDY.draw(run)
     levels, epochs = drawn_with
     assert not [text for ax in (*levels.axes[:-1], *epochs.axes) for text in ax.texts]
     gains = levels.axes[-1]
@@ -382,19 +375,19 @@ def test_the_papers_gain_stands_in_the_panel_of_gains(recipe, settings, level, t
 def test_the_configuration_of_the_paper_is_read(recipe, name, axes, monkeypatch, tmp_path):
     seen = {}
 
-    def stop(script):
-        seen["script"] = script
+    def stop(*arguments, **options):
+        seen["settings"] = parse(*arguments, **options)
         raise InterruptedError
 
-    monkeypatch.setattr(finetuning, "load_splits", stop)
+    monkeypatch.setattr(finetuning, "parse", stop)
     path = CONFIGS / f"{name}_imagenet100.yaml"
     with pytest.raises(InterruptedError):
         recipe.main(["--output_dir", str(tmp_path), "--config", str(path)])
-    script = seen["script"]
-    config = script.finetune_config("nce", 0)
+    _, settings, own = seen["settings"]
+    config = settings.finetune_config("nce", 0)
     assert (config.epochs, config.batch_size, config.learning_rate, config.optimizer) == (100, 256, 1.5, "momentum")
     assert (config.milestones, config.weight_decay, config.layer, config.loss) == ((0.6, 0.8), 0, "projector", "nce")
-    assert {axis: getattr(script, axis) for axis in axes} == axes
+    assert {axis: getattr(own, axis) for axis in axes} == axes
     # all but the axes is the same in both, and what pretrains the model as in the other recipes
     settings = yaml.safe_load(path.read_text())
     for other in (*CONFIGS.glob("*_imagenet100.yaml"), CONFIGS / "imagenet100.yaml"):

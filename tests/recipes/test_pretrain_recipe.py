@@ -1,6 +1,5 @@
 """The pretraining recipe at a size of seconds, and the configurations of the paper."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import vision
 from filelock import FileLock
 from pretrain import main
 
+from tests.recipes.conftest import rows
 from vision_bench.runs import parse
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
@@ -24,10 +24,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("pretrain")
     main(["--output_dir", str(path), *SMALL])
     return path
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
 def test_every_model_has_its_rows_and_a_checkpoint(folder):

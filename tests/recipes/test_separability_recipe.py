@@ -1,10 +1,9 @@
 """The recipe of the theorems: its rows, verdicts, table and figure."""
 
-import json
-
 import pytest
 from separability import main
 
+from tests.recipes.conftest import rows
 from vision_bench.separability import criterion, moments
 
 SMALL = ["--draws", "100000", "--sparsities", "0.55"]
@@ -15,10 +14,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("separability")
     main(["--output_dir", str(path), *SMALL])
     return path
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
 def test_every_theorem_has_three_sources_that_agree(folder):

@@ -5,6 +5,8 @@ import json
 import pytest
 from superposition import main
 
+from tests.recipes.conftest import rows
+
 SMALL = ["--sizes", "12x3", "--samples", "400", "--sample_sizes", "200", "400", "--sparsities", "0.5", "0.8"]
 SMALL += ["--sparsity", "0.8", "--noise_rate", "0.6", "--input_noises", "0.2", "--steps", "150", "--epochs", "2"]
 SMALL += ["--seeds", "0", "1", "2", "--neighbour_seeds", "2"]
@@ -17,13 +19,8 @@ def folder(tmp_path_factory):
     return path
 
 
-def rows(folder, metric="accuracy"):
-    lines = (folder / "results.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["metric"] == metric]
-
-
 def test_every_cell_has_both_arms_noises_and_seeds(folder):
-    found = rows(folder)
+    found = rows(folder, "accuracy")
     cells = {(row["config"]["sparsity"], row["config"]["samples"]) for row in found}
     assert cells == {(0.5, 200), (0.5, 400), (0.8, 200), (0.8, 400)}
     for cell in cells:

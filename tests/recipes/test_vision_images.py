@@ -12,19 +12,8 @@ from vision import PretrainingSettings, load_splits
 
 from vision_bench.data import load_images
 
-SMALL = [
-    "--seeds",
-    "0",
-    "--methods",
-    "simclr",
-    "--pretraining_epochs",
-    "2",
-    "--warmup_epochs",
-    "1",
-    "--batch_size",
-    "32",
-]
-SMALL += ["--projector_hidden", "16", "--projector_out", "16"]
+SMALL = ["--seeds", "0", "--methods", "simclr", "--pretraining_epochs", "2", "--warmup_epochs", "1"]
+SMALL += ["--batch_size", "32", "--projector_hidden", "16", "--projector_out", "16"]
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +77,7 @@ def test_wrong_labels_of_held_and_streamed_images_have_one_fingerprint(place, tm
 
 
 def test_a_run_with_held_images_goes_on_with_streamed_ones(place, tmp_path):
-    arguments = [
-        "--output_dir",
-        str(tmp_path),
-        "--data",
-        place,
-        "--test_split",
-        "dev",
-        "--skip_corrupt",
-        "True",
-        *SMALL,
-    ]
+    arguments = ["--output_dir", str(tmp_path), "--data", place, "--test_split", "dev", "--skip_corrupt", *SMALL]
     main(arguments)
     model = tmp_path / "models/simclr-0/model.safetensors"
     written = model.stat().st_mtime_ns

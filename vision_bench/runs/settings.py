@@ -51,9 +51,11 @@ def recorded(*settings: Any) -> dict[str, Any]:
 
 
 def defaults(*classes: type[Any]) -> dict[str, Any]:
-    """The defaults of dataclasses of settings by name, without what is required."""
+    """The defaults of the settings of dataclasses that change results, by name, without what is required."""
     values = {}
     for f in (f for settings_class in classes for f in fields(settings_class)):
+        if not f.metadata.get(CHANGES_RESULTS, True):
+            continue
         if f.default is not MISSING:
             values[f.name] = f.default
         elif f.default_factory is not MISSING:

@@ -1,6 +1,6 @@
 """150 probes of a label-noise table and the extraction of their features beside one probe as the official code has it.
 
-    OMP_NUM_THREADS=1 python benchmarks/probes.py            # some minutes: a round has three passes of a ResNet-18
+    OMP_NUM_THREADS=1 python benchmarks/linear_probes.py     # some minutes: a round has three passes of a ResNet-18
 
 10 noise rates x 5 seeds on 3 kinds of features (contrastive, its sparse autoencoder, non-negative contrastive), 2048
 dimensions, 100 classes, 50,000 images of 32 px, batch 256, 50 epochs. The official step passes the batch three times
@@ -13,14 +13,11 @@ which other programs change little.
 
 from __future__ import annotations
 
-import argparse
-import platform
-import statistics
 import time
 from collections.abc import Callable
 
-import timm
 import torch
+from measuring import in_turn, machine, median, options_of
 from timm.optim import Lars
 from torch import nn
 from torch.nn import functional as F
@@ -34,6 +31,7 @@ TRAIN, VALIDATION, KINDS, BACKBONES = 50_000, 10_000, 3, 2
 
 
 def official_step(model: ContrastiveModel) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """A step of the official program, which trains one linear layer on what the model makes of a batch."""
     head = nn.Linear(model.config.projector_out, CLASSES)
     groups = [{"params": [head.weight], "always_adapt": True}, {"params": [head.bias]}]
     optimizer = Lars(groups, lr=0.4, momentum=0.9, trust_coeff=0.02, trust_clip=True)
@@ -50,7 +48,8 @@ def official_step(model: ContrastiveModel) -> Callable[[torch.Tensor, torch.Tens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Time the parts and print what the whole would take."""
+    parser = options_of(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="of the probes in a round")
     options = parser.parse_args()
@@ -79,14 +78,8 @@ def main() -> None:
         "probes": lambda: probes(1),
         "probes, longer": lambda: probes(3),
     }
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for i in range(options.rounds + 1):  # the first does not count
-        for name, arm in arms.items():
-            start = time.process_time()
-            arm()
-            if i:
-                times[name].append(time.process_time() - start)
-    second = {name: statistics.median(values) for name, values in times.items()}
+    times = in_turn(arms, options.rounds, clock=time.process_time)
+    second = {name: median(values) for name, values in times.items()}
     short, second["probes"] = second["probes"], (second["probes, longer"] - second["probes"]) / (2 * options.steps)
     set_up = max(short - options.steps * second["probes"], 0.0)
 
@@ -97,8 +90,7 @@ def main() -> None:
     ours = probing + extraction
     count = KINDS * RATES * SEEDS
     print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm "
-        f"{timm.__version__}, {time.strftime('%Y-%m-%d')}; medians of {options.rounds} rounds, {steps} steps of batch "
+        f"{machine('timm')}, {time.strftime('%Y-%m-%d')}; medians of {options.rounds} rounds, {steps} steps of batch "
         f"{BATCH}\n"
     )
     print("| | one step, CPU s | in all, CPU h |\n|---|---:|---:|")

@@ -1,7 +1,7 @@
 """Training of 64 toy models at once against one after another, and whether equal seeds give equal models.
 
-    python benchmarks/superposition.py                # 4,000 steps: some minutes
-    python benchmarks/superposition.py --steps 200
+    python benchmarks/toy_models.py                # 4,000 steps: some minutes
+    python benchmarks/toy_models.py --steps 200
 
 n = 20, m = 5, batch 512, 8 sparsities x 8 seeds. "Plain" is the program one would write for a single model, autograd
 and torch.optim.Adam in a loop, on the same random numbers; "alone" is our function called for one model at a time. A
@@ -10,12 +10,12 @@ round runs all three one after another, plain and alone for `--models` of the 64
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
+from measuring import in_turn, machine, median, options_of, spread
 
 from vision_bench.superposition import train
 
@@ -49,7 +49,8 @@ def alone(sparsity: float, seed: int, steps: int) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Time, compare and print."""
+    parser = options_of(__doc__)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--models", type=int, default=8, help="models of a round that are trained one by one")
     parser.add_argument("--rounds", type=int, default=3)
@@ -60,29 +61,25 @@ def main() -> None:
     def batched() -> torch.Tensor:
         return train(N, M, SPARSITIES, SEEDS, IMPORTANCE, steps=options.steps, batch_size=BATCH).weight
 
+    trained: dict[str, list[torch.Tensor]] = {}
+
+    def one_by_one(name: str, program: Callable[[float, int, int], torch.Tensor]) -> None:
+        trained[name] = [program(SPARSITIES[i], j, options.steps) for i, j in cells]
+
     train(N, M, SPARSITIES, SEEDS, steps=5)  # the first use of each operation is slower
-    times: dict[str, list[float]] = {"batched": [], "alone": [], "plain": []}
-    worst = {"alone": 0.0, "plain": 0.0}
-    for _ in range(options.rounds):
-        start = time.perf_counter()
-        together = batched()
-        times["batched"].append(time.perf_counter() - start)
-        for name, program in (("alone", alone), ("plain", plain)):
-            start = time.perf_counter()
-            models = [program(SPARSITIES[i], j, options.steps) for i, j in cells]
-            times[name].append((time.perf_counter() - start) * 64 / len(cells))
-            difference = max(
-                (model - together[cell]).abs().max().item() for cell, model in zip(cells, models, strict=True)
-            )
-            worst[name] = max(worst[name], difference)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"64 models, {options.steps} steps, median of {options.rounds} rounds, {torch.get_num_threads()} threads:")
+    arms = {"alone": partial(one_by_one, "alone", alone), "plain": partial(one_by_one, "plain", plain)}
+    times = in_turn({"batched": batched, **arms}, options.rounds, uncounted=0)
+    times |= {name: [64 * value / len(cells) for value in times[name]] for name in arms}
+    together = batched()
+    medians = {name: median(values) for name, values in times.items()}
+    print(f"64 models, {options.steps} steps, median of {options.rounds} rounds, {machine()}:")
     print(f"  batched            {medians['batched']:8.2f} s")
-    for name in ("alone", "plain"):
-        ratios = sorted(other / ours for other, ours in zip(times[name], times["batched"], strict=True))
+    for name in arms:
+        pairs = zip(cells, trained[name], strict=True)
+        largest = max((model - together[cell]).abs().max().item() for cell, model in pairs)
         print(
             f"  one by one, {name}  {medians[name]:8.2f} s, {medians[name] / medians['batched']:.1f} times as long "
-            f"(rounds {ratios[0]:.1f} to {ratios[-1]:.1f}), largest difference of a weight {worst[name]:.1e}"
+            f"{spread(times, name, 'batched')}, largest difference of a weight {largest:.1e}"
         )
 
 
