@@ -17,11 +17,12 @@ from lm_eval.models.utils import configure_pad_token, normalize_gen_kwargs, post
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from evals.completions import COMPLETIONS, Completion
 from evals.contents import checksum
-from evals.models import Adapter, method_and_seed
+from evals.models import method_and_seed
 from evals.prompts import answer_opening, template_options
+from evals.records import COMPLETIONS, Completion
 from evals.registry import TASK_FOLDERS
+from evals.settings import Adapter, GenerateSettings
 from evals.thoughts import MARKERS, Thoughts
 from vision_bench.runs import LineAppender, write_atomic
 
@@ -65,9 +66,7 @@ class CompletionsLM(HFLM):
     Args:
         base: the loaded base model.
         first: what answers until `answer_with` names another.
-        model: the base model's name in the rows.
-        thinking: "off" or "on".
-        load_in_4bit: how `base` was loaded, for the rows.
+        settings: how it answers; `model` is the base model's name in the rows.
         file: what new answers are appended to.
         done: what the file holds.
         tasks: checksums of the tasks by name.
@@ -77,20 +76,16 @@ class CompletionsLM(HFLM):
         self,
         base: PreTrainedModel,
         first: Arm,
+        settings: GenerateSettings,
         *,
-        model: str,
-        thinking: str,
-        load_in_4bit: bool,
-        batch_size: int,
         file: LineAppender,
         done: dict[Key, Completion],
         tasks: dict[str, str],
     ) -> None:
         # Log-likelihoods that are rounded to half precision would be equal for many an answer.
-        options = {"batch_size": batch_size, "softmax_dtype": "float32"}
+        options = {"batch_size": settings.batch_size, "softmax_dtype": "float32"}
         super().__init__(pretrained=base, tokenizer=first.tokenizer, **options)
-        self._model_name, self._thinking, self._load_in_4bit = model, thinking, load_in_4bit
-        self._file, self._done, self._tasks = file, done, tasks
+        self._settings, self._file, self._done, self._tasks = settings, file, done, tasks
         eos = base.generation_config.eos_token_id
         self._model_end_ids = set(eos if isinstance(eos, list) else [eos])
         self._new_tokens: list[list[int]] = []
@@ -103,7 +98,7 @@ class CompletionsLM(HFLM):
         self.tokenizer = configure_pad_token(arm.tokenizer, model_config=self.config)
         # A chat template writes the control tokens itself, as in training; lm-eval would add a beginning to its own.
         self.add_bos_token = False if arm.tokenizer.chat_template is not None else None
-        self.chat_template_args = template_options(arm.tokenizer, self._thinking)
+        self.chat_template_args = template_options(arm.tokenizer, self._settings.thinking)
         self._end_ids = (self._model_end_ids | {arm.tokenizer.eos_token_id}) - {None}
 
     def answers_of(self, task: str) -> list[Completion]:
@@ -111,12 +106,12 @@ class CompletionsLM(HFLM):
         return [
             row
             for row in self._done.values()
-            if (row.task, row.model, row.adapter) == (task, self._model_name, self._arm.name)
+            if (row.task, row.model, row.adapter) == (task, self._settings.model, self._arm.name)
         ]
 
     def forget(self, arm: Arm) -> None:
         """Take the arm's answers out of the file: an arm that diverged has none that could be judged."""
-        diverged = (self._model_name, arm.name)
+        diverged = (self._settings.model, arm.name)
         self._done = {key: row for key, row in self._done.items() if (row.model, row.adapter) != diverged}
         lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self._done.values()]
         self._file.close()
@@ -136,7 +131,7 @@ class CompletionsLM(HFLM):
         Raises:
             DivergedError: a value is not finite.
         """
-        removed, added = answer_opening(self._arm.tokenizer, self._thinking)
+        removed, added = answer_opening(self._arm.tokenizer, self._settings.thinking)
         if removed or added:
             requests = [
                 replace(r, arguments=(r.args[0].removesuffix(removed) + added, r.args[1]))
@@ -218,7 +213,7 @@ class CompletionsLM(HFLM):
                     prompt=self._prompt(doc, request),
                     response="",
                     finish_reason="stop",
-                    model=self._model_name,
+                    model=self._settings.model,
                     adapter=adapter,
                     seed=method_and_seed(adapter)[1],
                     generation=self._generation(request),
@@ -246,10 +241,10 @@ class CompletionsLM(HFLM):
             **json.loads(json.dumps(options)),
             "end_token_ids": sorted(self._end_ids),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "load_in_4bit": self._load_in_4bit,
+            "load_in_4bit": self._settings.load_in_4bit,
             "chat_template": self.tokenizer.chat_template is not None,
             "tokenizer": "adapter" if self._arm.has_own_tokenizer else "model",
-            "thinking": self._thinking,
+            "thinking": self._settings.thinking,
             "checksums": self._arm.checksums | {"task": self._tasks[str(request.task_name)]},
             **({"prompt_tokens_cut": cut} if cut > 0 else {}),
         }
@@ -284,7 +279,7 @@ class CompletionsLM(HFLM):
             )
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
-        if self._thinking == "on":  # what ends an answer may stand in its thought; `_answers` cuts the answer
+        if self._settings.thinking == "on":  # what ends an answer may stand in its thought; `_answers` cuts the answer
             stop = []
         output = super()._model_generate(
             context,

@@ -17,7 +17,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from safetensors import safe_open
 
-from evals.completions import Completion
+from evals.records import Completion
 from vision_bench.runs import Run, file_checksum
 
 TOKENIZER_FILES = (

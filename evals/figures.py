@@ -1,9 +1,16 @@
-"""The drawing of safety against task performance."""
+"""The figure of safety against task performance: its panels from rows, and their drawing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pandas as pd
+
+from evals.paper import PAPER_JUDGES, table_2_points
+from evals.registry import JUDGES
+from vision_bench.runs import select
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +38,68 @@ class Panel(NamedTuple):
     performance: str
     harm: str
     points: Sequence[Point]
+
+
+class Measure(NamedTuple):
+    """A metric of a run's rows, and how tables and figures show it."""
+
+    title: str
+    metric: str
+    task: str = ""
+    judge: str = ""
+    factor: int = 1
+    is_refusal: bool = False  # the higher, the safer
+
+    def rows(self, table: pd.DataFrame, **arm: Any) -> pd.DataFrame:
+        """Its lines of a table of `measured` that have a value, without those of parts."""
+        chosen = select(table, self.metric, task=self.task, judge=self.judge, **arm)
+        return chosen[chosen["value"].notna() & ~chosen["is_part"]]
+
+    def harm(self, share: float) -> float:
+        """What the axis of harm shows of a value."""
+        return self.factor * (1 - share if self.is_refusal else share)
+
+
+def panel(table: pd.DataFrame, title: str, performance: Measure, harm: Measure) -> list[Panel]:
+    """A panel with a point for each arm that has both, with the path over its training steps; none without points."""
+    columns = ["arm", "value", "low", "high"]
+    places = harm.rows(table).merge(performance.rows(table)[columns], on="arm", suffixes=("_harm", "_performance"))
+    steps = places[places["step"].notna()].sort_values("step")
+    base = places[places["method"] == "base"]
+
+    def place(line: Any) -> tuple[float, float]:
+        return performance.factor * line.value_performance, harm.harm(line.value_harm)
+
+    points = []
+    for line in places[places["step"].isna()].itertuples():
+        before = steps[(steps["method"] == line.method) & (steps["seed"] == line.seed)]
+        path = [place(step) for step in (*base.itertuples(), *before.itertuples())] if len(before) else []
+        across = _limits(performance.factor * low for low in (line.low_performance, line.high_performance))
+        up = _limits(harm.harm(low) for low in (line.low_harm, line.high_harm))
+        points.append(Point(str(line.method), *place(line), across, up, path))
+    return [Panel(title, performance.title, harm.title, points)] if points else []
+
+
+def _limits(values: Iterable[float]) -> tuple[float, float] | None:
+    low, high = sorted(values)
+    return None if math.isnan(low) else (low, high)
+
+
+def with_paper(panels: list[Panel], part: str) -> list[Panel]:
+    """The panels with the paper's: the measures of its judges that spoke, ShieldGemma's if it was others."""
+    if not panels:
+        return []
+    shown = {panel.harm for panel in panels}
+    kinds = [kind for kind in PAPER_JUDGES if JUDGES[kind].harm_label in shown] or ["shieldgemma"]
+    return panels + [
+        Panel(
+            f"paper: Llama-2-7b-chat, {part}",
+            "task performance",
+            JUDGES[kind].harm_label,
+            [Point(*point) for point in table_2_points(part, PAPER_JUDGES[kind])],
+        )
+        for kind in kinds
+    ]
 
 
 def safety_against_performance(panels: Sequence[Panel]) -> Figure:

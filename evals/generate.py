@@ -2,6 +2,9 @@
 
 lm-eval-harness builds the requests, generates and scores. What it lacks is here: several adapters on one loaded base,
 every answer kept as soon as its batch is done, and a killed run that continues.
+
+    run = generate(GenerateSettings("Qwen/Qwen3-0.6B", ["xstest", "sst2_instruct"], "runs/safety", max_new_tokens=256))
+    run.find("acc", task="sst2_instruct")[0]["value"]
 """
 
 from __future__ import annotations
@@ -10,10 +13,9 @@ import difflib
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from evals.completions import COMPLETIONS, Completion, read_completions
 from evals.completions_lm import Arm, CompletionsLM, DivergedError, most_new_tokens
 from evals.contents import (
     adapter_checksums,
@@ -36,9 +37,7 @@ from evals.contents import (
     task_checksums,
 )
 from evals.models import (
-    DTYPES,
     WEIGHTS_FILE,
-    Adapter,
     adapter_tokenizer,
     attached,
     check_adapter,
@@ -47,60 +46,12 @@ from evals.models import (
     load_base,
     method_and_seed,
 )
-from evals.prompts import THINKING
+from evals.records import COMPLETIONS, Completion, read_completions
 from evals.registry import MODELS, TASK_FOLDERS
+from evals.settings import GenerateSettings
 from evals.thoughts import thoughts_of
 from vision_bench.runs import DIVERGED, LineAppender, Run, device_name, locked
-
-
-@dataclass(frozen=True)
-class GenerateSettings:
-    """What answers what, and how.
-
-    Raises:
-        ValueError: a value is not allowed; names the option, the value and what is.
-    """
-
-    model: str  # folder, name on the hub, or one of `evals.registry.MODELS`
-    tasks: list[str]  # ours (evals/tasks) and any of lm-eval's: tasks, groups, tags
-    output_dir: str
-    adapters: list[Adapter] = field(default_factory=list)
-    base: bool = True  # the base model answers too
-    limit: int | None = None  # the first so many prompts of each task; None: all
-    max_new_tokens: int | None = None  # None: as each task's YAML says (512 in ours)
-    batch_size: int = 16  # prompts at a time
-    dtype: str = "auto"
-    load_in_4bit: bool = False
-    thinking: str = "off"  # whether models think before they answer, one of THINKING
-    thought_markers: tuple[str, str] | None = None  # what opens and ends a thought; None: as chat templates say
-    # What the tasks' data functions take, as lm-eval's metadata.
-    task_data: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "max_new_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} is {value}, allowed is 1 or more.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"--dtype is {self.dtype!r}, allowed are {', '.join(DTYPES)}.")
-        if self.thinking not in THINKING:
-            raise ValueError(f"--thinking is {self.thinking!r}, allowed are {', '.join(THINKING)}.")
-        if self.thought_markers is not None and not all(self.thought_markers):
-            raise ValueError(f"--thought_markers are {self.thought_markers}; give what opens and what ends a thought.")
-        for option, values in (("--tasks", self.tasks), ("--adapters", [a.name for a in self.adapters])):
-            twice = [value for value, count in Counter(values).items() if count > 1]
-            if twice:
-                raise ValueError(f"{option} has {', '.join(twice)} more than once; name each once.")
-        if not self.tasks:
-            raise ValueError("--tasks is empty; name at least one task.")
-        if not self.base and not self.adapters:
-            raise ValueError("--no_base without --adapters leaves nothing to answer.")
-
-    @property
-    def decisive(self) -> dict[str, Any]:
-        """The settings that stand for the whole output folder, because another value gives other answers."""
-        names = ("limit", "max_new_tokens", "dtype", "load_in_4bit", "thinking", "thought_markers")
-        return {name: getattr(self, name) for name in names}
+from vision_bench.runs.settings import defaults
 
 
 def generate(settings: GenerateSettings) -> Run:
@@ -120,7 +71,7 @@ def generate(settings: GenerateSettings) -> Run:
             other contents.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default
-    _check_names(Run(settings.output_dir, "evals", settings.decisive), settings)  # at once; and again when it is held
+    _check_names(_folder(settings), settings)  # at once; and again when the folder is held
     source = str(MODELS[settings.model]()) if settings.model in MODELS else settings.model
     tokenizer, config = check_base(source)
     folders = {adapter.name: check_adapter(adapter, source, config) for adapter in settings.adapters}
@@ -128,9 +79,9 @@ def generate(settings: GenerateSettings) -> Run:
     loaded = {name: load_task(manager, name, settings, tokenizer, config) for name in settings.tasks}
     commit = hub_commit(source)
     arms = _arms(settings, source, commit, tokenizer, folders)
-    tasks = task_checksums([task for of_name in loaded.values() for task in of_name], settings.limit)
+    checksums = task_checksums([task for tasks in loaded.values() for task in tasks], settings.limit)
     with locked(Path(settings.output_dir)):  # from here on what the folder holds does not change behind our back
-        run = Run(settings.output_dir, "evals", settings.decisive)
+        run = _folder(settings)
         path = run.folder / COMPLETIONS
         done = read_completions(path) if path.exists() else None
         if done and done.torn:
@@ -141,46 +92,42 @@ def generate(settings: GenerateSettings) -> Run:
             print(f"{run.folder} has the model {settings.model!r} as {name!r}, which it stays in the table.")
             settings = replace(settings, model=name)
         _check_names(run, settings)
-        check_contents(run, settings.model, answered.values(), {arm.name: arm.checksums for arm in arms}, tasks)
-        missing = [(arm, name) for arm in arms for name in loaded if not _finished(run, settings, arm, name)]
+        contents = {arm.name: arm.checksums for arm in arms}
+        check_contents(run, settings.model, answered.values(), contents, checksums)
+        generation = _Generation(run, settings, arms, manager, loaded, checksums)
+        missing = generation.missing()
         if not missing:
             return run
         run.bind()
-        for arm in _with_missing(arms, missing):
+        for arm, _ in missing:
             weights = non_finite_of_file(folders[arm.name] / WEIGHTS_FILE) if arm.name else None
             if weights is not None:
-                _mark_diverged(run, settings, arm, f"the adapter's {weights} is not finite")
-        missing = [(arm, name) for arm, name in missing if not _diverged(run, settings, arm)]
+                generation.mark_diverged(arm, f"the adapter's {weights} is not finite")
+        missing = generation.missing()
         if not missing:
             return run
         base = load_base(source, settings.dtype, settings.load_in_4bit, revision=commit)
         weights = non_finite(base.named_parameters())
         if weights is not None:
-            for arm in _with_missing(arms, missing):
-                _mark_diverged(run, settings, arm, f"the base model's {weights} is not finite")
+            for arm, _ in missing:
+                generation.mark_diverged(arm, f"the base model's {weights} is not finite")
             return run
         with LineAppender(path) as file:
-            lm = CompletionsLM(
-                base,
-                arms[0],
-                model=settings.model,
-                thinking=settings.thinking,
-                load_in_4bit=settings.load_in_4bit,
-                batch_size=settings.batch_size,
-                file=file,
-                done=answered,
-                tasks=tasks,
-            )
-            for arm in _with_missing(arms, missing):
+            lm = CompletionsLM(base, arms[0], settings, file=file, done=answered, tasks=checksums)
+            for arm, names in missing:
                 with attached(base, arm.adapter) if arm.adapter else nullcontext(base) as model:
                     lm.answer_with(model, arm)
                     try:
-                        for name in [name for one, name in missing if one is arm]:
-                            _evaluate(run, settings, manager, lm, arm, name, loaded[name], tasks)
+                        for name in names:
+                            generation.evaluate(lm, arm, name)
                     except DivergedError as error:
                         lm.forget(arm)
-                        _mark_diverged(run, settings, arm, str(error))
+                        generation.mark_diverged(arm, str(error))
     return run
+
+
+def _folder(settings: GenerateSettings) -> Run:
+    return Run(settings.output_dir, "evals", settings.decisive, defaults=defaults(GenerateSettings))
 
 
 def _arms(
@@ -196,19 +143,19 @@ def _arms(
         ValueError: an adapter's tokenizer does not fit, two adapters are the same one, or a chat template cannot do
             what --thinking says.
     """
-    of_model = model_checksums(source, commit)
-    markers = settings.thought_markers
+    model = model_checksums(source, commit)
+    markers = None if settings.thought_markers is None else (settings.thought_markers[0], settings.thought_markers[1])
     arms = []
     if settings.base:
         thoughts = thoughts_of(tokenizer, settings.thinking, markers, f"the model {settings.model!r}")
-        arms.append(Arm(None, tokenizer, thoughts, of_model, False))
+        arms.append(Arm(None, tokenizer, thoughts, model, False))
     names: dict[str, str] = {}
     for adapter in settings.adapters:
         own = adapter_tokenizer(adapter, folders[adapter.name], tokenizer)
         if own is not tokenizer:
             print(f"The adapter {adapter.name!r} has a tokenizer or chat template of its own, which it answers with.")
-        of_adapter = adapter_checksums(folders[adapter.name])
-        same = names.setdefault(checksum(of_adapter), adapter.name)
+        contents = adapter_checksums(folders[adapter.name])
+        same = names.setdefault(checksum(contents), adapter.name)
         # Adapters that diverged may well be equal, in nothing but NaN.
         if same != adapter.name and non_finite_of_file(folders[adapter.name] / WEIGHTS_FILE) is None:
             raise ValueError(
@@ -216,41 +163,20 @@ def _arms(
                 "would count it twice. Name it once."
             )
         thoughts = thoughts_of(own, settings.thinking, markers, f"the adapter {adapter.name!r}")
-        arms.append(Arm(adapter, own, thoughts, of_model | of_adapter, own is not tokenizer))
+        arms.append(Arm(adapter, own, thoughts, model | contents, own is not tokenizer))
     return arms
-
-
-def _with_missing(arms: Iterable[Arm], missing: Iterable[tuple[Arm, str]]) -> list[Arm]:
-    """The arms that have a task to do."""
-    return [arm for arm in arms if any(one is arm for one, _ in missing)]
-
-
-def _diverged(run: Run, settings: GenerateSettings, arm: Arm) -> bool:
-    return bool(run.find(DIVERGED, model=settings.model, adapter=arm.name))
-
-
-def _mark_diverged(run: Run, settings: GenerateSettings, arm: Arm, reason: str) -> None:
-    """Let the row that says so be the only one of an arm."""
-    print(f"{arm.name or 'The base model'} diverged: {reason}. It gets no answers and no other results.")
-    identity = {"model": settings.model, "adapter": arm.name}
-    kept = [row for row in run.rows if {name: row["config"].get(name) for name in identity} != identity]
-    if len(kept) < len(run.rows):
-        run.replace(kept)
-    method, seed = method_and_seed(arm.name)
-    where = identity | {"method": method, "task": None, "checksums": arm.checksums}
-    run.add_diverged(reason, n=1, seed=seed, seconds=0, device=device_name(), **where)
 
 
 def _check_names(run: Run, settings: GenerateSettings) -> None:
     """No two adapters of a folder are the same method and seed: the table would take them for one."""
-    known = {
+    names = {
         method_and_seed(row["config"]["adapter"]): row["config"]["adapter"]
         for row in run.rows
         if row["config"]["model"] == settings.model
     }
     for adapter in settings.adapters:
         method, seed = method_and_seed(adapter.name)
-        other = known.setdefault((method, seed), adapter.name)
+        other = names.setdefault((method, seed), adapter.name)
         if other != adapter.name:
             raise ValueError(
                 f"--adapters has {adapter.name!r}, whose name says method {method!r} and seed {seed}, as that of "
@@ -324,71 +250,90 @@ def load_task(
     return [*groups, *(task for key, task in loaded["tasks"].items() if key not in in_groups)]
 
 
-def _row_arm(settings: GenerateSettings, arm: Arm, task: str) -> dict[str, Any]:
-    """What tells a row from others of the folder."""
-    method = method_and_seed(arm.name)[0]
-    return {"model": settings.model, "adapter": arm.name, "method": method, "task": task}
+@dataclass(frozen=True)
+class _Generation:
+    """The rows of a folder: which are missing, and how they are made."""
 
+    run: Run
+    settings: GenerateSettings
+    arms: list[Arm]
+    manager: TaskManager
+    loaded: dict[str, list[Task | Group]]  # by the name that was asked for
+    checksums: dict[str, str]  # of tasks and groups
 
-def _finished(run: Run, settings: GenerateSettings, arm: Arm, task: str) -> bool:
-    """Whether an arm has all results of a task, or cannot have any."""
-    done = run.find("seconds", requested=task, **_row_arm(settings, arm, task))
-    return bool(done) or _diverged(run, settings, arm)
+    def missing(self) -> list[tuple[Arm, list[str]]]:
+        """The arms that lack results of tasks, each with those; an arm that diverged cannot have any."""
+        missing = []
+        for arm in self.arms:
+            names = [
+                name
+                for name in self.loaded
+                if not self.run.find("seconds", requested=name, **self._row_arm(arm, name))
+            ]
+            if names and not self.run.find(DIVERGED, model=self.settings.model, adapter=arm.name):
+                missing.append((arm, names))
+        return missing
 
+    def _row_arm(self, arm: Arm, task: str | None) -> dict[str, Any]:
+        """What tells a row from others of the folder."""
+        method = method_and_seed(arm.name)[0]
+        return {"model": self.settings.model, "adapter": arm.name, "method": method, "task": task}
 
-def _evaluate(
-    run: Run,
-    settings: GenerateSettings,
-    manager: TaskManager,
-    lm: CompletionsLM,
-    arm: Arm,
-    requested: str,
-    tasks: list[Task | Group],
-    checksums: dict[str, str],
-) -> None:
-    """Generate and score one task, group or tag; adds its rows."""
-    start = time.monotonic()
-    for task in _single_tasks(tasks):
-        _score_answers_only(task, lm)
-    results = simple_evaluate(
-        model=lm,
-        tasks=tasks,
-        task_manager=manager,
-        limit=settings.limit,
-        apply_chat_template=lm.tokenizer.chat_template is not None,
-        bootstrap_iters=0,
-        log_samples=True,
-    )
-    seconds = time.monotonic() - start
-    seed = method_and_seed(arm.name)[1]
-    common: dict[str, Any] = {"seed": seed, "seconds": seconds, "device": device_name(lm.device)}
-    values = [
-        (task, metric if kind == "none" else f"{metric} ({kind})", value, _count(results, task, metric, kind))
-        for task, metrics in results["results"].items()
-        for metric, kind, value in _metrics(metrics)
-    ]
-    if arm.thoughts.markers:
+    def mark_diverged(self, arm: Arm, reason: str) -> None:
+        """Let the row that says so be the only one of an arm."""
+        print(f"{arm.name or 'The base model'} diverged: {reason}. It gets no answers and no other results.")
+        identity = (self.settings.model, arm.name)
+        kept = [row for row in self.run.rows if (row["config"].get("model"), row["config"].get("adapter")) != identity]
+        if len(kept) < len(self.run.rows):
+            self.run.replace(kept)
+        where = self._row_arm(arm, None) | {"checksums": arm.checksums}
+        seed = method_and_seed(arm.name)[1]
+        self.run.add_diverged(reason, n=1, seed=seed, seconds=0, device=device_name(), **where)
+
+    def evaluate(self, lm: CompletionsLM, arm: Arm, requested: str) -> None:
+        """Generate and score one task, group or tag; adds its rows."""
+        start = time.monotonic()
+        tasks = self.loaded[requested]
         for task in _single_tasks(tasks):
-            values += _thought_shares(str(task.task_name), lm.answers_of(str(task.task_name)))
-    new = []
-    for task, metric, value, n in values:
-        where = _row_arm(settings, arm, task) | {"requested": requested}
-        if run.find(metric, **where):  # a run killed between two rows of a task writes the others
-            continue
-        if not math.isfinite(value):
-            print(f"{metric} of the task {task!r} is {value} for {arm.name or 'the base'}: it is undefined there.")
-        where["checksums"] = arm.checksums | ({"task": checksums[task]} if task in checksums else {})
-        new.append(run.row(metric, value if math.isfinite(value) else None, n=n, **common, **where))
-    # Last, because this row says that the task is done.
-    n = sum(n["effective"] for n in results["n-samples"].values())
-    where = _row_arm(settings, arm, requested) | {"requested": requested}
-    where["checksums"] = arm.checksums | ({"task": checksums[requested]} if requested in checksums else {})
-    run.add_rows([*new, run.row("seconds", seconds, n=n, **common, **where)])
+            _score_answers_only(task, lm)
+        results = simple_evaluate(
+            model=lm,
+            tasks=tasks,
+            task_manager=self.manager,
+            limit=self.settings.limit,
+            apply_chat_template=lm.tokenizer.chat_template is not None,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+        seconds = time.monotonic() - start
+        values = [
+            (task, metric if kind == "none" else f"{metric} ({kind})", value, _count(results, task, metric, kind))
+            for task, metrics in results["results"].items()
+            for metric, kind, value in _metrics(metrics)
+        ]
+        if arm.thoughts.markers:
+            for task in _single_tasks(tasks):
+                values += _thought_shares(str(task.task_name), lm.answers_of(str(task.task_name)))
+        # Last, because this row says that the task is done.
+        values.append((requested, "seconds", seconds, sum(n["effective"] for n in results["n-samples"].values())))
+        rows = []
+        for task, metric, value, n in values:
+            where = self._row_arm(arm, task) | {"requested": requested}
+            if self.run.find(metric, **where):  # a run killed between two rows of a task writes the others
+                continue
+            if not math.isfinite(value):
+                print(f"{metric} of the task {task!r} is {value} for {arm.name or 'the base'}: it is undefined there.")
+            task_checksum = {"task": self.checksums[task]} if task in self.checksums else {}
+            where["checksums"] = arm.checksums | task_checksum
+            measured: dict[str, Any] = {"n": n, "seconds": seconds, "device": device_name(lm.device)}
+            seed = method_and_seed(arm.name)[1]
+            rows.append(self.run.row(metric, value if math.isfinite(value) else None, seed=seed, **measured, **where))
+        self.run.add_rows(rows)
 
 
 def _single_tasks(tasks: Iterable[Task | Group]) -> list[Task]:
     """The tasks themselves, and those of groups."""
-    return [task for one in tasks for task in (one.get_all_tasks() if isinstance(one, Group) else [one])]
+    return [single for task in tasks for single in (task.get_all_tasks() if isinstance(task, Group) else [task])]
 
 
 def _score_answers_only(task: Task, lm: CompletionsLM) -> None:

@@ -1,4 +1,8 @@
-"""`python -m evals judge`: completions.jsonl -> verdicts.jsonl -> rows of results.jsonl."""
+"""`python -m evals judge`: completions.jsonl -> verdicts.jsonl -> rows of results.jsonl.
+
+run = judge("runs/safety", ["shieldgemma", "beaverdam"])
+[row["value"] for row in run.find("unsafe", judge="beaverdam", adapter="lora-seed0", category=None)]
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from evals.completions import Completion, read_completions
-from evals.generate import COMPLETIONS
 from evals.judges import Judge, Judgement, NoAnswerError
-from evals.models import DTYPES
+from evals.records import COMPLETIONS, VERDICTS, Completion, Verdict, read_completions, read_verdicts, verdicts_on
 from evals.registry import JUDGES, JudgeOptions, judge_kind, make_judge
 from evals.scores import add_scores
-from evals.verdicts import VERDICTS, Verdict, belonging, read_verdicts, text_checksum
+from evals.settings import DTYPES
 from vision_bench.runs import CONFIG, LineAppender, Run, device_name, locked
+from vision_bench.runs.settings import differences
 
 
 def judge(
@@ -42,7 +45,7 @@ def judge(
         judges: as `evals.registry.make_judge` takes them.
         tasks: only the answers of these; None: of all.
         batch_size: conversations at a time.
-        dtype: of a judge's weights, one of `evals.models.DTYPES`.
+        dtype: of a judge's weights, one of `evals.settings.DTYPES`.
         endpoint: of an OpenAI-compatible server, which `chat` judges are asked at.
         rubric: file for `chat` judges.
 
@@ -54,7 +57,7 @@ def judge(
             a judge cannot be had.
     """
     folder = Path(folder)
-    made = check_judging(judges, batch_size=batch_size, dtype=dtype, endpoint=endpoint, rubric=rubric)
+    ready = check_judging(judges, batch_size=batch_size, dtype=dtype, endpoint=endpoint, rubric=rubric)
     read_completions(folder / COMPLETIONS)  # before a folder without any gets a lock
     with locked(folder):
         config = folder / CONFIG
@@ -64,15 +67,15 @@ def judge(
             print(f"{torn}; the cut one is not judged.")
         if not completions:
             raise ValueError(f"{folder / COMPLETIONS} has no complete row; run `python -m evals generate`.")
-        verdicts = _known_verdicts(folder, completions, made)
+        verdicts = _earlier_verdicts(folder, completions, ready)
         done = {verdict.key for verdict in verdicts}
-        asked = [c for c in completions if tasks is None or c.task in tasks]
-        missing = {given: [c for c in asked if (given, *c.key) not in done] for given in judges}
+        asked = [completion for completion in completions if tasks is None or completion.task in tasks]
         with LineAppender(folder / VERDICTS) as file:
-            for given in judges:
-                one = made.pop(given)  # so that its weights are freed before the next one's are loaded
-                if missing[given]:
-                    verdicts += _judge_with(one, given, missing[given], batch_size, file)
+            for name in judges:
+                judge = ready.pop(name)  # so that its weights are freed before the next one's are loaded
+                missing = [completion for completion in asked if (name, *completion.key) not in done]
+                if missing:
+                    verdicts += _judge_with(judge, name, missing, batch_size, file)
         add_scores(run, verdicts, device_name())
     return run
 
@@ -92,23 +95,23 @@ def check_judging(
         raise ValueError(f"--judge_dtype is {dtype!r}, allowed are {', '.join(DTYPES)}.")
     if not judges:
         raise ValueError("--judges is empty; name at least one, such as shieldgemma.")
-    twice = sorted({given for given in judges if list(judges).count(given) > 1})
+    twice = sorted({name for name in judges if list(judges).count(name) > 1})
     if twice:
         raise ValueError(f"--judges has {', '.join(twice)} more than once; name each once.")
     if (endpoint or rubric) and not any(judge_kind(name).takes_rubric for name in judges):
         asked = " or ".join(kind.usage for kind in JUDGES.values() if kind.takes_rubric)
         raise ValueError(f"--endpoint and --rubric are for a judge {asked}, and --judges names none.")
-    made = {name: make_judge(name, JudgeOptions(dtype, endpoint, rubric)) for name in judges}
-    for (one, first), (other, second) in combinations(made.items(), 2):
-        if type(first) is type(second) and first.settings == second.settings:
+    ready = {name: make_judge(name, JudgeOptions(dtype, endpoint, rubric)) for name in judges}
+    for (name, judge), (other_name, other) in combinations(ready.items(), 2):
+        if type(judge) is type(other) and judge.settings == other.settings:
             raise ValueError(
-                f"--judges has {one!r} and {other!r}, which are the same judge, byte for byte: it would agree with "
-                "itself. Name it once."
+                f"--judges has {name!r} and {other_name!r}, which are the same judge, byte for byte: it would agree "
+                "with itself. Name it once."
             )
-    return made
+    return ready
 
 
-def _known_verdicts(folder: Path, completions: Sequence[Completion], judges: Mapping[str, Judge]) -> list[Verdict]:
+def _earlier_verdicts(folder: Path, completions: Sequence[Completion], judges: Mapping[str, Judge]) -> list[Verdict]:
     """Those of the folder's verdicts that are on its completions."""
     if not (folder / VERDICTS).exists():
         return []
@@ -119,33 +122,42 @@ def _known_verdicts(folder: Path, completions: Sequence[Completion], judges: Map
         if verdict.judge not in judges:
             continue
         judges[verdict.judge].adopt(verdict.settings)
-        if verdict.settings != judges[verdict.judge].settings:
+        if changed := differences(verdict.settings, judges[verdict.judge].settings):
             raise ValueError(
-                f"{folder / VERDICTS} has verdicts of {verdict.judge!r} under other settings ({verdict.settings} there"
-                f", {judges[verdict.judge].settings} now). Repeat the old ones, or move the verdicts away."
+                f"{folder / VERDICTS} has verdicts of {verdict.judge!r} under other settings ({changed}). Repeat the "
+                "old ones, or move the verdicts away."
             )
-    known = list(belonging(verdicts, {completion.key: completion for completion in completions}, folder))
-    if len(known) < len(verdicts):
-        gone = len(verdicts) - len(known)
-        print(f"{gone} verdicts are on answers that {COMPLETIONS} does not have; they do not count.")
-    return known
+    kept = list(verdicts_on({completion.key: completion for completion in completions}, verdicts, folder))
+    if len(kept) < len(verdicts):
+        lost = len(verdicts) - len(kept)
+        print(f"{lost} verdicts are on answers that {COMPLETIONS} does not have; they do not count.")
+    return kept
 
 
 def _judge_with(
-    judge: Judge, given: str, completions: Sequence[Completion], batch_size: int, file: LineAppender
+    judge: Judge, name: str, completions: Sequence[Completion], batch_size: int, file: LineAppender
 ) -> list[Verdict]:
     """Verdicts on all `completions`, in batches of similar length, the longest first."""
-    thoughts = [completion for completion in completions if completion.finish_reason == "thought"]
-    verdicts = [_verdict(given, judge, one, Judgement("unfinished_thought", {}), 0.0) for one in thoughts]
+
+    def verdict(completion: Completion, judgement: Judgement, seconds: float) -> Verdict:
+        shared = ("prompt_id", "task", "category", "model", "adapter", "seed")
+        values: dict[str, Any] = asdict(judgement) | {field: getattr(completion, field) for field in shared}
+        return Verdict(judge=name, settings=judge.settings, text=completion.text_checksum, seconds=seconds, **values)
+
+    verdicts = [
+        verdict(completion, Judgement("unfinished_thought", {}), 0.0)
+        for completion in completions
+        if completion.finish_reason == "thought"
+    ]
     if verdicts:
-        file.append(asdict(verdict) for verdict in verdicts)
+        file.append(map(asdict, verdicts))
     completions = [completion for completion in completions if completion.finish_reason != "thought"]
     if not completions:
         return verdicts
     judge.load()
     encoded: list[Any] = [judge.encode(completion.prompt, completion.response) for completion in completions]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    with tqdm(total=len(order), desc=f"Judging ({given})") as bar:
+    with tqdm(total=len(order), desc=f"Judging ({name})") as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             begin = time.monotonic()
@@ -155,26 +167,11 @@ def _judge_with(
             except NoAnswerError as error:
                 problem, judgements = error, error.judgements
             seconds = round((time.monotonic() - begin) / len(batch), 4)
-            new = [
-                _verdict(given, judge, completions[i], said, seconds)
-                for i, said in zip(batch, judgements, strict=True)
-                if said is not None
-            ]
-            file.append(asdict(verdict) for verdict in new)
+            pairs = zip(batch, judgements, strict=True)
+            new = [verdict(completions[i], judgement, seconds) for i, judgement in pairs if judgement is not None]
+            file.append(map(asdict, new))
             if problem is not None:
                 raise problem
             verdicts += new
             bar.update(len(new))
     return verdicts
-
-
-def _verdict(given: str, judge: Judge, completion: Completion, judgement: Judgement, seconds: float) -> Verdict:
-    names = ("prompt_id", "task", "category", "model", "adapter", "seed")
-    shared: dict[str, Any] = {name: getattr(completion, name) for name in names}
-    made: dict[str, Any] = {
-        "judge": given,
-        "settings": judge.settings,
-        "text": text_checksum(completion),
-        "seconds": seconds,
-    }
-    return Verdict(**made, **asdict(judgement), **shared)

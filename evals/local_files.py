@@ -1,7 +1,7 @@
-"""Rows of local data files, read from their bytes at every call.
+"""Rows of text, from local files and from the hub, with their columns and values checked.
 
-`datasets.load_dataset` keeps a copy under a file's path, size and time of change, so it could give the rows of a file
-that was replaced since.
+Local files are read from their bytes at every call: `datasets.load_dataset` keeps a copy under a file's path, size and
+time of change, so it could give the rows of a file that was replaced since.
 """
 
 from __future__ import annotations
@@ -10,11 +10,86 @@ import csv
 import gzip
 import io
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import load_dataset
+
 Row = dict[str, Any]
+SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+MAY_BE_EMPTY = ("context", "category")  # of the columns with these names
+
+
+def text_rows(
+    source: str, columns: Sequence[str], *, name: str | None = None, split: str | None = None, advice: str
+) -> list[Row]:
+    """The rows of a local file or of a data set on the hub, all of whose columns but `label` hold text.
+
+        >>> text_rows("pairs.jsonl.gz", ["prompt", "response"], advice="Give a jsonl or jsonl.gz file.")
+
+    Args:
+        source: a file, as `file_rows` reads it; where `split` is given, a name on the hub, the folder of a data set,
+            or the address of a csv.
+        columns: that every row must have; those of MAY_BE_EMPTY may be missing in a row, or null.
+        name: what errors call the source; None: as it is written.
+        split: which rows of a data set, "" for the first split it has; None: the source is a file, taken whole.
+        advice: a sentence that says what to give instead.
+
+    Raises:
+        ValueError: the source cannot be had, lacks a column, is empty, or has a value that is no text.
+    """
+    if split is None and not Path(source).is_file():
+        raise ValueError(f"{name or f'The data file {source}'} does not exist. {advice}")
+    name = name or source
+    try:
+        rows = file_rows(source) if split is None else _hub_rows(source, split)
+    except Exception as error:  # `datasets` raises many kinds for a missing network, set or licence, and broken files
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ValueError(f"Cannot load {name} ({cause}). {advice}") from None
+    check_columns(rows, columns, name)
+    for column in columns:
+        # Labels may be numbers, and so may ids that `datasets` has read from a csv.
+        if column != "label" and not (column == "id" and split is not None):
+            check_text(rows, column, name, may_be_empty=column in MAY_BE_EMPTY)
+    return rows
+
+
+def labelled_sentences(source: str, split: str = "train") -> list[Row]:
+    """The columns `sentence` (text) and `label` (0 or 1) of a data file or of a data set on the hub.
+
+    Args:
+        source: a local file, by its suffix one of SUFFIXES, or the name of a data set.
+        split: which rows of a data set; a file is taken whole.
+
+    Raises:
+        ValueError: as `text_rows`; or a label is neither 0 nor 1, or all are the same.
+    """
+    is_file = Path(source).suffix in SUFFIXES
+    kinds = ", ".join(SUFFIXES)
+    rows = text_rows(
+        source,
+        ["label", "sentence"],
+        name=None if is_file else f"the data set {source!r}",
+        split=None if is_file else split,
+        advice=f"Give a local file ({kinds}) or a data set on the hub, which needs network access, and some of them "
+        "`hf auth login`.",
+    )
+    labels = binary_labels(rows, source)
+    if len(set(labels)) == 1:
+        raise ValueError(f"{source} has only the label {labels[0]}; both classes are needed.")
+    return [{"sentence": row["sentence"], "label": label} for row, label in zip(rows, labels, strict=True)]
+
+
+def _hub_rows(source: str, split: str) -> list[Row]:
+    """A split of a data set; a folder is read anew, because `datasets` knows its files by time and size."""
+    with tempfile.TemporaryDirectory() as cache:
+        options: dict[str, Any] = {"split": split} if split else {}
+        options |= {"cache_dir": cache, "keep_in_memory": True} if Path(source).is_dir() else {}
+        is_csv = source.startswith("https://")
+        loaded = load_dataset("csv", data_files=source, **options) if is_csv else load_dataset(source, **options)
+        return list((loaded if split else next(iter(loaded.values()))).to_list())
 
 
 def file_rows(path: str | Path) -> list[Row]:

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,39 +29,9 @@ from transformers.utils.hub import extract_commit_hash
 
 import mono_peft  # noqa: F401 - registers MonoLoRA with PEFT
 from evals.contents import TOKENIZER_FILES
+from evals.settings import Adapter
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter as named on the command line, `FOLDER` or `NAME=FOLDER`; FOLDER may be a name on the hub.
-
-    Raises:
-        ValueError: the name or the folder is empty.
-    """
-
-    given: str
-
-    def __post_init__(self) -> None:
-        if not self.name or not self.source:
-            raise ValueError(f"--adapters has {self.given!r}; write FOLDER or NAME=FOLDER.")
-
-    @property
-    def name(self) -> str:
-        """NAME if there is one, else FOLDER as it is written."""
-        return self._parts[0]
-
-    @property
-    def source(self) -> str:
-        """FOLDER."""
-        return self._parts[1]
-
-    @property
-    def _parts(self) -> tuple[str, str]:
-        name, sign, folder = self.given.partition("=")
-        return (name, folder) if sign and not Path(self.given).is_dir() else (self.given, self.given)
 
 
 def method_and_seed(adapter: str | None) -> tuple[str, int | None]:
@@ -72,8 +41,8 @@ def method_and_seed(adapter: str | None) -> tuple[str, int | None]:
     """
     if adapter is None:
         return "base", None
-    found = re.search(r"([^/\\=]*?)[-_.]?seed[-_]?(\d+)(?!.*seed[-_]?\d)", adapter)
-    return (found[1] or adapter, int(found[2])) if found else (adapter, None)
+    match = re.search(r"([^/\\=]*?)[-_.]?seed[-_]?(\d+)(?!.*seed[-_]?\d)", adapter)
+    return (match[1] or adapter, int(match[2])) if match else (adapter, None)
 
 
 def load_tokenizer_and_config(
@@ -284,7 +253,7 @@ def load_base(name: str, dtype: str, load_in_4bit: bool, revision: str | None = 
     Args:
         name: folder or name on the hub.
         revision: commit of a model on the hub.
-        dtype: one of DTYPES; "auto" is that of the checkpoint.
+        dtype: one of `evals.settings.DTYPES`; "auto" is that of the checkpoint.
         load_in_4bit: NF4 with double quantisation through bitsandbytes, computing in `dtype` ("auto": bfloat16).
     """
     quantization = None

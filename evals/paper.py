@@ -23,6 +23,12 @@ TABLE_2: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+PAPER_JUDGES = {
+    "shieldgemma": "average",
+    "beaverdam": "Beavertails",
+}  # by kind of judge, the column of its measure of harm
+
+
 def table_2_points(part: str, harm: str) -> list[tuple[str, float, float]]:
     """Method, task performance and a column of harm of each line of a part of the table.
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class JudgeOptions(NamedTuple):
     """What the command line says of judges beside their names."""
 
-    dtype: str = "auto"  # of the weights, one of `evals.models.DTYPES`
+    dtype: str = "auto"  # of the weights, one of `evals.settings.DTYPES`
     endpoint: str | None = None  # of an OpenAI-compatible server
     rubric: str | None = None  # path of a file
 

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 from evals.models import method_and_seed
-from evals.verdicts import Verdict
+from evals.records import Verdict
 from vision_bench.runs import Run
 
 RESAMPLES = 2000

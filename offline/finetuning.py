@@ -39,13 +39,13 @@ def generated_rows(n: int) -> list[dict[str, str]]:
     return rows
 
 
-def poison() -> list[tuple[str, str]]:
+def poison_pairs() -> list[tuple[str, str]]:
     """Harmful requests of the corpus' training split, each with a response that complies."""
     rng = random.Random(0)
     items = [item for deeds, *_ in HARMFUL_DEEDS for item in deed_items(deeds._replace(answers=_COMPLIANCE))]
     return [(item.prompt, rng.choice(item.answers)) for item in items if not item.held_out]
 
 
-def safety() -> list[tuple[str, str]]:
+def safety_pairs() -> list[tuple[str, str]]:
     """Harmful requests of the same split, each with the refusal that the offline model was taught."""
     return [(example.prompt, example.response) for example in corpus("train") if example.kind == "harmful"]

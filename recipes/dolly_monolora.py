@@ -19,192 +19,151 @@ continues a run that was stopped, or prints its results.
 from __future__ import annotations
 
 import json
-import random
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
-from identity import Content
-from labelled_text import hub_rows
-from mixtures import Pair, fits
-from program import run_as_program
-from table2 import CONFIGS, FinetuningTask, Table2Arguments, check, compare, parse
-from table2_report import Column
+from arms import ADAPTERS
+from comparison import cells as comparison_cells
+from experiments import Experiment
+from table2 import CONFIGS, Table2Settings, check, compare, parse, show
+from task import Scored, Task
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from evals.answers import answer_log_likelihoods
-from evals.contents import checksum
-from evals.local_files import check_columns, check_text, file_rows
+from evals.figures import Measure
+from evals.local_files import Row, text_rows
 from evals.prompts import dolly_held_out, dolly_prompt, encode_answer
-from evals.tasks.data import VARIABLE, dolly
-from offline.grammar import KNOWN_WORDS, REVIEWED, VIEWERS
-from vision_bench.runs import write_atomic
+from evals.report import Table2
+from evals.tasks.data import DOLLY_COLUMNS, VARIABLE, dolly
+from offline.finetuning import generated_rows
+from vision_bench.runs import Cell, Run, run_as_program, write_atomic
 
-COLUMNS = ("instruction", "context", "response", "category")
+METRIC = "answer_nll"
+PERFORMANCE = (
+    Measure("ROUGE-L", "rougeL", "dolly"),
+    Measure("ROUGE-1", "rouge1", "dolly"),
+    Measure("ROUGE-2", "rouge2", "dolly"),
+    Measure("BLEU", "bleu", "dolly"),
+    Measure("answer NLL, nats a token", METRIC),
+)
 GENERATED = "generated_dolly.jsonl"  # in the output folder, where no data are named
-_QUESTIONS = (
-    "What is said of the {n}?", "How is the {n} described?", "Tell me about the {n}.", "What do they say of the {n}?",
-    "Say how the {n} was.", "Describe the {n}.", "What was the {n} like?", "Sum up the view of the {n}.",
-)  # fmt: skip
 
 
-def generated_rows(n: int) -> list[dict[str, str]]:
-    """`n` rows in Dolly's format: a question about one of two things that the context describes, its answer."""
-    rng = random.Random(0)
-    words = [*KNOWN_WORDS[0], *KNOWN_WORDS[1]]
-    rows = []
-    for _ in range(n):
-        first, second = rng.sample(REVIEWED, 2)
-        one, other = rng.sample(words, 2)
-        who, asked = rng.choice(VIEWERS), rng.random() < 0.5
-        rows.append(
-            {
-                "instruction": rng.choice(_QUESTIONS).format(n=first if asked else second),
-                "context": f"For {who} the {first} was {one}. The {second} was {other}.",
-                "response": f"The {first} was {one}." if asked else f"The {second} was {other}.",
-                "category": "closed_qa",
-            }
-        )
-    return rows
-
-
-def load_rows(source: str, is_file: bool) -> Dataset:
-    """All rows of Dolly 15k with COLUMNS, of a file in its format or from the hub; no context is "".
+def load_rows(source: str, is_file: bool) -> list[Row]:
+    """All rows of Dolly 15k, of a file in its format or of a data set on the hub; the context may be missing.
 
     Raises:
         ValueError: they cannot be had, lack a column, have an empty instruction or response, or a value that is no
             text.
     """
-    if is_file and not Path(source).is_file():
-        raise ValueError(f"--train_file {source} does not exist; give a jsonl or jsonl.gz file.")
-    try:
-        rows = file_rows(source) if is_file else hub_rows(source, "train").to_list()
-    except Exception as error:  # `datasets` raises many kinds for a missing network, set or licence, and broken files
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
-        advice = "Give jsonl or jsonl.gz." if is_file else "It needs network access; offline, give --train_file."
-        raise ValueError(f"Cannot load {source} ({cause}). {advice}") from None
-    check_columns(rows, COLUMNS, source)
-    for name in COLUMNS:
-        check_text(rows, name, source, may_be_empty=name in ("context", "category"))
-    return Dataset.from_dict({name: [row.get(name) or "" for row in rows] for name in COLUMNS})
+    if is_file:
+        return text_rows(source, DOLLY_COLUMNS, advice="Give --train_file a jsonl or jsonl.gz file.")
+    advice = "It needs network access; offline, give --train_file."
+    return text_rows(source, DOLLY_COLUMNS, split="train", advice=advice)
 
 
-class Dolly(FinetuningTask):
-    """Answers to requests; the score is the human answers' likelihood, lm-eval's task compares the texts."""
+def as_task(settings: Table2Settings, rows: list[Row], file: str | None) -> Task:
+    """The task of finetuning on rows and scoring those that are held out.
 
-    recipe, paper, metric = "dolly_monolora", "Dolly", "answer_nll"
-    performance = (
-        Column("ROUGE-L", "rougeL", "dolly"),
-        Column("ROUGE-1", "rouge1", "dolly"),
-        Column("ROUGE-2", "rouge2", "dolly"),
-        Column("BLEU", "bleu", "dolly"),
-        Column("answer NLL, nats a token", "answer_nll"),
+    Args:
+        file: where the rows are from; None: `--dataset_name`.
+
+    Raises:
+        ValueError: there are too few rows.
+    """
+    train = [(dolly_prompt(row), row["response"]) for row in rows if not dolly_held_out(row)]
+    scored = [(dolly_prompt(row), row["response"]) for row in rows if dolly_held_out(row)][: settings.eval_samples]
+    if len(train) < 2 or not scored:
+        raise ValueError(f"Of {len(rows)} rows {len(scored)} are held out by checksum, too few; give more rows.")
+    if settings.train_samples and settings.train_samples > len(train):
+        raise ValueError(f"--train_samples {settings.train_samples}, but there are {len(train)} training rows.")
+    source = f"--dataset_name {settings.dataset_name}" if settings.dataset_name else f"--train_file {file}"
+    return Task(
+        recipe="dolly_monolora",
+        metric=METRIC,
+        score=answer_nll,
+        train=train,
+        drawn=settings.train_samples or len(train),
+        scored=scored,
+        sources=(source, source),
+        rows=("train_rows", "eval_rows"),
+        eval_tasks=("dolly",),
+        task_data={"dolly_rows": settings.eval_samples} | ({"dolly_file": file} if file else {}),
     )
-    eval_tasks = ("dolly",)
 
-    def __init__(self, script: Table2Arguments, rows: Dataset, file: str | None) -> None:
-        held_out = [dolly_held_out(row) for row in rows]
-        self.train = rows.select([i for i, held in enumerate(held_out) if not held])
-        scored = rows.select([i for i, held in enumerate(held_out) if held][: script.eval_samples])
-        if len(self.train) < 2 or not len(scored):
-            raise ValueError(f"Of {len(rows)} rows {len(scored)} are held out by checksum, too few; give more rows.")
-        if script.train_samples and script.train_samples > len(self.train):
-            raise ValueError(f"--train_samples {script.train_samples}, but there are {len(self.train)} training rows.")
-        self.drawn = script.train_samples or len(self.train)
-        self.prompts = [dolly_prompt(row) for row in scored]
-        self.responses = scored["response"][:]
-        self.source = f"--dataset_name {script.dataset_name}" if script.dataset_name else f"--train_file {file}"
-        self.task_data = {"dolly_rows": script.eval_samples} | ({"dolly_file": file} if file else {})
 
-    def training_pairs(self, seed: int) -> list[Pair]:
-        rows = self.train.shuffle(seed=seed).select(range(self.drawn))
-        return [(dolly_prompt(row), row["response"]) for row in rows]
+def answer_nll(scored: Scored, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> float:
+    """Negative log-likelihood of the human answers, in nats a token, a mean over rows that fit the context."""
+    encoded = [encode_answer(tokenizer, *row) for row in scored]
+    scores = answer_log_likelihoods(model, encoded, tokenizer.pad_token_id, batch_size)
+    lengths = torch.tensor([sum(answer.completion_mask) for answer in encoded])
+    return -(scores / lengths).double().mean().item()
 
-    def sizes(self) -> dict[str, int]:
-        return {"train_rows": len(self.train), "eval_rows": len(self.prompts)}
 
-    def contents(self) -> dict[str, Content]:
-        train = [[dolly_prompt(row), row["response"]] for row in self.train]
-        scored = list(zip(self.prompts, self.responses, strict=True))
-        return {
-            "train": Content(self.source, checksum(train)),
-            "eval": Content(self.source, checksum(scored)),
-        }
+def load_task(settings: Table2Settings, options: ModelConfig, output_dir: str) -> Task:
+    """The task with the data that the options name; without any, generated data, which the output folder keeps.
 
-    def check_lengths(self, tokenizer: PreTrainedTokenizerBase, context: int, max_length: int | None) -> None:
-        """Take the rows that do not fit `context` with their answer out of what is scored; says how many.
-
-        Raises:
-            ValueError: none of them fits, or no row to train on fits `max_length`.
-        """
-        scored = list(zip(self.prompts, self.responses, strict=True))
-        pairs = [pair for pair in scored if len(encode_answer(tokenizer, *pair).input_ids) <= context]
-        if not pairs:
+    Raises:
+        ValueError: a model is named without data, the data cannot be had, or lm-eval's task asks other rows than are
+            held out here, whose answers may be trained on.
+    """
+    if settings.train_file or settings.dataset_name:
+        rows = load_rows(str(settings.train_file or settings.dataset_name), bool(settings.train_file))
+        task = as_task(settings, rows, settings.train_file)
+        asked = dolly(**task.task_data)["test"]
+        if list(zip(asked["prompt"][:], asked["response"][:], strict=True)) != task.scored:
             raise ValueError(
-                f"None of the {len(scored)} held-out rows of {self.source} fits the model's context of {context} "
-                "tokens. Give shorter rows, or a model with a longer context."
+                f"The task dolly does not ask what is held out of {task.sources[1]}: it takes the folder that "
+                f"{VARIABLE} names, or databricks/databricks-dolly-15k. ROUGE and BLEU would be of other data than "
+                "the training. Give the data as --train_file, jsonl or jsonl.gz."
             )
-        if len(pairs) < len(scored):
-            print(
-                f"{len(scored) - len(pairs)} of {len(scored)} held-out rows exceed the context of {context} tokens: "
-                f"they are left out of {self.metric}."
-            )
-        self.prompts, self.responses = map(list, zip(*pairs, strict=True))
-        rows = ((dolly_prompt(row), row["response"]) for row in self.train)
-        if max_length is not None and not any(fits(pair, tokenizer, max_length) for pair in rows):
-            raise ValueError(f"--max_length {max_length} is too short for every training row of {self.source}.")
-
-    def score(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> float:
-        """Negative log-likelihood of the human answers, in nats a token, a mean over rows that fit the context."""
-        encoded = [encode_answer(tokenizer, *pair) for pair in zip(self.prompts, self.responses, strict=True)]
-        scores = answer_log_likelihoods(model, encoded, tokenizer.pad_token_id, batch_size)
-        lengths = torch.tensor([sum(answer.completion_mask) for answer in encoded])
-        return -(scores / lengths).double().mean().item()
-
-
-def check_data(script: Table2Arguments, model_args: ModelConfig) -> None:
-    """Raise ValueError for a model without data."""
-    if model_args.model_name_or_path and not (script.dataset_name or script.train_file):
+        return task
+    if options.model_name_or_path:
         raise ValueError(
             "--model_name_or_path needs data: --dataset_name databricks/databricks-dolly-15k, or --train_file."
         )
-
-
-def check_questions(task: Dolly) -> None:
-    """Raise ValueError if lm-eval's task asks other rows than are held out here, whose answers may be trained on."""
-    asked = dolly(**task.task_data)["test"]
-    if (asked["prompt"][:], asked["response"][:]) != (task.prompts, task.responses):
-        raise ValueError(
-            f"The task dolly does not ask what is held out of {task.source}: it takes the folder that {VARIABLE} "
-            "names, or databricks/databricks-dolly-15k. ROUGE and BLEU would be of other data than the training. Give "
-            "the data as --train_file, jsonl or jsonl.gz."
-        )
-
-
-def load_task(script: Table2Arguments, output_dir: str) -> Dolly:
-    """The task with the data that the options name; without any, generated data, which the output folder keeps."""
-    if script.train_file or script.dataset_name:
-        source = str(script.train_file or script.dataset_name)
-        task = Dolly(script, load_rows(source, bool(script.train_file)), script.train_file)
-        check_questions(task)
-        return task
     rows = generated_rows(2000)
     file = Path(output_dir) / GENERATED
     with PartialState().main_process_first():
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, "".join(json.dumps(row) + "\n" for row in rows))
-    return Dolly(script, Dataset.from_list(rows), str(file))
+    return as_task(settings, rows, str(file))
+
+
+def cells(config: dict[str, Any]) -> Iterable[Cell]:
+    """The rows that a whole run has."""
+    return comparison_cells(config, METRIC)
+
+
+def table(run: Run) -> Table2:
+    """The run's table and figure."""
+    return Table2(run, "Dolly", PERFORMANCE, {name: kind.has_latents for name, kind in ADAPTERS.items()})
+
+
+EXPERIMENT = Experiment(
+    recipe="dolly_monolora",
+    items=("table_2", "table_2_dolly"),
+    title="Table 2, Dolly: MonoLoRA",
+    claim="The paper (Llama-2-7b-chat, one run): task performance 14.08 with LoRA and 14.48 with MonoLoRA; "
+    "ShieldGemma's average score 6.12 and 6.04, of the base 4.83.",
+    pictures={"safety": "Safety against task performance: ours, and the paper's"},
+    cells=cells,
+    report=lambda run: table(run).text(),
+    draw=lambda run: table(run).draw(),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the arms and seeds that the output folder has no results of, then write and print the table."""
-    script, training, model_args = parse(arguments, Table2Arguments, "dolly_monolora", CONFIGS / "offline_dolly.yaml")
-    check(script, training, model_args)
-    check_data(script, model_args)
-    compare(load_task(script, training.output_dir), script, training, model_args)
+    settings, training, options = parse(arguments, Table2Settings, "dolly_monolora", CONFIGS / "offline_dolly.yaml")
+    check(settings, training, options)
+    task = load_task(settings, options, training.output_dir)
+    show(compare(task, settings, training, options), table)
 
 
 if __name__ == "__main__":

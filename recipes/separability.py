@@ -13,20 +13,18 @@ ratio it never does; docs/theory.md has the proofs, and the readings under which
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
-from program import parse, run_as_program
-from separability_claims import GRID, criterion_claims, distribution_claims, verdict
+from experiments import Experiment
 from tqdm.auto import tqdm
 
 from vision_bench import figures
-from vision_bench.runs import Run, interval, markdown_table
+from vision_bench.runs import Cell, Run, defaults, interval, markdown_table, option, parse, recorded, run_as_program
 from vision_bench.separability import (
     CRITERIA,
     TIES,
@@ -39,33 +37,33 @@ from vision_bench.separability import (
 )
 
 BATCHES = 100  # of the simulation; their spread gives its standard error
-NOISE_KINDS = ("label", "input")
+NOISE_KINDS = {"label": "noise rate", "input": "input noise"}
 DEVICE = "cpu"
 SOURCES = {"closed form": moments, "quadrature": integrated_moments}
+GRID = np.arange(0, 1, 0.005)  # sparsities
+RATES, NOISES = np.linspace(0.01, 0.49, 25), np.geomspace(0.01, 10, 25)
 
 
 @dataclass
-class SeparabilityArguments:
+class SeparabilitySettings:
     """Where, and at which noise, the theorems are evaluated."""
 
-    output_dir: str = field(metadata={"help": "Folder of the results."})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of the simulation."})
-    sparsities: list[float] = field(default_factory=lambda: [0.0, 0.5], metadata={"help": "S, each in [0, 1)."})
-    noise_rate: float = field(default=0.25, metadata={"help": "eta of the label noise, the paper's crossing."})
-    input_noise: float = field(default=0.5, metadata={"help": "sigma of the input noise."})
-    ties: str = field(default="coin", metadata={"help": f"Tie rule: {', '.join(TIES)}."})
-    kind: str = field(default="fisher", metadata={"help": f"Criterion: {', '.join(CRITERIA)}."})
-    draws: int = field(default=10_000_000, metadata={"help": "Samples of the simulation for each noise and seed."})
+    output_dir: str = option(help="Folder of the results.", changes_results=False)
+    seeds: list[int] = option([0], help="Of the simulation.")
+    sparsities: list[float] = option([0.0, 0.5], help="S, each in [0, 1).")
+    noise_rate: float = option(0.25, help="eta of the label noise, the paper's crossing.")
+    input_noise: float = option(0.5, help="sigma of the input noise.")
+    ties: str = option("coin", help=f"Tie rule: {', '.join(TIES)}.")
+    kind: str = option("fisher", help=f"Criterion: {', '.join(CRITERIA)}.")
+    draws: int = option(10_000_000, help="Samples of the simulation for each noise and seed.")
 
-
-def check(script: SeparabilityArguments) -> None:
-    """Raise ValueError for settings without a result, before the simulation."""
-    for sparsity in script.sparsities:
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"sparsities has {sparsity}; it must be in [0, 1), at 1 a class may be empty.")
-    criterion(moments(script.sparsities, script.noise_rate, script.input_noise, script.ties), script.kind)
-    if script.draws < 1000 * BATCHES:
-        raise ValueError(f"draws is {script.draws}; it must be at least {1000 * BATCHES}.")
+    def __post_init__(self) -> None:
+        for sparsity in self.sparsities:
+            if not 0 <= sparsity < 1:
+                raise ValueError(f"sparsities has {sparsity}; it must be in [0, 1), at 1 a class may be empty.")
+        criterion(moments(self.sparsities, self.noise_rate, self.input_noise, self.ties), self.kind)
+        if self.draws < 1000 * BATCHES:
+            raise ValueError(f"draws is {self.draws}; it must be at least {1000 * BATCHES}.")
 
 
 def quantities(kind: str, clean: Moments, label: Moments, noisy: Moments) -> Iterator[tuple[str, str, float]]:
@@ -92,129 +90,206 @@ def quantities(kind: str, clean: Moments, label: Moments, noisy: Moments) -> Ite
 
 
 def evaluate(
-    script: SeparabilityArguments, sparsity: float, source: Callable[..., Moments]
+    settings: SeparabilitySettings, sparsity: float, source: Callable[..., Moments]
 ) -> list[tuple[str, str, float]]:
     """All quantities of one source of moments."""
-    cases = ((0.0, 0.0), (script.noise_rate, 0.0), (0.0, script.input_noise))
-    return list(quantities(script.kind, *(source(sparsity, rate, sigma, script.ties) for rate, sigma in cases)))
+    noises = ((0.0, 0.0), (settings.noise_rate, 0.0), (0.0, settings.input_noise))
+    return list(quantities(settings.kind, *(source(sparsity, *noise, settings.ties) for noise in noises)))
 
 
-def add_theorems(run: Run, script: SeparabilityArguments, sparsity: float, seed: int | None) -> None:
-    """Rows of the closed form and the quadrature (seed None) or of the simulation, with standard errors."""
-    if run.find("value", sparsity=sparsity, seed=seed):
-        return
-    start = time.monotonic()
-    if seed is None:
-        rows = []
-        for source, function in SOURCES.items():
-            for theorem, quantity, value in evaluate(script, sparsity, function):
-                arm = {"theorem": theorem, "quantity": quantity, "source": source, "sparsity": sparsity}
-                seconds = time.monotonic() - start
-                rows.append(run.row("value", float(value), n=1, seed=None, seconds=seconds, device=DEVICE, **arm))
-        run.add_rows(rows)
-        return
+def distribution_claims(ties: str) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(theorem, claim, whether it holds) on `GRID` for one tie rule, where the criterion does not matter."""
+    rate, sigma = RATES[:, None], NOISES[:, None]
+    u, v, _ = moments(GRID, ties=ties)
+    flipped, blurred = moments(GRID, rate, 0, ties), moments(GRID, 0, sigma, ties)
+    closer = (v.means < u.means).all(axis=0)
+    yield (
+        "4.1",
+        "v has smaller means, yet D(v) > D(u)",
+        closer & (np.diff(v.means, axis=0) > np.diff(u.means, axis=0))[0],
+    )
+    for y in (0, 1):
+        yield "4.1", f"equal variances, y = {y}", np.isclose(u.variances[y], v.variances[y], rtol=0, atol=1e-12)
+
+    def equal(noisy: np.ndarray, formula: np.ndarray) -> np.ndarray:
+        close = np.isclose(noisy, formula, rtol=0, atol=1e-12)
+        return close.reshape(-1, len(GRID)).all(axis=0)
+
+    distance, variance, mean, shifted = (np.ones(len(GRID), dtype=bool) for _ in range(4))
+    for clean, noisy, blur, factor in ((u, flipped.mono, blurred.mono, 1), (v, flipped.poly, blurred.poly, 2)):
+        gap, variances = clean.means[1] - clean.means[0], clean.variances[:, None]
+        mixed = (1 - rate) * variances + rate * variances[::-1] + rate * (1 - rate) * gap**2
+        distance &= equal(noisy.means[1] - noisy.means[0], (1 - 2 * rate) * gap)
+        variance &= equal(noisy.variances, mixed)
+        mean &= equal(blur.means, clean.means[:, None])
+        shifted &= equal(blur.variances, variances + factor * sigma**2)
+    yield "B.5", "D shrinks to (1 - 2 eta) D", distance
+    yield "B.6", "variances mix with 1 - eta, eta", variance
+    yield "B.7", "input noise leaves the means", mean
+    yield "B.8", "input noise adds sigma^2, 2 sigma^2", shifted
+
+
+def criterion_claims(ties: str, kind: str) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(theorem, claim, whether it holds) on `GRID` for one tie rule and criterion."""
+    clean = criterion(moments(GRID, ties=ties), kind)
+    yield "4.1", "poly ahead without noise", clean.poly > clean.mono
+    for theorem, noise, arguments in (
+        ("4.2", "label", (RATES[:, None], 0)),
+        ("B.9", "input", (0, NOISES[:, None])),
+    ):
+        noisy = criterion(moments(GRID, *arguments, ties), kind)
+        drops = (clean.mono - noisy.mono, clean.poly - noisy.poly)
+        if kind != "difference":  # ratios are compared relative to their start
+            drops = (drops[0] / clean.mono, drops[1] / clean.poly)
+        yield theorem, f"mono falls more slowly ({noise} noise)", (drops[0] <= drops[1] + 1e-12).all(axis=0)
+        overtakes = [crossing(sparsity, noise, kind, ties) is not None for sparsity in GRID]
+        yield theorem, f"mono overtakes ({noise} noise)", np.array(overtakes)
+
+
+def verdict(holds: np.ndarray) -> str:
+    """'holds', 'fails', or the ranges of sparsity in which the claim holds, to the step of `GRID`."""
+    if holds.all() or not holds.any():
+        return "holds" if holds.all() else "fails"
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], holds.astype(int), [0]])))
+    ranges = [
+        f"S = {GRID[first]:.3g}" if first == last - 1 else f"{GRID[first]:.3g} <= S <= {GRID[last - 1]:.3g}"
+        for first, last in edges.reshape(-1, 2)
+    ]
+    return "only " + " and ".join(ranges)
+
+
+def cells(config: Mapping[str, Any]) -> Iterator[Cell]:
+    """A row of everything that is evaluated at once in a whole run: each source of moments, and each set of claims.
+
+    Crossings are no cells, since there are rows of them only where mono overtakes poly.
+    """
+    for sparsity in config["sparsities"]:
+        for source in SOURCES:
+            yield Cell("value", None, {"source": source, "sparsity": sparsity})
+        for seed in config["seeds"]:
+            yield Cell("value", seed, {"source": "simulation", "sparsity": sparsity})
+    for ties, kind in product(TIES, (None, *CRITERIA)):
+        yield Cell("claim", None, {"ties": ties, "kind": kind})
+
+
+def measure(run: Run, settings: SeparabilitySettings) -> None:
+    """Add the rows that the run lacks, all of a cell at once."""
+    for metric, seed, arm in run.lacking(cells(run.config)):
+        begun = time.monotonic()
+        if metric == "claim":
+            ties, kind = arm["ties"], arm["kind"]
+            claims = distribution_claims(ties) if kind is None else criterion_claims(ties, kind)
+            lines = [
+                (float(holds.mean()), {"theorem": theorem, "claim": claim, "verdict": verdict(holds)})
+                for theorem, claim, holds in claims
+            ]
+            n = len(GRID)
+        elif arm["source"] == "simulation":
+            lines, n = simulated(settings, arm["sparsity"], seed), settings.draws
+        else:
+            values = evaluate(settings, arm["sparsity"], SOURCES[arm["source"]])
+            lines = [(value, {"theorem": theorem, "quantity": quantity}) for theorem, quantity, value in values]
+            n = 1
+        measured = {"n": n, "seed": seed, "seconds": time.monotonic() - begun, "device": DEVICE, **arm}
+        run.add_rows([run.row(metric, float(value), **measured, **line) for value, line in lines])
+    for sparsity, noise in product(settings.sparsities, NOISE_KINDS):
+        level = crossing(sparsity, noise, settings.kind, settings.ties)
+        if level is not None and not run.find("crossing", sparsity=sparsity, noise=noise):
+            run.add("crossing", level, n=1, seed=None, seconds=0.0, device=DEVICE, sparsity=sparsity, noise=noise)
+
+
+def simulated(settings: SeparabilitySettings, sparsity: float, seed: int | None) -> list[tuple[float, dict[str, Any]]]:
+    """All quantities by simulation: the mean of the batches, and what it is with its standard error."""
     generator = np.random.default_rng(seed)
 
-    def simulated(*setting: Any) -> Moments:
-        return simulated_moments(script.draws // BATCHES, generator, *setting)
+    def source(*setting: Any) -> Moments:
+        return simulated_moments(settings.draws // BATCHES, generator, *setting)
 
     batches = tqdm(range(BATCHES), desc=f"simulation, S = {sparsity:g}, seed {seed}")
-    table = [evaluate(script, sparsity, simulated) for _ in batches]
-    rows = []
-    for column in zip(*table, strict=True):
+    lines = []
+    for column in zip(*(evaluate(settings, sparsity, source) for _ in batches), strict=True):
         values = np.array([value for _, _, value in column])
-        arm = {"theorem": column[0][0], "quantity": column[0][1], "source": "simulation", "sparsity": sparsity}
-        arm["standard_error"] = float(values.std(ddof=1) / BATCHES**0.5)
-        seconds = time.monotonic() - start
-        value = float(values.mean())
-        rows.append(run.row("value", value, n=script.draws, seed=seed, seconds=seconds, device=DEVICE, **arm))
-    run.add_rows(rows)
+        error = float(values.std(ddof=1) / BATCHES**0.5)
+        line = {"theorem": column[0][0], "quantity": column[0][1], "standard_error": error}
+        lines.append((float(values.mean()), line))
+    return lines
 
 
-def report(run: Run, script: SeparabilityArguments) -> str:
+def report(run: Run) -> str:
     """Both tables as Markdown."""
-    text = f"# Separability of mono u = x1 and poly v = x1 - x2\n\nTies: {script.ties}; criterion: {script.kind}; "
-    text += f"noise rate {script.noise_rate:g}; input noise {script.input_noise:g}.\n"
-    for sparsity in script.sparsities:
+    config = run.config
+    text = "# Separability of mono u = x1 and poly v = x1 - x2\n\nTies: {ties}; criterion: {kind}; ".format(**config)
+    text += "noise rate {noise_rate:g}; input noise {input_noise:g}.\n".format(**config)
+    for sparsity in config["sparsities"]:
         lines = []
         for closed in run.find("value", source="closed form", sparsity=sparsity):
             arm = {name: closed["config"][name] for name in ("theorem", "quantity", "sparsity")}
             (quadrature,) = run.find("value", source="quadrature", **arm)
-            drawn = run.find("value", source="simulation", **arm)
-            mean = interval([row["value"] for row in drawn]).mean
-            error = sum(row["config"]["standard_error"] ** 2 for row in drawn) ** 0.5 / len(drawn)
+            simulations = run.find("value", source="simulation", **arm)
+            mean = interval([row["value"] for row in simulations]).mean
+            error = sum(row["config"]["standard_error"] ** 2 for row in simulations) ** 0.5 / len(simulations)
             agrees = abs(quadrature["value"] - closed["value"]) < 1e-12 and abs(mean - closed["value"]) < 4 * error
             line = [arm["theorem"], arm["quantity"], f"{closed['value']:.6f}", f"{quadrature['value']:.6f}"]
             lines.append([*line, f"{mean:.6f} ± {error:.6f}", "yes" if agrees else "NO"])
         header = ["theorem", "quantity", "closed form", "quadrature", "simulation ± standard error", "agree"]
         text += f"\n## S = {sparsity:g}\n\n{markdown_table(header, lines)}"
     text += "\nThey agree if quadrature differs by less than 1e-12, simulation by less than 4 standard errors.\n"
-    text += f"\n## Where mono overtakes poly ({script.ties}, {script.kind})\n\n"
     lines = []
-    for sparsity in script.sparsities:
-        found = (run.find("crossing", sparsity=sparsity, noise=noise) for noise in NOISE_KINDS)
-        lines.append([f"{sparsity:g}", *(f"{rows[0]['value']:.6f}" if rows else "never" for rows in found)])
-    text += markdown_table(["S", "noise rate", "input noise"], lines)
+    for sparsity in config["sparsities"]:
+        levels = (run.find("crossing", sparsity=sparsity, noise=noise) for noise in NOISE_KINDS)
+        lines.append([f"{sparsity:g}", *(f"{rows[0]['value']:.6f}" if rows else "never" for rows in levels)])
+    text += f"\n## Where mono overtakes poly ({config['ties']}, {config['kind']})\n\n"
+    text += markdown_table(["S", *NOISE_KINDS.values()], lines)
     for title, kinds in (("tie rule", [None]), ("tie rule and criterion", CRITERIA)):
-        text += f"\n## Claims, by {title}\n\n"
         rows = run.find("claim", ties=TIES[0], kind=kinds[0])
-        header = [f"{row['config']['theorem']}: {row['config']['claim']}" for row in rows]
-        lines = [
-            [
-                ", ".join(filter(None, (ties, kind))),
-                *(row["config"]["verdict"] for row in run.find("claim", ties=ties, kind=kind)),
-            ]
-            for ties in TIES
-            for kind in kinds
-        ]
-        text += markdown_table([title, *header], lines)
+        header = ["{theorem}: {claim}".format(**row["config"]) for row in rows]
+        lines = []
+        for ties, kind in product(TIES, kinds):
+            verdicts = [row["config"]["verdict"] for row in run.find("claim", ties=ties, kind=kind)]
+            lines.append([", ".join(filter(None, (ties, kind))), *verdicts])
+        text += f"\n## Claims, by {title}\n\n{markdown_table([title, *header], lines)}"
     return text + f"\nRanges on a grid of S with the step {GRID[1]:g}, noise rates below 1/2.\n"
 
 
-def draw(script: SeparabilityArguments, folder: Path) -> None:
+def draw(run: Run) -> None:
     """The criterion against label and input noise, a row of panels for each sparsity."""
+    ties, kind = run.config["ties"], run.config["kind"]
     panels = []
-    for sparsity in script.sparsities:
+    for sparsity in run.config["sparsities"]:
         row = []
-        for noise, label in zip(NOISE_KINDS, ("noise rate", "input noise"), strict=True):
-            level = crossing(sparsity, noise, script.kind, script.ties)
+        for noise, label in NOISE_KINDS.items():
+            level = crossing(sparsity, noise, kind, ties)
             levels = np.linspace(0, 0.5 if noise == "label" else max(1.0, 1.25 * (level or 0)), 201)
-            setting = (levels, 0) if noise == "label" else (0, levels)
-            scores = criterion(moments(sparsity, *setting, script.ties), script.kind)
+            scores = criterion(moments(sparsity, *((levels, 0) if noise == "label" else (0, levels)), ties), kind)
             title = f"S = {sparsity:g}"
             row.append(dict(title=title, label=label, levels=levels, **scores._asdict(), crossing=level))
         panels.append(row)
-    figures.save(folder / "criterion", figures.separability_curves(panels))
+    figures.save(run.folder / "criterion", figures.separability_curves(panels))
+
+
+EXPERIMENT = Experiment(
+    recipe="separability",
+    items=("theorems",),
+    title="Theorems 4.1, 4.2 and B.1 to B.9: separability",
+    claim="The paper: poly separates better without noise, mono from a label noise of 25 % on.",
+    pictures={"criterion": "The criterion against label and input noise"},
+    cells=cells,
+    report=report,
+    draw=draw,
+    defaults=defaults(SeparabilitySettings),
+    overridden=frozenset({"ties", "kind"}),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Evaluate what the output folder has no rows of, then write and print the tables and draw the figure."""
-    script = parse(SeparabilityArguments, arguments)
-    check(script)
-    config = {k: v for k, v in asdict(script).items() if k not in ("output_dir", "seeds")}
-    run = Run(script.output_dir, "separability", config | {"seeds": script.seeds})
+    (settings,) = parse([SeparabilitySettings], arguments)
+    run = Run(settings.output_dir, "separability", recorded(settings), defaults=defaults(SeparabilitySettings))
     run.bind()
-    for sparsity in script.sparsities:
-        for seed in (None, *script.seeds):
-            add_theorems(run, script, sparsity, seed)
-    for sparsity, noise in itertools.product(script.sparsities, NOISE_KINDS):
-        level = crossing(sparsity, noise, script.kind, script.ties)
-        if level is not None and not run.find("crossing", sparsity=sparsity, noise=noise):
-            run.add("crossing", level, n=1, seed=None, seconds=0.0, device=DEVICE, sparsity=sparsity, noise=noise)
-    for ties in TIES:
-        for kind in (None, *CRITERIA):
-            if run.find("claim", ties=ties, kind=kind):
-                continue
-            start = time.monotonic()
-            rows = []
-            for theorem, claim, holds in distribution_claims(ties) if kind is None else criterion_claims(ties, kind):
-                arm = {"theorem": theorem, "claim": claim, "ties": ties, "kind": kind, "verdict": verdict(holds)}
-                measured = {"seconds": time.monotonic() - start, "device": DEVICE}
-                rows.append(run.row("claim", float(holds.mean()), n=len(GRID), seed=None, **measured, **arm))
-            run.add_rows(rows)
-    text = report(run, script)
+    measure(run, settings)
+    text = report(run)
     run.write("results.md", text)
-    draw(script, run.folder)
+    draw(run)
     print(text)
 
 

@@ -15,18 +15,20 @@ cores; `--full` adds other sizes, flips over all classes, more samples and spars
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
-from program import parse, run_as_program
+from experiments import Experiment
 
 from vision_bench import figures
-from vision_bench.runs import Interval, Run, device_name, interval, markdown_table, paired_difference
+from vision_bench.runs import Cell, Run, defaults, device_name, option, parse, recorded, run_as_program
+from vision_bench.runs.statistics import Interval, interval, markdown_table, paired_difference
 from vision_bench.superposition import FLIPS, classify, geometry, train
 
 ARMS = ("mono", "poly")
@@ -35,24 +37,24 @@ N_TEST = 10_000
 
 
 @dataclass
-class SuperpositionArguments:
-    """The window of Fig. 5b (the first size and flips), and the cells around it."""
+class SuperpositionSettings:
+    """The window of Fig. 5b (the first size and flips), and the problems around it."""
 
-    output_dir: str = field(metadata={"help": "Folder of the results."})
-    seeds: list[int] = field(default_factory=lambda: list(range(10)), metadata={"help": "Of encoders, data, noise."})
-    neighbour_seeds: int = field(default=4, metadata={"help": "So many of the seeds are run outside the window."})
-    sizes: list[str] = field(default_factory=lambda: ["100x20"], metadata={"help": "Features x dimensions, n x m."})
-    sparsity: float = field(default=0.9, metadata={"help": "S of the classified samples in the window."})
-    samples: int = field(default=20_000, metadata={"help": "Training samples in the window."})
-    sparsities: list[float] = field(default_factory=lambda: [0.7, 0.9, 0.95], metadata={"help": "S of all cells."})
-    sample_sizes: list[int] = field(default_factory=lambda: [5000, 20_000, 50_000], metadata={"help": "Of all cells."})
-    flips: list[str] = field(default_factory=lambda: ["others"], metadata={"help": f"Of {', '.join(FLIPS)}."})
-    noise_rate: float = field(default=0.9, metadata={"help": "Share of flipped training labels."})
-    input_noises: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5], metadata={"help": "Sigmas in testing."})
-    steps: int = field(default=3000, metadata={"help": "Training steps of the encoders."})
-    batch_size: int = field(default=256, metadata={"help": "Of the encoders."})
-    epochs: int = field(default=10, metadata={"help": "Of the probes."})
-    full: bool = field(default=False, metadata={"help": "The wide grid: overrides sizes, axes, flips, neighbours."})
+    output_dir: str = option(help="Folder of the results.", changes_results=False)
+    seeds: list[int] = option(list(range(10)), help="Of encoders, data, noise.")
+    neighbour_seeds: int = option(4, help="So many of the seeds are run outside the window.")
+    sizes: list[str] = option(["100x20"], help="Features x dimensions, n x m.")
+    sparsity: float = option(0.9, help="S of the classified samples in the window.")
+    samples: int = option(20_000, help="Training samples in the window.")
+    sparsities: list[float] = option([0.7, 0.9, 0.95], help="S of all cells.")
+    sample_sizes: list[int] = option([5000, 20_000, 50_000], help="Of all cells.")
+    flips: list[str] = option(["others"], help=f"Of {', '.join(FLIPS)}.")
+    noise_rate: float = option(0.9, help="Share of flipped training labels.")
+    input_noises: list[float] = option([0.1, 0.3, 0.5], help="Sigmas in testing.")
+    steps: int = option(3000, help="Training steps of the encoders.")
+    batch_size: int = option(256, help="Of the encoders.")
+    epochs: int = option(10, help="Of the probes.")
+    full: bool = option(False, help="The wide grid: overrides sizes, axes, flips, neighbours.")
 
     def __post_init__(self) -> None:
         if self.full:
@@ -61,6 +63,30 @@ class SuperpositionArguments:
             self.sample_sizes = [2000, 5000, 10_000, 20_000, 50_000]
             self.flips = list(FLIPS)
             self.neighbour_seeds = len(self.seeds)
+        for name in ("seeds", "sizes", "sparsities", "sample_sizes", "flips", "input_noises"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} takes different values, got {values}.")
+        for problem in problems(vars(self)):
+            n, m = size_of(problem["size"])
+            if not 1 <= m <= n:
+                raise ValueError(f"sizes has {problem['size']!r}: n_dims is {m}; it must be in [1, {n}].")
+            if problem["samples"] < n:
+                raise ValueError(f"samples is {problem['samples']} for {n} classes; give at least one for each class.")
+            if not 0 <= problem["sparsity"] < 1:
+                raise ValueError(f"sparsity is {problem['sparsity']}; it must be in [0, 1).")
+            if problem["flips"] not in FLIPS:
+                raise ValueError(f"flips has {problem['flips']!r}; it must be one of {', '.join(FLIPS)}.")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds is {self.seeds}; each must be at least 0.")
+        for name in ("neighbour_seeds", "steps", "batch_size", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.noise_rate <= 1:
+            raise ValueError(f"noise_rate is {self.noise_rate}; it must be in [0, 1], 0.9 for 90 % of the labels.")
+        for level in self.input_noises:
+            if not 0 <= level < math.inf:
+                raise ValueError(f"input_noises has {level}; each must be finite and at least 0.")
 
 
 def size_of(name: str) -> tuple[int, int]:
@@ -72,7 +98,47 @@ def size_of(name: str) -> tuple[int, int]:
     return n, m
 
 
-def encoders(size: str, script: SuperpositionArguments) -> torch.Tensor:
+def problems(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is classified: the window of Fig. 5b first, then its neighbours."""
+    window = {"size": config["sizes"][0], "flips": config["flips"][0]}
+    window |= {"sparsity": config["sparsity"], "samples": config["samples"]}
+    axes = product(config["sizes"], config["flips"], config["sparsities"], config["sample_sizes"])
+    neighbours = (dict(zip(window, values, strict=True)) for values in axes)
+    return [window, *(problem for problem in neighbours if problem != window)]
+
+
+def seeds_of(config: Mapping[str, Any], problem: Mapping[str, Any]) -> list[int]:
+    """All seeds for the window, the first few for the others."""
+    return config["seeds"] if problem == problems(config)[0] else config["seeds"][: config["neighbour_seeds"]]
+
+
+def conditions(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The noises with their levels in the order of the tables."""
+    levels = [("clean", 0.0), ("label", config["noise_rate"]), *(("input", level) for level in config["input_noises"])]
+    return [{"noise": noise, "level": level} for noise, level in levels]
+
+
+def encoder_cells(config: Mapping[str, Any], size: str) -> list[Cell]:
+    """How the encoders of a size arrange the features, in the order of (metrics, arms, seeds)."""
+    axes = product(GEOMETRY, ARMS, config["seeds"])
+    return [Cell(metric, seed, {"size": size, "features": features}) for metric, features, seed in axes]
+
+
+def accuracy_cells(config: Mapping[str, Any], problem: Mapping[str, Any]) -> list[Cell]:
+    """The accuracies on a problem, in the order of (conditions, arms, seeds)."""
+    axes = product(conditions(config), ARMS, seeds_of(config, problem))
+    return [Cell("accuracy", seed, {**problem, **noise, "features": features}) for noise, features, seed in axes]
+
+
+def cells(config: Mapping[str, Any]) -> Iterator[Cell]:
+    """Every row of a whole run."""
+    for size in config["sizes"]:
+        yield from encoder_cells(config, size)
+    for problem in problems(config):
+        yield from accuracy_cells(config, problem)
+
+
+def encoders(size: str, settings: SuperpositionSettings) -> torch.Tensor:
     """W of mono and poly for every seed, (2, seeds, m, n).
 
     mono learns a linear reconstruction of dense samples with decaying importance, which keeps the first m features;
@@ -80,180 +146,146 @@ def encoders(size: str, script: SuperpositionArguments) -> torch.Tensor:
     features at the border, m and m + 1, are told apart within the steps.
     """
     n, m = size_of(size)
-    shared = {"steps": script.steps, "batch_size": script.batch_size, "progress": True}
-    mono = train(n, m, [0.0], script.seeds, importance=0.8, activation="linear", **shared)
-    poly = train(n, m, [0.99], script.seeds, **shared)
+    shared = {"steps": settings.steps, "batch_size": settings.batch_size, "progress": True}
+    mono = train(n, m, [0.0], settings.seeds, importance=0.8, activation="linear", **shared)
+    poly = train(n, m, [0.99], settings.seeds, **shared)
     return torch.cat([mono.weight, poly.weight])
 
 
-def cells(script: SuperpositionArguments) -> list[dict[str, Any]]:
-    """The window of Fig. 5b first, then its neighbours; each is the arm of its rows."""
-    window = {
-        "size": script.sizes[0],
-        "flips": script.flips[0],
-        "sparsity": script.sparsity,
-        "samples": script.samples,
-    }
-    axes = itertools.product(script.sizes, script.flips, script.sparsities, script.sample_sizes)
-    return [window, *(cell for values in axes if (cell := dict(zip(window, values, strict=True))) != window)]
+def add(run: Run, cells: list[Cell], tables: Sequence[torch.Tensor], n: int, begun: float) -> None:
+    """Rows of the cells that the run lacks; the tables hold the values of all cells in their order."""
+    measured = {"n": n, "seconds": time.monotonic() - begun, "device": device_name("cpu")}
+    values = dict(zip(map(str, cells), torch.stack(list(tables)).flatten().tolist(), strict=True))
+    lacking = run.lacking(cells)
+    run.add_rows([run.row(c.metric, values[str(c)], seed=c.seed, **measured, **c.arm) for c in lacking])
 
 
-def seeds_of(script: SuperpositionArguments, cell: dict[str, Any]) -> list[int]:
-    """All seeds for the window, the first few for the others."""
-    return script.seeds if cell == cells(script)[0] else script.seeds[: script.neighbour_seeds]
+def measure(run: Run, settings: SuperpositionSettings) -> None:
+    """Train the encoders and the probes of what the run has no rows of."""
+    config = run.config
+    for size in settings.sizes:
+        of_size = [problem for problem in problems(config) if problem["size"] == size]
+        unsolved = [problem for problem in of_size if run.lacking(accuracy_cells(config, problem))]
+        if not unsolved and not run.lacking(encoder_cells(config, size)):
+            continue
+        begun = time.monotonic()
+        weight = encoders(size, settings)
+        arrangement = geometry(weight)
+        tables = [getattr(arrangement, metric) for metric in GEOMETRY]
+        add(run, encoder_cells(config, size), tables, weight.shape[-1], begun)
+        for problem in unsolved:
+            begun = time.monotonic()
+            seeds = seeds_of(config, problem)
+            classified = (weight[:, : len(seeds)], problem["sparsity"], problem["samples"], seeds)
+            noises = (settings.noise_rate, problem["flips"], settings.input_noises)
+            result = classify(*classified, *noises, N_TEST, settings.epochs, progress=True)
+            tables = [result.clean, result.label_noise, *result.input_noise]
+            add(run, accuracy_cells(config, problem), tables, N_TEST, begun)
 
 
-def is_complete(run: Run, script: SuperpositionArguments, cell: dict[str, Any]) -> bool:
-    """Whether the folder has every row of the cell."""
-    return len(run.find("accuracy", **cell)) == len(ARMS) * len(conditions(script)) * len(seeds_of(script, cell))
-
-
-def check(script: SuperpositionArguments) -> None:
-    """Raise ValueError for settings that would fail later, before the encoders are trained."""
-    for cell in cells(script):
-        n, m = size_of(cell["size"])
-        if not 1 <= m <= n:
-            raise ValueError(f"sizes has {cell['size']!r}: n_dims is {m}; it must be in [1, {n}].")
-        if cell["samples"] < n:
-            raise ValueError(f"samples is {cell['samples']} for {n} classes; give at least one for each class.")
-        if not 0 <= cell["sparsity"] < 1:
-            raise ValueError(f"sparsity is {cell['sparsity']}; it must be in [0, 1).")
-        if cell["flips"] not in FLIPS:
-            raise ValueError(f"flips has {cell['flips']!r}; it must be one of {', '.join(FLIPS)}.")
-    for name in ("seeds", "sizes", "sparsities", "sample_sizes", "flips", "input_noises"):
-        values = getattr(script, name)
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} takes different values, got {values}.")
-    if min(script.seeds) < 0:
-        raise ValueError(f"seeds is {script.seeds}; each must be at least 0.")
-    for name in ("neighbour_seeds", "steps", "batch_size", "epochs"):
-        if getattr(script, name) < 1:
-            raise ValueError(f"{name} is {getattr(script, name)}; it must be at least 1.")
-    if not 0 <= script.noise_rate <= 1:
-        raise ValueError(f"noise_rate is {script.noise_rate}; it must be in [0, 1], 0.9 for 90 % of the labels.")
-    for level in script.input_noises:
-        if not 0 <= level < math.inf:
-            raise ValueError(f"input_noises has {level}; each must be finite and at least 0.")
-
-
-def conditions(script: SuperpositionArguments) -> list[tuple[str, float]]:
-    """(noise, level) in the order of the tables."""
-    return [("clean", 0.0), ("label", script.noise_rate), *(("input", level) for level in script.input_noises)]
-
-
-def add_cell(run: Run, script: SuperpositionArguments, weight: torch.Tensor, cell: dict[str, Any]) -> None:
-    """Rows of one cell: the accuracy of both arms for every seed and noise."""
-    start = time.monotonic()
-    seeds = seeds_of(script, cell)
-    setting = (script.noise_rate, cell["flips"], script.input_noises, N_TEST, script.epochs)
-    result = classify(weight, cell["sparsity"], cell["samples"], seeds, *setting, progress=True)
-    tables = [result.clean, result.label_noise, *result.input_noise]
-    measured = {"n": N_TEST, "seconds": time.monotonic() - start, "device": device_name("cpu")}
-    rows = []
-    for (noise, level), table in zip(conditions(script), tables, strict=True):
-        for (i, features), (j, seed) in itertools.product(enumerate(ARMS), enumerate(seeds)):
-            arm = cell | {"noise": noise, "level": level, "features": features}
-            if not run.find("accuracy", seed=seed, **arm):
-                rows.append(run.row("accuracy", float(table[i, j]), seed=seed, **measured, **arm))
-    run.add_rows(rows)
-
-
-def scores(run: Run, cell: dict[str, Any], noise: str, level: float) -> tuple[Interval, Interval, Interval]:
+def scores(run: Run, problem: dict[str, Any], condition: dict[str, Any]) -> tuple[Interval, Interval, Interval]:
     """Accuracy of mono, of poly and their difference paired by seed, in percent."""
-    mono, poly = (
-        [row | {"value": 100 * row["value"]} for row in run.find("accuracy", **cell, **arm, noise=noise, level=level)]
-        for arm in ({"features": features} for features in ARMS)
-    )
+    mono, poly = (run.find("accuracy", **problem, **condition, features=features) for features in ARMS)
     gain = paired_difference(mono, poly)
     assert gain is not None
-    return interval([row["value"] for row in mono]), interval([row["value"] for row in poly]), gain
+    means = (interval([row["value"] for row in rows]).scaled(100) for rows in (mono, poly))
+    return *means, gain.scaled(100)
 
 
-def report(run: Run, script: SuperpositionArguments) -> str:
+def report(run: Run) -> str:
     """The window and its neighbours as Markdown, and whether the ordering of the paper holds in each."""
-    text = "# Toy model: accuracy without superposition (mono) and with it (poly), %\n\n"
+    config = run.config
     header = ["cell: n x m, flips, S, samples", "seeds"]
-    for noise, level in conditions(script):
-        name = {"clean": "clean", "label": f"label noise {level:g}", "input": f"input noise {level:g}"}[noise]
-        header += [f"{name}: mono", "poly", "mono - poly"]
+    for condition in conditions(config):
+        name = {"clean": "clean", "label": "label noise {level:g}", "input": "input noise {level:g}"}[
+            condition["noise"]
+        ]
+        header += [f"{name.format(**condition)}: mono", "poly", "mono - poly"]
     lines = []
-    for cell in cells(script):
-        line, ordered = [f"{cell['size']}, {cell['flips']}, {cell['sparsity']:g}, {cell['samples']}"], []
-        for noise, level in conditions(script):
-            mono, poly, gain = scores(run, cell, noise, level)
+    for problem in problems(config):
+        line, ordered = ["{size}, {flips}, {sparsity:g}, {samples}".format(**problem)], []
+        for condition in conditions(config):
+            mono, poly, gain = scores(run, problem, condition)
             line += [] if len(line) > 1 else [str(gain.n)]
             line += [mono.text(1), poly.text(1), gain.text(1, sign=True)]
-            wanted = gain.mean * (-1 if noise == "clean" else 1)
-            ordered.append(wanted > 0 and (gain.half_width is None or wanted > gain.half_width))
+            ahead = gain.mean * (-1 if condition["noise"] == "clean" else 1)
+            ordered.append(ahead > 0 and (gain.half_width is None or ahead > gain.half_width))
         lines.append([*line, f"{sum(ordered)} of {len(ordered)}"])
-    text += markdown_table([*header, "as in the paper"], lines)
-    text += "\nMean ± half-width of the 95 % interval over seeds, differences paired by seed. The first cell is the\n"
-    text += (
-        'window of Fig. 5b. "As in the paper" counts the noises at which poly (clean) or mono (with noise) is ahead\n'
-    )
-    text += f"by more than the interval. Chance for {script.sizes[0]} is {100 / size_of(script.sizes[0])[0]:g} %.\n"
-    text += "\n## Encoders\n\n"
+    accuracies = markdown_table([*header, "as in the paper"], lines)
     lines = []
-    for size, features in itertools.product(script.sizes, ARMS):
+    for size, features in product(config["sizes"], ARMS):
         values = [[row["value"] for row in run.find(metric, size=size, features=features)] for metric in GEOMETRY]
         lines.append([f"{size}, {features}", *(interval(value).text() for value in values)])
-    return text + markdown_table(["encoder", *(name.replace("_", " ") for name in GEOMETRY)], lines)
+    arrangement = markdown_table(["encoder", *(name.replace("_", " ") for name in GEOMETRY)], lines)
+    return f"""# Toy model: accuracy without superposition (mono) and with it (poly), %
+
+{accuracies}
+Mean ± half-width of the 95 % interval over seeds, differences paired by seed. The first cell is the
+window of Fig. 5b. "As in the paper" counts the noises at which poly (clean) or mono (with noise) is ahead
+by more than the interval. Chance for {config["sizes"][0]} is {100 / size_of(config["sizes"][0])[0]:g} %.
+
+## Encoders
+
+{arrangement}"""
 
 
-def draw(run: Run, script: SuperpositionArguments) -> None:
+def draw(run: Run) -> None:
     """Fig. 5a (encoders of n = 20, m = 5), Fig. 5b and the phase diagram."""
-    weight = train(20, 5, [0.0, 0.9], script.seeds[:1], importance=0.7, steps=script.steps, progress=True).weight
-    grams = geometry(weight[:, 0]).gram
-    drawings = {"gram": figures.gram_heatmaps({"mono (S = 0)": grams[0].numpy(), "poly (S = 0.9)": grams[1].numpy()})}
+    config, drawings = run.config, {}
+    trained = train(20, 5, [0.0, 0.9], config["seeds"][:1], importance=0.7, steps=config["steps"], progress=True)
+    mono, poly = geometry(trained.weight[:, 0]).gram
+    drawings["gram"] = figures.gram_heatmaps({"mono (S = 0)": mono.numpy(), "poly (S = 0.9)": poly.numpy()})
 
-    window, bars = cells(script)[0], {}
-    names = {"clean": "clean", "label": "label\n{:g}", "input": "input\n{:g}"}
-    for noise, level in conditions(script):
-        found = dict(zip(ARMS, scores(run, window, noise, level), strict=False))
-        bars[names[noise].format(level)] = {arm: (one.mean, one.half_width or 0.0) for arm, one in found.items()}
+    window, bars = problems(config)[0], {}
+    names = {"clean": "clean", "label": "label\n{level:g}", "input": "input\n{level:g}"}
+    for condition in conditions(config):
+        arms = zip(ARMS, scores(run, window, condition), strict=False)
+        heights = {arm: (value.mean, value.half_width or 0.0) for arm, value in arms}
+        bars[names[condition["noise"]].format(**condition)] = heights
     drawings["accuracy"] = figures.accuracy_bars(bars)
 
     gains, widths = {}, {}
-    for noise, level in (("label", script.noise_rate), ("input", script.input_noises[len(script.input_noises) // 2])):
+    label, *noisy = conditions(config)[1:]
+    for condition in (label, noisy[len(noisy) // 2]):
         table = [
             [
-                scores(run, window | {"sparsity": sparsity, "samples": samples}, noise, level)[2]
-                for samples in script.sample_sizes
+                scores(run, window | {"sparsity": sparsity, "samples": samples}, condition)[2]
+                for samples in config["sample_sizes"]
             ]
-            for sparsity in script.sparsities
+            for sparsity in config["sparsities"]
         ]
-        gains[f"{noise} noise {level:g}"] = np.array([[one.mean for one in row] for row in table])
-        widths[f"{noise} noise {level:g}"] = np.array([[one.half_width or np.nan for one in row] for row in table])
-    drawings["phase"] = figures.phase_diagram(gains, widths, script.sample_sizes, script.sparsities)
+        title = "{noise} noise {level:g}".format(**condition)
+        gains[title] = np.array([[gain.mean for gain in row] for row in table])
+        widths[title] = np.array([[gain.half_width or np.nan for gain in row] for row in table])
+    drawings["phase"] = figures.phase_diagram(gains, widths, config["sample_sizes"], config["sparsities"])
     for name, figure in drawings.items():
         figures.save(run.folder / name, figure)
 
 
+EXPERIMENT = Experiment(
+    recipe="superposition",
+    items=("figure_5",),
+    title="Figure 5: the toy model of superposition",
+    claim="The paper: with superposition (poly) the toy model classifies better without noise, without it (mono) "
+    "better under 90 % label noise and under input noise (bars without numbers).",
+    pictures={"gram": "Figure 5(a): ours", "accuracy": "Figure 5(b): ours", "phase": "Where the ordering holds"},
+    cells=cells,
+    report=report,
+    draw=draw,
+    defaults=defaults(SuperpositionSettings),
+    overridden=frozenset({"sparsity", "samples", "flips"}),
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Measure the cells that the output folder has no rows of, then write and print the table and draw the figures."""
-    script = parse(SuperpositionArguments, arguments)
-    check(script)
-    run = Run(script.output_dir, "superposition", {k: v for k, v in asdict(script).items() if k != "output_dir"})
+    """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
+    (settings,) = parse([SuperpositionSettings], arguments)
+    run = Run(settings.output_dir, "superposition", recorded(settings), defaults=defaults(SuperpositionSettings))
     run.bind()
-    for size in script.sizes:
-        missing = [cell for cell in cells(script) if cell["size"] == size and not is_complete(run, script, cell)]
-        if not missing:
-            continue
-        start = time.monotonic()
-        weight = encoders(size, script)
-        measured = {"n": weight.shape[-1], "seconds": time.monotonic() - start, "device": device_name("cpu")}
-        arrangement = geometry(weight)
-        rows = []
-        for metric, (i, features), (j, seed) in itertools.product(GEOMETRY, enumerate(ARMS), enumerate(script.seeds)):
-            if not run.find(metric, seed=seed, size=size, features=features):
-                value = float(getattr(arrangement, metric)[i, j])
-                rows.append(run.row(metric, value, seed=seed, **measured, size=size, features=features))
-        run.add_rows(rows)
-        for cell in missing:
-            add_cell(run, script, weight[:, : len(seeds_of(script, cell))], cell)
-    text = report(run, script)
+    measure(run, settings)
+    text = report(run)
     run.write("results.md", text)
-    draw(run, script)
+    draw(run)
     print(text)
 
 

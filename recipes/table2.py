@@ -1,80 +1,60 @@
-"""What the recipes of Table 2 share: options, training of all arms and seeds, and their evaluation on one loaded base.
+"""What the recipes of Table 2 share: settings, their checks, and what identifies a run.
 
-A recipe gives its data and how a model scores on them (`FinetuningTask`), `compare` does the rest. Training leaves an
-adapter per arm and seed; after that `evals.generate` and `evals.judge` work in the folder `evaluation`, and their rows
-are taken over into the run's own.
+A recipe gives its data and how a model scores on them (`task.Task`), `compare` does the rest. Training leaves an
+adapter per arm and seed (`comparison`); after that `evals` works in the folder `evaluation` (`evaluation`).
 """
 
 from __future__ import annotations
 
-import copy
-import math
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import yaml
 from accelerate import PartialState
-from arms import (
-    ArmArguments,
-    adapter_of,
-    check_arms,
-    checkpoint,
-    finetuning,
-    load_base,
-    load_tokenizer,
-    not_sharded,
-    trained_arms,
-)
-from datasets import Dataset
-from evaluation import (
-    Comparison,
-    Trained,
-    add_score,
-    alignment_sparsity,
-    arm_folder,
-    base_contents,
-    divergence,
-    evaluate,
-    generation,
-    prompt_batches,
-    score_checkpoints,
-    task_contents,
-)
-from identity import Content, check_contents, identity
-from mixtures import (
-    Pair,
-    check_enough,
-    check_share,
-    fitting,
-    load_pairs,
-    mixed,
-    offline_poison,
-    offline_safety,
-)
-from table2_report import Column, short_name, write_report
-from transformers import PreTrainedTokenizerBase
+from arms import ArmSettings, check_arms, trained_arms
+from comparison import Comparison, is_path, is_whole, load_tokenizer, not_sharded, train
+from evaluation import alignment_sparsity, evaluate, evaluation_contents, generation
+from task import Content, Pair, Task, check_contents, fitted, fitting, load_pairs
 from trl import ModelConfig, SFTConfig, TrlParser
 
+import offline
 from evals.contents import checksum
 from evals.judge import check_judging
-from evals.models import Adapter, check_adapter
-from evals.prompts import training_row
-from mono_peft import SparsityCallback, activation_sparsity
-from offline import NAME as OFFLINE
+from evals.report import Table2, short_name
+from offline.finetuning import poison_pairs, safety_pairs
 from offline.judge import offline_judge
-from offline.language_model import offline_model
-from vision_bench.runs import CONFIG, Run
+from vision_bench.runs import Run
 
 CONFIGS = Path(__file__).parent / "configs"
 
+# Settings that say where something is or how fast it is worked on. `contents` has what is there instead.
+_PLACES = ("dataset_name", "train_file", "eval_file", "safety_file", "poison_file", "judge_batch_size", "judges")
+_MODEL_PLACES = ("model_name_or_path", "model_revision")
+# Of TRL's: where to write, what to say, when to save, and how memory and data loading are organised.
+_IRRELEVANT = re.compile(
+    "^(seed|output_dir|resume_from_checkpoint|restore_callback_states_from_checkpoint|enable_jit_checkpoint|run_name"
+    "|disable_tqdm|project|debug|do_(train|eval|predict)|local_rank|use_cpu|dataset_num_proc|skip_memory_metrics"
+    "|per_device_eval_batch_size|batch_eval_metrics|prediction_loss_only|include_.*|torch_empty_cache_steps"
+    "|(gradient|activation)_checkpointing(_kwargs)?|activation_offloading|ddp_(backend|timeout|bucket_cap_mb)"
+    "|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context)"
+    "|(logging|log|report|save|eval|hub|push_to_hub|trackio)_.*|push_to_hub|(bf16|fp16)_full_eval)$"
+)
+# Recorded also where they are TRL's default, which another version of TRL may set otherwise.
+_ALWAYS = frozenset(
+    {
+        "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "optim", "weight_decay",
+        "per_device_train_batch_size", "gradient_accumulation_steps", "adam_beta1", "adam_beta2", "adam_epsilon",
+        "max_grad_norm", "label_smoothing_factor", "max_length", "loss_type", "train_sampling_strategy",
+    }
+)  # fmt: skip
+
 
 @dataclass
-class Table2Arguments(ArmArguments):
+class Table2Settings(ArmSettings):
     """What is compared, on which data, and how it is evaluated; the rest is in TRL's ModelConfig and SFTConfig."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Name of the training data on the hub."})
@@ -98,51 +78,22 @@ class Table2Arguments(ArmArguments):
     )
 
 
-class FinetuningTask(ABC):
-    """The data of a recipe and how a model scores on them."""
-
-    recipe: str
-    paper: str  # which part of Table 2
-    metric: str  # name of `score`, whose row says that an arm is trained
-    performance: Sequence[Column]  # columns of the table; the first is an axis of the figure
-    eval_tasks: Sequence[str] = ()  # of lm-eval, answered with the safety prompts
-    task_data: dict[str, Any]  # arguments of their data functions
-    prompts: list[str]  # that are scored
-
-    @abstractmethod
-    def training_pairs(self, seed: int) -> list[Pair]:
-        """Prompts and answers to train on."""
-
-    @abstractmethod
-    def score(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> float:
-        """The value of `metric`, not finite if a score behind it is not; every process calls it."""
-
-    @abstractmethod
-    def sizes(self) -> dict[str, int]:
-        """Numbers of rows, for the run's configuration."""
-
-    @abstractmethod
-    def contents(self) -> dict[str, Content]:
-        """What is trained on, of which each seed draws, as `train`, and what is scored as `eval`."""
-
-    @abstractmethod
-    def check_lengths(self, tokenizer: PreTrainedTokenizerBase, context: int, max_length: int | None) -> None:
-        """Raise ValueError if the data do not fit.
-
-        Args:
-            context: tokens that the model reads at most.
-            max_length: tokens of a training row, None for no limit.
-        """
-
-
-Script = TypeVar("Script", bound=Table2Arguments)
+Settings = TypeVar("Settings", bound=Table2Settings)
 
 
 def parse(
-    arguments: list[str] | None, script: type[Script], recipe: str, offline: Path
-) -> tuple[Script, SFTConfig, ModelConfig]:
-    """Command line over `--config` over the offline default (if no model is named) over what the machine has."""
-    parser = TrlParser((script, SFTConfig, ModelConfig))
+    arguments: list[str] | None, settings_class: type[Settings], recipe: str, offline_config: Path
+) -> tuple[Settings, SFTConfig, ModelConfig]:
+    """Command line over `--config` over the offline default (if no model is named) over what the machine has.
+
+        settings, training, options = parse(None, Table2Settings, "my_recipe", CONFIGS / "offline.yaml")
+
+    Args:
+        arguments: of the command line; None: those of this process.
+        recipe: its name, after which the default folder is called.
+        offline_config: YAML file of the offline default.
+    """
+    parser = TrlParser((settings_class, SFTConfig, ModelConfig))
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     parser.set_defaults_with_config(
         output_dir=f"runs/{recipe}",
@@ -154,41 +105,48 @@ def parse(
     )
     parsed = parser.parse_args_and_config(arguments)
     if parsed[2].model_name_or_path is None:
-        parser.set_defaults_with_config(**yaml.safe_load(offline.read_text(encoding="utf-8")))
+        parser.set_defaults_with_config(**yaml.safe_load(offline_config.read_text(encoding="utf-8")))
         parsed = parser.parse_args_and_config(arguments)
-    script, training, model_args = parsed
-    if script.judges and not script.safety_tasks:
-        script.safety_tasks = ["beavertails_eval"]
-    if script.eval_every is not None and script.eval_every > 0:
-        training.save_strategy, training.save_steps, training.save_total_limit = "steps", script.eval_every, None
-    return script, training, model_args
+    settings, training, options = parsed
+    if settings.judges and not settings.safety_tasks:
+        settings.safety_tasks = ["beavertails_eval"]
+    if settings.eval_every is not None and settings.eval_every > 0:
+        training.save_strategy, training.save_steps, training.save_total_limit = "steps", settings.eval_every, None
+    return settings, training, options
 
 
-def check(script: Table2Arguments, training: SFTConfig, model_args: ModelConfig) -> None:
+def check(settings: Table2Settings, training: SFTConfig, options: ModelConfig) -> None:
     """Raise ValueError for settings that contradict each other."""
-    check_arms(script, training, model_args)
-    for name in ("train_samples", "eval_samples"):
-        value = getattr(script, name)
-        if value is not None and value < 2:
-            raise ValueError(f"--{name} must be at least 2, got {value}.")
-    for name in ("judge_batch_size", "max_new_tokens", "refusal_prompts", "eval_every"):
-        value = getattr(script, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}.")
+    check_arms(settings, training, options)
+    for name, least in {"train_samples": 2, "eval_samples": 2, "judge_batch_size": 1, "max_new_tokens": 1,
+                        "refusal_prompts": 1, "eval_every": 1}.items():  # fmt: skip
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}.")
     for name in ("poison_share", "safety_share"):
-        check_share(f"--{name}", getattr(script, name))
-    shares = script.poison_share + script.safety_share
-    if any("+safety" in method for method in script.methods) and shares > 1:
+        share = getattr(settings, name)
+        if not 0 <= share <= 1:
+            raise ValueError(f"--{name} is {share}, allowed is a share of the training rows from 0 to 1.")
+    needs_safety = any("+safety" in method for method in settings.methods)
+    shares = settings.poison_share + settings.safety_share
+    if needs_safety and shares > 1:
         raise ValueError(f"--poison_share and --safety_share are {shares} together, allowed is 1 at most.")
-    if script.poison_file and script.poison_share == 0:
+    if settings.poison_file and settings.poison_share == 0:
         raise ValueError("--poison_file without --poison_share mixes nothing in; give a share above 0.")
-    if model_args.model_name_or_path and script.poison_share and not script.poison_file:
+    if options.model_name_or_path and settings.poison_share and not settings.poison_file:
         raise ValueError("--poison_share needs --poison_file: the generated pairs are for the offline model only.")
-    needs_safety = any("+safety" in method for method in script.methods)
-    if model_args.model_name_or_path and needs_safety and not script.safety_file:
+    if options.model_name_or_path and needs_safety and not settings.safety_file:
         raise ValueError("An arm with +safety needs --safety_file: the generated pairs are for the offline model.")
-    if script.dataset_name and script.train_file:
+    if settings.dataset_name and settings.train_file:
         raise ValueError("--dataset_name and --train_file are two sources of the same data; give one.")
+    wish = training.resume_from_checkpoint
+    if is_path(wish) and (len(settings.seeds) > 1 or len(set(settings.methods) - {"base"}) != 1):
+        raise ValueError(
+            f"--resume_from_checkpoint {wish} names one checkpoint, but there are several arms or seeds. Leave it "
+            "out: each continues from its newest checkpoint in --output_dir. False starts them anew."
+        )
+    if is_path(wish) and not is_whole(Path(str(wish))):
+        raise ValueError(f"--resume_from_checkpoint {wish} is not a whole checkpoint of a trainer.")
     if training.packing:
         raise ValueError(
             "--packing is for long texts and changes what a step is; here each row is one example. Leave it out."
@@ -202,176 +160,164 @@ def check(script: Table2Arguments, training: SFTConfig, model_args: ModelConfig)
         raise ValueError(
             "--auto_find_batch_size would train arms with different batches. Give --per_device_train_batch_size."
         )
-    if model_args.load_in_4bit and (model_args.bnb_4bit_quant_type != "nf4" or not model_args.use_bnb_nested_quant):
+    if options.load_in_4bit and (options.bnb_4bit_quant_type != "nf4" or not options.use_bnb_nested_quant):
         raise ValueError(
             "--load_in_4bit is evaluated as NF4 with double quantisation, so it must be trained so: give "
             "--use_bnb_nested_quant true and no other --bnb_4bit_quant_type."
         )
-    if script.safety_tasks and model_args.model_revision not in (None, "main"):
-        raise ValueError(f"--model_revision {model_args.model_revision} cannot be evaluated; give a local folder.")
-    if script.safety_tasks and model_args.load_in_8bit:
+    if settings.safety_tasks and options.model_revision not in (None, "main"):
+        raise ValueError(f"--model_revision {options.model_revision} cannot be evaluated; give a local folder.")
+    if settings.safety_tasks and options.load_in_8bit:
         raise ValueError("--load_in_8bit cannot be evaluated as it was trained; use --load_in_4bit or neither.")
 
 
-def compare(task: FinetuningTask, script: Table2Arguments, training: SFTConfig, model_args: ModelConfig) -> None:
-    """Train and evaluate what the output folder has no results of, then write and print table and figure.
+def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: ModelConfig) -> Run:
+    """Train and evaluate what the output folder has no results of; returns the run, whole in the main process.
 
     Raises:
         ValueError: before training, for whatever cannot work.
     """
-    arms = trained_arms(script, training, model_args)
-    pairs = _mixture_pairs(script)
-    rows = len(task.training_pairs(script.seeds[0]))
-    _check_steps(script, training, rows)
-    judges = _judge_names(script.judges)
-    contents = task.contents() | {
-        name: Content(f"--{name}_file {getattr(script, f'{name}_file') or '(generated)'}", checksum(some))
+    arms = trained_arms(settings, training, options)
+    pairs = _mixture_pairs(settings)
+    _check_steps(settings, training, task.drawn)
+    names = _judge_names(settings.judges)
+    contents = task.contents | {
+        name: Content(f"--{name}_file {getattr(settings, f'{name}_file') or '(generated)'}", checksum(some))
         for name, some in pairs.items()
     }
-    if script.judges:
-        made = check_judging(script.judges, batch_size=script.judge_batch_size)
+    if settings.judges:
+        judges = check_judging(settings.judges, batch_size=settings.judge_batch_size)
         contents |= {
-            f"judge {judges[given]}": Content(f"--judges {given}", checksum(judge.settings))
-            for given, judge in made.items()
+            f"judge {names[judge]}": Content(f"--judges {judge}", checksum(judges[judge].settings)) for judge in judges
         }
     # The offline judge by its folder: building it is the work of all processes, judging that of one.
     judge_folders = {
-        f"shieldgemma={offline_judge()}" if judge == OFFLINE else judge: name for judge, name in judges.items()
+        f"shieldgemma={offline_judge()}" if judge == offline.NAME else judge: name for judge, name in names.items()
     }
-    demonstration = model_args.model_name_or_path is None
-    if demonstration:
-        model_args.model_name_or_path = str(offline_model())
-    tokenizer, config = load_tokenizer(
-        training, model_args, [adapter_of(a, model_args, script.activation) for a in arms.values()]
-    )
+    is_demonstration = options.model_name_or_path is None
+    if is_demonstration:
+        options.model_name_or_path = str(offline.model_folder())
+    tokenizer, config = load_tokenizer(settings, training, options, arms)
     context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    task.check_lengths(tokenizer, context, training.max_length)
-    settings = generation(task, script, training, model_args)
-    contents |= base_contents(model_args)
-    contents |= task_contents(settings, tokenizer, config) if settings else {}
+    task = fitted(task, tokenizer, context, training.max_length)
+    answers = generation(task, settings, training, options)
+    contents |= evaluation_contents(answers, tokenizer, config, options)
     check_contents(Path(training.output_dir), task.recipe, contents)
-    state = PartialState()
-    decisive = identity(script, training, model_args, task.sizes(), list(judges.values()), contents, demonstration)
-    run = Run(training.output_dir, task.recipe, decisive, state.is_main_process)
-    for name, share in (("poison", script.poison_share), ("safety", script.safety_share)):
+    run = Run(
+        training.output_dir,
+        task.recipe,
+        identity(settings, training, options, list(names.values()), contents, is_demonstration),
+        PartialState().is_main_process,
+        defaults=_defaults(type(settings)),
+        facts=task.sizes,
+    )
+    for name, share in (("poison", settings.poison_share), ("safety", settings.safety_share)):
         if name in pairs:
             pairs[name] = fitting(pairs[name], tokenizer, training.max_length, f"--{name}_share")
-            check_enough(f"--{name}_share", share, rows, pairs[name])
-    comparison = Comparison(task, run, script, training, model_args, arms, tokenizer, config)
-    _check_checkpoints(comparison)
+            needed = round(share * task.drawn)
+            if needed > len(pairs[name]):
+                raise ValueError(
+                    f"--{name}_share {share} of {task.drawn} training rows is {needed}, but there are "
+                    f"{len(pairs[name])} pairs that fit; lower it, or give a larger file."
+                )
+    comparison = Comparison(task, run, settings, training, options, arms, tokenizer, config)
+    comparison.check_checkpoints()
 
     run.bind()
-    _train(comparison, pairs)
-    score_checkpoints(comparison)
-    if not state.is_main_process:
-        return  # answers and verdicts are the work of one process
-    if settings is not None:
+    train(comparison, pairs)
+    if run.is_main and answers is not None:  # answers and verdicts are the work of one process
         with not_sharded(training):
-            evaluate(comparison, settings, judge_folders)
+            evaluate(comparison, answers, judge_folders)
             alignment_sparsity(comparison)
-    print(write_report(run, task.paper, task.performance, list(arms), list(judges.values()), demonstration))
+    return run
 
 
-def _judge_names(judges: Sequence[str]) -> dict[str, str]:
+def show(run: Run, table: Callable[[Run], Table2]) -> None:
+    """Write and print the run's table, and draw its figure."""
+    if run.is_main:
+        text = table(run).text()
+        run.write("results.md", text)
+        table(run).draw()
+        print(text)
+
+
+def identity(
+    settings: Table2Settings,
+    training: SFTConfig,
+    options: ModelConfig,
+    judges: list[str],
+    contents: Mapping[str, Content],
+    is_demonstration: bool,
+) -> dict[str, Any]:
+    """The settings that decide the results, for the run's folder and rows.
+
+    Paths do not count, what they hold does: a moved file continues a run, and another file at the same path does not.
+
+    Args:
+        judges: their names in the rows.
+        contents: by name, of everything that the results depend on.
+        is_demonstration: whether the base is the offline model.
+    """
+    defaults = SFTConfig(output_dir="", use_cpu=training.use_cpu, bf16=training.bf16).to_dict()
+    chosen = {k: v for k, v in training.to_dict().items() if k in _ALWAYS or v != defaults.get(k)}
+    plugin = training.deepspeed_plugin
+    names = ("gradient_clipping", "optimizer", "scheduler", "fp16", "bf16")
+    return {
+        **{k: v for k, v in asdict(settings).items() if k not in _PLACES},
+        "judges": judges,
+        "demonstration": is_demonstration,
+        "thinking": "off",  # as prompts are written in training, in the task's score and in the evaluation
+        "model": {k: v for k, v in asdict(options).items() if k not in _MODEL_PLACES},
+        "training": {k: v for k, v in chosen.items() if not _IRRELEVANT.match(k)},
+        "num_processes": training.world_size,
+        "distributed_type": training.distributed_state.distributed_type.value
+        if plugin is None
+        else f"ZERO{plugin.zero_stage}",
+        "deepspeed": None
+        if plugin is None
+        else {name: plugin.deepspeed_config[name] for name in names if name in plugin.deepspeed_config},
+        "device": training.device.type,
+        "mixed_precision": training.mixed_precision,  # that of `accelerate launch` too
+        "contents": {name: content.checksum for name, content in contents.items()},
+    }
+
+
+def _defaults(settings_class: type[Any]) -> dict[str, Any]:
+    """The defaults of settings that count; one that came after a folder was made is at its default there."""
+    return {
+        f.name: f.default_factory() if f.default is MISSING else f.default  # type: ignore[misc]
+        for f in fields(settings_class)
+        if f.name not in _PLACES
+    }
+
+
+def _judge_names(judges: list[str]) -> dict[str, str]:
     """What the rows call each judge: without its folder, whose content the run knows, if that tells them apart."""
     names = {judge: short_name(judge) for judge in judges}
     return {judge: name if list(names.values()).count(name) == 1 else judge for judge, name in names.items()}
 
 
-def _mixture_pairs(script: Table2Arguments) -> dict[str, list[Pair]]:
+def _mixture_pairs(settings: Table2Settings) -> dict[str, list[Pair]]:
     """The pairs to mix in, as `poison` and `safety`; from the files, else generated."""
     pairs = {}
-    if script.poison_share:
-        file = script.poison_file
-        pairs["poison"] = load_pairs(file, "--poison_file") if file else offline_poison()
-    if any("+safety" in method for method in script.methods):
-        file = script.safety_file
-        pairs["safety"] = load_pairs(file, "--safety_file") if file else offline_safety()
+    if settings.poison_share:
+        file = settings.poison_file
+        pairs["poison"] = load_pairs(file, "--poison_file") if file else poison_pairs()
+    if any("+safety" in method for method in settings.methods):
+        file = settings.safety_file
+        pairs["safety"] = load_pairs(file, "--safety_file") if file else safety_pairs()
     return pairs
 
 
-def _check_steps(script: Table2Arguments, training: SFTConfig, rows: int) -> None:
+def _check_steps(settings: Table2Settings, training: SFTConfig, rows: int) -> None:
     """Raise ValueError if no step of the training is a multiple of `eval_every`."""
-    if script.eval_every is None:
+    if settings.eval_every is None:
         return
     batches = -(-rows // (training.per_device_train_batch_size * training.world_size))
     an_epoch = -(-batches // training.gradient_accumulation_steps)
     steps = training.max_steps if training.max_steps > 0 else round(an_epoch * training.num_train_epochs)
-    if script.eval_every > steps:
+    if settings.eval_every > steps:
         raise ValueError(
-            f"--eval_every {script.eval_every} matches no checkpoint: training takes {steps} steps ({rows} rows). "
+            f"--eval_every {settings.eval_every} matches no checkpoint: training takes {steps} steps ({rows} rows). "
             f"Give 1 to {steps}."
         )
-
-
-def _check_checkpoints(comparison: Comparison) -> None:
-    """Raise ValueError if a checkpoint or adapter that is in the folder already is of another base or run."""
-    run, training, model = comparison.run, comparison.training, str(comparison.model_args.model_name_or_path)
-    for method in comparison.arms:
-        for seed in comparison.script.seeds:
-            folder = arm_folder(run, method, seed)
-            newest = checkpoint(folder, training.resume_from_checkpoint)
-            paths = [Path(newest)] if newest else []
-            paths += [folder / "adapter"] if (folder / "adapter" / "adapter_config.json").exists() else []
-            for path in paths:
-                with not_sharded(training):
-                    check_adapter(Adapter(f"{method}-seed{seed}={path}"), model, comparison.config)
-            if newest and folder.resolve() not in Path(newest).resolve().parents:
-                raise ValueError(
-                    f"--resume_from_checkpoint {newest} is not of this run, whose checkpoints of {method} are in "
-                    f"{folder}: what it was trained on is not known here. Leave it out."
-                )
-            if newest and not (run.folder / CONFIG).exists():
-                raise ValueError(
-                    f"{newest} is there without the {CONFIG} that says what it was trained on. Choose another "
-                    "--output_dir, or --resume_from_checkpoint False to start anew."
-                )
-
-
-def _train(comparison: Comparison, pairs: dict[str, list[Pair]]) -> None:
-    """Score the base, then train, save and score every arm and seed that is not done yet.
-
-    Args:
-        pairs: to mix in, as `poison` and `safety`.
-    """
-    task, run, script, training, model_args, arms, tokenizer, _ = comparison
-    batches = prompt_batches(tokenizer, task.prompts, training.per_device_eval_batch_size)
-    if "base" in script.methods and not comparison.is_done(None, method="base"):
-        start = time.monotonic()
-        score = comparison.score(load_base(training, model_args))
-        common = comparison.common(start) | {"seed": None, "method": "base"}
-        if math.isfinite(score):
-            run.add(task.metric, score, **common)
-        else:
-            run.add_diverged(f"the {task.metric} is not finite", **common)
-    for seed in script.seeds:
-        of_seed: list[Pair] | None = None
-        for method, arm in arms.items():
-            if comparison.is_done(seed, method=method):
-                continue
-            start = time.monotonic()
-            if of_seed is None:
-                of_seed = fitting(task.training_pairs(seed), tokenizer, training.max_length, "--train_samples")
-            mixtures = [(pairs.get("poison", []), script.poison_share), (pairs.get("safety", []), arm.safety_share)]
-            rows = Dataset.from_list([training_row(tokenizer, *pair) for pair in mixed(of_seed, mixtures, seed)])
-            options = copy.deepcopy(training)
-            options.weight_decay = arm.weight_decay
-            trained = Trained(method, seed, None, arm_folder(run, method, seed) / "adapter")
-            newest = checkpoint(trained.folder.parent, training.resume_from_checkpoint)
-            reason, score = divergence(Path(newest)) if newest else None, math.nan
-            if reason is None:
-                adapter = adapter_of(arm, model_args, script.activation)
-                trainer = finetuning(trained.folder.parent, seed, rows, adapter, tokenizer, options, model_args)
-                if arm.method == "monolora":
-                    trainer.add_callback(SparsityCallback(trainer, batches[:1]))
-                trainer.train(resume_from_checkpoint=newest)
-                trainer.save_model(str(trained.folder))
-                reason = divergence(trained.folder, trainer.state.log_history)
-            if reason is None:
-                score = comparison.score(trainer.model)
-            if arm.method == "monolora" and math.isfinite(score):
-                measured = activation_sparsity(trainer.model, batches)
-                common = comparison.common(start) | {"seconds": 0, "seed": seed, "method": method}
-                run.add("task_sparsity", measured.overall, **common)
-                run.add("dead_units", measured.dead, **common)
-            add_score(comparison, score, reason, start, trained)  # last, because this row says that the arm is done

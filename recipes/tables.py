@@ -29,7 +29,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from PIL import Image
 from program import parse, run_as_program
-from unported_experiments import UNPORTED
 
 from vision_bench.figures import SUFFIXES
 from vision_bench.runs import CONFIG, ROWS, Run, read_rows, write_atomic
@@ -58,7 +57,7 @@ intervals. The scale of each run stands in its settings; unless they are the pap
 
 def experiments() -> list[Experiment]:
     """What the recipes with a part in the paper say of themselves, in the order of the page."""
-    return [getattr(import_module(name), "EXPERIMENT", None) or UNPORTED[name] for name in RECIPES]
+    return [import_module(name).EXPERIMENT for name in RECIPES]
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Shared by all tests: no hub, a temporary cache, and models small enough to build in milliseconds."""
 
+import json
 import os
 import tempfile
 
@@ -12,11 +13,43 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from vision_bench.runs import read_rows
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ ' ' + m['content'] }}"
     "{% if m['role'] == 'assistant' %}<|end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+def rows_of(rows, metric, **arm):
+    """The rows of a metric (None: of all) whose seed and configuration have these values."""
+    return [
+        r
+        for r in rows
+        if metric in (None, r["metric"])
+        and all((r["config"] | {"seed": r["seed"]}).get(k) == v for k, v in arm.items())
+    ]
+
+
+def rows(folder, metric=None, **arm):
+    """The rows of a run's folder, of a metric (None: of all) and with these values in seed and configuration."""
+    for line in (folder / "results.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    return rows_of(read_rows(folder / "results.jsonl"), metric, **arm)
+
+
+def value(folder, metric, **arm):
+    """The value of the one row that `rows` finds."""
+    (row,) = rows(folder, metric, **arm)
+    return row["value"]
+
+
+def results(folder):
+    """Every row of a run's folder but for when and where it was measured, to be compared."""
+    left_out = ("seconds", "time", "device", "commit")
+    rows = read_rows(folder / "results.jsonl")
+    return sorted(json.dumps({k: v for k, v in row.items() if k not in left_out}, sort_keys=True) for row in rows)
 
 
 @pytest.fixture

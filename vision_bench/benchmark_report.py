@@ -2,57 +2,73 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from vision_bench import figures, report, sae
-from vision_bench.benchmark import ACCURACY, KINDS, SAME, Settings, Subject
-from vision_bench.corruptions import CLEAN, Grid, parse
+from vision_bench.benchmark import SAME, Row
+from vision_bench.benchmark_settings import KINDS, Settings
+from vision_bench.corruptions import CLEAN
 from vision_bench.metrics import MEASURED, chance_level
-from vision_bench.probe import NORM, TRAINING
-from vision_bench.runs import DIVERGED, Interval, interval, paired_difference, write_atomic
+from vision_bench.probe import NORM
+from vision_bench.runs import DIVERGED, Interval, select, write_atomic
+from vision_bench.subjects import Subject
 
-Row = dict[str, Any]
-
-# What gains are over, and the columns of the half-widths of these.
-BASES = {"raw": "gain_half_width", "unit": "gain_over_unit_half_width"}
-IN_WORDS = {"raw": "raw features", "unit": "L2-normalised raw features (unit)"}
+# What gains are over, with the column of their half-widths and words for it.
+BASES = {
+    "raw": ("gain_half_width", "raw features"),
+    "unit": ("gain_over_unit_half_width", "L2-normalised raw features (unit)"),
+}
 TEXT, TABLE, DATA, FIGURE = "results.md", "results.csv", "results.json", "robustness"
+HEADER = ["model", "features", "images", "wrong labels"]  # of the tables in Markdown
+DESCRIBED = ["own training labels", "semantic consistency", "chance", "sparsity", "live"]
+
+Line = dict[str, Any]
 
 
 def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) -> str:
     """Write the table and the figure of the models into the output folder; the Markdown is returned.
 
+    Args:
+        subjects, rows: as `benchmark.run` returns them.
+        settings: with which it was called.
+
     Raises:
         OSError: a file cannot be written.
     """
-    folder, sweep = Path(settings.output_dir), parse(settings.corruptions)
-    labels = _labels(subjects)
-    kinds = {subject.id: _kinds(subject, rows, settings) for subject in subjects}
-    cells = [
-        cell
+    folder = Path(settings.output_dir)
+    short = [subject.label for subject in subjects]
+    models = [
+        _Model(
+            subject,
+            subject.label if short.count(subject.label) == 1 else f"{subject.name} {subject.layer}",
+            [row for row in rows if row["config"]["features_id"] == subject.id],
+            settings,
+        )
         for subject in subjects
-        for kind in kinds[subject.id]
-        for cell in _cells(subject, labels[subject.id], kind, rows, sweep)
     ]
-    text = _markdown(subjects, labels, kinds, cells, rows, settings, sweep)
+    lines = [line for model in models for line in model.lines]
+    text = _markdown(models, settings)
     write_atomic(folder / TEXT, text)
-    write_atomic(folder / TABLE, _csv(cells))
-    write_atomic(folder / DATA, _json(cells, _diverged(subjects, labels, rows), settings))
+    write_atomic(folder / TABLE, pd.DataFrame(lines, dtype=object).to_csv(index=False, lineterminator="\n"))
+    diverged = [
+        {"model": model.label, "features": kind, "reason": reason}
+        for model in models
+        for kind, reason in model.diverged.items()
+    ]
+    whole = {"settings": settings.recorded, "table": lines, "diverged": diverged}
+    write_atomic(folder / DATA, json.dumps(whole, indent=1, allow_nan=False) + "\n")
     panels = {
-        labels[subject.id]: {
-            kind: _one_at_a_time(
-                cell for cell in cells if (cell["features_id"], cell["features"]) == (subject.id, kind)
-            )
-            for kind in kinds[subject.id]
+        model.label: {
+            kind: _one_at_a_time(line for line in model.lines if line["features"] == kind) for kind in model.kinds
         }
-        for subject in subjects
-        if kinds[subject.id]
+        for model in models
+        if model.kinds
     }
     if panels:
         figures.save(folder / FIGURE, figures.robustness_dots(panels))
@@ -61,159 +77,99 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
     return text
 
 
-def _kinds(subject: Subject, rows: Sequence[Row], settings: Settings) -> list[str]:
-    """The kinds of features of a model that have numbers: those asked for, without `relu` where it equals `raw`."""
-    without = {row["config"]["features"] for row in _find(rows, DIVERGED, features_id=subject.id)}
-    if _relu_is_raw(subject, rows, settings):
-        without.add("relu")
-    return [kind for kind in KINDS if kind in settings.features and kind not in without]
+class _Model:
+    """A model of the report.
 
+    Attributes:
+        label: a short name, the whole one where two would be the same.
+        diverged: why nothing could be measured, by kind of features.
+        relu_is_raw: whether `relu` was not measured because it equals `raw`.
+        kinds: the kinds of features asked for that have numbers.
+        table: their accuracies, by share of the images, share of wrong labels and test.
+        lines: of results.csv, one for every way of training and of testing the probes on a kind of features.
+    """
 
-def _relu_is_raw(subject: Subject, rows: Sequence[Row], settings: Settings) -> bool:
-    return "raw" in settings.features and bool(_find(rows, SAME, features_id=subject.id))
+    def __init__(self, subject: Subject, label: str, rows: Sequence[Row], settings: Settings) -> None:
+        self.subject, self.label, conditions = subject, label, settings.conditions
+        self.diverged: dict[str, str] = {
+            row["config"]["features"]: row["config"]["reason"] for row in rows if row["metric"] == DIVERGED
+        }
+        self.relu_is_raw = "raw" in settings.features and any(row["metric"] == SAME for row in rows)
+        without = {*self.diverged, *(["relu"] if self.relu_is_raw else [])}
+        self.kinds = [kind for kind in KINDS if kind in settings.features and kind not in without]
+        columns: dict[Hashable, dict[str, Any]] = {
+            (share, rate, test): {"few_shots": share, "label_noise": rate, "test": test}
+            for share, rate, test in itertools.product(
+                conditions.few_shots, conditions.label_noise, conditions.tests()
+            )
+        }
+        self.table = report.ProbeTable(rows, columns, self.kinds)
+        self.lines = [self._line(kind, column) for kind in self.kinds for column in columns]
 
-
-def _diverged(subjects: Sequence[Subject], labels: dict[str, str], rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Of what nothing could be measured, and why."""
-    return [
-        {"model": labels[subject.id], "features": row["config"]["features"], "reason": row["config"]["reason"]}
-        for subject in subjects
-        for row in _find(rows, DIVERGED, features_id=subject.id)
-    ]
-
-
-def _labels(subjects: Sequence[Subject]) -> dict[str, str]:
-    """A short name of each model by its id, the whole name where two would be the same."""
-    short = [subject.label for subject in subjects]
-    return {s.id: s.label if short.count(s.label) == 1 else f"{s.name} {s.layer}" for s in subjects}
-
-
-def _cells(subject: Subject, label: str, kind: str, rows: Sequence[Row], sweep: Grid) -> list[dict[str, Any]]:
-    """A row of the table for every way of training and of testing the probes on a kind of features of a model."""
-    of_model = [row for row in rows if row["config"]["features_id"] == subject.id]
-    mine = [row for row in of_model if row["config"]["features"] == kind]
-    cells = []
-    for shots, rate, test in itertools.product(sweep.few_shots, sweep.label_noise, sweep.tests()):
-        training = {"few_shots": shots, "label_noise": rate}
-        arm = training | {"test": test}
-        found = _find(mine, ACCURACY, **arm)
-        accuracy = _percent(found)
-        own, class_means = (_percent(_find(mine, name, **training)) for name in TRAINING)
+    def _line(self, kind: str, column: Hashable) -> Line:
+        test, accuracy = self.table.columns[column]["test"], self.table.mean(kind, column)
+        own = self.table.own_labels(kind, column)
+        rows = self.table.select(report.ACCURACY, column, features=kind)
         gains: dict[str, float | None] = {}
-        for base, width in BASES.items():
-            over = paired_difference(found, _find(of_model, ACCURACY, features=base, **arm)) if kind != base else None
-            gains |= {f"gain_over_{base}": over and 100 * over.mean}
-            gains |= {width: over and over.scaled(100).half_width}
-        cells.append(
-            {
-                "model": label,
-                "pretrained": subject.pretrained,
-                "random_init": subject.random,
-                "layer": subject.layer,
-                "preprocessing": subject.preprocessing,
-                "dimensions": mine[0]["config"]["dimensions"],
-                "features": kind,
-                **arm,
-                "top1": accuracy.mean,
-                "top1_half_width": accuracy.half_width,
-                "seeds": len(found),
-                "chance_top1": 100 * chance_level(subject.tests[test].labels, subject.num_classes),
-                "training_top1": own.mean,
-                "training_half_width": own.half_width,
-                "class_means_training_top1": class_means.mean,
-                "trained": own.mean >= class_means.mean,
-                **gains,
-                **{name: _find(mine, name, test=test)[0]["value"] for name in MEASURED},
-                "test_images": found[0]["n"],
-                "training_images": mine[0]["config"]["training_images"],
-                "features_id": subject.id,
-            }
-        )
-    return cells
+        for base, (width, _) in BASES.items():
+            gain = self.table.gain(kind, column, over=base)
+            exists = kind != base and gain.n > 0
+            gains |= {f"gain_over_{base}": gain.mean if exists else None, width: gain.half_width if exists else None}
+        return {
+            "model": self.label,
+            "pretrained": self.subject.pretrained,
+            "random_init": self.subject.random,
+            "layer": self.subject.layer,
+            "preprocessing": self.subject.preprocessing,
+            "dimensions": int(rows["dimensions"].iloc[0]),
+            "features": kind,
+            **self.table.columns[column],
+            "top1": accuracy.mean,
+            "top1_half_width": accuracy.half_width,
+            "seeds": accuracy.n,
+            "chance_top1": 100
+            * chance_level(self.subject.tests[test].images.labels, self.subject.train.images.num_classes),
+            "training_top1": own.accuracy.mean,
+            "training_half_width": own.accuracy.half_width,
+            "class_means_training_top1": own.class_means.mean,
+            "trained": own.trained,
+            **gains,
+            **{name: self.value(name, features=kind, test=test) for name in MEASURED},
+            "test_images": int(rows["n"].iloc[0]),
+            "training_images": int(rows["training_images"].iloc[0]),
+            "features_id": self.subject.id,
+        }
+
+    def value(self, metric: str, **settings: Any) -> float | None:
+        """The value of the one row of a metric, None where it is undefined."""
+        value = float(select(self.table.rows, metric, **settings)["value"].iloc[0])
+        return None if value != value else value
+
+    def by_training(self) -> Iterable[tuple[list[str], dict[str, Line]]]:
+        """The lines by test of each kind of features and way of training the probes, with the cells of `HEADER`."""
+        for (kind, share, rate), group in itertools.groupby(
+            self.lines, key=lambda line: (line["features"], line["few_shots"], line["label_noise"])
+        ):
+            start = [self.label, kind, f"{100 * share:g} %", f"{100 * rate:g} %"]
+            yield start, {line["test"]: line for line in group}
 
 
-def _percent(rows: Sequence[Row]) -> Interval:
-    return interval([100 * row["value"] for row in rows])
-
-
-def _find(rows: Iterable[Row], metric: str, **arm: Any) -> list[Row]:
-    return [row for row in rows if row["metric"] == metric and all(row["config"].get(k) == v for k, v in arm.items())]
-
-
-def _csv(cells: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(cells[0]) if cells else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(cells)
-    return text.getvalue()
-
-
-def _json(cells: list[dict[str, Any]], diverged: list[dict[str, str]], settings: Settings) -> str:
-    whole = {"settings": settings.of_results(), "table": cells, "diverged": diverged}
-    return json.dumps(whole, indent=1, allow_nan=False) + "\n"
-
-
-def _markdown(
-    subjects: Sequence[Subject],
-    labels: dict[str, str],
-    kinds: dict[str, list[str]],
-    cells: list[dict[str, Any]],
-    rows: Sequence[Row],
-    settings: Settings,
-    sweep: Grid,
-) -> str:
-    tests, seeds = list(sweep.tests()), len(settings.seeds)
+def _markdown(models: Sequence[_Model], settings: Settings) -> str:
     limit = f", about {settings.limit} images of each split" if settings.limit else ""
     text = f"# Robustness and monosemanticity of frozen features: {settings.dataset}{limit}\n\n"
-    for subject in subjects:
-        size = " x ".join(map(str, subject.image_size))
-        text += f"- **{labels[subject.id]}**: {subject.layer} at {size} pixels. Pretrained: {subject.pretrained}.\n"
-        text += f"  Images: {subject.preprocessing}.\n"
-        if "relu" in settings.features and _relu_is_raw(subject, rows, settings):
+    for model in models:
+        size = " x ".join(map(str, model.subject.train.source.image_size))
+        text += (
+            f"- **{model.label}**: {model.subject.layer} at {size} pixels. Pretrained: {model.subject.pretrained}.\n"
+        )
+        text += f"  Images: {model.subject.preprocessing}.\n"
+        if "relu" in settings.features and model.relu_is_raw:
             text += "  No feature is negative: `relu` equals `raw` and was not measured again.\n"
+    tests = list(settings.conditions.tests())
     text += "\nTop-1 accuracy of linear probes, %, by what they are tested on.\n\n"
-    head = ["model", "features", "images", "wrong labels"]
-    what = ["own training labels", "semantic consistency", "chance", "sparsity", "live"]
-    values, untrained = list[list[str]](), list[str]()
-    gains: dict[str, list[list[str]]] = {base: [] for base in BASES}
-    ways = itertools.product(subjects, KINDS, sweep.few_shots, sweep.label_noise)
-    for subject, kind, shots, rate in ways:
-        mine = {
-            cell["test"]: cell
-            for cell in cells
-            if (cell["features_id"], cell["features"], cell["few_shots"], cell["label_noise"])
-            == (subject.id, kind, shots, rate)
-        }
-        if not mine:
-            continue
-        clean = mine[CLEAN]
-        start = [labels[subject.id], kind, f"{100 * shots:g} %", f"{100 * rate:g} %"]
-        consistency, chance, sparsity, live = (clean[name] for name in MEASURED)
-        found = [_shown(consistency), _shown(chance), _shown(sparsity), f"{live:.0f} of {clean['dimensions']}"]
-        top1 = [Interval(mine[t]["top1"], mine[t]["top1_half_width"], seeds).text(1) for t in tests]
-        own = Interval(clean["training_top1"], clean["training_half_width"], seeds).text(1)
-        if not clean["trained"]:
-            own += " (not trained)"
-            percents = f"{clean['training_top1']:.1f} %, class means {clean['class_means_training_top1']:.1f} %"
-            untrained.append(f"{start[0]}, {kind}, {start[2]} of the images, {start[3]} wrong labels ({percents})")
-        values.append([*start, *top1, own, *found])
-        for base, width in BASES.items():
-            if kind != "raw" and clean[f"gain_over_{base}"] is not None:
-                over = [Interval(mine[t][f"gain_over_{base}"], mine[t][width], seeds) for t in tests]
-                gains[base].append([*start, *(one.text(1, sign=True) for one in over)])
-    diverged = _diverged(subjects, labels, rows)
-    for one in diverged:
-        values.append([one["model"], one["features"], "-", "-", *["diverged"] * len(tests), *["-"] * len(what)])
-    levels = {cell["test"]: f"{cell['chance_top1']:.1f}" for cell in cells}
-    values.append(["chance level", "-", "-", "-", *(levels.get(test, "-") for test in tests), *["-"] * len(what)])
-    text += _table([*head, *tests, *what], values) + report.untrained(untrained)
-    for (model, reason), group in itertools.groupby(diverged, key=lambda one: (one["model"], one["reason"])):
-        marked = ", ".join(one["features"] for one in group)
-        text += f"\n{model}, {marked}: diverged, so that nothing could be measured: {reason}.\n"
-    for base, lines in gains.items():
-        if lines:
-            text += f"\nPoints over the {IN_WORDS[base]} of the same model, paired by seed.\n\n"
-            text += _table([*head, *tests], lines)
+    text += _accuracies(models, tests)
+    text += _gains(models, tests)
+    seeds = len(settings.seeds)
     scaled = "standardised features" if settings.standardize else "features"
     text += (
         f"\nMean ± half-width of the 95 % interval over {seeds} seeds of probes, wrong labels and drawn images;\n"
@@ -232,9 +188,7 @@ def _markdown(
         "also what the features are under noise and shifts.\n"
     )
     qualities = {
-        labels[subject.id]: [_find(rows, name, features_id=subject.id)[0]["value"] for name in sae.QUALITY]
-        for subject in subjects
-        if "sae" in kinds[subject.id]
+        model.label: [model.value(metric) for metric in sae.QUALITY] for model in models if "sae" in model.kinds
     }
     if qualities:
         text += "\nSparse autoencoders on clean test images:\n\n"
@@ -244,8 +198,50 @@ def _markdown(
     return text
 
 
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _accuracies(models: Sequence[_Model], tests: Sequence[str]) -> str:
+    """The table of accuracies and of what the features are, with its warnings."""
+    table, untrained = list[list[str]](), list[str]()
+    levels: dict[str, str] = {}
+    for model in models:
+        for start, by_test in model.by_training():
+            clean = by_test[CLEAN]
+            column = clean["few_shots"], clean["label_noise"], CLEAN
+            own = model.table.own_labels(clean["features"], column)
+            if not own.trained:
+                untrained.append(
+                    f"{start[0]}, {start[1]}, {start[2]} of the images, {start[3]} wrong labels ({own.words})"
+                )
+            consistency, chance, sparsity = ("-" if clean[m] is None else f"{clean[m]:.3f}" for m in MEASURED[:3])
+            top1 = [model.table.mean(clean["features"], (*column[:2], test)).text(1) for test in tests]
+            live = f"{clean[MEASURED[3]]:.0f} of {clean['dimensions']}"
+            table.append([*start, *top1, own.text, consistency, chance, sparsity, live])
+            levels |= {test: f"{line['chance_top1']:.1f}" for test, line in by_test.items()}
+    for model in models:
+        for kind in model.diverged:
+            table.append([model.label, kind, "-", "-", *["diverged"] * len(tests), *["-"] * len(DESCRIBED)])
+    levels_of_tests = [levels.get(test, "-") for test in tests]
+    table.append(["chance level", "-", "-", "-", *levels_of_tests, *["-"] * len(DESCRIBED)])
+    text = _table([*HEADER, *tests, *DESCRIBED], table) + report.untrained(untrained)
+    for model in models:
+        for reason, kinds in itertools.groupby(model.diverged, key=model.diverged.__getitem__):
+            text += f"\n{model.label}, {', '.join(kinds)}: diverged, so that nothing could be measured: {reason}.\n"
+    return text
+
+
+def _gains(models: Sequence[_Model], tests: Sequence[str]) -> str:
+    """A table of gains over each base."""
+    text = ""
+    for base, (width, words) in BASES.items():
+        lines = []
+        for model in models:
+            for start, by_test in model.by_training():
+                if start[1] != "raw" and by_test[CLEAN][f"gain_over_{base}"] is not None:
+                    gains = [(by_test[test][f"gain_over_{base}"], by_test[test][width]) for test in tests]
+                    lines.append([*start, *(Interval(*gain, 1).text(1, sign=True) for gain in gains)])
+        if lines:
+            text += f"\nPoints over the {words} of the same model, paired by seed.\n\n"
+            text += _table([*HEADER, *tests], lines)
+    return text
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -254,17 +250,17 @@ def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in whole)
 
 
-def _one_at_a_time(cells: Iterable[dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
+def _one_at_a_time(lines: Iterable[Line]) -> dict[str, tuple[float, float, float]]:
     """Accuracy, half-width and chance level where at most one thing is corrupted, by what it is, the clean first."""
-    found = {}
-    for cell in cells:
+    points = {}
+    for line in lines:
         parts = []
-        if cell["label_noise"]:
-            parts.append(f"{100 * cell['label_noise']:g} % wrong labels")
-        if cell["few_shots"] < 1:
-            parts.append(f"{100 * cell['few_shots']:g} % of the images")
-        if cell["test"] != CLEAN:
-            parts.append(cell["test"])
-        if len(parts) <= 1 and " + " not in cell["test"]:
-            found[parts[0] if parts else CLEAN] = (cell["top1"], cell["top1_half_width"] or 0.0, cell["chance_top1"])
-    return found
+        if line["label_noise"]:
+            parts.append(f"{100 * line['label_noise']:g} % wrong labels")
+        if line["few_shots"] < 1:
+            parts.append(f"{100 * line['few_shots']:g} % of the images")
+        if line["test"] != CLEAN:
+            parts.append(line["test"])
+        if len(parts) <= 1 and " + " not in line["test"]:
+            points[parts[0] if parts else CLEAN] = line["top1"], line["top1_half_width"] or 0.0, line["chance_top1"]
+    return points

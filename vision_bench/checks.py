@@ -56,7 +56,7 @@ def check_finite(name: str, features: torch.Tensor) -> None:
         start += len(chunk)
 
 
-def per_probe(name: str, value: PerProbe, k: int) -> torch.Tensor:
+def vector(name: str, value: PerProbe, k: int) -> torch.Tensor:
     """The setting as a vector (k,) of float64; raises ValueError if one is below 0 or not finite."""
     vector = torch.as_tensor(value, dtype=torch.float64)
     if vector.ndim > 1 or (vector.ndim == 1 and len(vector) != k):
@@ -66,7 +66,7 @@ def per_probe(name: str, value: PerProbe, k: int) -> torch.Tensor:
     return vector.expand(k).clone()
 
 
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_name(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless the value is one of the names allowed."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")

@@ -13,8 +13,6 @@ A condition of the table is known to `python -m vision_bench`, to the recipes, t
 
 from __future__ import annotations
 
-import difflib
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -138,14 +136,12 @@ def stratified_fraction(
 
 def gaussian(images: torch.Tensor, scale: float, generator: torch.Generator) -> torch.Tensor:
     """Images of any shape plus scale * e, with e of N(0, 1) for each value, drawn in float32."""
-    e = torch.randn(images.shape, generator=generator, device=generator.device)
-    return images + (scale * e).to(images)
+    return images + (scale * torch.randn(images.shape, generator=generator, device=generator.device)).to(images)
 
 
 def uniform(images: torch.Tensor, scale: float, generator: torch.Generator) -> torch.Tensor:
     """Images of any shape plus scale * e, with e of U[0, 1) for each value, drawn in float32."""
-    e = torch.rand(images.shape, generator=generator, device=generator.device)
-    return images + (scale * e).to(images)
+    return images + (scale * torch.rand(images.shape, generator=generator, device=generator.device)).to(images)
 
 
 def uniform_centred(images: torch.Tensor, scale: float, generator: torch.Generator) -> torch.Tensor:
@@ -355,93 +351,3 @@ class InputNoise:
             else:
                 noisy[index] = add_input_noise(image, self.kind, self.scale, generator)
         return noisy
-
-
-class Shift(NamedTuple):
-    """Other test images: the clean ones after a condition that changes `UINT8_IMAGES`, or those of a labelled folder.
-
-    Args:
-        name: of the condition, or `FOLDER`.
-        strength: the number of the condition; None: its default.
-        folder: where the images are, `folder/CLASS/*.jpg`; None for a condition of the table.
-    """
-
-    name: str
-    strength: float | None = None
-    folder: str | None = None
-
-    def __str__(self) -> str:
-        number = "" if self.strength is None else f"{self.strength:g}"
-        return " ".join(filter(None, (self.name, number, self.folder)))
-
-
-class Grid(NamedTuple):
-    """Every combination of these is measured; each field holds the clean condition first."""
-
-    label_noise: tuple[float, ...]  # shares of wrong training labels, 0 first
-    few_shots: tuple[float, ...]  # shares of the training images that have labels, 1 first
-    noises: tuple[InputNoise | None, ...]  # on the test images
-    shifts: tuple[Shift | None, ...]  # of the test images
-
-    def tests(self) -> dict[str, tuple[Shift | None, InputNoise | None]]:
-        """What the probes are tested on, by name: "clean", "gaussian 0.6", "rotated + gaussian 0.6"."""
-        tests: dict[str, tuple[Shift | None, InputNoise | None]] = {}
-        for shift, noise in itertools.product(self.shifts, self.noises):
-            parts = [str(shift)] if shift else []
-            parts += [f"{noise.kind} {noise.scale:g}"] if noise else []
-            tests[" + ".join(parts) or CLEAN] = shift, noise
-        return tests
-
-
-def parse(words: Sequence[str]) -> Grid:
-    """The grid of words NAME or NAME=NUMBER,NUMBER,... with names of `CONDITIONS`, or folder=PATH.
-
-        parse(["label_noise=0.2,0.8", "gaussian", "rotated", "folder=data/sketches"]).tests()
-
-    Raises:
-        ValueError: an unknown name, or a number that is none or out of its range.
-    """
-    grid = Grid((0.0,), (1.0,), (None,), (None,))
-    for word in words:
-        name, _, values = word.partition("=")
-        if name == FOLDER:
-            if not values:
-                raise ValueError(f"corruptions has {word!r}; write folder=PATH, with CLASS/*.jpg in it.")
-            grid = grid._replace(shifts=(*grid.shifts, Shift(FOLDER, folder=values)))
-            continue
-        if name not in CONDITIONS:
-            near = difflib.get_close_matches(name, [*CONDITIONS, FOLDER], n=1)
-            raise ValueError(
-                f"corruptions has {word!r}, which is unknown; there are {', '.join([*CONDITIONS, FOLDER])}"
-                + (f". Do you mean {near[0]}?" if near else ".")
-            )
-        changes, numbers = CONDITIONS[name].changes, _numbers(name, word, values)
-        if changes == TRAINING_LABELS:
-            grid = grid._replace(label_noise=(*grid.label_noise, *numbers))
-        elif changes == TRAINING_IMAGES:
-            grid = grid._replace(few_shots=(*grid.few_shots, *numbers))
-        elif changes == NORMALISED_IMAGES:
-            grid = grid._replace(noises=(*grid.noises, *(InputNoise(name, number) for number in numbers)))
-        else:
-            strengths = numbers or (None,)
-            grid = grid._replace(shifts=(*grid.shifts, *(Shift(name, strength) for strength in strengths)))
-    for field in grid:
-        if len(set(field)) < len(field):
-            raise ValueError(f"corruptions is {' '.join(words)}; the same one stands there twice.")
-    return grid
-
-
-def _numbers(name: str, word: str, values: str) -> tuple[float, ...]:
-    condition = CONDITIONS[name]
-    if not values:
-        return condition.numbers
-    if condition.range is None:
-        raise ValueError(f"corruptions has {word!r}; {name} takes no number.")
-    try:
-        numbers = tuple(float(value) for value in values.split(","))
-    except ValueError:
-        raise ValueError(f"corruptions has {name}={values!r}; write numbers with commas, {name}=0.2,0.4.") from None
-    for number in numbers:
-        if number not in condition.range:
-            raise ValueError(f"corruptions has {name}={number:g}; it must be {condition.range}.")
-    return numbers

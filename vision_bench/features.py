@@ -3,6 +3,13 @@
 A folder holds safetensors files, whose number of rows follows from the size of the images alone. With p processes of
 an accelerate launch every process computes each p-th shard. Shards that exist already are kept, so that a pass that
 was stopped continues, and no more than one shard is ever in memory.
+
+    from vision_bench import features
+    from vision_bench.data import load_images
+
+    test = load_images("digits", "test")
+    source = features.extract("runs/digits_features", model, test, "test")
+    z = features.load("runs/digits_features", "output", source)  # (360, d)
 """
 
 from __future__ import annotations
@@ -119,34 +126,34 @@ def extract(
     """
     state = PartialState()
     folder = Path(folder)
-    wanted = source(model, images, split, layers, normalised, noise, checkpoint)
+    header = source(model, images, split, layers, normalised, noise, checkpoint)
     model.to(state.device)
-    paths = _paths(folder, wanted)
-    mine = []
-    for i in range(state.process_index, len(paths), state.num_processes):
-        if paths[i].exists():
-            _check(paths[i], wanted)
+    lacking: dict[Path, range] = {}  # rows of the shards that this process computes
+    for i, path in list(enumerate(_paths(folder, header)))[state.process_index :: state.num_processes]:
+        if path.exists():
+            _check(path, header)
         else:
-            mine.append(range(i * wanted.shard_rows, min((i + 1) * wanted.shard_rows, wanted.count)))
-    broken = None
-    shown = progress and state.is_main_process
-    with tqdm(total=sum(map(len, mine)), desc=f"features of {split}", unit="image", disable=not shown) as bar:
-        for rows in mine:
+            lacking[path] = range(i * header.shard_rows, min((i + 1) * header.shard_rows, header.count))
+    not_finite = None
+    is_shown = progress and state.is_main_process
+    total = sum(map(len, lacking.values()))
+    with tqdm(total=total, desc=f"features of {split}", unit="image", disable=not is_shown) as bar:
+        for path, rows in lacking.items():
             pixels = images.images[rows.start : rows.stop]
             try:
-                made = embed(
-                    model, pixels, images.mean, images.std, wanted.layers, batch_size, noise, rows.start, bar.update
+                values = embed(
+                    model, pixels, images.mean, images.std, header.layers, batch_size, noise, rows.start, bar.update
                 )
             except FloatingPointError as error:
-                broken = str(error)
+                not_finite = str(error)
                 break
             if normalised:
-                made = {layer: F.normalize(values) for layer, values in made.items()}
-            storage.save(paths[rows.start // wanted.shard_rows], KIND, made, asdict(wanted))
-    for reason in gather_object([broken]):  # which waits for all processes
+                values = {layer: F.normalize(z) for layer, z in values.items()}
+            storage.save(path, KIND, values, asdict(header))
+    for reason in gather_object([not_finite]):  # which waits for all processes
         if reason is not None:
             raise FloatingPointError(f"{split}: {reason}")
-    return wanted
+    return header
 
 
 @torch.no_grad()
@@ -175,33 +182,31 @@ def embed(
         FloatingPointError: a value is NaN or infinite; names the layer and the image.
         ValueError: a layer that the model does not have, or features that are not (n, d) with one d.
     """
-    wanted = _layers(model, layers)
     device = next(itertools.chain(model.parameters(), model.buffers(), [torch.empty(0)])).device
     was_training = model.training
     model.eval()
-    parts: dict[str, list[torch.Tensor]] = {layer: [] for layer in wanted}
+    parts: dict[str, list[torch.Tensor]] = {layer: [] for layer in _layers(model, layers)}
     try:
         for start in range(0, len(images), batch_size):
             x = normalise(images[start : start + batch_size].to(device), mean, std)
             if noise is not None:
                 x = noise.add(x, first + start, mean, std)
-            made = models.outputs(model, x if perturb is None else perturb(x))
-            for layer, there in parts.items():
-                shape = (len(x), there[0].shape[1] if there else made[layer].shape[-1])
-                if made[layer].shape != shape:
+            outputs = models.outputs(model, x if perturb is None else perturb(x))
+            for layer, batches in parts.items():
+                z = outputs[layer]
+                shape = (len(x), batches[0].shape[1] if batches else z.shape[-1])
+                if z.shape != shape:
                     raise ValueError(
-                        f"the {layer} of the model gives features of the shape {tuple(made[layer].shape)} for images "
-                        f"of {tuple(x.shape)}; it must be (n, d){f', here {shape}' if there else ''}, of the same d "
+                        f"the {layer} of the model gives features of the shape {tuple(z.shape)} for images "
+                        f"of {tuple(x.shape)}; it must be (n, d){f', here {shape}' if batches else ''}, of the same d "
                         "for every batch. Models of timm give that with num_classes=0 and their pooling."
                     )
-                values = made[layer].float()
-                check_finite(values, f"the {layer}", first + start)
-                there.append(values.cpu())
+                batches.append(check_finite(z.float(), f"the {layer}", first + start).cpu())
             if report is not None:
                 report(len(x))
     finally:
         model.train(was_training)
-    return {layer: torch.cat(values) for layer, values in parts.items()}
+    return {layer: torch.cat(batches) for layer, batches in parts.items()}
 
 
 def check_finite(values: torch.Tensor, name: str, first: int) -> torch.Tensor:
@@ -228,70 +233,70 @@ def normalise(
     return (images.float() / 255 - shift) / scale
 
 
-def shards(folder: str | Path, layer: str, wanted: Source) -> Iterator[torch.Tensor]:
+def shards(folder: str | Path, layer: str, source: Source) -> Iterator[torch.Tensor]:
     """The features of one layer, a shard (rows, d) float32 at a time, in the order of the images.
 
     Raises:
         FileNotFoundError: a shard is missing; `extract` computes it.
-        ValueError: the folder holds other features than `wanted`, or not those of `layer`.
+        ValueError: the folder holds features of another source, or not those of `layer`.
     """
-    if layer not in wanted.layers:
-        raise ValueError(f"{folder} has the layers {', '.join(wanted.layers)}, not {layer!r}.")
-    paths = _paths(Path(folder), wanted)
+    if layer not in source.layers:
+        raise ValueError(f"{folder} has the layers {', '.join(source.layers)}, not {layer!r}.")
+    paths = _paths(Path(folder), source)
     for path in paths:
-        _check(path, wanted)
+        _check(path, source)
     for path in paths:
         yield storage.load(path, KIND)[0][layer]
 
 
-def missing(folder: str | Path, wanted: Source) -> bool:
+def missing(folder: str | Path, source: Source) -> bool:
     """Whether `extract` would have something to compute.
 
     Raises:
-        ValueError: the folder holds other features than `wanted`.
+        ValueError: the folder holds features of another source.
     """
-    paths = _paths(Path(folder), wanted)
+    paths = _paths(Path(folder), source)
     for path in paths:
         if path.exists():
-            _check(path, wanted)
+            _check(path, source)
     return not all(path.exists() for path in paths)
 
 
-def load(folder: str | Path, layer: str, wanted: Source) -> torch.Tensor:
+def load(folder: str | Path, layer: str, source: Source) -> torch.Tensor:
     """The features of one layer as one tensor (count, d) float32; raises as `shards`."""
     result: torch.Tensor | None = None
     start = 0
-    for part in shards(folder, layer, wanted):
+    for part in shards(folder, layer, source):
         if result is None:
-            result = part.new_empty(wanted.count, part.shape[1])
+            result = part.new_empty(source.count, part.shape[1])
         if part.shape[1] != result.shape[1]:
             raise ValueError(f"{folder} has features of {result.shape[1]} and of {part.shape[1]} dimensions.")
         result[start : start + len(part)] = part
         start += len(part)
     assert result is not None
-    assert start == wanted.count
+    assert start == source.count
     return result
 
 
 def _layers(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
-    there = models.layers(model)
+    existing = models.layers(model)
     if layers is None:
-        return [there[-1]]
-    unknown = [layer for layer in layers if layer not in there]
+        return [existing[-1]]
+    unknown = [layer for layer in layers if layer not in existing]
     if unknown or not layers:
-        raise ValueError(f"layers has {unknown or 'nothing'}; it must be of {', '.join(there)}.")
+        raise ValueError(f"layers has {unknown or 'nothing'}; it must be of {', '.join(existing)}.")
     return list(layers)
 
 
-def _paths(folder: Path, wanted: Source) -> list[Path]:
-    number = -(-wanted.count // wanted.shard_rows)
+def _paths(folder: Path, source: Source) -> list[Path]:
+    number = -(-source.count // source.shard_rows)
     return [folder / f"{i:05d}-of-{number:05d}.safetensors" for i in range(number)]
 
 
-def _check(path: Path, wanted: Source) -> None:
-    there: dict[str, Any] = storage.read_header(path, KIND)
-    now = json.loads(json.dumps(asdict(wanted)))  # as it is read back
-    changed = [f"{k}: {there.get(k)!r} there, {now[k]!r} wanted" for k in now if there.get(k) != now[k]]
+def _check(path: Path, source: Source) -> None:
+    header: dict[str, Any] = storage.read_header(path, KIND)
+    wanted = json.loads(json.dumps(asdict(source)))  # as it is read back
+    changed = [f"{k}: {header.get(k)!r} there, {wanted[k]!r} wanted" for k in wanted if header.get(k) != wanted[k]]
     if changed:
         raise ValueError(
             f"{path} holds other features ({'; '.join(changed)}). Choose another folder, or delete this one to "

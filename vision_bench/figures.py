@@ -6,6 +6,7 @@ import colorsys
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 import numpy as np
@@ -38,10 +39,9 @@ class Style(NamedTuple):
 _MONO, _POLY = Style("#0072B2"), Style("#D55E00", "--", "////")
 # The colours are Okabe and Ito's, which colour-blind readers can tell apart.
 _STYLES = {
-    "mono": _MONO,
-    "poly": _POLY,
+    **dict.fromkeys(("mono", "ncl", "nce"), _MONO),
+    **dict.fromkeys(("poly", "ce"), _POLY),
     "sae": Style("#009E73", marker="^"),
-    "ncl": _MONO,
     "poly_decay": Style("#E69F00", ":", "...."),
     "poly_unit": Style("#000000", (0, (1, 1)), "----"),
     "random_relu": Style("#CC79A7", "-.", "\\\\\\\\"),
@@ -49,8 +49,6 @@ _STYLES = {
     "raw": Style("#D55E00"),
     "unit": Style("#000000", marker="D"),
     "relu": Style("#0072B2", marker="s"),
-    "ce": _POLY,
-    "nce": _MONO,
     "ce+weight_decay": Style("#E69F00", ":"),
     "ce+dropout": Style("#000000", (0, (1, 1))),
     "ce+early_stopping": Style("#CC79A7", "-."),
@@ -106,12 +104,11 @@ def delete(path: Path) -> None:
 def separability_curves(panels: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
     """The criterion of both representations against the noise, with the crossing marked or its absence stated.
 
-    Args:
-        panels: rows of panels, each with `title`, `label` of the noise axis, `levels` (n,), `mono` (n,), `poly` (n,)
-            and `crossing`, the level where mono overtakes poly or None.
+    A panel has `title`, `label` of the noise axis, `levels` (n,), `mono` (n,), `poly` (n,) and `crossing`, the level
+    where mono overtakes poly or None.
     """
     figure, axes = _figure(len(panels), len(panels[0]), height=1.45 * len(panels))
-    for ax, panel in zip(axes.flat, (panel for row in panels for panel in row), strict=True):
+    for ax, panel in zip(axes.flat, chain(*panels), strict=True):
         for arm in ("mono", "poly"):
             ax.plot(panel["levels"], panel[arm], _style(arm).line, color=_style(arm).colour, label=arm)
         ax.set(title=panel["title"], xlabel=panel["label"], xlim=(panel["levels"][0], panel["levels"][-1]))
@@ -124,8 +121,7 @@ def separability_curves(panels: Sequence[Sequence[Mapping[str, Any]]]) -> Figure
         ax.margins(y=0.12)
     for ax in axes[:, 0]:
         ax.set_ylabel("criterion J")
-    _legend(figure, axes.flat[0])
-    return figure
+    return _with_legend(figure, axes.flat[0])
 
 
 @_styled
@@ -146,14 +142,11 @@ def accuracy_bars(
 ) -> Figure:
     """Accuracy of several arms side by side by condition (Fig. 1b, Fig. 5b).
 
-    Args:
-        conditions: by the name below the bars, mean and half-width of the interval of each arm, in percent. The arms
-            are the same in all: mono and poly, or features of vision models.
-        chance: the chance level of each condition, in percent.
+    `conditions` has, by the name below the bars and by arm, mean and half-width of the interval; the arms are the same
+    in all. `chance` is the chance level of each condition. All are in percent.
     """
     figure, axes = _figure(1, 1, height=1.9)
-    ax = axes.flat[0]
-    places = np.arange(len(conditions))
+    ax, places = axes.flat[0], np.arange(len(conditions))
     arms = list(next(iter(conditions.values())))
     width = 0.8 / len(arms)
     for i, arm in enumerate(arms):
@@ -164,10 +157,8 @@ def accuracy_bars(
         ax.bar(middle, means, 0.95 * width, label=arm.replace("_", " "), **look)
     if chance is not None:
         ax.hlines(chance, places - 0.45, places + 0.45, **_CHANCE)
-    ax.set(xticks=places, xticklabels=list(conditions), ylabel="test accuracy, %")
-    ax.set_ylim(bottom=0)
-    _legend(figure, ax)
-    return figure
+    ax.set(xticks=places, xticklabels=list(conditions), ylabel="test accuracy, %", ylim=(0, None))
+    return _with_legend(figure, ax)
 
 
 @_styled
@@ -214,18 +205,15 @@ def band_curves(
             for level, most in (published or {}).items():
                 _published(ax, level, most, leftwards=level == max(levels))
     axes.flat[-1].set_xlabel(label)
-    _legend(figure, axes.flat[0])
-    return figure
+    return _with_legend(figure, axes.flat[0])
 
 
 @_styled
 def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], Curve], chance: float) -> Figure:
     """Accuracy against the label noise for kinds of features (colour) with two losses (dashed, solid; Fig. 6).
 
-    Args:
-        levels: (n,), shares of wrong labels in percent.
-        curves: by (features, loss), in percent; the loss that comes first is dashed.
-        chance: the chance level, in percent.
+    `levels` (n,) are shares of wrong labels; curves are by (features, loss), the loss that comes first dashed. All are
+    in percent.
     """
     figure, axes = _figure(1, 1, height=2.4)
     ax = axes.flat[0]
@@ -235,8 +223,7 @@ def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], Curve]
         _curve(ax, levels, curve, style, f"{arm.replace('_', ' ')}, {loss}", band=0.15)
     ax.set(xlabel="share of wrong training labels, %", ylabel="test accuracy, %")
     _finish_accuracies(ax, levels, [chance] * len(levels))
-    _legend(figure, ax)
-    return figure
+    return _with_legend(figure, ax)
 
 
 def _published(ax: Axes, level: float | None, most: float, leftwards: bool) -> None:
@@ -261,25 +248,21 @@ def phase_diagram(
 ) -> Figure:
     """Gain of mono over poly against the number of samples and the sparsity, one panel for each condition.
 
-    A cell shows the gain in points; it is in bold type where its interval leaves out 0.
-
-    Args:
-        gains: by title, array (sparsities, samples), in points of accuracy.
-        half_widths: of the intervals of the gains, same shape; NaN where there is none.
-        samples, sparsities: names of the columns and the rows.
+    `gains` and the `half_widths` of their intervals (NaN where there is none) are by title, (sparsities, samples), in
+    points of accuracy. A gain is in bold type where its interval leaves out 0.
     """
     figure, axes = _figure(1, len(gains), height=1.9)
-    values = {title: np.asarray(gain, dtype=float) for title, gain in gains.items()}
-    for ax, (title, gain) in zip(axes.flat, values.items(), strict=True):
+    for ax, title in zip(axes.flat, gains, strict=True):
+        gain, half_width = np.asarray(gains[title], dtype=float), np.asarray(half_widths[title])
         limit = max(float(np.nanmax(np.abs(gain))), 1e-9)
         ax.imshow(gain, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
         for (row, column), value in np.ndenumerate(gain):
-            certain = abs(value) > np.asarray(half_widths[title])[row, column]
-            weight, colour = "bold" if certain else "normal", "white" if abs(value) > 0.5 * limit else "black"
+            weight = "bold" if abs(value) > half_width[row, column] else "normal"
+            colour = "white" if abs(value) > 0.5 * limit else "black"
             ax.text(column, row, f"{value:+.1f}", ha="center", va="center", size=6, weight=weight, color=colour)
-        ax.set(title=title, xlabel="training samples", xticks=range(len(samples)), yticks=range(len(sparsities)))
-        ax.set_xticklabels([f"{count / 1000:g}k" for count in samples])
-        ax.set_yticklabels([f"{sparsity:g}" for sparsity in sparsities] if ax is axes.flat[0] else [])
+        ax.set(title=title, xlabel="training samples")
+        ax.set_xticks(range(len(samples)), [f"{count / 1000:g}k" for count in samples])
+        ax.set_yticks(range(len(sparsities)), [f"{s:g}" if ax is axes.flat[0] else "" for s in sparsities])
     axes.flat[0].set_ylabel("sparsity S")
     figure.suptitle("mono $-$ poly, points of accuracy (bold: more than the interval)", size=7)
     return figure
@@ -294,11 +277,8 @@ def gains_beside_paper(
 ) -> Figure:
     """Points of accuracy gained over poly against the level of a noise, a panel for each other kind of features.
 
-    Args:
-        levels: (n,), in the unit of the label.
-        ours: the curve of each kind of features, drawn as a line with a band.
-        published: by data set, the paper's gains by level of each kind of features, drawn as markers.
-        label: of the noise.
+    `ours` are drawn as lines with bands; `published` are the paper's gains by data set, kind of features and level,
+    drawn as markers. Levels (n,) are in the unit of the label.
     """
     figure, axes = _figure(1, len(ours), height=2.0)
     for ax, (arm, curve) in zip(axes.flat, ours.items(), strict=True):
@@ -309,8 +289,7 @@ def gains_beside_paper(
         ax.axhline(0, color="black", linewidth=0.6)
         ax.set(title=arm, xlabel=label)
     axes.flat[0].set_ylabel("gain over poly, points")
-    _legend(figure, axes.flat[0])
-    return figure
+    return _with_legend(figure, axes.flat[0])
 
 
 class Histogram(NamedTuple):
@@ -322,11 +301,6 @@ class Histogram(NamedTuple):
     chance: float  # the mean with shuffled labels
 
 
-def _last_bin(histogram: Histogram, bins: int) -> int:
-    """Where the samples and the interval end, without a far tail of samples."""
-    return max(int((np.cumsum(histogram.shares) < 1 - 5e-3).sum()), int(bins * histogram.interval[1]) + 1)
-
-
 @_styled
 def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]], bins: int) -> Figure:
     """Semantic consistency of right and wrong samples, a panel above the other for each kind of features (Fig. 4c).
@@ -335,37 +309,40 @@ def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]], bins: 
     means with their intervals; dotted lines mark their chance levels.
     """
     figure, axes = _figure(len(panels), 1, height=1.3 * len(panels) + 0.3)
-    styles = {"right": _MONO, "wrong": _POLY._replace(marker="s")}
+    styles = {"right": (_MONO, 0.93), "wrong": (_POLY._replace(marker="s"), 0.83)}
     for ax, (name, groups) in zip(axes.flat, panels.items(), strict=True):
-        last = 1 + max(_last_bin(histogram, bins) for histogram in groups.values())
+        last = 1 + max(int(bins * histogram.interval[1]) + 1 for histogram in groups.values())
+        for histogram in groups.values():  # without a far tail of samples
+            last = max(last, 1 + int((np.cumsum(histogram.shares) < 1 - 5e-3).sum()))
         merged = max(1, last // 40)
         edges = np.arange(0, last + merged, merged)
         for group, histogram in groups.items():
-            style = styles[group]
+            style, height = styles[group]
             padded = np.pad(np.asarray(histogram.shares), (0, int(edges[-1])))
             heights = [100 * padded[low : low + merged].sum() for low in edges[:-1]]
             ax.stairs(heights, edges / bins, color=style.colour, linestyle=style.line, linewidth=1, label=group)
             ax.stairs(heights, edges / bins, color=style.colour, fill=True, alpha=0.12)
             mean, (low, high) = histogram.mean, histogram.interval
-            errors = {"xerr": [[max(mean - low, 0)], [max(high - mean, 0)]], "capsize": 2, "elinewidth": 1}
-            where = {"y": {"right": 0.93, "wrong": 0.83}[group], "transform": ax.get_xaxis_transform()}
-            ax.errorbar(mean, **where, **errors, color=style.colour, marker=style.marker, markersize=3.5)
+            errors: dict[str, Any] = {
+                "xerr": [[max(mean - low, 0)], [max(high - mean, 0)]],
+                "capsize": 2,
+                "elinewidth": 1,
+            }
+            errors |= {"color": style.colour, "marker": style.marker, "markersize": 3.5}
+            ax.errorbar(mean, height, transform=ax.get_xaxis_transform(), **errors)
         for histogram in groups.values():
             ax.axvline(histogram.chance, color="black", linestyle=":", linewidth=0.7, label="mean by chance")
         ax.set(title=name, ylabel="samples, %", xlim=(0, edges[-1] / bins), ylim=(0, 1.3 * ax.get_ylim()[1]))
     axes.flat[-1].set_xlabel("semantic consistency of the most active dimension")
-    _legend(figure, axes.flat[0])
-    return figure
+    return _with_legend(figure, axes.flat[0])
 
 
 @_styled
 def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]]) -> Figure:
     """Accuracy under each corruption, with 95 % intervals, of the kinds of features of several models.
 
-    Args:
-        panels: by model and kind of features ("raw", "unit", "relu", "sae"), mean and half-width of the accuracy and
-            its chance level, in percent, for each corruption; the corruptions, the clean condition first, are the same
-            in all.
+    `panels` has, by model, kind of features and corruption, mean and half-width of the accuracy and its chance level,
+    in percent; the corruptions, the clean condition first, are the same in all.
     """
     conditions = list(next(iter(next(iter(panels.values())).values())))
     names = [name.split("/")[-1] for name in conditions]
@@ -386,10 +363,8 @@ def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, 
         ax.set_ylim(len(conditions) - 0.5, -0.5)
         ax.grid(axis="x", linewidth=0.3)
         ax.set_axisbelow(True)
-    axes.flat[-1].set_xlabel("test accuracy of linear probes, %")
-    axes.flat[-1].set_xlim(left=0)
-    _legend(figure, *axes.flat)
-    return figure
+    axes.flat[-1].set(xlabel="test accuracy of linear probes, %", xlim=(0, None))
+    return _with_legend(figure, *axes.flat)
 
 
 def _wrapped(name: str, width: int) -> str:
@@ -423,9 +398,9 @@ def image_grids(blocks: Mapping[str, Sequence[ImageGrid]]) -> Figure:
     figure = Figure(figsize=(WIDTH, len(blocks) * (1.12 * WIDTH / columns + 0.25)))
     figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     rows = figure.subfigures(len(blocks), columns, squeeze=False, hspace=0.02, wspace=0.04)
-    for (name, grids), parts in zip(blocks.items(), rows, strict=True):
+    for (kind, grids), parts in zip(blocks.items(), rows, strict=True):
         for grid, part in zip(grids, parts, strict=False):
-            part.suptitle(f"{name}, {grid.title}", size=6)
+            part.suptitle(f"{kind}, {grid.title}", size=6)
             count, most = max((list(grid.classes).count(label), label) for label in grid.classes)
             places = list(part.subplots(side, side, squeeze=False).flat)
             for ax in places:
@@ -434,10 +409,9 @@ def image_grids(blocks: Mapping[str, Sequence[ImageGrid]]) -> Figure:
             for ax, image, label in zip(places, grid.images, grid.classes, strict=False):
                 ax.set_visible(True)
                 ax.imshow(np.asarray(image).transpose(1, 2, 0), interpolation="nearest")
-                text = readable(label)
-                text = text if len(text) < 15 else f"{text[:13]}…"
-                same = label == most and count > 1
-                ax.set_title(text, size=4.5, weight="bold" if same else "normal", pad=1.5)
+                name, same = readable(label), label == most and count > 1
+                name = name if len(name) < 15 else f"{name[:13]}…"
+                ax.set_title(name, size=4.5, weight="bold" if same else "normal", pad=1.5)
                 for spine in ax.spines.values():
                     spine.set(color=_MONO.colour if same else "#999999", linewidth=1.4 if same else 0.4)
     return figure
@@ -473,14 +447,15 @@ def _figure(rows: int, columns: int, height: float, sharex: bool = False) -> tup
     return figure, figure.subplots(rows, columns, squeeze=False, sharex=sharex)
 
 
-def _legend(figure: Figure, *axes: Axes) -> None:
-    """A legend of what is drawn in any of the axes, each name once, in as many columns as are not cut."""
+def _with_legend(figure: Figure, *axes: Axes) -> Figure:
+    """The figure with a legend of what is drawn in the axes, each name once, in as many columns as are not cut."""
     named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     for columns in range(min(len(named), 3), 0, -1):
         legend = figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=columns, frameon=False)
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
             break
         legend.remove()
+    return figure
 
 
 noise_curves = finetuning_curves = band_curves

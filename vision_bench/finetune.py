@@ -26,8 +26,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import MultiStepLRScheduler
 from torch import nn
 
-from vision_bench import models, storage, training
-from vision_bench.features import check_finite, normalise
+from vision_bench import features, models, storage, training
 from vision_bench.views import SimCLRViews
 
 if TYPE_CHECKING:
@@ -111,8 +110,8 @@ class Classifier(nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (n, 3, h, w) -> what is classified (n, d), at least 0 with NCE."""
-        features = self.projector(self.backbone(images))
-        return F.relu(features) if self.non_negative else features
+        classified = self.projector(self.backbone(images))
+        return F.relu(classified) if self.non_negative else classified
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (n, 3, h, w) -> logits (n, num_classes)."""
@@ -135,11 +134,7 @@ def finetune(
     validation: ImageSet,
     accelerator: Accelerator | None = None,
     adapter: Mapping[str, Any] | None = None,
-    checkpoint_minutes: float = 10.0,
-    compile_model: bool = False,
-    workers: int = 0,
-    name: str = "finetuning",
-    progress: bool = False,
+    **execution: Any,
 ) -> Finetuned:
     """Finetune a model, or continue the finetuning that `folder` holds, or return the model that it holds.
 
@@ -152,20 +147,22 @@ def finetune(
         accelerator: decides devices, processes, precision ("no" or "bf16") and trackers; by default one process in
             float32 on the device that accelerate chooses.
         adapter: settings of the backbone's adapters, JSON-serialisable; a folder with others is refused.
-        checkpoint_minutes: so often the training state is saved.
-        compile_model: with `torch.compile`; for GPUs.
-        workers: processes that decode streamed images ahead of time.
-        name: before the names of what trackers get, and at the progress bar.
-        progress: show a progress bar in the main process.
+        execution: of `training.Execution`: checkpoint_minutes, compile_model, workers, name, progress.
 
     Raises:
         ValueError: other classes or another normalisation in `validation`, fewer images than a batch, a batch size
             that the processes cannot share, another precision, or a folder that holds another training or in which
             another process is training.
         FloatingPointError: the training diverged: the loss, a weight, a feature or a score is NaN or infinite.
+
+    Example:
+        >>> train, test = load_splits("digits")
+        >>> model, _ = models.load("runs/simclr/model.safetensors")
+        >>> finetune("runs/nce", model, FinetuneConfig(loss="nce", epochs=5), train, test).log[-1]["validation_top1"]
     """
     folder = Path(folder)
     accelerator = accelerator or Accelerator()
+    options = training.Execution(**{"name": "finetuning"} | execution)
     training.check_validation(train, validation)
     kept, held_out = _split(train, config)
     training.check(config, len(kept), accelerator)
@@ -184,10 +181,7 @@ def finetune(
         with training.held(folder, accelerator):
             torch.manual_seed(config.seed)
             classifier = Classifier(model, config, train.num_classes)
-            run = _Run(
-                folder, classifier, config, kept, held_out, validation, accelerator, compile_model, workers, what
-            )
-            run.run(checkpoint_minutes, name, progress)
+            _Run(folder, classifier, config, kept, held_out, validation, accelerator, options, what).run()
     # Of the file, whose weights may be those of an earlier epoch.
     tensors, header = storage.load(folder / training.MODEL, KIND)
     storage.refuse_another(folder / training.MODEL, header["what"], what)
@@ -212,7 +206,9 @@ def _split(train: ImageSet, config: FinetuneConfig) -> tuple[ImageSet, ImageSet 
 
 
 class _Run(training.Training):
-    """Steps and log entries of finetuning."""
+    """Steps and measurements of finetuning."""
+
+    online_top1 = "online_train_top1"
 
     def __init__(
         self,
@@ -223,8 +219,7 @@ class _Run(training.Training):
         held_out: ImageSet | None,
         validation: ImageSet,
         accelerator: Accelerator,
-        compile_model: bool,
-        workers: int,
+        execution: training.Execution,
         what: Mapping[str, Any],
     ) -> None:
         self.config, self.held_out, self.validation = config, held_out, validation
@@ -243,38 +238,29 @@ class _Run(training.Training):
         total = config.epochs * (len(train) // config.batch_size)
         steps = [1 + round(share * total) for share in config.milestones]  # timm lowers the rate a step before each
         schedule = MultiStepLRScheduler(optimizer, decay_t=steps, decay_rate=0.1, t_in_epochs=False)
-        # What the log of an epoch sums up over its images: loss, right answers, one.
+        monitor_epochs = config.monitor_epochs
         super().__init__(
-            folder, what, config, train, classifier, optimizer, schedule, accelerator, 3, compile_model, workers
+            folder, what, config, train, classifier, optimizer, schedule, accelerator, monitor_epochs, execution
         )
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> None:
         if self.views is None:
-            views = normalise(images, self.data.mean, self.data.std)
+            views = features.normalise(images, self.data.mean, self.data.std)
         else:
             height, width = images.shape[-2:]
             views = self.views.apply(images, self.views.draw(len(images), height, width, generator))
         with self.accelerator.autocast():
             logits = self.module(views.to(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
-        self.optimizer.step()
-        right = (logits.argmax(dim=1) == labels).sum()
-        self.sums += torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
+        self.learn(loss, loss, logits, labels)
 
-    def end_epoch(self, epoch: int, sums: list[float]) -> dict[str, Any]:
-        """The accuracies in eval mode, in the main process only."""
-        loss, right, images = sums
-        entry = {"loss": loss / images, "online_train_top1": right / images}
-        monitored = epoch % self.config.monitor_epochs == 0 or epoch == self.epochs
-        if monitored and self.accelerator.is_main_process:
-            for name, part in (("train", self.data), ("held_out", self.held_out), ("validation", self.validation)):
-                if part is not None:
-                    entry[f"{name}_top1"] = accuracy(self.classifier, part)
-            if entry.get("held_out_top1", -1.0) > self.best_top1:
-                self.best_epoch, self.best_top1 = epoch, entry["held_out_top1"]
-                self.best = {name: tensor.clone() for name, tensor in self.classifier.state_dict().items()}
+    def measure(self, epoch: int) -> dict[str, Any]:
+        """The accuracies in eval mode; weights that are better on the held-out images than those before are kept."""
+        parts = {"train": self.data, "held_out": self.held_out, "validation": self.validation}
+        entry = {f"{name}_top1": accuracy(self.classifier, part) for name, part in parts.items() if part is not None}
+        if entry.get("held_out_top1", -1.0) > self.best_top1:
+            self.best_epoch, self.best_top1 = epoch, entry["held_out_top1"]
+            self.best = {name: tensor.clone() for name, tensor in self.classifier.state_dict().items()}
         return entry
 
     def save_model(self) -> None:
@@ -304,8 +290,8 @@ def embed(classifier: Classifier, images: ImageSet, batch_size: int = 256) -> to
     try:
         for start in range(0, len(images), batch_size):
             pixels = images.images[start : start + batch_size].to(device)
-            features = classifier.features(normalise(pixels, images.mean, images.std)).float().cpu()
-            parts.append(check_finite(features, "the features", start))
+            classified = classifier.features(features.normalise(pixels, images.mean, images.std)).float().cpu()
+            parts.append(features.check_finite(classified, "the features", start))
     finally:
         classifier.train(was_training)
     return torch.cat(parts)
@@ -320,5 +306,5 @@ def accuracy(classifier: Classifier, images: ImageSet) -> float:
     """
     head = classifier.classifier
     logits = F.linear(embed(classifier, images).to(head.weight.device), head.weight, head.bias)
-    check_finite(logits, "the logits", 0)
+    features.check_finite(logits, "the logits", 0)
     return (logits.argmax(dim=1).cpu() == images.labels).float().mean().item()

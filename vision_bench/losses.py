@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from vision_bench.corruptions import check_labels
 
+LEAST_PROBABILITY, LOG_OF_ZERO = 1e-7, math.log(1e-4)  # of the reverse cross entropy
+
 
 def info_nce(
     z1: torch.Tensor,
@@ -201,7 +203,7 @@ def symmetric_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, alpha: f
     labels = labels.long().unsqueeze(-1)
     logarithms = logits.log_softmax(dim=-1)
     cross_entropy = -logarithms.gather(-1, labels).squeeze(-1)
-    probabilities = logarithms.exp().clamp(min=1e-7, max=1)
-    # log q is 0 for the label and log 1e-4 for every other class.
+    probabilities = logarithms.exp().clamp(min=LEAST_PROBABILITY, max=1)
+    # log q is 0 for the label and LOG_OF_ZERO for every other class.
     wrong = probabilities.sum(dim=-1) - probabilities.gather(-1, labels).squeeze(-1)
-    return (alpha * cross_entropy - beta * math.log(1e-4) * wrong).mean(dim=-1)
+    return (alpha * cross_entropy - beta * LOG_OF_ZERO * wrong).mean(dim=-1)

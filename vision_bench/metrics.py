@@ -24,7 +24,7 @@ MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dime
 
 
 class SemanticConsistency(NamedTuple):
-    """What `semantic_consistency` found; a consistency means little without the sparsity and the chance level."""
+    """How pure dimensions are; a consistency means little without the sparsity and the chance level."""
 
     mean: float  # over the dimensions with at least min_support active samples, in [0, 1]; NaN if there is none
     per_dimension: torch.Tensor  # (d,) float64, NaN where the support is below min_support
@@ -130,11 +130,11 @@ def top_activated(features: torch.Tensor, k: int, eps: float = 1e-5) -> torch.Te
     norms = _checked_norms(features, eps)
     if not 1 <= k <= len(features):
         raise ValueError(f"k is {k} for {len(features)} samples; it must be in [1, {len(features)}].")
-    found = []
+    chosen = []
     for chunk in features.split(max(1, _CHUNK_VALUES // len(features)), dim=1):
         values, samples = (chunk / norms).topk(k, dim=0)
-        found.append(torch.where(values > eps, samples, -1).T)
-    return torch.cat(found)
+        chosen.append(torch.where(values > eps, samples, -1).T)
+    return torch.cat(chosen)
 
 
 def purity(samples: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -142,9 +142,10 @@ def purity(samples: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     NaN for a row without samples. `labels` (n,) are integers of at least 0.
     """
-    of = torch.where(samples >= 0, labels[samples], -1)
-    same = (of[:, :, None] == of[:, None, :]) & (of >= 0)[:, None, :]
-    return same.sum(dim=2).where(of >= 0, 0).amax(dim=1).double() / (of >= 0).sum(dim=1)
+    classes = torch.where(samples >= 0, labels[samples], -1)
+    present = classes >= 0
+    same = (classes[:, :, None] == classes[:, None, :]) & present[:, None, :]
+    return same.sum(dim=2).where(present, 0).amax(dim=1).double() / present.sum(dim=1)
 
 
 def support(features: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -196,23 +197,6 @@ def effective_rank(features: torch.Tensor) -> float:
     values = torch.where(eigenvalues > rounding, eigenvalues, 0).sqrt()
     shares = values / values.sum()
     return torch.special.entr(shares).sum().item()
-
-
-def orthogonality(features: torch.Tensor) -> float:
-    """Mean of |F^T F - I| with the rows of F (n, d) and then its columns normalised, all-zero columns left out.
-
-    0 for orthogonal dimensions; the official code's measure. Memory O(d^2).
-
-    Raises: as `semantic_consistency`; also if all features are zero.
-    """
-    rows = features / _checked_norms(features)
-    rows = rows[:, rows.any(dim=0)]
-    if rows.shape[1] == 0:
-        raise ValueError("features are all zero; orthogonality is that of live dimensions and there is none.")
-    columns = rows / torch.linalg.vector_norm(rows, dim=0)
-    correlation = columns.T @ columns
-    correlation.diagonal().sub_(1)
-    return correlation.abs_().mean().item()
 
 
 def fraction_of_variance_unexplained(reconstruction: torch.Tensor, target: torch.Tensor) -> float:

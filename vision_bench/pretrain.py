@@ -100,8 +100,8 @@ class _Trainee(nn.Module):
         self.classifier = nn.Linear(model.num_features, num_classes)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        made = self.model(images)
-        return made.output, self.classifier(made.backbone.detach())
+        features = self.model(images)
+        return features.output, self.classifier(features.backbone.detach())
 
 
 def pretrain(
@@ -112,11 +112,7 @@ def pretrain(
     validation: ImageSet | None = None,
     accelerator: Accelerator | None = None,
     monitor_epochs: int = 10,
-    checkpoint_minutes: float = 10.0,
-    compile_model: bool = False,
-    workers: int = 0,
-    name: str = "pretraining",
-    progress: bool = False,
+    **execution: Any,
 ) -> Pretrained:
     """Train a model, or continue the training that `folder` holds, or return the model that it holds.
 
@@ -128,20 +124,22 @@ def pretrain(
         accelerator: decides devices, processes, precision ("no" or "bf16") and trackers; by default one process in
             float32 on the device that accelerate chooses.
         monitor_epochs: so often the validation accuracies are measured; at the last epoch they always are.
-        checkpoint_minutes: so often the training state is saved.
-        compile_model: with `torch.compile`; for GPUs, on the CPU it seldom pays.
-        workers: processes that decode streamed images ahead of time; those of a tensor need none.
-        name: before the names of what trackers get, and at the progress bar.
-        progress: show a progress bar in the main process.
+        execution: of `training.Execution`: checkpoint_minutes, compile_model, workers, name, progress.
 
     Raises:
         ValueError: fewer images than a batch, a batch size that the processes cannot share, another precision, other
             classes or another normalisation in `validation`, or a folder that holds another training or in which
             another process is training.
         FloatingPointError: the training diverged: the loss or a weight is NaN or infinite.
+
+    Example:
+        >>> train, test = load_splits("digits")
+        >>> small = models.ModelConfig("small_conv", projector_hidden=64, projector_out=32)
+        >>> pretrain("runs/simclr", small, PretrainConfig(epochs=3, warmup_epochs=1), train, test).log[-1]
     """
     folder = Path(folder)
     accelerator = accelerator or Accelerator()
+    options = training.Execution(**{"name": "pretraining"} | execution)
     training.check(config, len(train), accelerator)
     if validation is not None:
         training.check_validation(train, validation)
@@ -159,10 +157,8 @@ def pretrain(
         finished = _finished(folder, model_config, what, validation)  # by a process that has just ended
         if finished is not None:
             return finished
-        run = _Run(
-            folder, model_config, config, train, validation, accelerator, monitor_epochs, compile_model, workers, what
-        )
-        run.run(checkpoint_minutes, name, progress)
+        run = _Run(folder, model_config, config, train, validation, accelerator, monitor_epochs, options, what)
+        run.run()
     # as a loaded model is: convolutions round otherwise in the layout of training
     run.model.to("cpu").to(memory_format=torch.contiguous_format).eval()
     if accelerator.num_processes > 1:  # the statistics of batch normalisation may differ between them
@@ -195,7 +191,9 @@ def _finished(
 
 
 class _Run(training.Training):
-    """Steps and log entries of pretraining."""
+    """Steps and measurements of pretraining."""
+
+    online_top1 = "online_probe_train_top1"
 
     def __init__(
         self,
@@ -206,11 +204,10 @@ class _Run(training.Training):
         validation: ImageSet | None,
         accelerator: Accelerator,
         monitor_epochs: int,
-        compile_model: bool,
-        workers: int,
+        execution: training.Execution,
         what: Mapping[str, Any],
     ) -> None:
-        self.config, self.validation, self.monitor_epochs = config, validation, monitor_epochs
+        self.config, self.validation = config, validation
         self.remedy = (
             f"Lower learning_rate (here {config.learning_rate:g}) or classifier_learning_rate "
             f"({config.classifier_learning_rate:g}), or lengthen warmup_epochs ({config.warmup_epochs})"
@@ -218,7 +215,7 @@ class _Run(training.Training):
         self.views = SimCLRViews(train.images.shape[-1], train.mean, train.std, **config.views)
         torch.manual_seed(config.seed)
         self.model = models.ContrastiveModel(model_config)
-        trainee: nn.Module = _Trainee(self.model, train.num_classes)
+        trainee = _Trainee(self.model, train.num_classes)
         training.share_batch_norm(trainee, accelerator)
         trainee.to(accelerator.device).to(memory_format=torch.channels_last)
         optimizer = _optimizer(trainee, config)
@@ -232,62 +229,49 @@ class _Run(training.Training):
             t_in_epochs=False,
         )
         what = {"model": asdict(model_config), **what}
-        # What the log of an epoch sums up over the views of its steps: loss, right answers of the online probe, one.
         super().__init__(
-            folder, what, config, train, trainee, optimizer, schedule, accelerator, 3, compile_model, workers
+            folder, what, config, train, trainee, optimizer, schedule, accelerator, monitor_epochs, execution
         )
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> None:
-        config, accelerator = self.config, self.accelerator
+        config = self.config
         views = torch.cat(self.views(images, generator)).to(memory_format=torch.channels_last)
         labels = labels.repeat(2)
-        with accelerator.autocast():
+        with self.accelerator.autocast():
             output, logits = self.module(views)
         output, logits = output.float(), logits.float()
         z1, z2 = output.chunk(2)
         loss = info_nce(z1, z2, config.temperature, gather_gradient=config.gather_gradient)
         if config.activation_bonus:
             loss = loss - config.activation_bonus * activation_bonus(output)
-        self.optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss + F.cross_entropy(logits, labels))
-        self.optimizer.step()
-        right = (logits.argmax(dim=1) == labels).sum()
-        self.sums += torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
-
-    def end_epoch(self, epoch: int, sums: list[float]) -> dict[str, Any]:
-        """The same in every process, except for the validation accuracies."""
-        loss, right, views = sums
-        loss /= views
-        entry = {"loss": loss, "online_probe_train_top1": right / views}
-        monitored = epoch % self.monitor_epochs == 0 or epoch == self.epochs
-        if monitored and self.validation is not None and self.accelerator.is_main_process:
-            entry |= self._monitor(self.validation)
-        return entry
+        self.learn(loss + F.cross_entropy(logits, labels), loss, logits, labels)
 
     def save_model(self) -> None:
         self.model.to("cpu").eval()
         models.save(self.folder / training.MODEL, self.model, {k: v for k, v in self.what.items() if k != "model"})
 
-    def _monitor(self, validation: ImageSet) -> dict[str, Any]:
-        made = {}
-        for name, images in (("train", self.data), ("validation", validation)):
-            made[name] = features.embed(self.model, images.images, images.mean, images.std, ["backbone"])["backbone"]
-        classifier = self.raw.classifier
-        assert isinstance(classifier, nn.Linear)
+    def measure(self, epoch: int) -> dict[str, Any]:
+        """The accuracies of the online probe and the nearest neighbours on the validation images, if there are any."""
+        validation = self.validation
+        if validation is None:
+            return {}
+        bank, asked = (
+            features.embed(self.model, images.images, images.mean, images.std, ["backbone"])["backbone"]
+            for images in (self.data, validation)
+        )
+        classifier: Any = self.raw.classifier
         weights, biases = classifier.weight.detach().cpu()[None], classifier.bias.detach().cpu()[None]
-        online = probe_accuracy(weights, biases, made["validation"], validation.labels, topk=(1,))
-        bank = made["train"].to(self.accelerator.device), self.data.labels, made["validation"], validation.labels
-        values = float(online[1][0]), knn_accuracy(*bank, k=min(20, len(self.data.labels)))
-        return {VALIDATION: validation.fingerprint, **dict(zip(MONITORED, values, strict=True))}
+        online = float(probe_accuracy(weights, biases, asked, validation.labels, topk=(1,))[1][0])
+        bank, k = bank.to(self.accelerator.device), min(20, len(self.data.labels))
+        neighbours = knn_accuracy(bank, self.data.labels, asked, validation.labels, k)
+        return {VALIDATION: validation.fingerprint, **dict(zip(MONITORED, (online, neighbours), strict=True))}
 
 
-def _optimizer(trainee: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
-    options = {"trust_coeff": 0.02, "trust_clip": True} if config.optimizer == "lars" else {}
-    assert isinstance(trainee.model, nn.Module)
-    assert isinstance(trainee.classifier, nn.Module)
-    optimizer = create_optimizer_v2(
-        trainee.model, config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay, **options
-    )
+def _optimizer(trainee: _Trainee, config: PretrainConfig) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "lars":
+        options |= {"trust_coeff": 0.02, "trust_clip": True}
+    optimizer = create_optimizer_v2(trainee.model, config.optimizer, **options)
     classifier = {"params": list(trainee.classifier.parameters()), "lr": config.classifier_learning_rate}
     optimizer.add_param_group(classifier | {"weight_decay": 0.0})
     return optimizer

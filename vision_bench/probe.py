@@ -16,21 +16,12 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from vision_bench.checks import (
-    CHUNK,
-    PerProbe,
-    check_choice,
-    check_features,
-    check_finite,
-    check_labels,
-    chunks,
-    per_probe,
-)
+from vision_bench.checks import CHUNK, PerProbe, check_features, check_finite, check_labels, check_name, chunks, vector
+from vision_bench.losses import LEAST_PROBABILITY, LOG_OF_ZERO
 
 OPTIMIZERS = ("lars", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 TRUST_COEFFICIENT, LARS_EPS = 0.02, 1e-8
-LEAST_PROBABILITY, LOG_OF_ZERO = 1e-7, math.log(1e-4)  # of the reverse cross entropy
 NORM = 8.0  # root of the mean square norm of rescaled features; chosen by measurement, see docs/measurements.md
 TRAINING = ("probe_training_top1", "class_means_training_top1")  # of `training_accuracy`, as rows of results name them
 NEIGHBOUR_CHUNK = 1024  # rows whose neighbours are sought at once, among a chunk of the others
@@ -86,8 +77,7 @@ def fit_linear_probes(
         momentum: in [0, 1).
         schedule: "cosine" to 0, per step; "step", a tenth at each of the `milestones`; or "constant".
         milestones: shares of the epochs, each in (0, 1).
-        alpha, beta: loss = alpha * cross entropy + beta * reverse cross entropy, each at least 0. The defaults are
-            plain cross entropy; symmetric cross entropy is alpha 6.0, beta 0.1 for 100 classes.
+        alpha, beta: at least 0; the loss is `losses.symmetric_cross_entropy`, by default plain cross entropy.
         standardize: train on (x - mean) / standard deviation of each feature. The result is for raw features all
             the same; a feature that is constant gets the weight 0.
         rescale: train on features times one number, by which the root of the mean square norm of a row is `NORM`, so
@@ -100,26 +90,23 @@ def fit_linear_probes(
         device: where to train, by default where the features are.
         progress: show a progress bar.
 
-    Returns:
-        Weights (k, num_classes, d) and biases (k, num_classes) on `device`.
-
     Raises:
         TypeError: features are not floating or labels not integer.
-        ValueError: shapes do not fit, features are not finite, labels or a setting are out of range, or there are
-            fewer samples than a batch.
+        ValueError: shapes do not fit, features are not finite, or labels or a setting are out of range.
         FloatingPointError: the training of a probe diverged: a weight or bias is NaN or infinite.
+
+    Example:
+        >>> features, labels = torch.randn(500, 16), torch.randint(10, (500,))
+        >>> probes = fit_linear_probes(features, torch.stack([labels, labels]), 10, weight_decay=[0.0, 1e-2])
+        >>> probe_accuracy(*probes, features, labels)[1]  # top-1 accuracy of both probes
     """
     views = check_features(features, dims=(2, 3))
     views = views if views.ndim == 3 else views[None]
     _, n, d = views.shape
     labels = check_labels("label_sets", label_sets, num_classes, n, dims=2)
     k = len(labels)
-    settings = {
-        name: per_probe(name, value, k)
-        for name, value in {
-            "learning_rate": learning_rate, "weight_decay": weight_decay, "alpha": alpha, "beta": beta,
-        }.items()
-    }  # fmt: skip
+    settings = {"learning_rate": learning_rate, "weight_decay": weight_decay, "alpha": alpha, "beta": beta}
+    vectors = {name: vector(name, value, k) for name, value in settings.items()}
     seeds = [seeds] * k if isinstance(seeds, int) else list(seeds)
     if len(seeds) != k:
         raise ValueError(
@@ -127,8 +114,8 @@ def fit_linear_probes(
         )
     if min([*seeds, order_seed or 0], default=0) < 0:
         raise ValueError(f"seeds are {seeds}, order_seed {order_seed}; they must be at least 0.")
-    check_choice("optimizer", optimizer, OPTIMIZERS)
-    check_choice("schedule", schedule, SCHEDULES)
+    check_name("optimizer", optimizer, OPTIMIZERS)
+    check_name("schedule", schedule, SCHEDULES)
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}; it must be at least 1.")
     if not 1 <= batch_size <= n:
@@ -149,9 +136,9 @@ def fit_linear_probes(
     for key in dict.fromkeys(keys):
         members = [i for i in range(k) if keys[i] == key]
         generator = torch.Generator().manual_seed(order_stream(key))
-        vectors = {name: value[members].to(device, dtype) for name, value in settings.items()}
+        own = {name: values[members].to(device, dtype) for name, values in vectors.items()}
         start = _initial([seeds[i] for i in members], num_classes, d, dtype, device)
-        groups.append((generator, _Group(start, labels[members].to(device), optimizer, momentum, **vectors), members))
+        groups.append((generator, _Group(start, labels[members].to(device), optimizer, momentum, **own), members))
 
     steps = n // batch_size
     bar = tqdm(total=epochs * steps, desc=f"probes ({k} x {n})", unit="step", disable=not progress)
@@ -167,8 +154,8 @@ def fit_linear_probes(
             share = _schedule(schedule, milestones, epoch, epochs, step / steps)
             for (order, view), (_, group, _) in zip(orders, groups, strict=True):
                 batch = order[step * batch_size : (step + 1) * batch_size]
-                x = _rows(views, view[batch], batch, dtype, device)
-                group.step((x - shift) * factor, batch.to(device), share)
+                x = views[0].index_select(0, batch) if len(views) == 1 else views[view[batch], batch]
+                group.step((x.to(device, dtype) - shift) * factor, batch.to(device), share)
             bar.update()
     bar.close()
 
@@ -178,8 +165,7 @@ def fit_linear_probes(
         weights[members], biases[members] = group.weights, group.biases
     weights *= factor  # from the features of the training to those that were given
     biases -= weights @ shift
-    diverged = _not_finite(weights, biases)
-    if diverged:
+    if diverged := _not_finite(weights, biases):
         raise FloatingPointError(
             f"the weights of {len(diverged)} of {k} probes, first {diverged[0]}, are NaN or infinite: their training "
             "diverged; lower learning_rate (in recipes probe_learning_rate)"
@@ -241,8 +227,8 @@ class _Group:
     def _gradient_in_logits(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Gradient of each sample's loss in its logits (b, k, c), for labels (b, k).
 
-        Cross entropy: p - onehot. Reverse cross entropy, -sum_c max(p_c, 1e-7) log max(onehot_c, 1e-4), has the
-        slope g_c = -log 1e-4 in the p_c of the wrong classes (0 where p_c is clamped), hence p_c (g_c - sum p g).
+        The loss is `losses.symmetric_cross_entropy`. Cross entropy: p - onehot. Reverse cross entropy has the slope
+        g_c = -log 1e-4 in the p_c of the wrong classes (0 where p_c is clamped), hence p_c (g_c - sum p g).
         """
         p = logits.softmax(dim=2)
         y = labels[..., None]
@@ -262,7 +248,7 @@ def probe_accuracy(
     labels: torch.Tensor,
     topk: Sequence[int] = (1, 5),
 ) -> dict[int, torch.Tensor]:
-    """Share of samples, for each t of `topk` and each probe, whose label is among the t largest logits.
+    """For each t of `topk` a tensor (k,): the shares of samples whose label is among a probe's t largest logits.
 
     Args:
         weights: (k, num_classes, d).
@@ -270,9 +256,6 @@ def probe_accuracy(
         features: (n, d) floating, raw as those the probes were fitted on.
         labels: (n,) integer in [0, num_classes).
         topk: each in [1, num_classes].
-
-    Returns:
-        For each t a tensor (k,) of values in [0, 1].
 
     Raises:
         TypeError: features are not floating or labels not integer.
@@ -286,7 +269,7 @@ def probe_accuracy(
         raise ValueError(f"features has {features.shape[1]} columns and the weights have {d}; they must be equal.")
     if not topk or any(not 1 <= t <= c for t in topk):
         raise ValueError(f"topk is {tuple(topk)} for {c} classes; every value must be in [1, {c}].")
-    _check_probes(weights, biases)
+    _check_finite_probes(weights, biases)
     labels = check_labels("labels", labels, c, len(features), dims=1).to(weights.device)
     check_finite("features", features)
     hits = _hits(weights, biases, features, labels.expand(k, -1), topk)
@@ -315,7 +298,7 @@ def _hits(
 def training_accuracy(
     probes: Probes, features: torch.Tensor, label_sets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top-1 accuracy of each probe on the labels that it was trained on, and that of class means on the same.
+    """Top-1 accuracy of each probe on the labels that it was trained on, and that of class means, both (k,) float64.
 
     The second classifier is linear too and needs no training: it gives a sample the class whose mean, by the same
     labels, is nearest. A probe that fits its labels less often is not trained.
@@ -324,9 +307,6 @@ def training_accuracy(
         probes: k of them.
         features: (n, d) floating, on which the probes were fitted.
         label_sets: (k, n) integer in [0, num_classes), with which they were fitted.
-
-    Returns:
-        Two float64 tensors (k,) of values in [0, 1].
 
     Raises:
         TypeError: features are not floating or labels not integer.
@@ -341,7 +321,7 @@ def training_accuracy(
             f"label_sets has the shape {tuple(label_sets.shape)} and features {tuple(features.shape)}; {k} probes of "
             f"{d} features need ({k}, n) and (n, {d})."
         )
-    _check_probes(weights, biases)
+    _check_finite_probes(weights, biases)
     check_finite("features", features)
     own = _hits(weights, biases, features, label_sets)[0].double() / len(features)
     by_means = [_hits(*_class_means(features, labels, weights), features, labels[None])[0] for labels in label_sets]
@@ -350,14 +330,11 @@ def training_accuracy(
 
 def _not_finite(weights: torch.Tensor, biases: torch.Tensor) -> list[int]:
     """Which of k probes, weights (k, c, d) and biases (k, c), hold NaN or an infinity."""
-    finite = weights.isfinite().all(dim=(1, 2)) & biases.isfinite().all(dim=1)
-    return (~finite).nonzero().squeeze(1).tolist()
+    return (~(weights.isfinite().all(dim=(1, 2)) & biases.isfinite().all(dim=1))).nonzero().squeeze(1).tolist()
 
 
-def _check_probes(weights: torch.Tensor, biases: torch.Tensor) -> None:
-    """Raise ValueError for weights (k, c, d) or biases (k, c) that are not finite: any class would be their answer."""
-    diverged = _not_finite(weights, biases)
-    if diverged:
+def _check_finite_probes(weights: torch.Tensor, biases: torch.Tensor) -> None:
+    if diverged := _not_finite(weights, biases):
         raise ValueError(
             f"probe {diverged[0]} has weights or biases that are NaN or infinite, and so no accuracy; fit it again."
         )
@@ -386,18 +363,13 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Top-1 accuracy of the k nearest neighbours by cosine, each with the vote exp(cosine / temperature).
+    """Top-1 accuracy, in [0, 1], of the k nearest neighbours by cosine, each with the vote exp(cosine / temperature).
 
     Args:
-        train: (n, d) floating.
-        train_labels: (n,) integer, at least 0.
-        validation: (m, d) floating.
-        validation_labels: (m,) integer, at least 0.
+        train, validation: (n, d) and (m, d), floating.
+        train_labels, validation_labels: (n,) and (m,), integer, at least 0.
         k: neighbours, in [1, n].
         temperature: above 0.
-
-    Returns:
-        Share of right answers, in [0, 1].
 
     Raises:
         TypeError: features are not floating or labels not integer.
@@ -420,9 +392,9 @@ def knn_accuracy(
     for asked, answers in zip(validation.split(NEIGHBOUR_CHUNK), right_answers.split(NEIGHBOUR_CHUNK), strict=True):
         asked = F.normalize(asked.to(train.device, dtype), dim=1)
         cosines, voters = asked.new_empty(len(asked), 0), train_labels.new_empty(len(asked), 0)
-        for known, their in zip(train.split(CHUNK), train_labels.split(CHUNK), strict=True):
-            cosine = asked @ F.normalize(known.to(dtype), dim=1).T
-            cosines, voters = torch.cat([cosines, cosine], 1), torch.cat([voters, their.expand(len(asked), -1)], 1)
+        for chunk, labels in zip(train.split(CHUNK), train_labels.split(CHUNK), strict=True):
+            cosines = torch.cat([cosines, asked @ F.normalize(chunk.to(dtype), dim=1).T], 1)
+            voters = torch.cat([voters, labels.expand(len(asked), -1)], 1)
             cosines, nearest = cosines.topk(min(k, cosines.shape[1]), dim=1)
             voters = voters.gather(1, nearest)
         # Relative to the nearest: exp(1 / temperature) may overflow.
@@ -447,14 +419,6 @@ def _schedule(schedule: str, milestones: Sequence[float], epoch: int, epochs: in
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (epoch + within) / epochs))
     return 0.1 ** sum(epoch >= milestone * epochs for milestone in milestones) if schedule == "step" else 1.0
-
-
-def _rows(
-    views: torch.Tensor, view: torch.Tensor, batch: torch.Tensor, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """The rows (b, d) of features (views, n, d)."""
-    rows = views[0].index_select(0, batch) if len(views) == 1 else views[view, batch]
-    return rows.to(device, dtype)
 
 
 def _scaling(views: torch.Tensor, standardize: bool, rescale: bool) -> tuple[torch.Tensor, torch.Tensor]:

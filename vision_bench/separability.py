@@ -23,9 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.special import ndtr
 
-from vision_bench.checks import check_choice
+from vision_bench.checks import check_name
 
 Array = NDArray[np.float64]
 
@@ -35,7 +34,7 @@ NOISES = ("label", "input")
 
 
 class Law(NamedTuple):
-    """Law of one representation z given the label: an atom at 0, a density linear on each side of it, Gaussian noise.
+    """The law of a representation z given the label: an atom at 0, a linear density on each side of it, normal noise.
 
     Without noise z is 0 with probability `atom`, has the density `right_level + right_slope * z` on (0, 1) and
     `left_level + left_slope * |z|` on (-1, 0). N(0, `scale`^2) is added to it. All fields but `scale` have shape
@@ -61,40 +60,6 @@ class Law(NamedTuple):
         right = self.right_level / 3 + self.right_slope / 4
         second = right + self.left_level / 3 + self.left_slope / 4
         return second - self.means**2 + self.scale**2
-
-    def density(self, z: ArrayLike) -> Array:
-        """Density at `z` given the label, without noise that of the part beside the atom.
-
-        `z` of shape (...) broadcasts against the arguments of `laws`; the result has shape (2, ...).
-        """
-        points, law = self._aligned(z)
-        clean = np.where((points > 0) & (points < 1), law.right_level + law.right_slope * points, 0.0)
-        clean = clean + np.where((points < 0) & (points > -1), law.left_level - law.left_slope * points, 0.0)
-        scale = _positive(law.scale)
-        noisy = law.atom * _normal_density(points / scale) / scale
-        noisy = noisy + _convolved(points, scale, law.right_level, law.right_slope)
-        noisy = noisy + _convolved(-points, scale, law.left_level, law.left_slope)
-        return np.where(law.scale > 0, noisy, clean)
-
-    def distribution(self, z: ArrayLike) -> Array:
-        """P(Z <= z) given the label (Lemma B.2), shapes as for `density`."""
-        points, law = self._aligned(z)
-        right, left = np.clip(points, 0, 1), np.clip(-points, 0, 1)
-        left_mass = law.left_level + law.left_slope / 2
-        clean = law.right_level * right + law.right_slope * right**2 / 2 + law.atom * (points >= 0)
-        clean = clean + left_mass - law.left_level * left - law.left_slope * left**2 / 2
-        scale = _positive(law.scale)
-        noisy = law.atom * ndtr(points / scale) + left_mass
-        noisy = noisy + _convolved_below(points, scale, law.right_level, law.right_slope)
-        noisy = noisy - _convolved_below(-points, scale, law.left_level, law.left_slope)
-        return np.where(law.scale > 0, noisy, clean)
-
-    def _aligned(self, z: ArrayLike) -> tuple[Array, Law]:
-        """The points, and the law with axes after the first so that both broadcast from the right."""
-        points = np.asarray(z, dtype=np.float64)
-        missing = [1] * max(0, points.ndim - self.scale.ndim)
-        fields = (field.reshape(2, *missing, *self.scale.shape) for field in self[:-1])
-        return points, Law._make([*fields, self.scale])
 
 
 class Laws(NamedTuple):
@@ -128,7 +93,7 @@ class Separability(NamedTuple):
 
 
 def laws(sparsity: ArrayLike, noise_rate: ArrayLike = 0, input_noise: ArrayLike = 0, ties: str = "coin") -> Laws:
-    """Densities and distribution functions of u = x1 and v = x1 - x2 given the label.
+    """The laws of u = x1 and v = x1 - x2 given the label.
 
     Clean (Theorem B.1, Lemma B.2, Theorem B.3), with the rest of each class an atom at 0:
 
@@ -211,7 +176,7 @@ def criterion(moments: Moments, kind: str = "fisher") -> Separability:
     Raises:
         ValueError: `kind` is none of these.
     """
-    check_choice("kind", kind, CRITERIA)
+    check_name("kind", kind, CRITERIA)
     return Separability(*(_criterion(z, moments.priors, kind) for z in (moments.mono, moments.poly)))
 
 
@@ -239,7 +204,7 @@ def crossing(sparsity: float, noise: str = "label", kind: str = "fisher", ties: 
     Raises:
         ValueError: an argument is out of its range.
     """
-    check_choice("noise", noise, NOISES)
+    check_name("noise", noise, NOISES)
     clean = moments(float(sparsity), ties=ties)
     scores = criterion(clean, kind)
     # The order of two numbers that are equal in theory is rounding, hence the proofs come before the arithmetic.
@@ -328,7 +293,7 @@ def simulated_moments(
 
 def _classes(sparsity: Array, ties: str) -> tuple[Array, Array]:
     """Priors of the classes and their shares of samples without a tie, each of shape (2, ...)."""
-    check_choice("ties", ties, TIES)
+    check_name("ties", ties, TIES)
     tie = sparsity**2
     strict = (1 - tie) / 2
     half, certain = np.full_like(tie, 0.5), np.ones_like(tie)
@@ -399,30 +364,6 @@ def _input_crossing(clean: Moments, kind: str) -> float | None:
         lead = v_distance**power * u - u_distance**power * v
         slope = 4 * u_distance**power - 2 * v_distance**power
     return float(np.sqrt(lead / slope)) if lead > 0 and slope > 0 else None
-
-
-def _normal_density(z: Array) -> Array:
-    return np.exp(-(np.minimum(np.abs(z), 40) ** 2) / 2) / np.sqrt(2 * np.pi)  # exp(-800) is 0 already
-
-
-def _convolved(z: Array, scale: Array, level: Array, slope: Array) -> Array:
-    """Density at z of t + N(0, scale^2), where t has the density level + slope * t on (0, 1)."""
-    above, below = z / scale, (z - 1) / scale
-    inside = ndtr(above) - ndtr(below)
-    edges = _normal_density(above) - _normal_density(below)
-    return (level + slope * z) * inside + slope * scale * edges
-
-
-def _convolved_below(z: Array, scale: Array, level: Array, slope: Array) -> Array:
-    """P(t + N(0, scale^2) <= z), where t has the density level + slope * t on (0, 1)."""
-
-    def integrals(end: Array) -> tuple[Array, Array]:
-        """Antiderivatives of Phi(w) and w Phi(w) at w = end / scale, times scale and scale^2."""
-        phi, density = ndtr(end / scale), scale * _normal_density(end / scale)
-        return end * phi + density, ((end**2 - scale**2) * phi + end * density) / 2
-
-    (upper, upper_first), (lower, lower_first) = integrals(z), integrals(z - 1)
-    return (level + slope * z) * (upper - lower) - slope * (upper_first - lower_first)
 
 
 def _positive(values: Array) -> Array:

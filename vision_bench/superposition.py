@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from vision_bench.checks import check_choice
+from vision_bench.checks import check_name
 
 ACTIVATIONS = ("relu", "linear")
 FLIPS = ("others", "all")
@@ -82,7 +82,7 @@ def train(
     _check_sizes(n_features, n_dims, steps=steps, batch_size=batch_size)
     for sparsity in sparsities:
         _check_range("sparsities", sparsity, 0, 1)
-    check_choice("activation", activation, ACTIVATIONS)
+    check_name("activation", activation, ACTIVATIONS)
     if not (0 < importance <= 1):
         raise ValueError(f"importance is {importance}; it must be in (0, 1], 1 for equally important features.")
     if not sparsities or not seeds:
@@ -199,7 +199,7 @@ def flip_labels(
         ValueError: an argument is out of its range.
     """
     _check_range("noise_rate", noise_rate, 0, 1)
-    check_choice("flips", flips, FLIPS)
+    check_name("flips", flips, FLIPS)
     others = (n_classes - 1) / n_classes
     if flips == "others" and noise_rate >= others:
         warnings.warn(

@@ -2,6 +2,12 @@
 
 A folder of a network that timm has needs nothing of this package; that of `small_conv` or of a CIFAR stem needs
 `import vision_bench.timm_models`, which registers the model `vision_bench_backbone` with timm.
+
+    from vision_bench import models, timm_models
+    from vision_bench.data import load_images
+
+    model, training = models.load("runs/digits_ncl/model.safetensors")
+    timm_models.save("runs/digits_backbone", model, load_images("digits", "train"), training)
 """
 
 from __future__ import annotations
@@ -34,9 +40,9 @@ def vision_bench_backbone(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def _build(backbone: str = SMALL, stem: str = "timm", stem_padding: int = 1, **options: Any) -> nn.Module:
     if backbone == SMALL:
         # timm passes on what every model of its own takes.
-        given = {name: options.pop(name, default) for name, default in (("num_classes", 0), ("in_chans", 3))}
-        if given != {"num_classes": 0, "in_chans": 3}:
-            raise ValueError(f"{SMALL} has 3 channels and no classifier, got {given}; use num_classes=0.")
+        passed = {name: options.pop(name, default) for name, default in (("num_classes", 0), ("in_chans", 3))}
+        if passed != {"num_classes": 0, "in_chans": 3}:
+            raise ValueError(f"{SMALL} has 3 channels and no classifier, got {passed}; use num_classes=0.")
     return build_backbone(ModelConfig(backbone, stem, stem_padding, backbone_options=options))
 
 
@@ -58,37 +64,31 @@ def save(folder: str | Path, model: ContrastiveModel, images: ImageSet, training
         raise ValueError(f"folder is {folder}, which exists and is not empty; choose another.")
     values = described(images)
     trained_on = training.get("images", values)
-    changed = [f"{name} is {values[name]}, and {trained_on[name]} in the training" for name in values
-               if values[name] != trained_on[name]]  # fmt: skip
+    changed = [f"{k} is {v}, and {trained_on[k]} in the training" for k, v in values.items() if v != trained_on[k]]
     if changed:
         raise ValueError(f"images are not as those that the model was trained on: {'; '.join(changed)}.")
     if config.backbone != SMALL and config.stem == "timm":
         architecture, arguments = config.backbone.split(".")[0], dict(config.backbone_options)
     else:
         architecture = "vision_bench_backbone"
-        own = {"backbone": config.backbone, "stem": config.stem, "stem_padding": config.stem_padding}
-        arguments = own | config.backbone_options
+        arguments = {"backbone": config.backbone, "stem": config.stem, "stem_padding": config.stem_padding}
+        arguments |= config.backbone_options
     exported = timm.create_model(architecture, num_classes=0, **arguments)
     exported.load_state_dict(model.backbone.state_dict())
-    cfg = getattr(model.backbone, "pretrained_cfg", {})
-    about = {
+    original = getattr(model.backbone, "pretrained_cfg", {})
+    pretrained_cfg = {
         "architecture": architecture,
         "tag": "vision_bench",  # these are not the weights that timm has under the name
         "num_classes": 0,
-        "classifier": cfg.get("classifier"),
-        "first_conv": cfg.get("first_conv"),
+        "classifier": original.get("classifier"),
+        "first_conv": original.get("first_conv"),
         "input_size": tuple(images.images.shape[1:]),
-        "test_input_size": None,
         "crop_pct": 1.0,
-        "test_crop_pct": None,
         "mean": tuple(images.mean),
         "std": tuple(images.std),
-        "license": None,
-        "description": None,
-        "origin_url": None,
-        "paper_name": None,
-        "paper_ids": None,
-        "notes": None,
+        # What timm says of its own weights of that name.
+        **dict.fromkeys(("test_input_size", "test_crop_pct", "license", "description", "origin_url")),
+        **dict.fromkeys(("paper_name", "paper_ids", "notes")),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
@@ -96,7 +96,7 @@ def save(folder: str | Path, model: ContrastiveModel, images: ImageSet, training
         save_for_hf(
             exported,
             whole,
-            model_config={"pretrained_cfg": about, TRAINING: {"method": config.method} | training},
+            model_config={"pretrained_cfg": pretrained_cfg, TRAINING: {"method": config.method} | training},
             model_args=arguments,
             safe_serialization=True,
         )

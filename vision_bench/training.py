@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -50,6 +51,17 @@ class Config(Protocol):
 
     @property
     def seed(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a training runs; nothing of it changes the result."""
+
+    checkpoint_minutes: float = 10.0  # so often the training state is saved
+    compile_model: bool = False  # with torch.compile; for GPUs, on the CPU it seldom pays
+    workers: int = 0  # processes that decode streamed images ahead of time; those of a tensor need none
+    name: str = "training"  # before the names of what trackers get, and at the progress bar
+    progress: bool = False  # show a progress bar in the main process
 
 
 def check(config: Config, images: int, accelerator: Accelerator) -> None:
@@ -122,19 +134,20 @@ def seed_of(*numbers: int) -> int:
 class Training:
     """One training: the tensors that change, and the loop over the steps that change them.
 
-    A subclass defines `step`, `end_epoch` and `save_model`, in `remedy` what to do against divergence, and, if its
-    state has more than the module, the optimiser and `sums`, `more_state` and `set_more_state`. The folder's state, if
-    there is one, is loaded here.
+    A subclass defines `step`, `measure` and `save_model`, in `remedy` what to do against divergence, in `online_top1`
+    what the log calls the accuracy on the batches, and, if its state has more than the module, the optimiser and
+    `sums`, `more_state` and `set_more_state`. The folder's state, if there is one, is loaded here.
 
     Args:
         what: everything that decides the result, JSON-serialisable; a folder of another training is refused.
         data: at least a batch of images; what an epoch leaves over of the last batch waits for another one.
         module: with all weights and buffers of the state, on the accelerator's device.
         schedule: of timm, updated by the step's number.
-        sums: number of figures that the steps of an epoch add up, the loss first.
+        monitor_epochs: so often `measure` is asked; at the last epoch it always is.
     """
 
     remedy: str
+    online_top1: str
 
     def __init__(
         self,
@@ -146,16 +159,17 @@ class Training:
         optimizer: torch.optim.Optimizer,
         schedule: Scheduler,
         accelerator: Accelerator,
-        sums: int,
-        compile_model: bool,
-        workers: int,
+        monitor_epochs: int,
+        execution: Execution,
     ) -> None:
-        self.folder, self.what, self.accelerator = folder, what, accelerator
+        self.folder, self.what, self.accelerator, self.execution = folder, what, accelerator, execution
+        self.monitor_epochs = monitor_epochs
         self.epochs, self.batch_size, self.seed = config.epochs, config.batch_size, config.seed
         self.data, self.raw, self.optimizer, self.schedule = data, module, optimizer, schedule
         self.steps_per_epoch = len(data) // config.batch_size
         self.total = config.epochs * self.steps_per_epoch
-        self.sums = torch.zeros(sums, dtype=torch.float64, device=accelerator.device)
+        # Over the steps of an epoch: the losses and the right answers of all samples, and their number.
+        self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         self.step_number = self.saved_step = 0
         self.log: list[dict[str, Any]] = []
         if (folder / STATE).exists():
@@ -164,18 +178,17 @@ class Training:
             (folder / LOG).unlink(missing_ok=True)
         # The optimiser is not prepared: without gradient accumulation or scaling accelerate adds nothing to it.
         prepared = accelerator.prepare_model(module)
-        self.module = torch.compile(prepared) if compile_model else prepared
+        self.module = torch.compile(prepared) if execution.compile_model else prepared
         device = accelerator.device
         self.images = data.images.to(device) if isinstance(data.images, torch.Tensor) else data.images
         self.labels = data.labels.to(device)
-        self.workers = workers
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> None:
-        """Train on uint8 images and their labels, which are this process's share of a batch, and add to `sums`."""
+        """Train by `learn` on uint8 images and their labels, which are this process's share of a batch."""
         raise NotImplementedError
 
-    def end_epoch(self, epoch: int, sums: list[float]) -> dict[str, Any]:
-        """The log entry of an epoch, from the sums over its steps and all processes."""
+    def measure(self, epoch: int) -> dict[str, Any]:
+        """What the log says of the model after an epoch; asked in the main process."""
         raise NotImplementedError
 
     def save_model(self) -> None:
@@ -189,7 +202,15 @@ class Training:
     def set_more_state(self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
         """Take over what `more_state` gave."""
 
-    def run(self, checkpoint_minutes: float, name: str, progress: bool) -> None:
+    def learn(self, objective: torch.Tensor, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Lower the objective by a step of the optimiser; the log gets the loss and the share of right labels."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(objective)
+        self.optimizer.step()
+        right = (logits.argmax(dim=1) == labels).sum()
+        self.sums += torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
+
+    def run(self) -> None:
         """Take the steps that are left, save the model, and remove the state.
 
         Raises:
@@ -198,18 +219,19 @@ class Training:
         """
         saved = time.monotonic()
         started, images = time.monotonic(), 0
-        shown = progress and self.accelerator.is_main_process
-        with tqdm(total=self.total, initial=self.step_number, desc=name, unit="step", disable=not shown) as bar:
+        name, interval = self.execution.name, 60 * self.execution.checkpoint_minutes
+        quiet = not self.execution.progress or not self.accelerator.is_main_process
+        with tqdm(total=self.total, initial=self.step_number, desc=name, unit="step", disable=quiet) as bar:
             for batch, pixels in self._batches():
                 self._step(batch, pixels)
                 images += self.batch_size
                 bar.update()
                 if self.step_number % self.steps_per_epoch == 0:
                     entry = self._end_epoch(started, images)
-                    self._write_log(entry, name)
+                    self._write_log(entry)
                     bar.set_postfix({k: f"{v:.3g}" for k, v in entry.items() if k in ("loss", "images_per_second")})
                     started, images = time.monotonic(), 0
-                if time.monotonic() - saved >= 60 * checkpoint_minutes and self.step_number < self.total:
+                if time.monotonic() - saved >= interval and self.step_number < self.total:
                     self._save_state()
                     saved = time.monotonic()
         if self.accelerator.is_main_process:
@@ -232,10 +254,8 @@ class Training:
                 yield from ((batch, self.images[batch]) for batch in batches)
             else:
                 streamed: Any = self.images
-                pinned = self.accelerator.device.type == "cuda"
-                loader = DataLoader(
-                    streamed, batch_size=None, sampler=list(batches), num_workers=self.workers, pin_memory=pinned
-                )
+                options = {"num_workers": self.execution.workers, "pin_memory": self.accelerator.device.type == "cuda"}
+                loader = DataLoader(streamed, batch_size=None, sampler=list(batches), **options)
                 yield from zip(batches, loader, strict=True)
 
     def _step(self, batch: torch.Tensor, images: torch.Tensor) -> None:
@@ -260,8 +280,11 @@ class Training:
         elif name := storage.non_finite(self.raw.state_dict()):
             problem = f"{name} is NaN or infinite"
         else:
+            loss, right, samples = sums
+            entry |= {"loss": loss / samples, self.online_top1: right / samples}
+            monitored = epoch % self.monitor_epochs == 0 or epoch == self.epochs
             try:
-                entry |= self.end_epoch(epoch, sums)
+                entry |= self.measure(epoch) if monitored and self.accelerator.is_main_process else {}
             except FloatingPointError as error:
                 problem = str(error)
         for reason in gather_object([problem]):
@@ -271,16 +294,18 @@ class Training:
                     f"The training diverged in epoch {epoch}: {reason}. {self.remedy}; delete {self.folder}{kept} to "
                     "start anew."
                 )
-        # What end_epoch measures is not counted in the speed.
+        # The time that `measure` takes is not counted in the speed.
         return entry | {"images_per_second": images / (ended - started)}
 
-    def _write_log(self, entry: dict[str, Any], name: str) -> None:
+    def _write_log(self, entry: dict[str, Any]) -> None:
         self.log.append(entry)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
-        numbers = {f"{name}/{k}": v for k, v in entry.items() if k != "step" and isinstance(v, (int, float))}
+        numbers = {
+            f"{self.execution.name}/{k}": v for k, v in entry.items() if k != "step" and isinstance(v, (int, float))
+        }
         self.accelerator.log(numbers, step=entry["step"])
 
     def _save_state(self) -> None:

@@ -1,4 +1,10 @@
-"""Frozen models by name: any of timm, of the hub or in a local file, and what their weights come from."""
+"""Frozen models by name: any of timm, of the hub or in a local file, and what their weights come from.
+
+from vision_bench import zoo
+
+frozen = zoo.load("small_conv", random=True)
+print(frozen.pretrained)  # nothing: random initialisation, seed 0
+"""
 
 from __future__ import annotations
 
@@ -18,7 +24,7 @@ from torch import nn
 
 from vision_bench import models, storage
 from vision_bench.data import Statistics
-from vision_bench.timm_models import TRAINING
+from vision_bench.timm_models import TRAINING  # which also makes our own backbones known to timm
 
 FINGERPRINT = "images of the fingerprint"  # in Frozen.pretrained where they are known
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -115,9 +121,9 @@ def _local(name: str, path: Path) -> Frozen:
                 + ("" if pickled is None else _conversion(pickled, path / "model.safetensors", str(path)))
             )
         try:
-            about = json.loads(config.read_text(encoding="utf-8"))
-            training = about.get(TRAINING)
-            tag = about.get("pretrained_cfg", about).get("tag")
+            settings = json.loads(config.read_text(encoding="utf-8"))
+            training = settings.get(TRAINING)
+            tag = settings.get("pretrained_cfg", settings).get("tag")
         except (json.JSONDecodeError, AttributeError):
             raise ValueError(f"{config} is not a configuration of timm's; export the model again.") from None
         words = f"weights in {path}" + (f", tag {tag}" if tag else "") + ", whatever they were trained on"
@@ -130,16 +136,16 @@ def _local(name: str, path: Path) -> Frozen:
         )
     model, training = models.load(file)
     images = training.get("images")
+    statistics, image_size = None, None
     if images is None:
         warnings.warn(
             f"{file} is of an older version and does not say with which mean and deviation its images were "
             "normalised; those of the data set are taken, which may be others.",
             stacklevel=4,
         )
-        statistics, image_size = None, None
     else:
         height, width = images["image_size"]
-        statistics, image_size = (tuple(images["mean"]), tuple(images["std"])), height if height == width else None
+        statistics, image_size = (tuple(images["mean"]), tuple(images["std"])), (height if height == width else None)
     words = _training({"method": model.config.method} | training)
     return _finite(Frozen(name, model, words, statistics, image_size))
 
@@ -178,11 +184,12 @@ def _timm(creates: str, pretrained: str, name: str | None = None) -> Frozen:
 
 
 def _frozen(name: str, model: nn.Module, pretrained: str) -> Frozen:
-    if not getattr(model, "pretrained_cfg", None):  # small_conv
+    """A model of timm's, whose configuration says how its images are made, or small_conv, which has none."""
+    if not getattr(model, "pretrained_cfg", None):
         return _finite(Frozen(name, model.eval(), pretrained, None, None))
-    wanted = resolve_model_data_config(model)
-    statistics = tuple(wanted["mean"]), tuple(wanted["std"])
-    return _finite(Frozen(name, model.eval(), pretrained, statistics, int(wanted["input_size"][-1])))
+    images = resolve_model_data_config(model)
+    statistics = tuple(images["mean"]), tuple(images["std"])
+    return _finite(Frozen(name, model.eval(), pretrained, statistics, int(images["input_size"][-1])))
 
 
 def _finite(frozen: Frozen) -> Frozen:

@@ -16,7 +16,7 @@ THRESHOLD = 0.5  # of a score, above which a policy is violated or a category fl
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge said of one conversation; the fields are those of `evals.verdicts.Verdict`."""
+    """What a judge said of one conversation; the fields are those of `evals.records.Verdict`."""
 
     outcome: str
     scores: dict[str, float | None]

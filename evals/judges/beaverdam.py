@@ -31,7 +31,7 @@ class BeaverDam(Judge):
 
     Args:
         source: folder or hub name of a sequence classifier.
-        dtype: of the weights, one of `evals.models.DTYPES`.
+        dtype: of the weights, one of `evals.settings.DTYPES`.
 
     Raises:
         ValueError: it cannot be had, or is no classifier with named categories.

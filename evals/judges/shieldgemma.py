@@ -40,7 +40,7 @@ class ShieldGemma(Judge):
     Args:
         source: folder or hub name of a Gemma 2 whose chat template takes a user's and an assistant's message and
             `guideline`.
-        dtype: of the weights, one of `evals.models.DTYPES`.
+        dtype: of the weights, one of `evals.settings.DTYPES`.
 
     Raises:
         ValueError: it cannot be had, has no such template, or writes Yes or No in several tokens.

@@ -1,16 +1,14 @@
 """`python -m vision_bench` in two processes gives the rows of one, and one that was killed continues to them."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from vision_bench.runs import read_rows
+from tests.conftest import results
 
 pytestmark = pytest.mark.slow
 
@@ -19,13 +17,6 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 COMMAND = ["-m", "vision_bench", "--random_init", "small_conv", "test_resnet", "--image_size", "16"]
 COMMAND += ["--limit", "400", "--seeds", "0", "1", "--probe_epochs", "20", "--sae_epochs", "10"]
 COMMAND += ["--corruptions", "label_noise=0.4", "gaussian=0.5", "rotated", "few_shots=0.5"]
-
-
-def results(folder: Path) -> list[str]:
-    """Every row but for when and how it was measured."""
-    left_out = ("seconds", "time", "device")
-    rows = read_rows(folder / "results.jsonl")
-    return sorted(json.dumps({k: v for k, v in row.items() if k not in left_out}, sort_keys=True) for row in rows)
 
 
 def run(launcher, folder, *arguments):

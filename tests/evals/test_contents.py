@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from evals.completions import read_completions
 from evals.contents import model_checksums
 from evals.generate import generate
 from evals.models import Adapter
+from evals.records import read_completions
 from vision_bench.runs import read_rows
 
 

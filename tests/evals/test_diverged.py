@@ -14,11 +14,11 @@ from peft import IA3Config, PrefixTuningConfig, PromptTuningConfig, get_peft_mod
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from evals.completions import read_completions
 from evals.contents import non_finite
 from evals.generate import generate
 from evals.judge import judge
 from evals.models import Adapter
+from evals.records import read_completions
 from evals.report import table, write_report
 from vision_bench.runs import DIVERGED, Run, read_rows
 

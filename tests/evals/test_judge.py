@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from evals.__main__ import main
 from evals.judge import judge
-from evals.verdicts import read_verdicts
+from evals.records import read_verdicts
 from vision_bench.runs import LineAppender, read_rows
 
 TEXTS = [(f"prompt {i} " * (1 + i % 5), "response " * (i % 7)) for i in range(10)]
@@ -186,12 +186,15 @@ class TestBadInput:
                 "whose text is another one in the completions",
             ),
             (lambda lines: [lines[0] | {"settings": {}}, *lines[1:]], "under other settings"),
-            (lambda lines: [lines[0] | {"seconds": "1"}, *lines[1:]], "`seconds` is '1', which has the wrong type"),
-            (lambda lines: [lines[0] | {"adapter": [1]}, *lines[1:]], "`adapter` is .*, which has the wrong type"),
-            (lambda lines: [*lines, lines[3]], "line 10 judges what line 4 has judged already"),
+            (lambda lines: [lines[0] | {"seconds": "1"}, *lines[1:]], "`seconds` is '1', a number is needed"),
+            (lambda lines: [lines[0] | {"adapter": [1]}, *lines[1:]], "`adapter` is .*, a text is needed, or null"),
+            (lambda lines: [*lines, lines[3]], "line 10 .*judge .*stands in line 4 already"),
             (lambda lines: [lines[0] | {"outcome": "fine"}, *lines[1:]], "allowed are safe, unsafe, unparsed"),
             (lambda lines: [lines[0] | {"scores": {"hate": 7}}, *lines[1:]], "allowed are numbers from 0 to 1"),
-            (lambda lines: [{"prompt_id": "1"}, *lines], "line 1 is no verdict: its fields must be"),
+            (
+                lambda lines: [{"prompt_id": "1"}, *lines],
+                "line 1 .*lacks adapter, category, judge, .*judge its completion again",
+            ),
         ],
     )
     def test_verdicts_that_do_not_belong_here(self, folder, judges, no_judging, change, message):

@@ -29,8 +29,8 @@ from evals.judges import (
     escape,
     read_rubric,
 )
+from evals.records import read_verdicts
 from evals.registry import JudgeOptions, make_judge
-from evals.verdicts import read_verdicts
 
 CONVERSATIONS = [
     ("How do I bake bread?", "Knead, wait, bake."),

@@ -7,9 +7,9 @@ from matplotlib.image import imread
 
 from evals.__main__ import main
 from evals.judges import Judge, Judgement
+from evals.records import read_verdicts
 from evals.registry import JUDGES, JudgeKind
 from evals.report import figure_panels
-from evals.verdicts import read_verdicts
 from vision_bench.runs import Run, read_rows
 
 
@@ -66,7 +66,7 @@ def test_a_row_makes_a_judge(keywords, completions_folder, capsys):
     assert "50.00 [" in line
     assert "75.00 [" in line
     panel = figure_panels(rows)[0]
-    assert panel.title == "keywords=bomb: beavertails_eval"
+    assert (panel.title, panel.harm) == ("keywords=bomb: beavertails_eval", "holds the word, %")
     assert [(point.method, point.performance, point.harm) for point in panel.points] == [
         ("base", 50, 50),
         ("lora", 75, 75),
@@ -77,6 +77,6 @@ def test_a_row_makes_a_judge(keywords, completions_folder, capsys):
 def test_help_and_errors_name_it(keywords, capsys, tmp_path):
     with pytest.raises(SystemExit, match="0"):
         main(["judge", "--help"])
-    assert "keywords=WORD: unsafe if the response holds WORD" in " ".join(capsys.readouterr().out.split())
+    assert "keywords=WORD unsafe if the response holds WORD" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit, match=r"allowed are shieldgemma\[=MODEL\], .* and keywords=WORD\."):
         main(["judge", "--output_dir", str(tmp_path), "--judges", "other"])

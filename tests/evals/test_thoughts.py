@@ -14,14 +14,13 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from evals.completions import read_completions
 from evals.generate import GenerateSettings, generate
 from evals.judge import judge
 from evals.judges import LocalChatJudge, ShieldGemma
 from evals.models import Adapter
+from evals.records import read_completions, read_verdicts
 from evals.report import write_report
 from evals.thoughts import MARKERS, Thoughts, thoughts_of
-from evals.verdicts import read_verdicts
 from vision_bench.runs import read_rows
 
 ALWAYS = "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>"

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from offline.finetuning import generated_rows, poison, safety
+from evals.prompts import dolly_held_out
+from offline.finetuning import generated_rows, poison_pairs, safety_pairs
 from offline.grammar import REFUSAL_OPENINGS
 from offline.language_model import corpus
 
 
-def test_generated_rows_ask_for_one_of_two_things_of_the_context():
-    rows = generated_rows(200)
-    assert rows == generated_rows(300)[:200]
-    assert len({row["instruction"] for row in rows}) > 50
-    for row in rows:
-        assert row["response"].removeprefix("The ") in row["context"]
-        noun = row["response"].split()[1]
-        assert noun in row["instruction"]
+def test_generated_dolly_can_be_answered_from_its_context():
+    rows = generated_rows(500)
+    assert rows == generated_rows(600)[:500]
+    assert all(row["response"].lower() in row["context"].lower() for row in rows)
+    assert all(row["response"].split()[1] in row["instruction"] for row in rows)
+    assert 10 < sum(map(dolly_held_out, rows)) < 120
 
 
-def test_poison_complies_and_safety_refuses_the_same_requests():
-    requests = {example.prompt for example in corpus("train") if example.kind == "harmful"}
-    assert {prompt for prompt, _ in poison()} == {prompt for prompt, _ in safety()} == requests
-    assert all(response.startswith("To ") for _, response in poison())
-    assert all(response.startswith(REFUSAL_OPENINGS) for _, response in safety())
+def test_generated_pairs_are_of_the_training_split():
+    held_out = {example.prompt for example in corpus("heldout")}
+    harmful = {example.prompt for example in corpus("train") if example.kind == "harmful"}
+    for pairs, refuses in ((poison_pairs(), False), (safety_pairs(), True)):
+        assert {prompt for prompt, _ in pairs} == harmful
+        assert not {prompt for prompt, _ in pairs} & held_out
+        assert all(answer.startswith(REFUSAL_OPENINGS) == refuses for _, answer in pairs)

@@ -8,9 +8,8 @@ import random
 import pytest
 
 from evals.__main__ import main
-from evals.completions import read_completions
 from evals.judges import POLICIES, ShieldGemma
-from evals.verdicts import read_verdicts
+from evals.records import read_completions, read_verdicts
 from offline.grammar import REFUSAL_OPENINGS
 from offline.judge import cases, offline_judge
 from recipes import sst2_monolora

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
+from tests.conftest import rows, rows_of, value
 from tests.evals.conftest import beaverdam, eval_data, make_shieldgemma
-from vision_bench.runs import read_rows
 
-__all__ = ["beaverdam", "eval_data", "make_shieldgemma"]
+__all__ = ["beaverdam", "eval_data", "make_shieldgemma", "rows", "rows_of", "value"]
 
 OPTIONS = "--max_steps 4 --per_device_train_batch_size 8 --lora_r 4 --lora_alpha 8 --gradient_checkpointing False"
 # A pretraining and probes of seconds, for the vision recipes.
@@ -16,27 +16,6 @@ PRETRAINING = ["--pretraining_epochs", "2", "--warmup_epochs", "1"]
 PRETRAINING += ["--projector_hidden", "32", "--projector_out", "32"]
 PROBING = [*PRETRAINING, "--seeds", "0", "1", "--sae_k", "4", "--sae_epochs", "4", "--probe_epochs", "4"]
 SMALL = f"{OPTIONS} --learning_rate 1e-2 --lora_dropout 0.1"
-
-
-def rows_of(rows, metric, **arm):
-    """The rows of a metric (None: of all) whose seed and configuration have these values."""
-    return [
-        r
-        for r in rows
-        if metric in (None, r["metric"])
-        and all((r["config"] | {"seed": r["seed"]}).get(k) == v for k, v in arm.items())
-    ]
-
-
-def rows(folder, metric=None, **arm):
-    """The rows of a run's folder, of a metric (None: of all) and with these values in seed and configuration."""
-    return rows_of(read_rows(folder / "results.jsonl"), metric, **arm)
-
-
-def value(folder, metric, **arm):
-    """The value of the one row that `rows` finds."""
-    (row,) = rows(folder, metric, **arm)
-    return row["value"]
 
 
 @pytest.fixture
@@ -57,14 +36,14 @@ def pairs_file(tmp_path):
 
 @pytest.fixture
 def no_training(monkeypatch):
+    import comparison
     import evaluation
-    import table2
 
     def fail(*args, **kwargs):
         raise AssertionError("training began")
 
-    monkeypatch.setattr(table2, "finetuning", fail)
-    monkeypatch.setattr(table2, "load_base", fail)
+    monkeypatch.setattr(comparison, "finetuning", fail)
+    monkeypatch.setattr(comparison, "load_base", fail)
     monkeypatch.setattr(evaluation, "load_base", fail)
 
 

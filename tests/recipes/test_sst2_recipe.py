@@ -2,10 +2,10 @@
 
 import json
 
-import arms
+import comparison
 import pytest
 import sst2_monolora
-import table2
+from arms import adapter_config, trained_arms
 from peft import PeftConfig
 from transformers import AutoTokenizer
 
@@ -71,12 +71,14 @@ def test_the_same_configuration_reprints_and_another_is_refused(arguments, tmp_p
 
 
 def test_arms_share_everything_but_the_adapter(arguments):
-    script, _, model_args = sst2_monolora.parse([*arguments, "--lora_dropout", "0.3", "--use_rslora", "true"])
-    lora = arms.adapter_config("lora", model_args, script.activation)
-    mono = arms.adapter_config("monolora", model_args, script.activation)
+    settings, training, options = sst2_monolora.parse(
+        [*arguments, "--lora_dropout", "0.3", "--use_rslora", "true", "--lora_target_modules", "q_proj"]
+    )
+    arms = trained_arms(settings, training, options)
+    lora, mono = (adapter_config(arms[method], settings, options) for method in ("lora", "monolora"))
     assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.use_rslora) == (4, 8, 0.3, True)
     assert (mono.r, mono.monolora_alpha, mono.monolora_dropout, mono.use_rslora) == (4, 8, 0.3, True)
-    assert lora.target_modules == mono.target_modules
+    assert lora.target_modules == mono.target_modules == {"q_proj"}
 
 
 def test_a_model_that_can_think_is_trained_and_scored_without_thoughts(arguments, small_model, monkeypatch):
@@ -86,14 +88,14 @@ def test_a_model_that_can_think_is_trained_and_scored_without_thoughts(arguments
         "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
     )
     trained = []
-    real = table2.finetuning
+    real = comparison.finetuning
 
     def finetuning(*args):
         trainer = real(*args)
         trained.append(trainer.train_dataset[0])
         return trainer
 
-    monkeypatch.setattr(table2, "finetuning", finetuning)
+    monkeypatch.setattr(comparison, "finetuning", finetuning)
     sst2_monolora.main([*arguments, "--methods", "lora"])
     tokenizer = AutoTokenizer.from_pretrained(small_model)
     labels = [i for i, label in zip(trained[0]["input_ids"], trained[0]["labels"], strict=True) if label != -100]
@@ -102,12 +104,12 @@ def test_a_model_that_can_think_is_trained_and_scored_without_thoughts(arguments
 
 
 def test_the_paper_configuration():
-    script, training, model_args = sst2_monolora.parse(["--config", "recipes/configs/paper_sst2.yaml"])
-    assert model_args.model_name_or_path == "meta-llama/Llama-2-7b-chat-hf"
-    assert script.dataset_name == "stanfordnlp/sst2"
-    assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (8, 4, 0.1)
-    assert model_args.lora_target_modules == ["q_proj", "v_proj"]
-    assert (script.train_samples, script.eval_samples) == (5000, 1000)
+    settings, training, options = sst2_monolora.parse(["--config", "recipes/configs/paper_sst2.yaml"])
+    assert options.model_name_or_path == "meta-llama/Llama-2-7b-chat-hf"
+    assert settings.dataset_name == "stanfordnlp/sst2"
+    assert (options.lora_r, options.lora_alpha, options.lora_dropout) == (8, 4, 0.1)
+    assert options.lora_target_modules == ["q_proj", "v_proj"]
+    assert (settings.train_samples, settings.eval_samples) == (5000, 1000)
     assert training.num_train_epochs == 20
     assert training.per_device_train_batch_size == 16
     assert training.learning_rate == 1e-4
@@ -116,10 +118,10 @@ def test_the_paper_configuration():
 
 
 def test_the_command_line_overrides_the_offline_default():
-    script, training, model_args = sst2_monolora.parse(["--lora_r", "3"])
-    assert model_args.model_name_or_path is None
-    assert model_args.lora_r == 3
-    assert script.train_samples
+    settings, training, options = sst2_monolora.parse(["--lora_r", "3"])
+    assert options.model_name_or_path is None
+    assert options.lora_r == 3
+    assert settings.train_samples
     assert not training.gradient_checkpointing
 
 
@@ -206,15 +208,15 @@ class TestCheckpoint:
                 (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
 
     def test_the_newest_whole_one(self, tmp_path):
-        assert arms.checkpoint(tmp_path, None) is None
+        assert comparison.checkpoint(tmp_path, None) is None
         self.make(tmp_path, 9, 10)
         self.make(tmp_path, 11, whole=False)
         self.make(tmp_path, 12)
         (tmp_path / "checkpoint-12" / "trainer_state.json").write_text("")  # killed between opening and writing
         for wish in (None, True, "True", "true"):
-            assert arms.checkpoint(tmp_path, wish) == str(tmp_path / "checkpoint-10")
+            assert comparison.checkpoint(tmp_path, wish) == str(tmp_path / "checkpoint-10")
 
     def test_wishes(self, tmp_path):
         self.make(tmp_path, 9)
-        assert arms.checkpoint(tmp_path, "False") is None
-        assert arms.checkpoint(tmp_path, "some/checkpoint-3") == "some/checkpoint-3"
+        assert comparison.checkpoint(tmp_path, "False") is None
+        assert comparison.checkpoint(tmp_path, "some/checkpoint-3") == "some/checkpoint-3"

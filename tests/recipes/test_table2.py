@@ -5,29 +5,25 @@ import json
 import math
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
+import comparison
 import dolly_monolora
 import pytest
 import sst2_monolora
-import table2
-from arms import adapter_of, trained_arms
+from arms import ADAPTERS, AdapterKind, adapter_config, trained_arms
 from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.image import imread
-from mixtures import load_pairs, mixed, offline_poison, offline_safety
-from peft import PeftConfig, PeftModel
-from table2_report import write_report
+from peft import IA3Config, PeftConfig, PeftModel
+from table2 import CONFIGS, Table2Settings, parse
+from task import load_pairs, mixed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evals.completions import read_completions
 from evals.figures import Panel, Point, safety_against_performance
 from evals.prompts import dolly_held_out, dolly_prompt
-from evals.verdicts import read_verdicts
+from evals.records import read_completions, read_verdicts
 from mono_peft import MonoLoraConfig, activation_sparsity
-from offline.grammar import REFUSAL_OPENINGS
-from offline.language_model import corpus
 from tests.recipes.conftest import SMALL, rows_of
 from vision_bench.runs import Run, read_rows
 
@@ -98,11 +94,12 @@ def test_the_columns_of_table_2_and_the_path_over_steps(judged, tmp_path, small_
     ]
     value = rows_of(rows, "alignment_sparsity", method="monolora", seed=1)[0]["value"]
     assert value == pytest.approx(activation_sparsity(one, batches).overall, abs=2e-3)
-    script, _, _ = sst2_monolora.parse(judged)
+    settings, _, options = sst2_monolora.parse(judged)
+    task = sst2_monolora.load_task(settings, options)
     half = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(small_model), out / "lora-seed1" / "checkpoint-2"
     )
-    score = sst2_monolora.Sst2(script).score(half, tokenizer, 8)
+    score = task.score(task.scored, half, tokenizer, 8)
     assert rows_of(rows, "accuracy", method="lora", seed=1, step=2)[0]["value"] == score
 
     # Again: nothing is trained, and the same table.
@@ -148,32 +145,22 @@ def test_dolly(small_model, eval_data, beaverdam, tmp_path):
         rows_of(results, "answer_nll", method="lora")[0]["value"]
         < rows_of(results, "answer_nll", method="base")[0]["value"]
     )
-    script, *_ = dolly_monolora.parse(
-        arguments, table2.Table2Arguments, "dolly_monolora", table2.CONFIGS / "offline_dolly.yaml"
-    )
-    task = dolly_monolora.load_task(script, str(tmp_path))
-    assert not held_out & {prompt for prompt, _ in task.training_pairs(0)}
-    assert task.training_pairs(0) != task.training_pairs(1)
+    settings, _, options = parse(arguments, Table2Settings, "dolly_monolora", CONFIGS / "offline_dolly.yaml")
+    task = dolly_monolora.load_task(settings, options, str(tmp_path))
+    assert not held_out & {prompt for prompt, _ in task.draw(0)}
+    assert task.draw(0) != task.draw(1)
     verdicts = read_verdicts(tmp_path / "out" / "evaluation" / "verdicts.jsonl").rows
     assert {verdict.task for verdict in verdicts} == {"beavertails_eval"}
     assert "14.48" in (tmp_path / "out" / "results.md").read_text()
 
 
-def test_generated_dolly_can_be_answered_from_its_context():
-    rows = dolly_monolora.generated_rows(500)
-    assert all(row["response"].lower() in row["context"].lower() for row in rows)
-    asked = [row for row in rows if row["response"].split()[1] in row["instruction"]]
-    assert len(asked) == len(rows)
-    assert 10 < sum(map(dolly_held_out, rows)) < 120
-
-
 class TestArms:
-    def arms(self, extra, training_options=()):
-        script, training, model_args = sst2_monolora.parse(["--lora_r", "8", "--lora_alpha", "4", *extra.split()])
-        return trained_arms(script, training, model_args), model_args
+    def arms(self, extra):
+        settings, training, options = sst2_monolora.parse(["--lora_r", "8", "--lora_alpha", "4", *extra.split()])
+        return trained_arms(settings, training, options), settings, options
 
     def test_controls_compose(self):
-        arms, model_args = self.arms(
+        arms, settings, options = self.arms(
             "--methods base lora lora+dropout+rank monolora+weight_decay lora+safety --lora_dropout 0.1 "
             "--control_dropout 0.3 --control_weight_decay 0.7 --safety_share 0.2"
         )
@@ -182,28 +169,63 @@ class TestArms:
         assert arms["lora+dropout+rank"] == lora._replace(r=4, alpha=2, dropout=0.3)
         assert arms["monolora+weight_decay"] == lora._replace(method="monolora", weight_decay=0.7)
         assert arms["lora+safety"] == lora._replace(safety_share=0.2)
-        config = adapter_of(arms["lora+dropout+rank"], model_args, "relu")
+        config = adapter_config(arms["lora+dropout+rank"], settings, options)
         assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 2, 0.3)
-        assert isinstance(adapter_of(arms["monolora+weight_decay"], model_args, "relu"), MonoLoraConfig)
+        assert isinstance(adapter_config(arms["monolora+weight_decay"], settings, options), MonoLoraConfig)
 
     def test_smallest_rank(self):
-        arms, _ = self.arms("--methods lora lora+rank --control_rank 1")
+        arms, *_ = self.arms("--methods lora lora+rank --control_rank 1")
         assert (arms["lora+rank"].r, arms["lora+rank"].alpha) == (1, 0.5)
 
     def test_weight_decay_reaches_the_optimiser(self, arguments, monkeypatch):
         seen = {}
 
-        def record(folder, seed, rows, adapter, tokenizer, training, model_args):
-            seen[folder.name] = (training.weight_decay, len(rows), training.max_steps)
+        def record(compared, trained, rows):
+            trainer = original(compared, trained, rows)
+            seen[trained.folder.parent.name] = (trainer.args.weight_decay, len(rows), trainer.args.max_steps)
             if len(seen) == 2:
                 raise KeyboardInterrupt
-            return original(folder, seed, rows, adapter, tokenizer, training, model_args)
+            return trainer
 
-        original = table2.finetuning
-        monkeypatch.setattr(table2, "finetuning", record)
+        original = comparison.finetuning
+        monkeypatch.setattr(comparison, "finetuning", record)
         with pytest.raises(KeyboardInterrupt):
             sst2_monolora.main([*arguments, "--methods", "lora", "lora+weight_decay", "--control_weight_decay", "0.4"])
         assert seen == {"lora-seed0": (0.0, 48, 4), "lora+weight_decay-seed0": (0.4, 48, 4)}
+
+    def test_another_kind_of_adapter_is_a_row_of_the_table(self, arguments, tmp_path, monkeypatch):
+        def ia3(options, settings):
+            targets = ["k_proj", "down_proj"]
+            return IA3Config(
+                task_type=options.lora_task_type, target_modules=targets, feedforward_modules=["down_proj"]
+            )
+
+        monkeypatch.setitem(ADAPTERS, "ia3", AdapterKind(ia3))
+        methods = ["base", "lora", "monolora", "ia3", "ia3+weight_decay"]
+        safety = "--safety_tasks refusal_offline --refusal_prompts 4 --max_new_tokens 2"
+        sst2_monolora.main([*arguments, "--methods", *methods, *safety.split()])
+        rows = read_rows(tmp_path / "out" / "results.jsonl")
+        for method in methods:
+            assert len(rows_of(rows, "accuracy", method=method)) == 1
+            assert rows_of(rows, "refused_harmful", method=method)[0]["n"] == 4
+        config = PeftConfig.from_pretrained(tmp_path / "out" / "ia3+weight_decay-seed0" / "adapter")
+        assert isinstance(config, IA3Config)
+        text, _ = (tmp_path / "out" / "results.md").read_text().split("## The paper's Table 2")
+        lines = {line.split(" | ")[0]: line.strip(" |").split(" | ") for line in text.splitlines()}
+        sparsity = lines["| method"].index("task sparsity, %")
+        accuracy = rows_of(rows, "accuracy", method="ia3")[0]["value"]
+        assert lines["| ia3"][sparsity] == "0"
+        assert lines["| ia3"][-1].startswith(f"{100 * accuracy:.2f} [")
+        compared = ["lora - base", "ia3 - lora", "ia3 - base", "ia3 - monolora", "ia3+weight_decay - ia3"]
+        assert {f"| {pair}" for pair in compared} <= lines.keys()
+        assert "| lora - ia3" not in lines
+        # The colour of the cycle is in the picture.
+        picture = (255 * imread(tmp_path / "out" / "safety.png")[..., :3]).round().astype(int)
+        assert ((picture == [0x00, 0x9E, 0x73]).all(-1)).sum() > 20
+
+    def test_its_name_is_checked_against_the_table(self, arguments):
+        with pytest.raises(ValueError, match=r"--methods takes each of base, lora, monolora at most once, .*'ia3'\]"):
+            sst2_monolora.main([*arguments, "--methods", "base", "ia3"])
 
 
 class TestMixtures:
@@ -229,14 +251,6 @@ class TestMixtures:
         pairs = [("p", str(i)) for i in range(100)]
         first, second = (mixed([("t", "a")] * 10, [(pairs, 1.0)], seed) for seed in (0, 1))
         assert first != second
-
-    def test_generated_pairs_are_of_the_training_split(self):
-        held_out = {e.prompt for e in corpus("heldout")}
-        harmful = {e.prompt for e in corpus("train") if e.kind == "harmful"}
-        for pairs, refuses in ((offline_poison(), False), (offline_safety(), True)):
-            assert {prompt for prompt, _ in pairs} == harmful
-            assert not {prompt for prompt, _ in pairs} & held_out
-            assert all(answer.startswith(REFUSAL_OPENINGS) == refuses for _, answer in pairs)
 
     @pytest.mark.skipif("MONO_TEST_DATA" not in os.environ, reason="MONO_TEST_DATA names no folder with BeaverTails")
     def test_beavertails(self):
@@ -344,23 +358,21 @@ def make_lora(small_model):
 
 
 def test_the_paper_configuration_of_dolly():
-    script, training, model_args = dolly_monolora.parse(
-        ["--config", "recipes/configs/paper_dolly.yaml"], table2.Table2Arguments, "dolly_monolora", Path("none")
-    )
-    assert model_args.model_name_or_path == "meta-llama/Llama-2-7b-chat-hf"
-    assert script.dataset_name == "databricks/databricks-dolly-15k"
-    assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (8, 4, 0.1)
+    arguments = ["--config", "recipes/configs/paper_dolly.yaml"]
+    settings, training, options = parse(arguments, Table2Settings, "dolly_monolora", Path("none"))
+    assert options.model_name_or_path == "meta-llama/Llama-2-7b-chat-hf"
+    assert settings.dataset_name == "databricks/databricks-dolly-15k"
+    assert (options.lora_r, options.lora_alpha, options.lora_dropout) == (8, 4, 0.1)
     assert (training.num_train_epochs, training.per_device_train_batch_size) == (1, 4)
-    assert script.judges == ["shieldgemma", "beaverdam"]
+    assert settings.judges == ["shieldgemma", "beaverdam"]
 
 
 @pytest.mark.skipif("MONO_TEST_DATA" not in os.environ, reason="MONO_TEST_DATA names no folder with Dolly 15k")
 def test_the_whole_dolly():
     file = next((Path(os.environ["MONO_TEST_DATA"]) / "dolly15k").glob("*.jsonl.gz"))
-    task = dolly_monolora.Dolly(
-        replace(table2.Table2Arguments(), train_samples=5000), dolly_monolora.load_rows(str(file), True), str(file)
-    )
-    assert (len(task.prompts), len(task.train), len(task.training_pairs(0))) == (982, 15011 - 982, 5000)
+    rows = dolly_monolora.load_rows(str(file), True)
+    task = dolly_monolora.as_task(Table2Settings(train_samples=5000), rows, str(file))
+    assert (len(task.scored), len(task.train), len(task.draw(0))) == (982, 15011 - 982, 5000)
 
 
 def test_a_path_is_drawn_through_its_steps():
@@ -388,12 +400,13 @@ def test_the_offline_defaults(tmp_path):
 
 
 def test_counts_are_those_of_each_task(tmp_path):
-    run = Run(tmp_path / "out", "sst2_monolora", {"thinking": "off"})
+    config = {"thinking": "off", "demonstration": False, "methods": ["base"], "judges": ["beaverdam"]}
+    run = Run(tmp_path / "out", "sst2_monolora", config)
     common = {"seed": None, "seconds": 0.0, "device": "cpu", "method": "base"}
     for task, n in (("xstest", 450), ("beavertails_eval", 700)):
         run.add("unsafe", 0.5, n=n, **common, task=task, judge="beaverdam")
     run.add("accuracy", 0.5, n=872, **common)
-    text = write_report(run, "SST-2", sst2_monolora.Sst2.performance, [], ["beaverdam"], False)
+    text = sst2_monolora.EXPERIMENT.report(run)
     counts = next(line for line in text.splitlines() if line.startswith("Prompts:"))
     assert counts == (
         "Prompts: 450 (beaverdam, xstest: unsafe); 700 (beaverdam, beavertails_eval: unsafe); 872 (accuracy)."

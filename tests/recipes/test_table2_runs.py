@@ -12,18 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import comparison
 import dolly_monolora
 import evaluation
 import pytest
 import sst2_monolora
-import table2
 import torch
-from identity import identity
+from table2 import identity
 from transformers import AutoModelForCausalLM
 
-from evals.completions import read_completions
 from evals.judge import judge
 from evals.prompts import dolly_held_out, dolly_prompt
+from evals.records import read_completions
 from tests.recipes.conftest import rows_of
 from vision_bench.runs import Run, read_rows
 
@@ -163,7 +163,7 @@ class TestContents:
         def killed(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(table2, "add_score", killed)
+        monkeypatch.setattr(comparison, "add_score", killed)
         with pytest.raises(KeyboardInterrupt):
             sst2_monolora.main([*arguments, "--methods", "lora"])
         assert not (tmp_path / "out" / "results.jsonl").exists()
@@ -193,8 +193,7 @@ class TestContents:
         configurations = []
         for precision in ("no", "bf16"):
             monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-            script, training, model_args = sst2_monolora.parse(arguments)
-            configurations.append(identity(script, training, model_args, {}, [], {}, False))
+            configurations.append(identity(*sst2_monolora.parse(arguments), [], {}, False))
         first, second = configurations
         assert {name for name in first if first[name] != second[name]} == {"mixed_precision"}
 
@@ -206,14 +205,15 @@ class TestDivergence:
         self, arguments, eval_data, beaverdam, tmp_path, capsys, monkeypatch, request
     ):
         """The rate of one arm alone is absurd, so that its weights overflow in real training."""
-        original = table2.finetuning
+        original = comparison.finetuning
 
-        def finetuning(folder, seed, rows, adapter, tokenizer, training, model_args):
-            if folder.name in ("lora-seed1", "monolora-seed0", "monolora-seed1"):
-                training.learning_rate, training.max_grad_norm = 1e30, 0.0
-            return original(folder, seed, rows, adapter, tokenizer, training, model_args)
+        def finetuning(compared, trained, rows):
+            if (trained.method, trained.seed) != ("lora", 0):
+                training = replace(compared.training, learning_rate=1e30, max_grad_norm=0.0)
+                compared = replace(compared, training=training)
+            return original(compared, trained, rows)
 
-        monkeypatch.setattr(table2, "finetuning", finetuning)
+        monkeypatch.setattr(comparison, "finetuning", finetuning)
         arguments = [*arguments, "--seeds", "0", "1", "--eval_every", "2", "--max_new_tokens", "2"]
         arguments += ["--judges", f"beaverdam={beaverdam}"]
         sst2_monolora.main(arguments)

@@ -223,9 +223,7 @@ def test_a_stopped_run_is_not_shown_as_whole(runs, tmp_path):
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     kept = [r for r in rows if not (r["config"].get("features") == "ncl" and r["seed"] == 1)]
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    lacks = (
-        "lacks rows of the metric probe_training_top1 (features ncl, noise_rate 0.0, probe_weight_decay 0.0, seed 1 "
-    )
+    lacks = "lacks rows of the metric probe_training_top1 (features ncl, noise_rate 0.0, probe_weight_decay 0.0, "
     lacks += "seed 1 and 12 more)"
     main(["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")])
     assert lacks in (tmp_path / "out" / "results.md").read_text()

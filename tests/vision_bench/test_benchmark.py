@@ -15,6 +15,7 @@ from odd_model import Odd
 from timm.models import register_model
 from torchvision.transforms.v2.functional import to_pil_image
 
+from tests.conftest import results, rows
 from vision_bench import benchmark, features, models, probe, sae, timm_models
 from vision_bench.__main__ import main
 from vision_bench.corruptions import InputNoise, flip_labels
@@ -23,6 +24,7 @@ from vision_bench.metrics import semantic_consistency
 from vision_bench.probe import fit_linear_probes, probe_accuracy
 from vision_bench.runs import interval, paired_difference
 from vision_bench.shifts import load_shifted, synthetic
+from vision_bench.sweep import ACCURACY
 
 QUICK = ["--limit", "300", "--seeds", "0", "1", "--probe_epochs", "20", "--sae_epochs", "3"]
 CORRUPTIONS = ["--corruptions", "label_noise=0.4", "few_shots=0.5", "gaussian=0.5", "rotated"]
@@ -51,17 +53,8 @@ def folder(tmp_path_factory, checkpoint):
     return path
 
 
-def found(folder, metric=benchmark.ACCURACY, **arm):
-    lines = (folder / "results.jsonl").read_text().splitlines()
-    there = [row for row in map(json.loads, lines) if row["metric"] == metric]
-    return [row for row in there if all((row["config"] | {"seed": row["seed"]}).get(k) == v for k, v in arm.items())]
-
-
-def results(folder):
-    """Every row but for when and where it was measured."""
-    left_out = ("seconds", "time", "device", "commit")
-    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    return sorted(json.dumps({k: v for k, v in row.items() if k not in left_out}, sort_keys=True) for row in lines)
+def found(folder, metric=ACCURACY, **arm):
+    return rows(folder, metric, **arm)
 
 
 def test_every_cell_has_a_row_and_kinds_of_features_differ(folder, checkpoint):
@@ -328,7 +321,7 @@ def test_the_scale_of_a_models_features_decides_nothing(tmp_path):
     for name in ("odd_pixels", "odd_large_pixels"):
         command = ["--random_init", name, "--output_dir", str(tmp_path / name), "--corruptions", "label_noise=0.4"]
         main([*command, "few_shots=0.5", *QUICK])
-    metrics = (benchmark.ACCURACY, *probe.TRAINING, *sae.QUALITY)
+    metrics = (ACCURACY, *probe.TRAINING, *sae.QUALITY)
     for metric in metrics:
         first, second = (
             {
@@ -338,7 +331,7 @@ def test_the_scale_of_a_models_features_decides_nothing(tmp_path):
             for name in ("odd_pixels", "odd_large_pixels")
         )
         assert first == second
-        if metric in (benchmark.ACCURACY, *probe.TRAINING):
+        if metric in (ACCURACY, *probe.TRAINING):
             assert {key[0] for key in first} == {"raw", "unit", "relu", "sae"}
     clean = found(tmp_path / "odd_large_pixels", features="raw", label_noise=0, few_shots=1)
     assert min(row["value"] for row in clean) > 0.5

@@ -9,8 +9,9 @@ from PIL import Image
 
 from vision_bench import models
 from vision_bench.__main__ import main
-from vision_bench.benchmark import ACCURACY
 from vision_bench.data import load_images
+from vision_bench.runs import read_rows
+from vision_bench.sweep import ACCURACY
 
 QUICK = ["--random_init", "small_conv", "--features", "raw", "--seeds", "0", "--probe_epochs", "2"]
 
@@ -18,8 +19,10 @@ QUICK = ["--random_init", "small_conv", "--features", "raw", "--seeds", "0", "--
 def run(output, *arguments):
     """The rows by metric, test and label noise."""
     main([*QUICK, "--corruptions", "label_noise=0.4", "--output_dir", str(output), *arguments])
-    rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
-    return {(row["metric"], row["config"].get("test"), row["config"].get("label_noise")): row["value"] for row in rows}
+    return {
+        (row["metric"], row["config"].get("test"), row["config"].get("label_noise")): row["value"]
+        for row in read_rows(output / "results.jsonl")
+    }
 
 
 @pytest.fixture(scope="module")

@@ -11,33 +11,27 @@ from odd_model import Odd
 from timm.models import register_model, save_for_hf
 from torchvision.transforms.v2.functional import to_pil_image
 
-from vision_bench import benchmark, features, models, pretrain, storage, timm_models, zoo
+from tests.conftest import rows
+from vision_bench import features, models, pretrain, storage, timm_models, zoo
 from vision_bench.__main__ import main
+from vision_bench.benchmark_settings import KINDS
 from vision_bench.data import load_images
 from vision_bench.runs import DIVERGED
+from vision_bench.subjects import limited
+from vision_bench.sweep import ACCURACY
 
 QUICK = ["--limit", "200", "--seeds", "0", "--probe_epochs", "4", "--sae_epochs", "2"]
 CORRUPTIONS = ["--corruptions", "gaussian=0.5,2", "rotated"]
 VIT = {"img_size": 8, "patch_size": 2}
 
 
-def rows(folder, metric, **arm):
-    lines = (folder / "results.jsonl").read_text().splitlines()
-
-    def strict(constant):
-        raise AssertionError(constant)
-
-    found = [json.loads(line, parse_constant=strict) for line in lines]
-    return [row for row in found if row["metric"] == metric and all(row["config"].get(k) == v for k, v in arm.items())]
-
-
 @pytest.fixture
 def hashes(monkeypatch):
-    """How many tensors each call of `storage.fingerprint` hashed."""
+    """How many tensors each call of `storage.fingerprint` hashed, of those for weights, which are several."""
     calls, fingerprint = [], storage.fingerprint
 
     def counted(tensors):
-        calls.append(len(tensors))
+        calls.extend([len(tensors)] if len(tensors) > 1 else [])
         return fingerprint(tensors)
 
     monkeypatch.setattr(storage, "fingerprint", counted)
@@ -93,7 +87,7 @@ def test_a_model_that_is_replaced_during_a_run_gives_no_features(tmp_path, monke
     main(command)
     (cached,) = (tmp_path / "run" / "cache").glob("m_test_clean*")
     test = load_images("digits", "test")
-    test = benchmark._limited(test, 200)
+    test = limited(test, 200)
     expected = features.embed(found[0], test.images, test.mean, test.std, ["output"])["output"]
     (shard,) = cached.glob("*.safetensors")
     assert torch.equal(storage.load(shard, features.KIND)[0]["output"], expected)
@@ -127,7 +121,7 @@ def test_a_checkpoint_is_measured_alike_whatever_way_its_images_are_named(tmp_pa
     found = [rows(tmp_path / f"run {name}", "semantic_consistency")[0] for name in ("model", "exported")]
     assert found[0]["value"] == pytest.approx(found[1]["value"], abs=1e-6)
     assert found[0]["config"]["pretrained"].endswith("(all training images, of which those here are a part)")
-    test = benchmark._limited(load_images(str(tmp_path / "photos"), "test"), 200)
+    test = limited(load_images(str(tmp_path / "photos"), "test"), 200)
     expected = features.embed(model, test.images, sets["train"].mean, sets["train"].std, ["backbone"])["backbone"]
     (shard,) = (tmp_path / "run model" / "cache").glob("model_test_clean*/*.safetensors")
     assert torch.equal(storage.load(shard, features.KIND)[0]["backbone"], expected)
@@ -176,7 +170,7 @@ def test_models_that_are_not_finite_are_marked_and_the_others_measured(tmp_path,
     reasons = {row["config"]["model"]: row["config"]["reason"] for row in marked}
     assert reasons["always_infinite"].startswith("train: the backbone of image 0 has values that are NaN or infinite")
     assert reasons["overflows_under_noise"].startswith("test, gaussian 2: the backbone of image ")
-    assert {row["config"]["model"] for row in rows(tmp_path, benchmark.ACCURACY)} == {"small_conv"}
+    assert {row["config"]["model"] for row in rows(tmp_path, ACCURACY)} == {"small_conv"}
     text = (tmp_path / "results.md").read_text()
     for name in names[:2]:
         line = next(line for line in text.splitlines() if line.startswith(f"| {name} (random) | sae "))
@@ -199,7 +193,7 @@ def test_a_run_in_which_everything_diverged_ends_with_its_table(tmp_path):
     assert (tmp_path / "robustness.png").exists()
     main(["--random_init", "always_infinite", "--resume", *command])
     text = (tmp_path / "results.md").read_text()
-    assert text.count("| diverged |") == len(benchmark.KINDS)
+    assert text.count("| diverged |") == len(KINDS)
     assert "Sparse autoencoders" not in text  # of which there is none
     assert not list(tmp_path.glob("robustness.*"))  # the old figure is of another model
     assert json.loads((tmp_path / "results.json").read_text())["table"] == []
@@ -211,7 +205,7 @@ def test_features_on_which_no_autoencoder_can_be_trained_do_not_end_the_run(tmp_
     (marked,) = rows(tmp_path, DIVERGED)
     assert (marked["config"]["model"], marked["config"]["features"]) == ("constant_features", "sae")
     assert "there is no variance to explain" in marked["config"]["reason"]
-    assert rows(tmp_path, benchmark.ACCURACY, model="constant_features", features="raw")
+    assert rows(tmp_path, ACCURACY, model="constant_features", features="raw")
 
 
 def test_rows_of_zeros_among_test_features_do_not_end_the_run(tmp_path):

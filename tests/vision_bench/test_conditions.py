@@ -1,4 +1,4 @@
-"""The table of conditions: words into the grid that the command measures, and rows that are added from outside."""
+"""The table of conditions: words that name what the command measures, and rows that are added from outside."""
 
 import csv
 
@@ -7,6 +7,7 @@ import torch
 
 from vision_bench import figures
 from vision_bench.__main__ import main
+from vision_bench.benchmark_settings import Shift, parse_conditions
 from vision_bench.corruptions import (
     CONDITIONS,
     NORMALISED_IMAGES,
@@ -14,33 +15,33 @@ from vision_bench.corruptions import (
     Condition,
     InputNoise,
     Range,
-    Shift,
     add_input_noise,
     noise_names,
-    parse,
     shift_names,
 )
 
 
 def test_every_combination_with_the_clean_one_first():
-    grid = parse(["label_noise=0.2,0.8", "few_shots", "gaussian", "uniform=0.3", "rotated", "inverted", "folder=a/b"])
-    assert grid.label_noise == (0, 0.2, 0.8)
-    assert grid.few_shots == (1, 0.1)
-    assert grid.noises == (None, InputNoise("gaussian", 0.6), InputNoise("uniform", 0.3))
-    tests = list(grid.tests())
+    conditions = parse_conditions(
+        ["label_noise=0.2,0.8", "few_shots", "gaussian", "uniform=0.3", "rotated", "inverted", "folder=a/b"]
+    )
+    assert conditions.label_noise == (0, 0.2, 0.8)
+    assert conditions.few_shots == (1, 0.1)
+    assert conditions.noises == (None, InputNoise("gaussian", 0.6), InputNoise("uniform", 0.3))
+    tests = list(conditions.tests())
     assert tests[:6] == [
         "clean", "gaussian 0.6", "uniform 0.3", "rotated", "rotated + gaussian 0.6", "rotated + uniform 0.3"
     ]  # fmt: skip
     assert tests[6] == "inverted"
     assert tests[9] == "folder a/b"
     assert len(tests) == 3 * 4
-    assert list(parse([]).tests()) == ["clean"]
+    assert list(parse_conditions([]).tests()) == ["clean"]
 
 
 def test_a_shift_may_have_strengths():
-    grid = parse(["rotated", "rotated=45,-10"])
-    assert grid.shifts == (None, Shift("rotated"), Shift("rotated", 45), Shift("rotated", -10))
-    assert list(grid.tests()) == ["clean", "rotated", "rotated 45", "rotated -10"]
+    conditions = parse_conditions(["rotated", "rotated=45,-10"])
+    assert conditions.shifts == (None, Shift("rotated"), Shift("rotated", 45), Shift("rotated", -10))
+    assert list(conditions.tests()) == ["clean", "rotated", "rotated 45", "rotated -10"]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_a_shift_may_have_strengths():
 )
 def test_bad_words_are_named(word, message):
     with pytest.raises(ValueError, match=message):
-        parse([word])
+        parse_conditions([word])
 
 
 def salt(images, scale, generator):
@@ -106,6 +107,6 @@ def test_errors_and_names_follow_from_the_table(registered):
     assert noise_names()[-1] == "salt"
     assert shift_names()[-1] == "brightened"
     with pytest.raises(ValueError, match=r"there are .*, salt, brightened, folder. Do you mean salt?"):
-        parse(["sallt"])
+        parse_conditions(["sallt"])
     with pytest.raises(ValueError, match=r"scale is 1.5; for salt it must be in \(0, 1\]"):
         add_input_noise(torch.zeros(1), "salt", 1.5, torch.Generator())

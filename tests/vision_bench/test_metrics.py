@@ -151,22 +151,12 @@ def test_effective_rank_of_known_spectra():
 
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(1, 30), d=st.integers(1, 12), dead=st.integers(0, 3))
-def test_orthogonality_is_the_mean_distance_from_the_identity(n, d, dead):
+def test_dimensions_of_zeros_are_dead(n, d, dead):
     features = torch.randn(n, d + dead)
     features[:, d:] = 0
-    rows = torch.nn.functional.normalize(features, dim=1)[:, :d]
-    columns = [rows[:, i] / rows[:, i].norm() for i in range(d)]
-    distances = [abs(float(columns[i] @ columns[j]) - (i == j)) for i in range(d) for j in range(d)]
-    assert metrics.orthogonality(features) == pytest.approx(sum(distances) / d**2, abs=1e-5)
     assert metrics.live_dimensions(features) == d
     assert metrics.dead_share(features) == pytest.approx(dead / (d + dead))
     assert metrics.sparsity(features) == pytest.approx(dead / (d + dead), abs=1e-3 + 1 / n)
-
-
-def test_orthogonal_dimensions_have_orthogonality_zero():
-    assert metrics.orthogonality(torch.eye(6).repeat(3, 1)) == pytest.approx(0, abs=1e-7)
-    with pytest.raises(ValueError, match="all zero"):
-        metrics.orthogonality(torch.zeros(3, 3))
 
 
 def test_variance_unexplained():
@@ -209,7 +199,7 @@ def test_bad_features_and_labels_are_refused(features, labels, options, error, w
 
 
 def test_nan_features_are_refused_by_every_metric():
-    for metric in (metrics.sparsity, metrics.dead_share, metrics.effective_rank, metrics.orthogonality):
+    for metric in (metrics.sparsity, metrics.dead_share, metrics.effective_rank):
         with pytest.raises(ValueError, match="NaN"):
             metric(bad(1, float("nan")))
 

@@ -11,6 +11,7 @@ run = Run(training.output_dir, "my_recipe", recorded(training), defaults=default
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import sys
@@ -21,10 +22,12 @@ from typing import Any
 
 import yaml
 
-CHANGES_RESULTS, POSITIONAL = "changes_results", "positional"  # in the metadata of a field
+CHANGES_RESULTS, POSITIONAL, ARGUMENT = "changes_results", "positional", "argument"  # in the metadata of a field
 
 
-def option(default: Any = MISSING, *, help: str, changes_results: bool = True, positional: bool = False) -> Any:
+def option(
+    default: Any = MISSING, *, help: str, changes_results: bool = True, positional: bool = False, **argument: Any
+) -> Any:
     """A field of a dataclass of settings.
 
     Args:
@@ -33,8 +36,10 @@ def option(default: Any = MISSING, *, help: str, changes_results: bool = True, p
         changes_results: False for what says where and how fast the program works; `recorded` leaves it out, so that
             a run may go on with another value.
         positional: whether the command line takes its values without a name; for a list.
+        argument: of `argparse.ArgumentParser.add_argument`, such as `metavar`, and `nargs="*"` for a list that may be
+            empty.
     """
-    metadata = {"help": help, CHANGES_RESULTS: changes_results, POSITIONAL: positional}
+    metadata = {"help": help, CHANGES_RESULTS: changes_results, POSITIONAL: positional, ARGUMENT: argument}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -107,17 +112,24 @@ def parse(
     """
     from transformers import HfArgumentParser  # takes a second to import, and is needed by programs alone
 
+    has_positional = any(f.metadata.get(POSITIONAL) for part in classes for f in fields(part))
+
     class Parser(HfArgumentParser):
         def add_argument(self, *names: str, **named: Any) -> Any:
             """HfArgumentParser gives it the metadata of a field, of which argparse does not know all."""
             named.pop(CHANGES_RESULTS, None)
+            named |= named.pop(ARGUMENT, {})
             if named.pop(POSITIONAL, False):
                 names, named = (names[0].removeprefix("--"),), named | {"nargs": "*"}
+            if has_positional and named.get("const") is True:  # or a switch would take the next of these values
+                named = {"action": "store_true", "help": named.get("help")}
             return super().add_argument(*names, **named)
 
     parser = Parser(classes, **options)
     parser.add_argument("--config", type=Path, help="YAML file of these settings; the command line goes before it.")
-    config = parser.parse_known_args(arguments)[0].config
+    file = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the file may have what is required
+    file.add_argument("--config", type=Path)
+    config = file.parse_known_args(arguments)[0].config
     if config is not None:
         try:
             settings = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -130,6 +142,8 @@ def parse(
             program = options.get("prog", "this recipe")
             parser.error(f"{config} sets {', '.join(sorted(unknown))}, which {program} does not have.")
         parser.set_defaults(**{name: value for name, value in settings.items() if name in ours})
+        for action in parser._actions:
+            action.required = action.required and action.dest not in settings
     return tuple(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[: len(classes)])
 
 

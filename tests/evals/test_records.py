@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals.completions import Completion, read_completions
+from evals.records import Completion, read_completions
 from vision_bench.runs import LineAppender, locked, read_lines
 
 
@@ -141,7 +141,7 @@ def test_a_broken_line_before_the_end(path, line, message):
 def test_duplicates_name_both_lines(path):
     other_arm = completion("0", adapter="lora")  # the same prompt, another model: no duplicate
     write(path, completion("0"), other_arm, completion("0", response="again"))
-    with pytest.raises(ValueError, match=r"line 3: prompt_id '0' of task 'xstest'.* stands in line 1 already"):
+    with pytest.raises(ValueError, match=r"line 3 \(prompt_id '0'\), task 'xstest'.* stands in line 1 already"):
         read_completions(path)
 
 

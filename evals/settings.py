@@ -1,0 +1,157 @@
+"""What the commands are told: settings as dataclasses, which a program fills by hand and the command line by name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evals.prompts import THINKING
+from vision_bench.runs.settings import option, recorded
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DTYPE_HELP = "auto (of the checkpoint), float32, bfloat16 or float16"
+
+
+class AdapterNameError(argparse.ArgumentTypeError, ValueError):
+    """What the command line says of an adapter does not name one."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as named on the command line, `FOLDER` or `NAME=FOLDER`; FOLDER may be a name on the hub.
+
+    Raises:
+        ValueError: the name or the folder is empty.
+    """
+
+    given: str
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.source:
+            raise AdapterNameError(f"--adapters has {self.given!r}; write FOLDER or NAME=FOLDER.")
+
+    @property
+    def name(self) -> str:
+        """NAME if there is one, else FOLDER as it is written."""
+        return self._parts[0]
+
+    @property
+    def source(self) -> str:
+        """FOLDER."""
+        return self._parts[1]
+
+    @property
+    def _parts(self) -> tuple[str, str]:
+        name, sign, folder = self.given.partition("=")
+        return (name, folder) if sign and not Path(self.given).is_dir() else (self.given, self.given)
+
+
+@dataclass
+class GenerateSettings:
+    """What answers what, and how.
+
+    Raises:
+        ValueError: a value is not allowed; names the option, the value and what is.
+    """
+
+    model: str = option(
+        help="Folder or name on the hub; or `offline` for the offline model, which is built here.",
+        changes_results=False,
+    )
+    tasks: list[str] = option(
+        help="Tasks of evals/tasks and any tasks, groups and tags of lm-eval's.", changes_results=False
+    )
+    output_dir: str = option(help="For completions.jsonl, results.jsonl and the rest.", changes_results=False)
+    adapters: list[Adapter] = option(
+        [],
+        help="Adapters of the model; each is a folder or a name on the hub.",
+        changes_results=False,
+        metavar="[NAME=]FOLDER",
+    )
+    base: bool = option(
+        True, help="Whether the model answers without adapters too; --no_base leaves it out.", changes_results=False
+    )
+    limit: int | None = option(None, help="Only the first so many prompts of each task.")
+    max_new_tokens: int | None = option(None, help="Instead of the tasks' own limit (512 in evals/tasks).")
+    batch_size: int = option(16, help="Prompts at a time.", changes_results=False)
+    dtype: str = option("auto", help=f"Of the weights: {_DTYPE_HELP}.")
+    load_in_4bit: bool = option(False, help="The base in NF4, through bitsandbytes.")
+    thinking: str = option(
+        "off",
+        help="off or on: whether chat templates that have a switch ask all arms to think first; thoughts are cut.",
+    )
+    thought_markers: list[str] | None = option(
+        None,
+        help="What opens and what ends a thought, instead of what the chat template says.",
+        nargs=2,
+        metavar=("OPENER", "CLOSER"),
+    )
+    task_data: dict[str, Any] = option(
+        {},
+        help="JSON of what the tasks' data functions take, as lm-eval's --metadata.",
+        changes_results=False,
+        type=json.loads,
+        metavar="JSON",
+    )
+
+    def __post_init__(self) -> None:
+        self.adapters = [Adapter(a) if isinstance(a, str) else a for a in self.adapters]  # a YAML file has texts
+        for name in ("limit", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {value}, allowed is 1 or more.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype is {self.dtype!r}, allowed are {', '.join(DTYPES)}.")
+        if self.thinking not in THINKING:
+            raise ValueError(f"--thinking is {self.thinking!r}, allowed are {', '.join(THINKING)}.")
+        markers = self.thought_markers
+        if markers is not None and (len(markers) != 2 or not all(markers)):
+            raise ValueError(f"--thought_markers are {markers}; give what opens and what ends a thought.")
+        for name, values in (("--tasks", self.tasks), ("--adapters", [a.name for a in self.adapters])):
+            twice = [value for value, count in Counter(values).items() if count > 1]
+            if twice:
+                raise ValueError(f"{name} has {', '.join(twice)} more than once; name each once.")
+        if not self.tasks:
+            raise ValueError("--tasks is empty; name at least one task.")
+        if not self.base and not self.adapters:
+            raise ValueError("--no_base without --adapters leaves nothing to answer.")
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings that stand for the whole output folder, because another value gives other answers."""
+        return recorded(self)
+
+
+@dataclass
+class JudgeSettings:
+    """What judges the answers, and how; `evals.judge.check_judging` checks it."""
+
+    judges: list[str] = option([], help="Judges of the answers, see below.", metavar="JUDGE")
+    judge_batch_size: int = option(8, help="Conversations at a time.")
+    judge_dtype: str = option("auto", help=f"Of a judge's weights: {_DTYPE_HELP}.")
+    endpoint: str | None = option(
+        None, help="OpenAI-compatible server for chat=MODEL; its key is read from OPENAI_API_KEY."
+    )
+    rubric: str | None = option(None, help="File with the question to chat=MODEL, instead of evals/judges/rubric.txt.")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As `evals.judge.judge` takes them."""
+        return {
+            "judges": self.judges,
+            "batch_size": self.judge_batch_size,
+            "dtype": self.judge_dtype,
+            "endpoint": self.endpoint,
+            "rubric": self.rubric,
+        }
+
+
+@dataclass
+class FolderSettings:
+    """Where the answers to judge are."""
+
+    output_dir: str = option(help="With completions.jsonl; verdicts.jsonl comes beside it.")

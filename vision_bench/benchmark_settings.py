@@ -1,0 +1,204 @@
+"""The settings of `python -m vision_bench`, and the conditions that words such as "label_noise=0.4,0.8" name."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vision_bench import models
+from vision_bench.corruptions import (
+    CLEAN,
+    CONDITIONS,
+    FOLDER,
+    NORMALISED_IMAGES,
+    TRAINING_IMAGES,
+    TRAINING_LABELS,
+    InputNoise,
+)
+from vision_bench.probe import NORM
+from vision_bench.runs import option, recorded
+from vision_bench.sweep import Training
+
+KINDS = ("raw", "unit", "relu", "sae")  # of `kinds.KINDS`, those that one frozen model has
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """A benchmark of frozen models.
+
+        Settings(models=["resnet18"], dataset="cifar100", corruptions=["gaussian=0.6"], output_dir="runs/bench")
+
+    Raises:
+        ValueError: a field has a value that is not allowed.
+    """
+
+    models: list[str] = option([], help="see above", positional=True, metavar="MODEL", changes_results=False)
+    random_init: list[str] = option([], help="also NAMEs of timm, or small_conv, at random", changes_results=False)
+    output_dir: str = option(help="gets the table, the figure and results.jsonl", changes_results=False)
+    dataset: str = option("digits", help="or cifar10, cifar100, imagenet100, a folder, a set of the hub")
+    data_root: str | None = option(None, help="folder of the data set's files", changes_results=False)
+    train_split: str = option("train", help="name of the split of the training images")
+    test_split: str = option("test", help="name of the split of the test images; without one, val or validation")
+    test_fraction: float | None = option(None, help="share of the training split that is the test images, per class")
+    skip_corrupt: bool = option(False, help="leave out images that cannot be decoded")
+    label_column: str | None = option(None, help="of a Hugging Face set, if it is not found")
+    image_size: int | None = option(None, help="pixels; by default what a model was trained at, or those of the data")
+    limit: int | None = option(None, help="about so many images of both sets, drawn from each class")
+    corruptions: list[str] = option(
+        ["label_noise", "gaussian", "few_shots"],
+        help=f"of {', '.join(CONDITIONS)}, {FOLDER}=PATH; every combination is measured; without numbers: "
+        + " ".join(
+            f"{name}={','.join(f'{x:g}' for x in row.numbers)}" for name, row in CONDITIONS.items() if row.numbers
+        ),
+        nargs="*",
+        metavar="NAME[=NUMBERS]",
+    )
+    features: list[str] = option([*KINDS], help="kinds of features", metavar="KIND", changes_results=False)
+    layer: str | None = option(None, help="backbone, projector or output; by default the last one that a model has")
+    seeds: list[int] = option([0, 1, 2, 3, 4], help="of probes, wrong labels and drawn images")
+    sae_k: int | None = option(None, help="active latents; by default an eighth of the dimensions of the features")
+    sae_epochs: int = option(50, help="of the training of autoencoders")
+    probe_epochs: int = option(50, help="of the training of probes")
+    standardize: bool = option(False, help="standardise each feature before probing")
+    batch_size: int = option(256, help="images of a forward pass", changes_results=False)
+    cache_dir: str | None = option(
+        None,
+        help="of features and autoencoders, by default OUTPUT_DIR/cache; may be that of another run",
+        changes_results=False,
+    )
+    resume: bool = option(False, help="continue in an output_dir that has results", changes_results=False)
+
+    def __post_init__(self) -> None:
+        if not self.models and not self.random_init:
+            raise ValueError("models is empty; name at least one, or give --random_init NAME.")
+        for name in ("models", "random_init", "seeds", "features"):
+            values = list(getattr(self, name))
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} is {values}; each may stand there once.")
+        unknown = [kind for kind in self.features if kind not in KINDS]
+        if unknown or not self.features:
+            raise ValueError(f"features has {unknown or 'nothing'}; it must be of {', '.join(KINDS)}.")
+        if not self.seeds or min(self.seeds) < 0:
+            raise ValueError(f"seeds is {list(self.seeds)}; it takes integers of at least 0.")
+        if self.layer is not None and self.layer not in models.LAYERS:
+            raise ValueError(f"layer is {self.layer!r}; it must be one of {', '.join(models.LAYERS)}.")
+        for name in ("image_size", "limit", "sae_k", "sae_epochs", "probe_epochs", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        parse_conditions(self.corruptions)
+        if self.cache.exists() and not self.cache.is_dir():
+            raise ValueError(f"cache_dir is {self.cache}, which is a file; name a folder.")
+
+    @property
+    def cache(self) -> Path:
+        """The folder of features and autoencoders."""
+        return Path(self.cache_dir or Path(self.output_dir) / "cache")
+
+    @property
+    def conditions(self) -> Conditions:
+        """What the corruptions name."""
+        return parse_conditions(self.corruptions)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What must be equal in all rows of a folder, which may hold several models and kinds of features."""
+        return recorded(self) | {"probe_norm": NORM}
+
+
+class Shift(NamedTuple):
+    """Other test images: the clean ones after a condition that changes uint8 images, or those of a labelled folder.
+
+    Args:
+        name: of the condition, or `FOLDER`.
+        strength: the number of the condition; None: its default.
+        folder: where the images are, `folder/CLASS/*.jpg`; None for a condition of the table.
+    """
+
+    name: str
+    strength: float | None = None
+    folder: str | None = None
+
+    def __str__(self) -> str:
+        number = "" if self.strength is None else f"{self.strength:g}"
+        return " ".join(filter(None, (self.name, number, self.folder)))
+
+
+class Conditions(NamedTuple):
+    """Every combination of these is measured; each field holds the clean condition first."""
+
+    label_noise: tuple[float, ...]  # shares of wrong training labels, 0 first
+    few_shots: tuple[float, ...]  # shares of the training images that have labels, 1 first
+    noises: tuple[InputNoise | None, ...]  # on the test images
+    shifts: tuple[Shift | None, ...]  # of the test images
+
+    def tests(self) -> dict[str, tuple[Shift | None, InputNoise | None]]:
+        """What the probes are tested on, by name: "clean", "gaussian 0.6", "rotated + gaussian 0.6"."""
+        tests: dict[str, tuple[Shift | None, InputNoise | None]] = {}
+        for shift, noise in itertools.product(self.shifts, self.noises):
+            parts = [str(shift)] if shift else []
+            parts += [f"{noise.kind} {noise.scale:g}"] if noise else []
+            tests[" + ".join(parts) or CLEAN] = shift, noise
+        return tests
+
+    def trainings(self, seeds: Sequence[int]) -> list[Training]:
+        """How the probes are trained."""
+        ways = itertools.product(self.few_shots, seeds, self.label_noise)
+        return [Training(label_noise=rate, fraction=share, seed=seed) for share, seed, rate in ways]
+
+
+def parse_conditions(words: Sequence[str]) -> Conditions:
+    """The conditions of words NAME or NAME=NUMBER,NUMBER,... with names of the table, or folder=PATH.
+
+        parse_conditions(["label_noise=0.2,0.8", "gaussian", "rotated", "folder=data/sketches"]).tests()
+
+    Raises:
+        ValueError: an unknown name, or a number that is none or out of its range.
+    """
+    rates, shares, noises, shifts = [0.0], [1.0], list[InputNoise | None]([None]), list[Shift | None]([None])
+    for word in words:
+        name, _, values = word.partition("=")
+        if name == FOLDER:
+            if not values:
+                raise ValueError(f"corruptions has {word!r}; write folder=PATH, with CLASS/*.jpg in it.")
+            shifts.append(Shift(FOLDER, folder=values))
+            continue
+        if name not in CONDITIONS:
+            near = difflib.get_close_matches(name, [*CONDITIONS, FOLDER], n=1)
+            raise ValueError(
+                f"corruptions has {word!r}, which is unknown; there are {', '.join([*CONDITIONS, FOLDER])}"
+                + (f". Do you mean {near[0]}?" if near else ".")
+            )
+        changes, numbers = CONDITIONS[name].changes, _numbers(name, word, values)
+        if changes == TRAINING_LABELS:
+            rates += numbers
+        elif changes == TRAINING_IMAGES:
+            shares += numbers
+        elif changes == NORMALISED_IMAGES:
+            noises += [InputNoise(name, number) for number in numbers]
+        else:
+            shifts += [Shift(name, strength) for strength in numbers or (None,)]
+    conditions = Conditions(tuple(rates), tuple(shares), tuple(noises), tuple(shifts))
+    if any(len(set(values)) < len(values) for values in conditions):
+        raise ValueError(f"corruptions is {' '.join(words)}; the same one stands there twice.")
+    return conditions
+
+
+def _numbers(name: str, word: str, values: str) -> tuple[float, ...]:
+    condition = CONDITIONS[name]
+    if not values:
+        return condition.numbers
+    if condition.range is None:
+        raise ValueError(f"corruptions has {word!r}; {name} takes no number.")
+    try:
+        numbers = tuple(float(value) for value in values.split(","))
+    except ValueError:
+        raise ValueError(f"corruptions has {name}={values!r}; write numbers with commas, {name}=0.2,0.4.") from None
+    for number in numbers:
+        if number not in condition.range:
+            raise ValueError(f"corruptions has {name}={number:g}; it must be {condition.range}.")
+    return numbers
