@@ -1,4 +1,8 @@
-"""lm-eval's model, with several adapters on one base, every answer on the disk at once, and without thoughts."""
+"""lm-eval's model, with several adapters on one base, every answer on the disk at once, and without thoughts.
+
+lm-eval's own cache of answers keeps texts alone, under the request and without what answered it: how an answer ended,
+its thought, and whether model and task are still the same would be lost. So `completions.jsonl` is the cache.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from evals.contents import checksum
 from evals.models import method_and_seed
 from evals.prompts import answer_opening, template_options
-from evals.records import COMPLETIONS, Completion
+from evals.records import COMPLETIONS, Completion, CompletionKey
 from evals.registry import TASK_FOLDERS
 from evals.settings import Adapter, GenerateSettings
 from evals.thoughts import MARKERS, Thoughts
@@ -28,8 +32,6 @@ from vision_bench.runs import LineAppender, write_atomic
 
 # Of every answer, unless the task's own options say otherwise; a model's generation config has no say.
 PURE_DECODING = {"num_beams": 1, "repetition_penalty": 1.0}
-
-Key = tuple[str, str, str | None, str]
 
 
 class DivergedError(ArithmeticError):
@@ -79,7 +81,7 @@ class CompletionsLM(HFLM):
         settings: GenerateSettings,
         *,
         file: LineAppender,
-        done: dict[Key, Completion],
+        done: dict[CompletionKey, Completion],
         tasks: dict[str, str],
     ) -> None:
         # Log-likelihoods that are rounded to half precision would be equal for many an answer.
@@ -167,7 +169,8 @@ class CompletionsLM(HFLM):
                 f"{cut} of {len(missing)} prompts do not fit the context of {self.max_length} tokens with the answer: "
                 "they lose their beginning (`prompt_tokens_cut` in their rows)."
             )
-        with tqdm(total=len(rows), initial=len(rows) - len(missing), disable=disable_tqdm, desc=self._name) as bar:
+        name = f"Generating ({self._arm.name or 'base'})"
+        with tqdm(total=len(rows), initial=len(rows) - len(missing), disable=disable_tqdm, desc=name) as bar:
             for batch in self._batches(missing):
                 done = list(self._answers(batch))
                 self._file.append(asdict(row) for row in done)
@@ -189,13 +192,8 @@ class CompletionsLM(HFLM):
         }
         return [row.response for row in answers]
 
-    @property
-    def _name(self) -> str:
-        return f"Generating ({self._arm.name or 'base'})"
-
     def _rows(self, requests: list[Instance]) -> list[Completion]:
         """What each request's row will be, without the answer."""
-        adapter = self._arm.name
         seen: Counter[tuple[str, str]] = Counter()
         rows = []
         for request in requests:
@@ -204,32 +202,25 @@ class CompletionsLM(HFLM):
             seen[task, prompt_id] += 1  # tasks that ask several times have the same request several times
             if seen[task, prompt_id] > 1:
                 prompt_id += f"#{seen[task, prompt_id]}"
-            category = doc.get("category")
+            prompt, category, response = (doc.get(name) for name in ("prompt", "category", "response"))
+            # Tasks of lm-eval whose documents have no user's text get the request as it is sent.
+            is_written = isinstance(prompt, str) and is_ours(task)
             rows.append(
                 Completion(
                     prompt_id=prompt_id,
                     task=task,
                     category=category if isinstance(category, str) else None,
-                    prompt=self._prompt(doc, request),
+                    prompt=prompt if is_written else str(request.args[0]),
                     response="",
                     finish_reason="stop",
                     model=self._settings.model,
-                    adapter=adapter,
-                    seed=method_and_seed(adapter)[1],
+                    adapter=self._arm.name,
+                    seed=method_and_seed(self._arm.name)[1],
                     generation=self._generation(request),
-                    references=self._references(doc),
+                    references=[response] if isinstance(response, str) else [],
                 )
             )
         return rows
-
-    def _prompt(self, doc: dict[str, Any], request: Instance) -> str:
-        """The user's text; tasks of lm-eval whose documents have none get the request as it is sent."""
-        prompt = doc.get("prompt")
-        return prompt if isinstance(prompt, str) and is_ours(request.task_name) else str(request.args[0])
-
-    def _references(self, doc: dict[str, Any]) -> list[str]:
-        response = doc.get("response")
-        return [response] if isinstance(response, str) else []
 
     def _generation(self, request: Instance) -> dict[str, Any]:
         """The settings that decide the answer, and how much of the prompt does not fit."""

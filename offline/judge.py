@@ -18,7 +18,7 @@ from tokenizers import AddedToken
 from tqdm.auto import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from evals.judges.policies import POLICIES
+from evals.judges import POLICIES
 from offline import grammar, language_model
 from offline.language_model import corpus
 

@@ -38,39 +38,34 @@ if TYPE_CHECKING:
 
 
 class Trained(NamedTuple):
-    """A saved adapter: of an arm and seed, after so many steps (None: at the end)."""
+    """A saved adapter: of an arm and seed, after so many steps (None: at the end); or the base, without any."""
 
     method: str
-    seed: int
+    seed: int | None
     step: int | None
     folder: Path
 
     @property
+    def name(self) -> str | None:
+        """Its name for `evals`, which says method, step and seed; None for the base."""
+        step = "" if self.step is None else f"@{self.step}"
+        return None if self.seed is None else f"{self.method}{step}-seed{self.seed}"
+
+    @property
     def adapter(self) -> Adapter:
-        """As `evals` takes it; its name says method, step and seed."""
-        method = self.method if self.step is None else f"{self.method}@{self.step}"
-        return Adapter(f"{method}-seed{self.seed}={self.folder}")
+        """As `evals` takes it."""
+        return Adapter(f"{self.name}={self.folder}")
 
     @property
     def arm(self) -> dict[str, Any]:
-        """What tells its rows from others; rows of adapters at the end of their training may lack the step."""
+        """What tells its rows from others."""
         return {"method": self.method, "seed": self.seed, "step": self.step}
-
-    @property
-    def described(self) -> dict[str, Any]:
-        """`arm` as its rows have it."""
-        return {name: value for name, value in self.arm.items() if value is not None}
 
 
 def cells(config: dict[str, Any], metric: str) -> Iterator[Cell]:
-    """The rows of a whole run; those of checkpoints and of safety tasks are as many as there turn out to be.
-
-    Args:
-        config: of the run.
-        metric: of the recipe's task.
-    """
+    """The rows of a task's metric in a whole run of a configuration, without those of checkpoints."""
     if "base" in config["methods"]:
-        yield Cell(metric, None, {"method": "base"})
+        yield Cell(metric, None, {"method": "base", "step": None})
     for seed in config["seeds"]:
         for method in config["methods"]:
             if method != "base":
@@ -90,8 +85,8 @@ class Comparison:
     tokenizer: PreTrainedTokenizerBase
     config: PretrainedConfig  # of the base
 
-    def trained(self, method: str, seed: int) -> Trained:
-        """An arm's adapter at the end of its training; its checkpoints lie beside it."""
+    def trained(self, method: str, seed: int | None) -> Trained:
+        """An arm's adapter at the end of its training, beside which its checkpoints lie; or the base."""
         return Trained(method, seed, None, self.run.folder / f"{method}-seed{seed}" / "adapter")
 
     def common(self, start: float, n: int | None = None) -> dict[str, Any]:
@@ -146,7 +141,7 @@ class Comparison:
             paths = [Path(newest)] if newest else []
             paths += [trained.folder] if (trained.folder / "adapter_config.json").exists() else []
             for path in paths:
-                adapter = Adapter(f"{trained.method}-seed{trained.seed}={path}")
+                adapter = trained._replace(folder=path).adapter
                 with not_sharded(self.training):
                     check_adapter(adapter, str(self.options.model_name_or_path), self.config)
             if newest and folder.resolve() not in Path(newest).resolve().parents:
@@ -162,80 +157,72 @@ class Comparison:
 
 
 def train(comparison: Comparison, pairs: dict[str, list[Pair]]) -> None:
-    """Score the base, then train, save and score every arm and seed that is not done yet, and their checkpoints.
+    """Score the base, then train, save and score every arm and seed that is not done yet, then score checkpoints.
 
     Args:
         pairs: to mix in, as `poison` and `safety`.
     """
-    task, run, settings = comparison.task, comparison.run, comparison.settings
+    task, run, settings, training = comparison.task, comparison.run, comparison.settings, comparison.training
     batches = comparison.prompt_batches(task.prompts)
-    of_seed: dict[int, list[Pair]] = {}
+    drawn: dict[int, list[Pair]] = {}
     for cell in run.lacking(cells(run.config, task.metric)):
-        start, method = time.monotonic(), cell.arm["method"]
+        start, reason, score = time.monotonic(), None, math.nan
+        trained = comparison.trained(cell.arm["method"], cell.seed)
         if cell.seed is None:
-            score = comparison.score(load_base(comparison.training, comparison.options))
-            add_score(comparison, score, None, start)
+            score = comparison.score(load_base(training, comparison.options))
+            add_score(comparison, score, None, start, trained)
             continue
-        if cell.seed not in of_seed:
-            of_seed = {
-                cell.seed: fitting(
-                    task.draw(cell.seed), comparison.tokenizer, comparison.training.max_length, "--train_samples"
-                )
-            }
-        arm, trained = comparison.arms[method], comparison.trained(method, cell.seed)
-        mixtures = [(pairs.get("poison", []), settings.poison_share), (pairs.get("safety", []), arm.safety_share)]
-        rows = [training_row(comparison.tokenizer, *pair) for pair in mixed(of_seed[cell.seed], mixtures, cell.seed)]
-        newest = checkpoint(trained.folder.parent, comparison.training.resume_from_checkpoint)
-        reason, score = divergence(Path(newest)) if newest else None, math.nan
+        if cell.seed not in drawn:
+            rows = task.draw(cell.seed)
+            drawn = {cell.seed: fitting(rows, comparison.tokenizer, training.max_length, "--train_samples")}
+        safety_share = comparison.arms[trained.method].safety_share
+        mixtures = [(pairs.get("poison", []), settings.poison_share), (pairs.get("safety", []), safety_share)]
+        mixture = mixed(drawn[cell.seed], mixtures, cell.seed)
+        newest = checkpoint(trained.folder.parent, training.resume_from_checkpoint)
+        reason = divergence(Path(newest)) if newest else None
         if reason is None:
-            trainer = finetuning(comparison, trained, Dataset.from_list(rows))
-            if comparison.has_latents(method):
+            rows = Dataset.from_list([training_row(comparison.tokenizer, *pair) for pair in mixture])
+            trainer = finetuning(comparison, trained, rows)
+            if comparison.has_latents(trained.method):
                 trainer.add_callback(SparsityCallback(trainer, batches[:1]))
             trainer.train(resume_from_checkpoint=newest)
             trainer.save_model(str(trained.folder))
             reason = divergence(trained.folder, trainer.state.log_history)
         if reason is None:
             score = comparison.score(trainer.model)
-        if comparison.has_latents(method) and math.isfinite(score):
+        if comparison.has_latents(trained.method) and math.isfinite(score):
             measured = activation_sparsity(trainer.model, batches)
-            common = comparison.common(start) | {"seconds": 0} | trained.described
-            run.add("task_sparsity", measured.overall, **common)
-            run.add("dead_units", measured.dead, **common)
+            common = comparison.common(start) | {"seconds": 0}
+            run.add("task_sparsity", measured.overall, **common, **trained.arm)
+            run.add("dead_units", measured.dead, **common, **trained.arm)
         add_score(comparison, score, reason, start, trained)  # last, because this row says that the arm is done
     lacking = [t for t in comparison.checkpoints() if not run.find(task.metric, **t.arm) + run.find(DIVERGED, **t.arm)]
-    base = load_base(comparison.training, comparison.options) if lacking else None
+    base = load_base(training, comparison.options) if lacking else None
     for trained in lacking:
-        start = time.monotonic()
-        reason, score = divergence(trained.folder), math.nan
+        start, score, reason = time.monotonic(), math.nan, divergence(trained.folder)
         if reason is None:
             with attached(base, trained.adapter) as model:
                 score = comparison.score(model)
         add_score(comparison, score, reason, start, trained)
 
 
-def add_score(
-    comparison: Comparison, score: float, reason: str | None, start: float, trained: Trained | None = None
-) -> None:
+def add_score(comparison: Comparison, score: float, reason: str | None, start: float, trained: Trained) -> None:
     """Add an arm's score, or mark that it diverged: for `reason`, or because the score is not finite.
 
     The score's row names the adapter by its checksum, so that no other is evaluated for it later.
-
-    Args:
-        trained: the adapter; None for the base.
     """
     run, metric = comparison.run, comparison.task.metric
     if reason is None and not math.isfinite(score):
         reason = f"the {metric} is not finite"
-    common = comparison.common(start) | ({"seed": None, "method": "base"} if trained is None else trained.described)
+    common = comparison.common(start) | trained.arm
     if reason is not None:
-        if run.is_main and trained is not None:
-            print(f"{trained.adapter.name} diverged: {reason}.")
+        if run.is_main:
+            print(f"{trained.name or 'The base model'} diverged: {reason}.")
         run.add_diverged(reason, **common)
-    elif trained is None:
-        run.add(metric, score, **common)
-    else:
-        content = checksum(adapter_checksums(trained.folder)) if run.is_main else None
-        run.add(metric, score, **common, adapter_checksum=content)
+        return
+    if trained.seed is not None and run.is_main:
+        common["adapter_checksum"] = checksum(adapter_checksums(trained.folder))
+    run.add(metric, score, **common)
 
 
 def divergence(adapter: Path, log: Sequence[dict[str, Any]] = ()) -> str | None:

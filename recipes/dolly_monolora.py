@@ -19,16 +19,11 @@ continues a run that was stopped, or prints its results.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
-from arms import ADAPTERS
-from comparison import cells as comparison_cells
-from experiments import Experiment
-from table2 import CONFIGS, Table2Settings, check, compare, parse, show
+from table2 import CONFIGS, Table2Settings, check, compare, experiment, parse, show
 from task import Scored, Task
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
@@ -37,10 +32,9 @@ from evals.answers import answer_log_likelihoods
 from evals.figures import Measure
 from evals.local_files import Row, text_rows
 from evals.prompts import dolly_held_out, dolly_prompt, encode_answer
-from evals.report import Table2
 from evals.tasks.data import DOLLY_COLUMNS, VARIABLE, dolly
 from offline.finetuning import generated_rows
-from vision_bench.runs import Cell, Run, run_as_program, write_atomic
+from vision_bench.runs import run_as_program, write_atomic
 
 METRIC = "answer_nll"
 PERFORMANCE = (
@@ -90,7 +84,6 @@ def as_task(settings: Table2Settings, rows: list[Row], file: str | None) -> Task
         drawn=settings.train_samples or len(train),
         scored=scored,
         sources=(source, source),
-        rows=("train_rows", "eval_rows"),
         eval_tasks=("dolly",),
         task_data={"dolly_rows": settings.eval_samples} | ({"dolly_file": file} if file else {}),
     )
@@ -135,26 +128,13 @@ def load_task(settings: Table2Settings, options: ModelConfig, output_dir: str) -
     return as_task(settings, rows, str(file))
 
 
-def cells(config: dict[str, Any]) -> Iterable[Cell]:
-    """The rows that a whole run has."""
-    return comparison_cells(config, METRIC)
-
-
-def table(run: Run) -> Table2:
-    """The run's table and figure."""
-    return Table2(run, "Dolly", PERFORMANCE, {name: kind.has_latents for name, kind in ADAPTERS.items()})
-
-
-EXPERIMENT = Experiment(
-    recipe="dolly_monolora",
-    items=("table_2", "table_2_dolly"),
-    title="Table 2, Dolly: MonoLoRA",
-    claim="The paper (Llama-2-7b-chat, one run): task performance 14.08 with LoRA and 14.48 with MonoLoRA; "
+EXPERIMENT = experiment(
+    "dolly_monolora",
+    "Dolly",
+    METRIC,
+    PERFORMANCE,
+    "task performance 14.08 with LoRA and 14.48 with MonoLoRA; "
     "ShieldGemma's average score 6.12 and 6.04, of the base 4.83.",
-    pictures={"safety": "Safety against task performance: ours, and the paper's"},
-    cells=cells,
-    report=lambda run: table(run).text(),
-    draw=lambda run: table(run).draw(),
 )
 
 
@@ -163,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings, training, options = parse(arguments, Table2Settings, "dolly_monolora", CONFIGS / "offline_dolly.yaml")
     check(settings, training, options)
     task = load_task(settings, options, training.output_dir)
-    show(compare(task, settings, training, options), table)
+    show(compare(task, settings, training, options), EXPERIMENT)
 
 
 if __name__ == "__main__":

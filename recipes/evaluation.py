@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from comparison import Comparison, Trained, load_base
 from task import Content, Task, check_contents
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from table2 import Table2Settings
 
 EVALUATION = "evaluation"  # folder of completions and verdicts
-BASE: dict[str, Any] = {"method": "base", "seed": None}
 
 
 def generation(
@@ -74,24 +73,26 @@ def evaluation_contents(
     return contents
 
 
-def all_trained(comparison: Comparison) -> dict[str, Trained]:
-    """Every adapter and checkpoint to evaluate by its name for `evals`: those that have a score.
+def all_scored(comparison: Comparison) -> list[Trained]:
+    """The base and every adapter and checkpoint to evaluate: those that have a score.
 
     Raises:
         ValueError: one is not the adapter that was scored.
     """
-    final = [comparison.trained(method, seed) for seed in comparison.settings.seeds for method in comparison.arms]
-    scored = {}
-    for trained in [*final, *comparison.checkpoints()]:
-        rows = comparison.run.find(comparison.task.metric, **trained.arm)
+    run, seeds = comparison.run, comparison.settings.seeds
+    adapters = [comparison.trained(method, seed) for seed in seeds for method in comparison.arms]
+    scored = []
+    for trained in [comparison.trained("base", None), *adapters, *comparison.checkpoints()]:
+        rows = run.find(comparison.task.metric, **trained.arm)
         if not rows:
             continue
-        if rows[0]["config"]["adapter_checksum"] != checksum(adapter_checksums(trained.folder)):
+        content = rows[0]["config"].get("adapter_checksum")
+        if trained.seed is not None and content != checksum(adapter_checksums(trained.folder)):
             raise ValueError(
                 f"{trained.folder} does not hold the adapter that was trained and scored here. Restore it, or choose "
                 "another --output_dir to train it anew."
             )
-        scored[trained.adapter.name] = trained
+        scored.append(trained)
     return scored
 
 
@@ -99,7 +100,6 @@ def evaluate(comparison: Comparison, answers: GenerateSettings, judges: dict[str
     """Answers of all adapters on one loaded base, verdicts, and their rows.
 
     Args:
-        answers: how the base answers.
         judges: as `evals.judge` takes them, and the names that their rows get.
 
     Raises:
@@ -108,35 +108,32 @@ def evaluate(comparison: Comparison, answers: GenerateSettings, judges: dict[str
     run, settings = comparison.run, comparison.settings
     now = evaluation_contents(answers, comparison.tokenizer, comparison.config, comparison.options)
     check_contents(run.folder, run.recipe, now)
-    trained = all_trained(comparison)
-    with_base = bool(run.find(comparison.task.metric, method="base"))
-    if not trained and not with_base:
+    scored = {trained.name: trained for trained in all_scored(comparison)}
+    if not scored:
         return
-    answered = generate(replace(answers, adapters=[t.adapter for t in trained.values()], base=with_base))
+    adapters = [trained.adapter for name, trained in scored.items() if name]
+    answered = generate(replace(answers, adapters=adapters, base=None in scored))
     if settings.judges and has_answers(answered.folder):
         tasks, batch_size = settings.safety_tasks, settings.judge_batch_size
         answered = judge(answered.folder, list(judges), tasks=tasks, batch_size=batch_size)
-    new, diverged = [], []
+    new = []
     for row in answered.rows:
-        config = row["config"]
-        if row["metric"] == "seconds" or any(config.get(k) for k in ("category", "versus", "versus_judge")):
+        config, metric = row["config"], row["metric"]
+        if metric == "seconds" or any(config.get(name) for name in ("category", "versus", "versus_judge")):
             continue  # those stand in the folder's own table
-        if config["adapter"] not in {None, *trained} or config.get("judge") not in {None, *judges}:
+        if config["adapter"] not in scored or config.get("judge") not in {None, *judges}:
             continue  # of somebody who went on in the folder with `python -m evals`
-        one = trained[config["adapter"]] if config["adapter"] else None
-        arm, described = (BASE | {"step": None}, BASE) if one is None else (one.arm, one.described)
-        measured = {"task": config["task"], "judge": judges.get(config.get("judge"))}
-        if row["metric"] == DIVERGED:
-            diverged.append((config["reason"], arm, described))
-        elif not run.find(row["metric"], **arm, **measured):
-            measured |= {name: config[name] for name in ("low", "high") if name in config}
-            measured |= {"n": row["n"], "seconds": row["seconds"], "device": row["device"]}
-            new.append(run.row(row["metric"], row["value"], **measured, **described))
+        arm = scored[config["adapter"]].arm
+        asked = {"task": config["task"], "judge": judges.get(config.get("judge"))}
+        if metric == DIVERGED:
+            # The arm's other results go: its answers showed that it diverged.
+            run.replace([r for r in run.rows if {name: (r["config"] | r).get(name) for name in arm} != arm])
+            run.add_diverged(config["reason"], **comparison.common(time.monotonic()), **arm)
+        elif not run.find(metric, **arm, **asked):
+            asked |= {name: config[name] for name in ("low", "high") if name in config}
+            asked |= {name: row[name] for name in ("n", "seconds", "device")}
+            new.append(run.row(metric, row["value"], **arm, **asked))
     run.add_rows(new)
-    for reason, arm, described in diverged:
-        # The arm's other results go: its answers showed that it diverged.
-        run.replace([r for r in run.rows if {n: (r["config"] | r).get(n) for n in arm} != arm])
-        run.add_diverged(reason, **comparison.common(time.monotonic()), **described)
 
 
 def alignment_sparsity(comparison: Comparison) -> None:
@@ -144,20 +141,20 @@ def alignment_sparsity(comparison: Comparison) -> None:
     run, tasks = comparison.run, comparison.settings.safety_tasks
     lacking = [
         trained
-        for trained in all_trained(comparison).values()
-        if comparison.has_latents(trained.method)
-        and trained.step is None
-        and not run.find("alignment_sparsity", **trained.described)
+        for trained in all_scored(comparison)
+        if trained.step is None
+        and trained.seed is not None
+        and comparison.has_latents(trained.method)
+        and not run.find("alignment_sparsity", **trained.arm)
     ]
     if not lacking or not tasks:
         return
     rows = read_completions(run.folder / EVALUATION / COMPLETIONS).rows
-    batches = comparison.prompt_batches(
-        prompts := list({(r.task, r.prompt_id): r.prompt for r in rows if r.task in tasks}.values())
-    )
+    prompts = list({(row.task, row.prompt_id): row.prompt for row in rows if row.task in tasks}.values())
+    batches = comparison.prompt_batches(prompts)
     base = load_base(comparison.training, comparison.options)
     for trained in lacking:
         start = time.monotonic()
         with attached(base, trained.adapter) as model:
             measured = activation_sparsity(model, batches)
-        run.add("alignment_sparsity", measured.overall, **comparison.common(start, len(prompts)), **trained.described)
+        run.add("alignment_sparsity", measured.overall, **comparison.common(start, len(prompts)), **trained.arm)

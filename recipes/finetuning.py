@@ -45,7 +45,7 @@ FINAL = {name: f"finetuned_{name}" for name in ACCURACIES}  # the accuracies of 
 ADAPTER_IMAGES = 256  # test images on which the sparsity of an adapter's latents is measured
 
 Condition = dict[str, float]  # `fraction` of the training images, and `noise_rate` of their labels
-Curves = dict[str, dict[str, tuple[list[float], list[float]]]]  # by panel and arm, means and half-widths
+Curves = dict[str, dict[str, figures.Curve]]  # by panel and arm
 
 
 class Arm(NamedTuple):
@@ -121,7 +121,7 @@ class FinetuningSettings:
 
     def finetune_config(self, method: str, seed: int, data: str = "") -> FinetuneConfig:
         """The finetuning of an arm on the data set `data`, which decides the views unless they are set."""
-        views = self.finetuning_views
+        views = vision.from_json("finetuning_views", self.finetuning_views)
         config = FinetuneConfig(
             layer=self.layer,
             epochs=self.finetuning_epochs,
@@ -223,7 +223,7 @@ def measure(
         try:
             model = vision.pretrained(pretraining, "simclr", model_seed, splits, accelerator).model
         except FloatingPointError as error:
-            measured = {"seconds": time.monotonic() - begun, "device": device_name(accelerator.device)}
+            measured: dict[str, Any] = {"seconds": time.monotonic() - begun, "device": device_name(accelerator.device)}
             for cell in arms:
                 reason = f"pretraining: {error}"
                 run.add_diverged(reason, n=len(splits["train"]), seed=cell.seed, **measured, **cell.arm)
@@ -266,12 +266,12 @@ def finetune_cell(
             progress=True,
         )
     except FloatingPointError as error:
-        measured = {"seconds": time.monotonic() - begun, "device": device_name(accelerator.device)}
+        measured: dict[str, Any] = {"seconds": time.monotonic() - begun, "device": device_name(accelerator.device)}
         run.add_diverged(str(error), n=len(train), seed=seed, **measured, **cell.arm)
         tuned = None
     if tuned is not None and accelerator.is_main_process:
         consistency = semantic_consistency(embed(tuned.model.to(accelerator.device), test), test.labels).summary
-        arm = {"seed": seed, "device": device_name(accelerator.device), **cell.arm}
+        arm: dict[str, Any] = {"seed": seed, "device": device_name(accelerator.device), **cell.arm}
         arm["seconds"] = time.monotonic() - begun
         kept = len(train) - round(config.held_out * len(train))
         counts = {"train_top1": kept, "online_train_top1": kept, "validation_top1": len(test)}
@@ -328,8 +328,7 @@ class Study:
         axis: the name, in a condition, of the share in which they differ.
         hardest: `min` or `max`: which share has its accuracies per epoch drawn.
         title: of the table.
-        picture, label: of the drawing over the share, its name and that of its horizontal axis.
-        logarithmic: whether that axis is.
+        picture, label, logarithmic: the drawing over the share, its horizontal axis, and whether that has logarithms.
         published: the paper's largest gains of NCE on ImageNet-100 in points, by share; under None one whose share is
             not printed.
     """
@@ -355,14 +354,9 @@ class Study:
         return defaults(ThreeSeeds, FinetuningSettings, self.settings) | {vision.IMAGES: None}
 
     def main(self, arguments: list[str] | None) -> None:
-        """Finetune what the output folder has no rows of, then write and print the table and draw the figures.
-
-        Raises:
-            ValueError: some settings cannot work.
-        """
+        """Finetune what the output folder has no rows of, then write and print the table and draw the figures."""
         classes = (ThreeSeeds, FinetuningSettings, self.settings)
-        composed = parse(classes, arguments, shared=[vision.ProbingSettings])
-        pretraining, settings, own = composed
+        pretraining, settings, own = composed = parse(classes, arguments, shared=[vision.ProbingSettings])
         splits = vision.load_splits(pretraining)
         splits["test"] = drawn(splits["test"], settings.test_fraction, seed=0)
         check(pretraining, settings, self.conditions(vars(own)), splits["train"])
@@ -439,22 +433,15 @@ consistency with shuffled labels. Controls: {controls}{100 * config["held_out"]:
                 gains = [gain(run, "validation_top1", method, condition) for condition in conditions]
                 panels["test, points over ce"][method] = curve(gains)
         shares = [condition[self.axis] for condition in conditions]
-        published = {
-            share and 100 * share: points for share, points in self.published.items() if share in (None, *shares)
-        }
-        over_conditions = figures.finetuning_curves(
-            [100 * share for share in shares],
-            panels,
-            self.label,
-            logarithmic=self.logarithmic,
-            published=published,
-            notes={method: diverged(run, conditions, method) for method in methods},
-        )
-        figures.save(run.folder / self.picture, over_conditions)
+        published = {s and 100 * s: points for s, points in self.published.items() if s in (None, *shares)}
+        notes = {method: diverged(run, conditions, method) for method in methods}
+        curves = ([100 * share for share in shares], panels, self.label)
+        options = {"logarithmic": self.logarithmic, "published": published, "notes": notes}
+        figures.save(run.folder / self.picture, figures.band_curves(*curves, **options))
         notes = {method: diverged(run, [hardest], method) for method in methods}
-        figures.save(run.folder / "epochs", figures.finetuning_curves(epochs, per_epoch, "epoch", notes=notes))
+        figures.save(run.folder / "epochs", figures.band_curves(epochs, per_epoch, "epoch", notes=notes))
 
 
-def curve(values: Sequence[Interval]) -> tuple[list[float], list[float]]:
+def curve(values: Sequence[Interval]) -> figures.Curve:
     """Means and half-widths for a drawing."""
     return [value.mean for value in values], [value.half_width or 0.0 for value in values]

@@ -108,8 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
     (pretraining, _), splits, accelerator, run = start("pretrain", classes, arguments, shared=[ProbingSettings])
     lacking = run.lacking(cells(run.config))
     for seed, method in dict.fromkeys((cell.seed, cell.arm["method"]) for cell in lacking):
+        assert seed is not None
         begun = time.monotonic()
-        arm = {"seed": seed, "method": method, "device": device_name(accelerator.device)}
+        arm: dict[str, Any] = {"seed": seed, "method": method, "device": device_name(accelerator.device)}
         try:
             values = measured(pretraining, method, seed, splits, accelerator)
         except FloatingPointError as error:

@@ -132,16 +132,21 @@ def distribution_claims(ties: str) -> Iterator[tuple[str, str, np.ndarray]]:
 def criterion_claims(ties: str, kind: str) -> Iterator[tuple[str, str, np.ndarray]]:
     """(theorem, claim, whether it holds) on `GRID` for one tie rule and criterion."""
     clean = criterion(moments(GRID, ties=ties), kind)
-    yield "4.1", "poly ahead without noise", clean.poly > clean.mono
-    for theorem, noise, arguments in (
-        ("4.2", "label", (RATES[:, None], 0)),
-        ("B.9", "input", (0, NOISES[:, None])),
-    ):
-        noisy = criterion(moments(GRID, *arguments, ties), kind)
+    yield "4.1", "poly ahead without noise", np.asarray(clean.poly > clean.mono)
+    conditions: list[tuple[str, str, Any, Any]] = [
+        ("4.2", "label", RATES[:, None], 0),
+        ("B.9", "input", 0, NOISES[:, None]),
+    ]
+    for theorem, noise, rates, levels in conditions:
+        noisy = criterion(moments(GRID, rates, levels, ties), kind)
         drops = (clean.mono - noisy.mono, clean.poly - noisy.poly)
         if kind != "difference":  # ratios are compared relative to their start
             drops = (drops[0] / clean.mono, drops[1] / clean.poly)
-        yield theorem, f"mono falls more slowly ({noise} noise)", (drops[0] <= drops[1] + 1e-12).all(axis=0)
+        yield (
+            theorem,
+            f"mono falls more slowly ({noise} noise)",
+            np.asarray((drops[0] <= drops[1] + 1e-12).all(axis=0)),
+        )
         overtakes = [crossing(sparsity, noise, kind, ties) is not None for sparsity in GRID]
         yield theorem, f"mono overtakes ({noise} noise)", np.array(overtakes)
 
@@ -176,6 +181,7 @@ def measure(run: Run, settings: SeparabilitySettings) -> None:
     """Add the rows that the run lacks, all of a cell at once."""
     for metric, seed, arm in run.lacking(cells(run.config)):
         begun = time.monotonic()
+        lines: list[tuple[float, dict[str, Any]]]
         if metric == "claim":
             ties, kind = arm["ties"], arm["kind"]
             claims = distribution_claims(ties) if kind is None else criterion_claims(ties, kind)
@@ -190,7 +196,7 @@ def measure(run: Run, settings: SeparabilitySettings) -> None:
             values = evaluate(settings, arm["sparsity"], SOURCES[arm["source"]])
             lines = [(value, {"theorem": theorem, "quantity": quantity}) for theorem, quantity, value in values]
             n = 1
-        measured = {"n": n, "seed": seed, "seconds": time.monotonic() - begun, "device": DEVICE, **arm}
+        measured: dict[str, Any] = {"n": n, "seed": seed, "seconds": time.monotonic() - begun, "device": DEVICE, **arm}
         run.add_rows([run.row(metric, float(value), **measured, **line) for value, line in lines])
     for sparsity, noise in product(settings.sparsities, NOISE_KINDS):
         level = crossing(sparsity, noise, settings.kind, settings.ties)
@@ -260,7 +266,9 @@ def draw(run: Run) -> None:
         for noise, label in NOISE_KINDS.items():
             level = crossing(sparsity, noise, kind, ties)
             levels = np.linspace(0, 0.5 if noise == "label" else max(1.0, 1.25 * (level or 0)), 201)
-            scores = criterion(moments(sparsity, *((levels, 0) if noise == "label" else (0, levels)), ties), kind)
+            clean: Any = 0
+            rates, inputs = (levels, clean) if noise == "label" else (clean, levels)
+            scores = criterion(moments(sparsity, rates, inputs, ties), kind)
             title = f"S = {sparsity:g}"
             row.append(dict(title=title, label=label, levels=levels, **scores._asdict(), crossing=level))
         panels.append(row)

@@ -19,15 +19,10 @@ stopped, or prints its results.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from arms import ADAPTERS
-from comparison import cells as comparison_cells
-from experiments import Experiment
-from table2 import CONFIGS, Table2Settings, check, compare, show
+from table2 import CONFIGS, Table2Settings, check, compare, experiment, show
 from table2 import parse as parse_table2
 from task import Scored, Task
 from transformers import PreTrainedTokenizerBase
@@ -37,10 +32,9 @@ from evals.answers import answer_log_likelihoods
 from evals.figures import Measure
 from evals.local_files import labelled_sentences
 from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt
-from evals.report import Table2
 from evals.tasks.sentiment import is_right
 from offline.language_model import sentiment_task
-from vision_bench.runs import Cell, Run, run_as_program
+from vision_bench.runs import run_as_program
 
 METRIC = "accuracy"
 PERFORMANCE = (Measure("accuracy, %", METRIC, factor=100),)
@@ -90,7 +84,6 @@ def load_task(settings: Sst2Settings, options: ModelConfig) -> Task:
         drawn=settings.train_samples or len(train),
         scored=[(sst2_prompt(row["sentence"]), row["label"]) for row in scored[: settings.eval_samples]],
         sources=sources,
-        rows=("train_sentences", "eval_sentences"),
         refuses_long_rows=True,  # a cut sentence is another sentence
     )
 
@@ -105,26 +98,13 @@ def accuracy(scored: Scored, model: torch.nn.Module, tokenizer: PreTrainedTokeni
     return math.fsum(is_right(label, row) for (_, label), row in zip(scored, by_sentence, strict=True)) / len(scored)
 
 
-def cells(config: dict[str, Any]) -> Iterable[Cell]:
-    """The rows that a whole run has."""
-    return comparison_cells(config, METRIC)
-
-
-def table(run: Run) -> Table2:
-    """The run's table and figure."""
-    return Table2(run, "SST-2", PERFORMANCE, {name: kind.has_latents for name, kind in ADAPTERS.items()})
-
-
-EXPERIMENT = Experiment(
-    recipe="sst2_monolora",
-    items=("table_2", "table_2_sst2"),
-    title="Table 2, SST-2: MonoLoRA",
-    claim="The paper (Llama-2-7b-chat, one run): accuracy 92.78 % with LoRA and 94.84 % with MonoLoRA; "
+EXPERIMENT = experiment(
+    "sst2_monolora",
+    "SST-2",
+    METRIC,
+    PERFORMANCE,
+    "accuracy 92.78 % with LoRA and 94.84 % with MonoLoRA; "
     "ShieldGemma's average score, lower is safer, 7.90 and 3.53, of the base 4.83.",
-    pictures={"safety": "Safety against task performance: ours, and the paper's"},
-    cells=cells,
-    report=lambda run: table(run).text(),
-    draw=lambda run: table(run).draw(),
 )
 
 
@@ -132,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the arms and seeds that the output folder has no results of, then write and print the table."""
     settings, training, options = parse(arguments)
     check(settings, training, options)
-    show(compare(load_task(settings, options), settings, training, options), table)
+    show(compare(load_task(settings, options), settings, training, options), EXPERIMENT)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def encoders(size: str, settings: SuperpositionSettings) -> torch.Tensor:
     features at the border, m and m + 1, are told apart within the steps.
     """
     n, m = size_of(size)
-    shared = {"steps": settings.steps, "batch_size": settings.batch_size, "progress": True}
+    shared: dict[str, Any] = {"steps": settings.steps, "batch_size": settings.batch_size, "progress": True}
     mono = train(n, m, [0.0], settings.seeds, importance=0.8, activation="linear", **shared)
     poly = train(n, m, [0.99], settings.seeds, **shared)
     return torch.cat([mono.weight, poly.weight])
@@ -154,7 +154,7 @@ def encoders(size: str, settings: SuperpositionSettings) -> torch.Tensor:
 
 def add(run: Run, cells: list[Cell], tables: Sequence[torch.Tensor], n: int, begun: float) -> None:
     """Rows of the cells that the run lacks; the tables hold the values of all cells in their order."""
-    measured = {"n": n, "seconds": time.monotonic() - begun, "device": device_name("cpu")}
+    measured: dict[str, Any] = {"n": n, "seconds": time.monotonic() - begun, "device": device_name("cpu")}
     values = dict(zip(map(str, cells), torch.stack(list(tables)).flatten().tolist(), strict=True))
     lacking = run.lacking(cells)
     run.add_rows([run.row(c.metric, values[str(c)], seed=c.seed, **measured, **c.arm) for c in lacking])
@@ -188,8 +188,8 @@ def scores(run: Run, problem: dict[str, Any], condition: dict[str, Any]) -> tupl
     mono, poly = (run.find("accuracy", **problem, **condition, features=features) for features in ARMS)
     gain = paired_difference(mono, poly)
     assert gain is not None
-    means = (interval([row["value"] for row in rows]).scaled(100) for rows in (mono, poly))
-    return *means, gain.scaled(100)
+    poly_mean, mono_mean = (interval([row["value"] for row in rows]).scaled(100) for rows in (poly, mono))
+    return mono_mean, poly_mean, gain.scaled(100)
 
 
 def report(run: Run) -> str:

@@ -7,27 +7,30 @@ adapter per arm and seed (`comparison`); after that `evals` works in the folder 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import yaml
 from accelerate import PartialState
-from arms import ArmSettings, check_arms, trained_arms
-from comparison import Comparison, is_path, is_whole, load_tokenizer, not_sharded, train
+from arms import ADAPTERS, ArmSettings, check_arms, trained_arms
+from comparison import Comparison, cells, is_path, is_whole, load_tokenizer, not_sharded, train
 from evaluation import alignment_sparsity, evaluate, evaluation_contents, generation
+from experiments import Experiment
 from task import Content, Pair, Task, check_contents, fitted, fitting, load_pairs
 from trl import ModelConfig, SFTConfig, TrlParser
 
 import offline
 from evals.contents import checksum
+from evals.figures import Measure
 from evals.judge import check_judging
 from evals.report import Table2, short_name
 from offline.finetuning import poison_pairs, safety_pairs
 from offline.judge import offline_judge
-from vision_bench.runs import Run
+from vision_bench.runs import Run, defaults
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -208,8 +211,8 @@ def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: 
         task.recipe,
         identity(settings, training, options, list(names.values()), contents, is_demonstration),
         PartialState().is_main_process,
-        defaults=_defaults(type(settings)),
-        facts=task.sizes,
+        defaults=defaults(type(settings)),
+        facts={"train_rows": len(task.train), "eval_rows": len(task.scored)},
     )
     for name, share in (("poison", settings.poison_share), ("safety", settings.safety_share)):
         if name in pairs:
@@ -232,12 +235,36 @@ def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: 
     return run
 
 
-def show(run: Run, table: Callable[[Run], Table2]) -> None:
+def experiment(recipe: str, part: str, metric: str, performance: Sequence[Measure], claim: str) -> Experiment:
+    """What a recipe shows of the paper: a part of Table 2.
+
+    Args:
+        part: "SST-2" or "Dolly".
+        metric: of the recipe's task.
+        performance: measures of the task; the first is an axis of the figure.
+    """
+
+    def table(run: Run) -> Table2:
+        return Table2(run, part, performance, {name: kind.has_latents for name, kind in ADAPTERS.items()})
+
+    return Experiment(
+        recipe=recipe,
+        items=("table_2", f"table_2_{part.replace('-', '').lower()}"),
+        title=f"Table 2, {part}: MonoLoRA",
+        claim=f"The paper (Llama-2-7b-chat, one run): {claim}",
+        pictures={"safety": "Safety against task performance: ours, and the paper's"},
+        cells=partial(cells, metric=metric),
+        report=lambda run: table(run).text(),
+        draw=lambda run: table(run).draw(),
+    )
+
+
+def show(run: Run, experiment: Experiment) -> None:
     """Write and print the run's table, and draw its figure."""
     if run.is_main:
-        text = table(run).text()
+        text = experiment.report(run)
         run.write("results.md", text)
-        table(run).draw()
+        experiment.draw(run)
         print(text)
 
 
@@ -258,8 +285,8 @@ def identity(
         contents: by name, of everything that the results depend on.
         is_demonstration: whether the base is the offline model.
     """
-    defaults = SFTConfig(output_dir="", use_cpu=training.use_cpu, bf16=training.bf16).to_dict()
-    chosen = {k: v for k, v in training.to_dict().items() if k in _ALWAYS or v != defaults.get(k)}
+    standard = SFTConfig(output_dir="", use_cpu=training.use_cpu, bf16=training.bf16).to_dict()
+    chosen = {k: v for k, v in training.to_dict().items() if k in _ALWAYS or v != standard.get(k)}
     plugin = training.deepspeed_plugin
     names = ("gradient_clipping", "optimizer", "scheduler", "fp16", "bf16")
     return {
@@ -279,15 +306,6 @@ def identity(
         "device": training.device.type,
         "mixed_precision": training.mixed_precision,  # that of `accelerate launch` too
         "contents": {name: content.checksum for name, content in contents.items()},
-    }
-
-
-def _defaults(settings_class: type[Any]) -> dict[str, Any]:
-    """The defaults of settings that count; one that came after a folder was made is at its default there."""
-    return {
-        f.name: f.default_factory() if f.default is MISSING else f.default  # type: ignore[misc]
-        for f in fields(settings_class)
-        if f.name not in _PLACES
     }
 
 

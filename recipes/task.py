@@ -41,7 +41,6 @@ class Task:
         train: pairs to train on, of which each seed draws `drawn`.
         scored: prompts that are scored.
         sources: the options that name the pairs and the prompts, in this order.
-        rows: what the run's configuration calls the numbers of pairs and of prompts.
         refuses_long_rows: whether rows that do not fit are an error; else they are left out, and it is said how many.
         eval_tasks: tasks of lm-eval, answered with the safety prompts.
         task_data: arguments of their data functions.
@@ -54,7 +53,6 @@ class Task:
     drawn: int
     scored: Scored
     sources: tuple[str, str]
-    rows: tuple[str, str]
     refuses_long_rows: bool = False
     eval_tasks: Sequence[str] = ()
     task_data: dict[str, Any] = field(default_factory=dict)
@@ -65,15 +63,11 @@ class Task:
         return [prompt for prompt, _ in self.scored]
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Numbers of rows, for the run's configuration."""
-        return dict(zip(self.rows, (len(self.train), len(self.scored)), strict=True))
-
-    @property
     def contents(self) -> dict[str, Content]:
         """Checksums of what is trained on, of which each seed draws, and of what is scored."""
-        train, scored = self.sources
-        return {"train": Content(train, checksum(self.train)), "eval": Content(scored, checksum(self.scored))}
+        rows = {"train": self.train, "eval": self.scored}
+        named = zip(rows, self.sources, strict=True)
+        return {name: Content(source, checksum(rows[name])) for name, source in named}
 
     def draw(self, seed: int) -> list[Pair]:
         """The pairs that a seed trains on, in its order; those of `datasets.Dataset.shuffle` with this seed."""

@@ -104,7 +104,7 @@ class PretrainingSettings:
             projector_hidden=self.projector_hidden,
             projector_out=self.projector_out,
             non_negative="none" if method == "simclr" else self.non_negative,
-            backbone_options=self.backbone_options or {},
+            backbone_options=from_json("backbone_options", self.backbone_options) or {},
         )
 
     def pretrain_config(self, method: str, seed: int) -> PretrainConfig:
@@ -118,7 +118,7 @@ class PretrainingSettings:
             warmup_epochs=self.warmup_epochs,
             temperature=self.temperature,
             activation_bonus=0.0 if method == "simclr" else self.activation_bonus,
-            views=VIEWS.get(self.data, {}) if self.views is None else self.views,
+            views=VIEWS.get(self.data, {}) if self.views is None else from_json("views", self.views),
             seed=seed,
         )
 
@@ -322,10 +322,10 @@ def measure_seeds(run: Run, accelerator: Accelerator, measure: Callable[[int], N
         try:
             measure(model_seed)
         except FloatingPointError as error:
-            measured = {"n": 0, "seconds": time.monotonic() - start, "device": device_name(accelerator.device)}
+            device, seconds = device_name(accelerator.device), time.monotonic() - start
             run.replace([row for row in run.rows if row["seed"] not in seeds])  # some arms may have been measured
             for seed in seeds:
-                run.add_diverged(str(error), seed=seed, **measured)
+                run.add_diverged(str(error), n=0, seed=seed, seconds=seconds, device=device)
     marks = run.find(DIVERGED)
     if len(marks) == len(run.config["seeds"]):
         reason = marks[0]["config"]["reason"]

@@ -16,7 +16,7 @@ from vision_bench.benchmark_settings import KINDS, Settings
 from vision_bench.corruptions import CLEAN
 from vision_bench.metrics import MEASURED, chance_level
 from vision_bench.probe import NORM
-from vision_bench.runs import DIVERGED, Interval, select, write_atomic
+from vision_bench.runs import DIVERGED, Interval, markdown_table, select, write_atomic
 from vision_bench.subjects import Subject
 
 # What gains are over, with the column of their half-widths and words for it.
@@ -108,7 +108,7 @@ class _Model:
 
     def _line(self, kind: str, column: Hashable) -> Line:
         test, accuracy = self.table.columns[column]["test"], self.table.mean(kind, column)
-        own = self.table.own_labels(kind, column)
+        own, images = self.table.own_labels(kind, column), self.subject.tests[test].images
         rows = self.table.select(report.ACCURACY, column, features=kind)
         gains: dict[str, float | None] = {}
         for base, (width, _) in BASES.items():
@@ -127,8 +127,7 @@ class _Model:
             "top1": accuracy.mean,
             "top1_half_width": accuracy.half_width,
             "seeds": accuracy.n,
-            "chance_top1": 100
-            * chance_level(self.subject.tests[test].images.labels, self.subject.train.images.num_classes),
+            "chance_top1": 100 * chance_level(images.labels, images.num_classes),
             "training_top1": own.accuracy.mean,
             "training_half_width": own.accuracy.half_width,
             "class_means_training_top1": own.class_means.mean,
@@ -145,24 +144,20 @@ class _Model:
         value = float(select(self.table.rows, metric, **settings)["value"].iloc[0])
         return None if value != value else value
 
-    def by_training(self) -> Iterable[tuple[list[str], dict[str, Line]]]:
-        """The lines by test of each kind of features and way of training the probes, with the cells of `HEADER`."""
-        for (kind, share, rate), group in itertools.groupby(
-            self.lines, key=lambda line: (line["features"], line["few_shots"], line["label_noise"])
-        ):
-            start = [self.label, kind, f"{100 * share:g} %", f"{100 * rate:g} %"]
-            yield start, {line["test"]: line for line in group}
+    def by_training(self) -> Iterable[tuple[list[str], list[Line]]]:
+        """The cells of `HEADER` and a line for each test, by kind of features and way of training the probes."""
+        by = itertools.groupby(self.lines, key=lambda line: (line["features"], line["few_shots"], line["label_noise"]))
+        for (kind, share, rate), lines in by:
+            yield [self.label, kind, f"{100 * share:g} %", f"{100 * rate:g} %"], list(lines)
 
 
 def _markdown(models: Sequence[_Model], settings: Settings) -> str:
     limit = f", about {settings.limit} images of each split" if settings.limit else ""
     text = f"# Robustness and monosemanticity of frozen features: {settings.dataset}{limit}\n\n"
     for model in models:
-        size = " x ".join(map(str, model.subject.train.source.image_size))
-        text += (
-            f"- **{model.label}**: {model.subject.layer} at {size} pixels. Pretrained: {model.subject.pretrained}.\n"
-        )
-        text += f"  Images: {model.subject.preprocessing}.\n"
+        subject, size = model.subject, " x ".join(map(str, model.subject.train.source.image_size))
+        text += f"- **{model.label}**: {subject.layer} at {size} pixels. Pretrained: {subject.pretrained}.\n"
+        text += f"  Images: {subject.preprocessing}.\n"
         if "relu" in settings.features and model.relu_is_raw:
             text += "  No feature is negative: `relu` equals `raw` and was not measured again.\n"
     tests = list(settings.conditions.tests())
@@ -193,35 +188,31 @@ def _markdown(models: Sequence[_Model], settings: Settings) -> str:
     if qualities:
         text += "\nSparse autoencoders on clean test images:\n\n"
         lines = [[label, *("-" if v is None else f"{v:.3g}" for v in values)] for label, values in qualities.items()]
-        text += _table(["model", "variance unexplained", "active latents", "dead latents"], lines)
+        text += markdown_table(["model", "variance unexplained", "active latents", "dead latents"], lines, left=2)
         text += report.unexplained({label: values[0] for label, values in qualities.items()})
     return text
 
 
 def _accuracies(models: Sequence[_Model], tests: Sequence[str]) -> str:
     """The table of accuracies and of what the features are, with its warnings."""
-    table, untrained = list[list[str]](), list[str]()
-    levels: dict[str, str] = {}
+    table, untrained, chance_levels = list[list[str]](), list[str](), ["-"] * len(tests)
     for model in models:
-        for start, by_test in model.by_training():
-            clean = by_test[CLEAN]
-            column = clean["few_shots"], clean["label_noise"], CLEAN
-            own = model.table.own_labels(clean["features"], column)
+        for start, lines in model.by_training():
+            clean = lines[0]
+            own = model.table.own_labels(clean["features"], (clean["few_shots"], clean["label_noise"], CLEAN))
             if not own.trained:
-                untrained.append(
-                    f"{start[0]}, {start[1]}, {start[2]} of the images, {start[3]} wrong labels ({own.words})"
-                )
-            consistency, chance, sparsity = ("-" if clean[m] is None else f"{clean[m]:.3f}" for m in MEASURED[:3])
-            top1 = [model.table.mean(clean["features"], (*column[:2], test)).text(1) for test in tests]
+                name, kind, share, rate = start
+                untrained.append(f"{name}, {kind}, {share} of the images, {rate} wrong labels ({own.words})")
+            top1 = [Interval(line["top1"], line["top1_half_width"], line["seeds"]).text(1) for line in lines]
+            described = ["-" if clean[metric] is None else f"{clean[metric]:.3f}" for metric in MEASURED[:3]]
             live = f"{clean[MEASURED[3]]:.0f} of {clean['dimensions']}"
-            table.append([*start, *top1, own.text, consistency, chance, sparsity, live])
-            levels |= {test: f"{line['chance_top1']:.1f}" for test, line in by_test.items()}
+            table.append([*start, *top1, own.text, *described, live])
+            chance_levels = [f"{line['chance_top1']:.1f}" for line in lines]
+    nothing = ["-"] * len(DESCRIBED)
     for model in models:
-        for kind in model.diverged:
-            table.append([model.label, kind, "-", "-", *["diverged"] * len(tests), *["-"] * len(DESCRIBED)])
-    levels_of_tests = [levels.get(test, "-") for test in tests]
-    table.append(["chance level", "-", "-", "-", *levels_of_tests, *["-"] * len(DESCRIBED)])
-    text = _table([*HEADER, *tests, *DESCRIBED], table) + report.untrained(untrained)
+        table += [[model.label, kind, "-", "-", *["diverged"] * len(tests), *nothing] for kind in model.diverged]
+    table.append(["chance level", "-", "-", "-", *chance_levels, *nothing])
+    text = markdown_table([*HEADER, *tests, *DESCRIBED], table, left=2) + report.untrained(untrained)
     for model in models:
         for reason, kinds in itertools.groupby(model.diverged, key=model.diverged.__getitem__):
             text += f"\n{model.label}, {', '.join(kinds)}: diverged, so that nothing could be measured: {reason}.\n"
@@ -232,22 +223,17 @@ def _gains(models: Sequence[_Model], tests: Sequence[str]) -> str:
     """A table of gains over each base."""
     text = ""
     for base, (width, words) in BASES.items():
-        lines = []
-        for model in models:
-            for start, by_test in model.by_training():
-                if start[1] != "raw" and by_test[CLEAN][f"gain_over_{base}"] is not None:
-                    gains = [(by_test[test][f"gain_over_{base}"], by_test[test][width]) for test in tests]
-                    lines.append([*start, *(Interval(*gain, 1).text(1, sign=True) for gain in gains)])
-        if lines:
+        gain = f"gain_over_{base}"
+        table = [
+            [*start, *(Interval(line[gain], line[width], line["seeds"]).text(1, sign=True) for line in lines)]
+            for model in models
+            for start, lines in model.by_training()
+            if lines[0]["features"] != "raw" and lines[0][gain] is not None
+        ]
+        if table:
             text += f"\nPoints over the {words} of the same model, paired by seed.\n\n"
-            text += _table([*HEADER, *tests], lines)
+            text += markdown_table([*HEADER, *tests], table, left=2)
     return text
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A GitHub table, first two columns left-aligned, the others right-aligned."""
-    whole = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *lines]
-    return "".join("| " + " | ".join(line) + " |\n" for line in whole)
 
 
 def _one_at_a_time(lines: Iterable[Line]) -> dict[str, tuple[float, float, float]]:

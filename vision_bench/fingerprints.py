@@ -25,8 +25,9 @@ from torch import nn
 
 from vision_bench import storage
 
-# Of torch itself, and where timm notes what it was asked for and what the weights come from. All that timm makes of
-# its arguments is in other attributes, so that weights in a folder and in a file alone are one model.
+# Attributes that decide nothing: those of torch itself, and those in which timm notes what it was asked for and what
+# the weights come from. All that timm makes of its arguments is in other attributes, so that weights in a folder and
+# in a file alone are one model.
 _RECORDS = {"_model_args", "pretrained_model_args", "pretrained_cfg", "default_cfg"}
 _NOT_COMPUTED = {*vars(nn.Module()), "_compiled_call_impl", "_is_torch_compile"} | _RECORDS
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -55,7 +56,7 @@ class _Description:
         return self._class(type(module)), self._attributes(attributes), self.described(hooks)
 
     def described(self, value: Any) -> Any:
-        """Of any object."""
+        """What any object is."""
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes, range, torch.dtype)):
             return type(value).__name__, repr(value)
         if id(value) in self.path:

@@ -1,9 +1,11 @@
 """Frozen models by name: any of timm, of the hub or in a local file, and what their weights come from.
 
-from vision_bench import zoo
+    from vision_bench import zoo
 
-frozen = zoo.load("small_conv", random=True)
-print(frozen.pretrained)  # nothing: random initialisation, seed 0
+    frozen = zoo.load("small_conv", random=True)
+    print(frozen.pretrained)  # nothing: random initialisation, seed 0
+
+Files other than safetensors are never opened, because they may run code.
 """
 
 from __future__ import annotations

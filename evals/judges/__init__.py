@@ -13,8 +13,7 @@ from evals.judges.base import THRESHOLD, EncodedText, Judge, Judgement, NoAnswer
 from evals.judges.beaverdam import BeaverDam
 from evals.judges.chat import LocalChatJudge, RubricJudge, read_rubric
 from evals.judges.endpoint import EndpointChatJudge
-from evals.judges.policies import POLICIES
-from evals.judges.shieldgemma import EncodedPolicies, ShieldGemma
+from evals.judges.shieldgemma import POLICIES, EncodedPolicies, ShieldGemma
 
 __all__ = [
     "POLICIES",

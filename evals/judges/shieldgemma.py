@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +15,11 @@ from transformers import PreTrainedModel
 
 from evals.contents import model_checksums
 from evals.judges.base import Judge, Judgement, control_tokens, escape, judgement_of_scores, left_padded, positions
-from evals.judges.policies import POLICIES
 from evals.models import check_base, hub_commit, load_base
 
 SHIELDGEMMA = "google/shieldgemma-9b"  # the paper's judge
+# The text of each policy by its name, as the model card gives them.
+POLICIES: dict[str, str] = json.loads(Path(__file__).with_name("shieldgemma.json").read_text("utf-8"))["policies"]
 
 
 @dataclass(frozen=True)

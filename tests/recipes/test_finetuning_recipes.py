@@ -171,7 +171,7 @@ def test_arms_that_diverge_are_marked_and_have_no_numbers(arguments, tmp_path, m
 def test_the_other_arms_and_seeds_go_on_where_one_diverges(folder, tmp_path, monkeypatch):
     """nce diverges for one of two seeds; that seed has no number anywhere, and the legend says so."""
     drawn_with = []
-    monkeypatch.setattr(figures, "finetuning_curves", recording(figures.finetuning_curves, drawn_with))
+    monkeypatch.setattr(figures, "band_curves", recording(figures.band_curves, drawn_with))
 
     def diverging(path, model, config, *rest, **named):
         if config.loss == "nce" and config.seed == 1:
@@ -255,7 +255,7 @@ def test_an_arm_from_outside_is_a_row_of_the_table_of_arms(tmp_path, monkeypatch
     slow = finetuning.Arm(lambda settings: {"learning_rate": settings.finetuning_learning_rate / 10})
     monkeypatch.setattr(finetuning, "ARMS", finetuning.ARMS | {"dora": dora, "ce_slow": slow})
     drawn_with = []
-    monkeypatch.setattr(figures, "finetuning_curves", recording(figures.finetuning_curves, drawn_with))
+    monkeypatch.setattr(figures, "band_curves", recording(figures.band_curves, drawn_with))
     methods = ["ce", "lora", "dora", "ce_slow"]
     arguments = [*VIT, "--fractions", "0.5", "--methods", *methods]
     few_shot_finetuning.main(["--output_dir", str(tmp_path / "run"), *arguments])
@@ -343,7 +343,7 @@ def test_bad_settings_of_noisy_finetuning_are_named(arguments, message, tmp_path
 )
 def test_the_papers_gain_stands_in_the_panel_of_gains(recipe, settings, level, tmp_path, monkeypatch):
     drawn_with = []
-    monkeypatch.setattr(figures, "finetuning_curves", recording(figures.finetuning_curves, drawn_with))
+    monkeypatch.setattr(figures, "band_curves", recording(figures.band_curves, drawn_with))
     run = Run(tmp_path, recipe.__name__, {"seeds": [0], "methods": ["ce", "nce"]} | settings)
     measured = {"n": 9, "seed": 0, "seconds": 0.0, "device": "cpu", "epoch": 1}
     for condition, method in itertools.product(recipe.STUDY.conditions(run.config), ["ce", "nce"]):

@@ -400,9 +400,15 @@ def test_relu_that_equals_raw_is_measured_only_without_raw(tmp_path, monkeypatch
     )
 
 
-def test_a_single_seed_has_no_interval_and_the_table_says_so(tmp_path):
-    main([*SMALL, "--features", "raw", *QUICK, "--seeds", "3", "--corruptions", "--output_dir", str(tmp_path)])
-    text = (tmp_path / "results.md").read_text()
+def test_a_single_seed_has_no_interval_and_the_table_says_so_also_with_settings_of_a_file(tmp_path):
+    settings = (
+        "random_init: [small_conv]\nfeatures: [raw]\nlimit: 300\nprobe_epochs: 20\nseeds: [0, 1]\ncorruptions: []\n"
+    )
+    (tmp_path / "settings.yaml").write_text(settings)
+    output = tmp_path / "run"
+    main(["--config", str(tmp_path / "settings.yaml"), "--seeds", "3", "--output_dir", str(output)])
+    assert {row["config"]["test"] for row in found(output)} == {"clean"}
+    text = (output / "results.md").read_text()
     assert "One seed (3) of probes, wrong labels and drawn images, so there are no intervals" in text
     assert "±" not in text
 
@@ -423,6 +429,7 @@ def test_a_folder_of_probes_that_the_scale_decided_on_is_refused(folder, checkpo
         ([], "models is empty; name at least one"),
         (["resnet19"], "has no model 'resnet19'; near it: resnet18"),
         (["resnet18"], "the weights of resnet18 cannot be had .* Offline: fetch them"),
+        (["--resume", "resnet19"], "has no model 'resnet19'"),  # a switch takes no value
         (["small_conv"], "no pretrained weights of 'small_conv'.*--random_init small_conv"),
         ([*SMALL, "--corruptions", "gausian=1"], "unknown; there are .* Do you mean gaussian?"),
         ([*SMALL, "--corruptions", "folder=/nowhere"], "'/nowhere', which is neither digits"),

@@ -84,26 +84,24 @@ class Run:
 
     def _load(self) -> None:
         """Take the rows of the folder, if its configuration is this one."""
-        self._check_folder()
-        self.rows = read_rows(self.folder / ROWS) if (self.folder / ROWS).exists() else []
-        self._index: dict[str, dict[tuple[str, ...], dict[Any, list[dict[str, Any]]]]] = {}
-
-    def _check_folder(self) -> None:
+        path, rows = self.folder / CONFIG, self.folder / ROWS
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--output_dir {self.folder} is a file; name a folder.")
-        path = self.folder / CONFIG
-        if not path.exists():
-            if (self.folder / ROWS).exists():
-                raise ValueError(f"{self.folder} has a {ROWS} without the {CONFIG} it was made with; choose another.")
-            return
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before["recipe"] != self.recipe:
-            raise ValueError(f"{self.folder} holds results of the recipe {before['recipe']!r}; choose another folder.")
-        if changed := differences(self._settings(before["config"]), self._settings(self.config), self._defaults):
-            raise ValueError(
-                f"{self.folder} holds results of another configuration ({changed}). Choose another --output_dir, or "
-                "repeat the old settings to continue that run."
-            )
+        if rows.exists() and not path.exists():
+            raise ValueError(f"{self.folder} has a {ROWS} without the {CONFIG} it was made with; choose another.")
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if before["recipe"] != self.recipe:
+                raise ValueError(
+                    f"{self.folder} holds results of the recipe {before['recipe']!r}; choose another folder."
+                )
+            if changed := differences(self._settings(before["config"]), self._settings(self.config), self._defaults):
+                raise ValueError(
+                    f"{self.folder} holds results of another configuration ({changed}). Choose another --output_dir, "
+                    "or repeat the old settings to continue that run."
+                )
+        self.rows = read_rows(rows) if rows.exists() else []
+        self._index: dict[str, dict[tuple[str, ...], dict[Any, list[dict[str, Any]]]]] = {}
 
     def _settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in config.items() if name not in self.facts}
@@ -127,32 +125,30 @@ class Run:
         """The cells that have no row, in their order; those of an arm that is marked as diverged need none.
 
         A mark counts for all cells of its seed that agree with it in what it names: one that names no arm counts for
-        the whole seed. A cell without a seed has its row too if there is one of each seed of the run, as there were
-        before what several seeds share was measured once.
+        the whole seed.
         """
-        marks = self.find(DIVERGED)
 
         def is_marked(cell: Cell) -> bool:
-            return any(
-                mark["seed"] == cell.seed
-                and all(
-                    _hashable(mark["config"].get(name, value)) == _hashable(value) for name, value in cell.arm.items()
-                )
-                for mark in marks
-            )
+            configs = (mark["config"] for mark in self.find(DIVERGED, seed=cell.seed))
+            return any(all(_hashable(c.get(k, v)) == _hashable(v) for k, v in cell.arm.items()) for c in configs)
 
-        def has_row(cell: Cell) -> bool:
-            seeds = self.config.get("seeds") if cell.seed is None else None
-            return bool(self.find(cell.metric, seed=cell.seed, **cell.arm)) or (
-                bool(seeds) and all(self.find(cell.metric, seed=seed, **cell.arm) for seed in seeds or ())
-            )
-
-        return [cell for cell in cells if not has_row(cell) and not is_marked(cell)]
+        missing = (cell for cell in cells if not self.find(cell.metric, seed=cell.seed, **cell.arm))
+        return [cell for cell in missing if not is_marked(cell)]
 
     def row(
         self, metric: str, value: float | None, *, n: int, seed: int | None, seconds: float, device: str, **arm: Any
     ) -> dict[str, Any]:
-        """A row of this run, not yet in it; the arguments are those of `add`."""
+        """A row of this run, not yet in it.
+
+        Args:
+            value: a finite number, or None where the statistic is undefined.
+            n: number of samples behind `value`.
+            seconds: wall-clock time it took.
+            arm: what distinguishes this row within the run, such as the method.
+
+        Raises:
+            ValueError: `value` is NaN or infinite.
+        """
         if value is not None and not math.isfinite(value):
             raise ValueError(
                 f"{metric} is {value} for seed {seed}, {arm}; a row holds a finite number, or None where a statistic "
@@ -172,32 +168,20 @@ class Run:
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 
-    def add(
-        self, metric: str, value: float | None, *, n: int, seed: int | None, seconds: float, device: str, **arm: Any
-    ) -> None:
-        """Append one row and wait until it is on the disk; `add_rows` does so once for many.
+    def add(self, metric: str, value: float | None, **measured: Any) -> None:
+        """Append one row and wait until it is on the disk, with the arguments of `row`; for many see `add_rows`."""
+        self.add_rows([self.row(metric, value, **measured)])
 
-        Args:
-            value: a finite number, or None where the statistic is undefined.
-            n: number of samples behind `value`.
-            seconds: wall-clock time it took.
-            arm: what distinguishes this row within the run, such as the method.
-
-        Raises:
-            ValueError: `value` is NaN or infinite.
-        """
-        self.add_rows([self.row(metric, value, n=n, seed=seed, seconds=seconds, device=device, **arm)])
-
-    def add_diverged(self, reason: str, *, n: int, seed: int | None, seconds: float, device: str, **arm: Any) -> None:
+    def add_diverged(self, reason: str, **measured: Any) -> None:
         """Mark an arm whose weights, scores or features are not finite: a row of the metric `DIVERGED`.
 
         Such an arm has no other results, is not measured again, and tables say that it diverged.
 
         Args:
             reason: a sentence without its full stop that says what is not finite; stands in the row's config.
-            n, seed, seconds, device, arm: as in `add`.
+            measured: n, seed, seconds, device and the arm, as in `row`.
         """
-        self.add(DIVERGED, 1.0, n=n, seed=seed, seconds=seconds, device=device, **arm, reason=reason)
+        self.add(DIVERGED, 1.0, **measured, reason=reason)
 
     def add_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows that `row` made, and wait once until all are on the disk; a kill leaves whole rows."""

@@ -53,7 +53,7 @@ def paired_difference(first: Iterable[dict[str, Any]], second: Iterable[dict[str
     return interval(differences) if differences else None
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A GitHub table, first column left-aligned, the others right-aligned."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A GitHub table, the first `left` columns left-aligned, the others right-aligned."""
+    lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
