@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from vision import (
+    BEFORE,
     IMAGES,
     PretrainingSettings,
     ProbingSettings,
@@ -80,7 +81,7 @@ class NoisyProbeSettings:
 
 def recorded_defaults(*classes: type[Any]) -> dict[str, Any]:
     """Whatever a run of probes records, at its default; the images have none that is asked for."""
-    return {**defaults(*classes), IMAGES: {}}
+    return {**defaults(*classes), **BEFORE, IMAGES: {}}
 
 
 def check_rates(rates: Sequence[float]) -> None:

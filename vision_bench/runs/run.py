@@ -125,15 +125,20 @@ class Run:
         """The cells that have no row, in their order; those of an arm that is marked as diverged need none.
 
         A mark counts for all cells of its seed that agree with it in what it names: one that names no arm counts for
-        the whole seed.
+        the whole seed. A cell without a seed has its row too if there is one of each seed of the run: so it was before
+        what several seeds share was measured once, and recipes of probes continue such a folder.
         """
+
+        def has_row(cell: Cell) -> bool:
+            seeds = self.config.get("seeds", ()) if cell.seed is None else ()
+            of_each = [bool(self.find(cell.metric, seed=seed, **cell.arm)) for seed in seeds]
+            return bool(self.find(cell.metric, seed=cell.seed, **cell.arm)) or (bool(of_each) and all(of_each))
 
         def is_marked(cell: Cell) -> bool:
             configs = (mark["config"] for mark in self.find(DIVERGED, seed=cell.seed))
             return any(all(_hashable(c.get(k, v)) == _hashable(v) for k, v in cell.arm.items()) for c in configs)
 
-        missing = (cell for cell in cells if not self.find(cell.metric, seed=cell.seed, **cell.arm))
-        return [cell for cell in missing if not is_marked(cell)]
+        return [cell for cell in cells if not has_row(cell) and not is_marked(cell)]
 
     def row(
         self, metric: str, value: float | None, *, n: int, seed: int | None, seconds: float, device: str, **arm: Any
