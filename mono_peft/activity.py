@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 class ActivationSparsity(NamedTuple):
     """How sparse the latents sigma(A x) of a model's active MonoLoRA adapters are."""
 
-    overall: (
-        float  # share of exact zeros over all modules, tokens (pixels) and units, in [0, 1] ("sparsity" in Table 2)
-    )
+    # share of exact zeros over all modules, tokens (pixels) and units, in [0, 1] ("sparsity" in Table 2)
+    overall: float
     per_module: dict[str, float]  # the same by module name, with the adapter's name where several are active
     dead: float  # share of units that were zero on every token, in [0, 1]
 
 
 def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> ActivationSparsity:
-    """Measure the zero ratio of sigma(A x) over the tokens of `batches` ("zero ratio", section 3.3 of the paper).
+    """Measure the zero ratio of sigma(A x) over the tokens of `batches` ("zero ratio", section 3.3 of the paper):
+
+        sparsity = activation_sparsity(model, [tokenizer(texts, padding=True, return_tensors="pt")])
+        print(sparsity.overall, sparsity.dead, sparsity.per_module)
 
     The model runs in eval mode without gradients; its mode, weights and hooks are as before afterwards.
 

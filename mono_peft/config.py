@@ -100,6 +100,10 @@ class MonoLoraConfig(PeftConfig):
         trainable_token_indices: token ids whose embeddings train, as in `LoraConfig`.
         format_version: of the saved adapter; set by the package.
 
+    Example:
+        >>> config = MonoLoraConfig(r=16, monolora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        >>> model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained("gpt2"), config)
+
     Raises:
         ValueError: an option is out of range, given under two names, or cannot work with a non-linear update.
     """
@@ -185,10 +189,10 @@ class MonoLoraConfig(PeftConfig):
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """Refuse a saved configuration of another method; PEFT calls this before it builds the config."""
-        found = kwargs.get("peft_type", peft_type())
-        if found != peft_type():
+        method = kwargs.get("peft_type", peft_type())
+        if method != peft_type():
             raise ValueError(
-                f"This folder holds a {found} adapter, not a {peft_type().value} one. Load it with "
+                f"This folder holds a {method} adapter, not a {peft_type().value} one. Load it with "
                 "`PeftConfig.from_pretrained` or `PeftModel.from_pretrained`, which pick the class by themselves."
             )
         return super().check_kwargs(**kwargs)

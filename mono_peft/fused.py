@@ -158,8 +158,8 @@ def _differentiable_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.T
         result = functional.linear(x, weight, bias) + functional.linear(latents, decoder)
         places = [i for i, tensor in ((0, x), (3, encoder), (4, decoder)) if ctx.needs_input_grad[i]]
         inputs = [ctx.saved_tensors[i] for i in places]
-        found = torch.autograd.grad(result, inputs, gradient, create_graph=True)
+        values = torch.autograd.grad(result, inputs, gradient, create_graph=True)
     gradients: list[torch.Tensor | None] = [None] * 8
-    for i, value in zip(places, found, strict=True):
+    for i, value in zip(places, values, strict=True):
         gradients[i] = value
     return tuple(gradients)

@@ -88,10 +88,10 @@ class MonoLoraModel(BaseTuner):
         for name, _ in model.named_modules():
             if not name or INSIDE_LAYER.search(name):
                 continue
-            found = self._check_target_module_exists(expanded, name)
-            if isinstance(found, _ExcludedModule):
+            match = self._check_target_module_exists(expanded, name)
+            if isinstance(match, _ExcludedModule):
                 excluded = True
-            elif found:
+            elif match:
                 matched.append(name)
         new = [name for name in matched if not isinstance(model.get_submodule(name), MonoLoraLayer)]
         check_supported(model, new)
@@ -298,17 +298,17 @@ def _check_prefix(model: nn.Module, names: Iterable[str]) -> None:
 def _check_tensor_names(names: Iterable[str], adapter_name: str, tensors: Iterable[str]) -> None:
     """Raise ValueError unless `tensors` has every weight of the adapter in a model of these `names` and no unknown."""
     # Where layers were injected without PeftModel, files have its prefix and the model has not.
-    given = {name.removeprefix(_PEFT_PREFIX) for name in tensors}
-    known = {name.removeprefix(_PEFT_PREFIX) for name in names}
-    wanted = set(_adapter_names(known, adapter_name))
-    unknown, missing = given - known, wanted - given
+    saved = {name.removeprefix(_PEFT_PREFIX) for name in tensors}
+    present = {name.removeprefix(_PEFT_PREFIX) for name in names}
+    needed = set(_adapter_names(present, adapter_name))
+    unknown, missing = saved - present, needed - saved
     problem = None
     if any(".lora_A." in name for name in unknown):
         problem = (
             "it holds the weights of a LoRA adapter under a MonoLoRA configuration. LoRA has no sigma: load it with a "
             "LoraConfig (peft_type LORA in its adapter_config.json)"
         )
-    elif wanted and missing == wanted:
+    elif needed and missing == needed:
         problem = "it holds no weights of MonoLoRA layers of this model"
     elif missing:
         problem = f"{len(missing)} tensors are missing: {listed(missing)}"

@@ -29,10 +29,10 @@ def register_monolora(config_cls: type[PeftConfig], model_cls: type[BaseTuner]) 
     member = peft_type()
     with lock:
         for table, cls in ((PEFT_TYPE_TO_CONFIG_MAPPING, config_cls), (PEFT_TYPE_TO_TUNER_MAPPING, model_cls)):
-            known = table.get(member)
-            if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            old = table.get(member)
+            if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise ImportError(
-                    f"PEFT already has the method {NAME}, as {known.__module__}.{known.__qualname__}: only one "
+                    f"PEFT already has the method {NAME}, as {old.__module__}.{old.__qualname__}: only one "
                     "package can provide it in a process."
                 )
             table.pop(member, None)

@@ -25,7 +25,9 @@ _FUNCTION = (
 
 
 def replace_adapter(model: PeftModel, path: str | os.PathLike[str], adapter_name: str = "default", **hub: Any) -> None:
-    """Copy the saved adapter at `path` over the weights of `adapter_name`, in place; the name stays.
+    """Copy the saved adapter at `path` over the weights of `adapter_name`, in place; the name stays:
+
+        replace_adapter(model, "runs/second_adapter")
 
     Nothing but the values of tensors changes, so that a model under `torch.compile` is not compiled anew. This is what
     PEFT's `hotswap_adapter`, which supports LoRA only, is for. Everything is checked before the first value changes.

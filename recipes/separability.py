@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -43,6 +44,8 @@ SOURCES = {"closed form": moments, "quadrature": integrated_moments}
 GRID = np.arange(0, 1, 0.005)  # sparsities
 RATES, NOISES = np.linspace(0.01, 0.49, 25), np.geomspace(0.01, 10, 25)
 
+Value = tuple[float, dict[str, Any]]  # of a row, and what names it within its cell
+
 
 @dataclass
 class SeparabilitySettings:
@@ -66,8 +69,12 @@ class SeparabilitySettings:
             raise ValueError(f"draws is {self.draws}; it must be at least {1000 * BATCHES}.")
 
 
-def quantities(kind: str, clean: Moments, label: Moments, noisy: Moments) -> Iterator[tuple[str, str, float]]:
-    """(theorem, quantity, value) from the moments without noise, with label noise and with input noise."""
+def quantities(
+    settings: SeparabilitySettings, sparsity: float, source: Callable[..., Moments]
+) -> Iterator[tuple[str, str, float]]:
+    """(theorem, quantity, value) from the moments of a source without noise, with label noise and with input noise."""
+    noises = ((0.0, 0.0), (settings.noise_rate, 0.0), (0.0, settings.input_noise))
+    clean, label, noisy = (source(sparsity, *noise, settings.ties) for noise in noises)
     arms = (("u", "mono"), ("v", "poly"))
     for theorem, (z, arm) in zip(("B.1", "B.3"), arms, strict=True):
         for y in (0, 1):
@@ -80,21 +87,10 @@ def quantities(kind: str, clean: Moments, label: Moments, noisy: Moments) -> Ite
             yield distance, f"distance D of {z}, noisy", means[1] - means[0]
             for y in (0, 1):
                 yield variance, f"variance of {z}, y = {y}, noisy", variances[y]
-    for theorem, case, noise in (
-        ("4.1", "clean", clean),
-        ("4.2", "label noise", label),
-        ("B.9", "input noise", noisy),
-    ):
+    cases = (("4.1", "clean", clean), ("4.2", "label noise", label), ("B.9", "input noise", noisy))
+    for theorem, case, noise in cases:
         for z, arm in arms:
-            yield theorem, f"J({z}), {case}", getattr(criterion(noise, kind), arm)
-
-
-def evaluate(
-    settings: SeparabilitySettings, sparsity: float, source: Callable[..., Moments]
-) -> list[tuple[str, str, float]]:
-    """All quantities of one source of moments."""
-    noises = ((0.0, 0.0), (settings.noise_rate, 0.0), (0.0, settings.input_noise))
-    return list(quantities(settings.kind, *(source(sparsity, *noise, settings.ties) for noise in noises)))
+            yield theorem, f"J({z}), {case}", getattr(criterion(noise, settings.kind), arm)
 
 
 def distribution_claims(ties: str) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -102,12 +98,8 @@ def distribution_claims(ties: str) -> Iterator[tuple[str, str, np.ndarray]]:
     rate, sigma = RATES[:, None], NOISES[:, None]
     u, v, _ = moments(GRID, ties=ties)
     flipped, blurred = moments(GRID, rate, 0, ties), moments(GRID, 0, sigma, ties)
-    closer = (v.means < u.means).all(axis=0)
-    yield (
-        "4.1",
-        "v has smaller means, yet D(v) > D(u)",
-        closer & (np.diff(v.means, axis=0) > np.diff(u.means, axis=0))[0],
-    )
+    farther = (np.diff(v.means, axis=0) > np.diff(u.means, axis=0))[0]
+    yield "4.1", "v has smaller means, yet D(v) > D(u)", (v.means < u.means).all(axis=0) & farther
     for y in (0, 1):
         yield "4.1", f"equal variances, y = {y}", np.isclose(u.variances[y], v.variances[y], rtol=0, atol=1e-12)
 
@@ -133,20 +125,17 @@ def criterion_claims(ties: str, kind: str) -> Iterator[tuple[str, str, np.ndarra
     """(theorem, claim, whether it holds) on `GRID` for one tie rule and criterion."""
     clean = criterion(moments(GRID, ties=ties), kind)
     yield "4.1", "poly ahead without noise", np.asarray(clean.poly > clean.mono)
-    conditions: list[tuple[str, str, Any, Any]] = [
-        ("4.2", "label", RATES[:, None], 0),
-        ("B.9", "input", 0, NOISES[:, None]),
-    ]
-    for theorem, noise, rates, levels in conditions:
-        noisy = criterion(moments(GRID, rates, levels, ties), kind)
+    rates, levels = RATES[:, None], NOISES[:, None]
+    for theorem, noise, noisy_moments in (
+        ("4.2", "label", moments(GRID, rates, 0, ties)),
+        ("B.9", "input", moments(GRID, 0, levels, ties)),
+    ):
+        noisy = criterion(noisy_moments, kind)
         drops = (clean.mono - noisy.mono, clean.poly - noisy.poly)
         if kind != "difference":  # ratios are compared relative to their start
             drops = (drops[0] / clean.mono, drops[1] / clean.poly)
-        yield (
-            theorem,
-            f"mono falls more slowly ({noise} noise)",
-            np.asarray((drops[0] <= drops[1] + 1e-12).all(axis=0)),
-        )
+        slower = np.asarray((drops[0] <= drops[1] + 1e-12).all(axis=0))
+        yield theorem, f"mono falls more slowly ({noise} noise)", slower
         overtakes = [crossing(sparsity, noise, kind, ties) is not None for sparsity in GRID]
         yield theorem, f"mono overtakes ({noise} noise)", np.array(overtakes)
 
@@ -181,44 +170,37 @@ def measure(run: Run, settings: SeparabilitySettings) -> None:
     """Add the rows that the run lacks, all of a cell at once."""
     for metric, seed, arm in run.lacking(cells(run.config)):
         begun = time.monotonic()
-        lines: list[tuple[float, dict[str, Any]]]
         if metric == "claim":
-            ties, kind = arm["ties"], arm["kind"]
-            claims = distribution_claims(ties) if kind is None else criterion_claims(ties, kind)
-            lines = [
-                (float(holds.mean()), {"theorem": theorem, "claim": claim, "verdict": verdict(holds)})
-                for theorem, claim, holds in claims
-            ]
-            n = len(GRID)
-        elif arm["source"] == "simulation":
-            lines, n = simulated(settings, arm["sparsity"], seed), settings.draws
+            n, values = len(GRID), claims(arm["ties"], arm["kind"])
+        elif seed is not None:
+            n, values = settings.draws, simulated(settings, arm["sparsity"], seed)
         else:
-            values = evaluate(settings, arm["sparsity"], SOURCES[arm["source"]])
-            lines = [(value, {"theorem": theorem, "quantity": quantity}) for theorem, quantity, value in values]
-            n = 1
+            evaluated = quantities(settings, arm["sparsity"], SOURCES[arm["source"]])
+            n, values = 1, [(float(value), {"theorem": theorem, "quantity": q}) for theorem, q, value in evaluated]
         measured: dict[str, Any] = {"n": n, "seed": seed, "seconds": time.monotonic() - begun, "device": DEVICE, **arm}
-        run.add_rows([run.row(metric, float(value), **measured, **line) for value, line in lines])
+        run.add_rows([run.row(metric, value, **measured, **named) for value, named in values])
     for sparsity, noise in product(settings.sparsities, NOISE_KINDS):
         level = crossing(sparsity, noise, settings.kind, settings.ties)
         if level is not None and not run.find("crossing", sparsity=sparsity, noise=noise):
             run.add("crossing", level, n=1, seed=None, seconds=0.0, device=DEVICE, sparsity=sparsity, noise=noise)
 
 
-def simulated(settings: SeparabilitySettings, sparsity: float, seed: int | None) -> list[tuple[float, dict[str, Any]]]:
-    """All quantities by simulation: the mean of the batches, and what it is with its standard error."""
-    generator = np.random.default_rng(seed)
+def claims(ties: str, kind: str | None) -> list[Value]:
+    """The share of `GRID` on which each claim holds, with the claim and its verdict."""
+    checked = distribution_claims(ties) if kind is None else criterion_claims(ties, kind)
+    return [(float(holds.mean()), {"theorem": t, "claim": c, "verdict": verdict(holds)}) for t, c, holds in checked]
 
-    def source(*setting: Any) -> Moments:
-        return simulated_moments(settings.draws // BATCHES, generator, *setting)
 
+def simulated(settings: SeparabilitySettings, sparsity: float, seed: int) -> list[Value]:
+    """All quantities by simulation: the mean of the batches, with its standard error."""
+    source = partial(simulated_moments, settings.draws // BATCHES, np.random.default_rng(seed))
     batches = tqdm(range(BATCHES), desc=f"simulation, S = {sparsity:g}, seed {seed}")
-    lines = []
-    for column in zip(*(evaluate(settings, sparsity, source) for _ in batches), strict=True):
-        values = np.array([value for _, _, value in column])
-        error = float(values.std(ddof=1) / BATCHES**0.5)
-        line = {"theorem": column[0][0], "quantity": column[0][1], "standard_error": error}
-        lines.append((float(values.mean()), line))
-    return lines
+    values: list[Value] = []
+    for column in zip(*(list(quantities(settings, sparsity, source)) for _ in batches), strict=True):
+        (theorem, quantity, _), numbers = column[0], np.array([value for _, _, value in column])
+        error = float(numbers.std(ddof=1) / BATCHES**0.5)
+        values.append((float(numbers.mean()), {"theorem": theorem, "quantity": quantity, "standard_error": error}))
+    return values
 
 
 def report(run: Run) -> str:
@@ -266,8 +248,7 @@ def draw(run: Run) -> None:
         for noise, label in NOISE_KINDS.items():
             level = crossing(sparsity, noise, kind, ties)
             levels = np.linspace(0, 0.5 if noise == "label" else max(1.0, 1.25 * (level or 0)), 201)
-            clean: Any = 0
-            rates, inputs = (levels, clean) if noise == "label" else (clean, levels)
+            rates, inputs = (levels, 0 * levels) if noise == "label" else (0 * levels, levels)
             scores = criterion(moments(sparsity, rates, inputs, ties), kind)
             title = f"S = {sparsity:g}"
             row.append(dict(title=title, label=label, levels=levels, **scores._asdict(), crossing=level))

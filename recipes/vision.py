@@ -170,15 +170,9 @@ class ProbingSettings:
 
     def probe_settings(self) -> dict[str, Any]:
         """The arguments of `vision_bench.probe.fit_linear_probes` that all probes of a recipe share."""
-        return {
-            "epochs": self.probe_epochs,
-            "batch_size": self.probe_batch_size,
-            "optimizer": self.probe_optimizer,
-            "learning_rate": self.probe_learning_rate,
-            "schedule": self.probe_schedule,
-            "standardize": self.standardize,
-            "rescale": self.rescale,
-        }
+        names = ("epochs", "batch_size", "optimizer", "learning_rate", "schedule")
+        settings = {name: getattr(self, f"probe_{name}") for name in names}
+        return settings | {"standardize": self.standardize, "rescale": self.rescale}
 
 
 def from_json(name: str, text: str | None) -> Any:
@@ -337,9 +331,9 @@ def _diverged_seeds(run: Run) -> str:
     """Which seeds diverged as a whole, and why, as Markdown; nothing where none did."""
     # A mark with a method is of an arm, and stands in the recipe's own table.
     marks = [row for row in run.find(DIVERGED) if "method" not in row["config"]]
-    reasons = "; ".join(f"{row['seed']} ({row['config']['reason'].rstrip('.')})" for row in marks)
     if not marks:
         return ""
+    reasons = "; ".join(f"{row['seed']} ({row['config']['reason'].rstrip('.')})" for row in marks)
     return f"\n**Diverged:** seeds {reasons}. They have no part in the tables, which are of the other seeds.\n"
 
 

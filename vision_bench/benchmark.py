@@ -74,6 +74,7 @@ def run(settings: Settings) -> tuple[list[Subject], list[Row]]:
             )
         lacking = [kind for kind in settings.features if _is_lacking(results, subject, kind, settings)]
         if not lacking:
+            subject.model = None
             continue
         try:
             subject.extract(settings.batch_size)

@@ -33,6 +33,11 @@ FOLDER = "folder"  # the word for a shift whose images are in a folder of their 
 CLEAN = "clean"
 
 
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers, for a stream of random numbers that is like no other."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def check_labels(labels: torch.Tensor, num_classes: int) -> None:
     """Raise unless `labels` is one-dimensional, of an integer dtype, and within [0, num_classes).
 
@@ -344,8 +349,7 @@ class InputNoise:
         """
         noisy = torch.empty_like(images)
         for index, image in enumerate(images):
-            seed = int(np.random.SeedSequence((self.seed, first + index)).generate_state(1)[0])
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed_of(self.seed, first + index))
             if self.space == PIXEL:
                 noisy[index] = add_pixel_noise(image, mean, std, self.kind, self.scale, generator)
             else:

@@ -25,7 +25,7 @@ import torch
 from vision_bench import image_files, image_sources
 from vision_bench.corruptions import check_labels, stratified_fraction
 from vision_bench.image_files import CorruptImage, Images, StreamedImages, listed, resized
-from vision_bench.image_sources import SPLIT_NAMES, one_of, split_names
+from vision_bench.image_sources import SPLIT_NAMES, existing_split
 
 __all__ = [
     "CorruptImage", "ImageSet", "Images", "Statistics", "StreamedImages", "load_images", "load_splits",
@@ -184,6 +184,11 @@ def load_images(
         TypeError: labels are not integers.
         ValueError: there is no such set or split, an image cannot be read, images differ in size, or a label is
             hidden (-1) or out of its range. The error names the file or the row.
+
+    Example:
+        >>> digits = load_images("digits", "train")
+        >>> digits.images.shape, digits.labels[:3], digits.class_names[:3]
+        (torch.Size([1437, 3, 8, 8]), tensor([0, 1, 2]), ['0', '1', '2'])
     """
     return _reader(name, split, root, image_size, skip_corrupt, label_column, memory_limit, progress)()
 
@@ -351,8 +356,8 @@ def _with_common_classes(train: ImageSet, test: ImageSet, name: str) -> tuple[Im
         differences = [
             f"{words} split has {listed(names)}"
             for words, names in (
-                ("only the training", [one for one in train.class_names if one not in test.class_names]),
-                ("only the test", [one for one in test.class_names if one not in train.class_names]),
+                ("only the training", [name for name in train.class_names if name not in test.class_names]),
+                ("only the test", [name for name in test.class_names if name not in train.class_names]),
             )
             if names
         ]
@@ -389,7 +394,7 @@ def _digits(split: str, image_size: int | None) -> ImageSet:
     """8 x 8 pixels of 17 grey levels (UCI, Alpaydin and Kaynak), in the order of scikit-learn."""
     from sklearn.datasets import load_digits
 
-    split = one_of(split_names(split), list(SPLIT_NAMES), "digits has the splits")
+    split = existing_split(split, list(SPLIT_NAMES), "digits has the splits")
     grey, targets = load_digits(return_X_y=True)
     part = slice(None, DIGITS_TRAIN) if split == "train" else slice(DIGITS_TRAIN, None)
     pixels = torch.from_numpy(np.rint(grey[part] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
@@ -405,10 +410,10 @@ def _torchvision_cifar(folder: Path, name: str, split: str) -> tuple[torch.Tenso
     sets = {"cifar10": CIFAR10, "cifar100": CIFAR100}
     if name not in sets:
         raise ValueError(f"name is {name!r}; {folder} holds CIFAR files, for which it must be cifar10 or cifar100.")
-    split = one_of(split_names(split), list(SPLIT_NAMES), f"{name} has the splits")
+    split = existing_split(split, list(SPLIT_NAMES), f"{name} has the splits")
     try:
-        found = sets[name](str(folder), train=split == "train")
+        cifar = sets[name](str(folder), train=split == "train")
     except RuntimeError as error:
         raise ValueError(f"{folder} does not hold {name} complete: {error}") from None
-    images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
-    return images, torch.tensor(found.targets, dtype=torch.int64), list(found.classes)
+    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor(cifar.targets, dtype=torch.int64), list(cifar.classes)

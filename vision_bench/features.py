@@ -295,8 +295,8 @@ def _paths(folder: Path, source: Source) -> list[Path]:
 
 def _check(path: Path, source: Source) -> None:
     header: dict[str, Any] = storage.read_header(path, KIND)
-    wanted = json.loads(json.dumps(asdict(source)))  # as it is read back
-    changed = [f"{k}: {header.get(k)!r} there, {wanted[k]!r} wanted" for k in wanted if header.get(k) != wanted[k]]
+    expected = json.loads(json.dumps(asdict(source)))  # as it is read back
+    changed = [f"{k}: {header.get(k)!r} there, {v!r} wanted" for k, v in expected.items() if header.get(k) != v]
     if changed:
         raise ValueError(
             f"{path} holds other features ({'; '.join(changed)}). Choose another folder, or delete this one to "

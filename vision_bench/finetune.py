@@ -27,7 +27,8 @@ from timm.scheduler import MultiStepLRScheduler
 from torch import nn
 
 from vision_bench import features, models, storage, training
-from vision_bench.views import SimCLRViews
+from vision_bench.corruptions import seed_of
+from vision_bench.views import SimCLRViews, check_settings
 
 if TYPE_CHECKING:
     from vision_bench.data import ImageSet
@@ -82,12 +83,7 @@ class FinetuneConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1).")
         if any(not 0 < milestone < 1 for milestone in self.milestones):
             raise ValueError(f"milestones is {self.milestones}; they are shares of the epochs, each in (0, 1).")
-        try:
-            SimCLRViews(8, (0.5,) * 3, (0.5,) * 3, **(self.views or {}))
-        except TypeError as error:
-            raise ValueError(
-                f"views is {self.views}, settings of SimCLRViews other than size, mean, std: {error}"
-            ) from None
+        check_settings(self.views or {})
 
 
 class Classifier(nn.Module):
@@ -166,7 +162,7 @@ def finetune(
     training.check_validation(train, validation)
     kept, held_out = _split(train, config)
     training.check(config, len(kept), accelerator)
-    what = {
+    identity = {
         "model": asdict(model.config),
         "weights": models.fingerprint(model),
         "adapter": dict(adapter or {}),
@@ -181,10 +177,10 @@ def finetune(
         with training.held(folder, accelerator):
             torch.manual_seed(config.seed)
             classifier = Classifier(model, config, train.num_classes)
-            _Run(folder, classifier, config, kept, held_out, validation, accelerator, options, what).run()
+            _Run(folder, classifier, config, kept, held_out, validation, accelerator, options, identity).run()
     # Of the file, whose weights may be those of an earlier epoch.
     tensors, header = storage.load(folder / training.MODEL, KIND)
-    storage.refuse_another(folder / training.MODEL, header["what"], what)
+    storage.refuse_another(folder / training.MODEL, header["what"], identity)
     classifier = Classifier(model, config, train.num_classes)
     classifier.load_state_dict(tensors)
     return Finetuned(classifier.eval(), training.read_log(folder), header["epoch"])
@@ -200,7 +196,7 @@ def _split(train: ImageSet, config: FinetuneConfig) -> tuple[ImageSet, ImageSet 
             f"held_out is {config.held_out} of {len(train)} images, which leaves {count} to hold out; both parts need "
             "at least one."
         )
-    generator = torch.Generator().manual_seed(training.seed_of(config.seed, HELD_OUT))
+    generator = torch.Generator().manual_seed(seed_of(config.seed, HELD_OUT))
     order = torch.randperm(len(train), generator=generator)
     return train.subset(order[count:].sort().values), train.subset(order[:count].sort().values)
 
@@ -220,7 +216,7 @@ class _Run(training.Training):
         validation: ImageSet,
         accelerator: Accelerator,
         execution: training.Execution,
-        what: Mapping[str, Any],
+        identity: Mapping[str, Any],
     ) -> None:
         self.config, self.held_out, self.validation = config, held_out, validation
         self.classifier = classifier
@@ -240,7 +236,7 @@ class _Run(training.Training):
         schedule = MultiStepLRScheduler(optimizer, decay_t=steps, decay_rate=0.1, t_in_epochs=False)
         monitor_epochs = config.monitor_epochs
         super().__init__(
-            folder, what, config, train, classifier, optimizer, schedule, accelerator, monitor_epochs, execution
+            folder, identity, config, train, classifier, optimizer, schedule, accelerator, monitor_epochs, execution
         )
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> None:
@@ -265,7 +261,7 @@ class _Run(training.Training):
 
     def save_model(self) -> None:
         weights = self.best or self.classifier.state_dict()
-        header = {"what": self.what, "epoch": self.best_epoch or self.epochs}
+        header = {"what": self.identity, "epoch": self.best_epoch or self.epochs}
         storage.save(self.folder / training.MODEL, KIND, weights, header)
 
     def more_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -115,14 +115,14 @@ def class_folders(folder: Path, split: str, classes: Sequence[str] | None, skip_
         )
     place = folder
     if split != ".":
-        place = folder / one_of(split_names(split), _folders_in(folder), f"{folder} has the folders")
-    there = _folders_in(place)
-    if all(name.isdecimal() for name in there):
-        there.sort(key=int)
-    names = sorted(classes) if classes is not None else there
-    missing = [name for name in names if name not in there]
+        place = folder / existing_split(split, _folders_in(folder), f"{folder} has the folders")
+    folders = _folders_in(place)
+    if all(name.isdecimal() for name in folders):
+        folders.sort(key=int)
+    names = sorted(classes) if classes is not None else folders
+    missing = [name for name in names if name not in folders]
     if missing or not names:
-        raise ValueError(f"{place} has {len(there)} folders of classes; missing: {', '.join(missing) or 'all'}.")
+        raise ValueError(f"{place} has {len(folders)} folders of classes; missing: {', '.join(missing) or 'all'}.")
     spellings = Counter(name.casefold() for name in names)
     alike = [name for name in names if spellings[name.casefold()] > 1]
     if alike:
@@ -175,35 +175,33 @@ def _class_files(place: Path, names: Sequence[str], skip_corrupt: bool) -> tuple
     return paths, labels
 
 
-def split_names(split: str) -> list[str]:
-    """`split` and what else it may be called."""
-    others = next((names for names in SPLIT_NAMES.values() if split in names), ())
-    return [split, *(name for name in others if name != split)]
-
-
-def one_of(wanted: Sequence[str], there: Sequence[str], words: str) -> str:
-    """The first wanted name that is there; raises UnknownSplit with the names that are."""
-    for name in wanted:
-        if name in there:
+def existing_split(split: str, splits: Sequence[str], words: str) -> str:
+    """What `split` is called among the splits of a set; raises UnknownSplit with their names."""
+    for name in _split_names(split):
+        if name in splits:
             return name
-    raise UnknownSplit(f"split is {wanted[0]!r}; {words} {listed(there) or 'none'}.", there)
+    raise UnknownSplit(f"split is {split!r}; {words} {listed(splits) or 'none'}.", splits)
+
+
+def _split_names(split: str) -> list[str]:
+    """`split` and what else it may be called."""
+    return [split, *(name for names in SPLIT_NAMES.values() if split in names for name in names if name != split)]
 
 
 def has_class_folders(folder: Path) -> bool:
     """Whether the folders in a folder hold images, not the splits of a data set."""
     if not folder.is_dir() or any(folder.glob("*/*.parquet")):
         return False
-    there = _folders_in(folder)
-    return bool(there) and set(there).isdisjoint(ALL_SPLIT_NAMES)
+    folders = _folders_in(folder)
+    return bool(folders) and set(folders).isdisjoint(ALL_SPLIT_NAMES)
 
 
 def _rows(place: str | Path, split: str, progress: bool) -> tuple[Any, str]:
     """A datasets.Dataset, and the name of its split."""
     import datasets
 
-    wanted = split_names(split)
     if isinstance(place, Path) and _parquet_files(place):
-        name, files = _parquet_split(place, wanted)
+        name, files = _parquet_split(place, split)
         # The name of the configuration is a part of the path in the cache, which otherwise follows from the time of
         # change alone: other files with the same time would be taken for these.
         checksums = in_threads(lambda index: file_checksum(files[index]), range(len(files)))
@@ -227,7 +225,7 @@ def _rows(place: str | Path, split: str, progress: bool) -> tuple[Any, str]:
                 f"name is {place!r}, which is neither digits, cifar10, cifar100, imagenet100, nor a folder, nor can "
                 f"the hub give it ({error}). Offline, point root (data_root) at its files."
             ) from error
-    name = one_of(wanted, list(splits), f"{place} has the splits")
+    name = existing_split(split, list(splits), f"{place} has the splits")
     return splits[name], name
 
 
@@ -264,7 +262,7 @@ def _parquet_files(folder: Path) -> list[Path]:
     return [path for path in paths if not any(map(_is_hidden, path.relative_to(folder).parts))]
 
 
-def _parquet_split(folder: Path, wanted: Sequence[str]) -> tuple[str, list[str]]:
+def _parquet_split(folder: Path, split: str) -> tuple[str, list[str]]:
     """Name and files of a split: SPLIT.parquet, SPLIT-00000-of-00004.parquet and its other parts, or SPLIT/*.parquet.
 
     Raises:
@@ -277,19 +275,19 @@ def _parquet_split(folder: Path, wanted: Sequence[str]) -> tuple[str, list[str]]
         if path.parent != folder and path.parent.name in ALL_SPLIT_NAMES and name not in ALL_SPLIT_NAMES:
             name = path.parent.name
         files.setdefault(name, []).append(path)
-    near = [name for name in files if any(re.match(rf"{re.escape(one)}[-_. ]", name) for one in wanted)]
-    if set(files).isdisjoint(wanted) and len(near) == 1:
-        warnings.warn(f"{folder} has no split called {wanted[0]}; {near[0]} is read instead.", stacklevel=5)
-        wanted = near
-    name = one_of(wanted, list(files), f"{folder} has parquet files of the splits")
+    names = _split_names(split)
+    near = [name for name in files if re.match(rf"({'|'.join(map(re.escape, names))})[-_. ]", name)]
+    if set(files).isdisjoint(names) and len(near) == 1:
+        warnings.warn(f"{folder} has no split called {split}; {near[0]} is read instead.", stacklevel=5)
+        split = near[0]
+    name = existing_split(split, list(files), f"{folder} has parquet files of the splits")
     paths = files[name]
     shards = [shard for path in paths if (shard := SHARD.fullmatch(path.stem))]
     parts = [int(shard["part"]) for shard in shards]
-    versions = {
-        (path.parent, shard["parts"] if shard else "" if NUMBERED.fullmatch(path.stem) else path.stem)
-        for path in paths
-        for shard in [SHARD.fullmatch(path.stem)]
-    }
+    versions = set()
+    for path in paths:
+        shard = SHARD.fullmatch(path.stem)
+        versions.add((path.parent, shard["parts"] if shard else "" if NUMBERED.fullmatch(path.stem) else path.stem))
     if len(versions) > 1 or len(set(parts)) < len(parts):
         raise ValueError(
             f"{folder} has several files that may be the split {name!r}: "

@@ -21,7 +21,7 @@ def info_nce(
     gather_gradient: bool = True,
     chunk_rows: int = 4096,
 ) -> torch.Tensor:
-    """SimCLR's loss over the 2N views of all processes (Chen et al., 2020, eq. 1; eq. 1 of the paper).
+    """SimCLR's loss, a scalar, over the 2N views of all processes (Chen et al., 2020, eq. 1; eq. 1 of the paper).
 
     With unit rows z_i and the other view p(i) of the same image,
     L = 1 / 2N sum_i -log( exp(z_i . z_p(i) / t) / sum_{j != i} exp(z_i . z_j / t) ).
@@ -44,13 +44,14 @@ def info_nce(
             then lacks their share.
         chunk_rows: at least 1.
 
-    Returns:
-        A scalar.
-
     Raises:
         TypeError: the views are not floating-point.
         ValueError: the shapes, the temperature or `chunk_rows` are not allowed, all processes together have fewer than
             two images, or processes have different numbers of them.
+
+    Example:
+        >>> z1, z2 = torch.randn(64, 128), torch.randn(64, 128)
+        >>> loss = info_nce(z1, z2, temperature=0.2)
     """
     if not (z1.is_floating_point() and z2.is_floating_point()):
         raise TypeError(f"z1 and z2 have dtypes {z1.dtype} and {z2.dtype}; they must be floating-point.")

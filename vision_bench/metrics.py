@@ -70,6 +70,10 @@ def semantic_consistency(
     Raises:
         TypeError: the features are not floating-point or the labels not integers.
         ValueError: shapes do not fit, a feature is NaN, or an argument is out of its range.
+
+    Example:
+        >>> consistency = semantic_consistency(torch.randn(500, 32).relu(), torch.randint(10, (500,)))
+        >>> consistency.mean, consistency.chance, consistency.sparsity
     """
     norms = _checked_norms(features, eps)
     classes = max(1, int(labels.max()) + 1) if labels.ndim == 1 and len(labels) else 1

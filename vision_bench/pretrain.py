@@ -28,7 +28,7 @@ from torch import nn
 from vision_bench import features, models, storage, training
 from vision_bench.losses import activation_bonus, info_nce
 from vision_bench.probe import knn_accuracy, probe_accuracy
-from vision_bench.views import SimCLRViews
+from vision_bench.views import SimCLRViews, check_settings
 
 if TYPE_CHECKING:
     from vision_bench.data import ImageSet
@@ -71,12 +71,7 @@ class PretrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and finite.")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"warmup_epochs is {self.warmup_epochs}; it must be in [0, {self.epochs}), the epochs.")
-        try:
-            SimCLRViews(8, (0.5,) * 3, (0.5,) * 3, **self.views)
-        except TypeError as error:
-            raise ValueError(
-                f"views is {self.views}, settings of SimCLRViews other than size, mean, std: {error}"
-            ) from None
+        check_settings(self.views)
         if self.optimizer == "lars" and self.weight_decay == 0:
             raise ValueError(
                 "weight_decay is 0, and timm's LARS adapts only what is decayed: it would be plain SGD. Give a small "
@@ -143,21 +138,21 @@ def pretrain(
     training.check(config, len(train), accelerator)
     if validation is not None:
         training.check_validation(train, validation)
-    what = {
+    identity = {
         "config": asdict(config),
         "data": train.fingerprint,
         "images": training.described(train),
         "num_classes": train.num_classes,
         "precision": accelerator.mixed_precision,
     }
-    finished = _finished(folder, model_config, what, validation)
+    finished = _finished(folder, model_config, identity, validation)
     if finished is not None:  # reading needs no lock
         return finished
     with training.held(folder, accelerator):
-        finished = _finished(folder, model_config, what, validation)  # by a process that has just ended
+        finished = _finished(folder, model_config, identity, validation)  # by a process that has just ended
         if finished is not None:
             return finished
-        run = _Run(folder, model_config, config, train, validation, accelerator, monitor_epochs, options, what)
+        run = _Run(folder, model_config, config, train, validation, accelerator, monitor_epochs, options, identity)
         run.run()
     # as a loaded model is: convolutions round otherwise in the layout of training
     run.model.to("cpu").to(memory_format=torch.contiguous_format).eval()
@@ -167,21 +162,22 @@ def pretrain(
 
 
 def _finished(
-    folder: Path, model_config: models.ModelConfig, what: Mapping[str, Any], validation: ImageSet | None
+    folder: Path, model_config: models.ModelConfig, identity: Mapping[str, Any], validation: ImageSet | None
 ) -> Pretrained | None:
     """The model of a folder whose training has ended, with the accuracies that are of these validation images."""
     path = folder / training.MODEL
     if not path.exists():
         return None
-    model, there = models.load(path)
-    if "images" not in there:
+    model, trained = models.load(path)
+    if "images" not in trained:
         warnings.warn(
             f"{path} is of an older version and does not say how its images were normalised; it is taken to be with "
-            f"mean {what['images']['mean']} and deviation {what['images']['std']}, as the images given.",
+            f"mean {identity['images']['mean']} and deviation {identity['images']['std']}, as the images given.",
             stacklevel=3,
         )
-        there["images"] = what["images"]
-    storage.refuse_another(path, {"model": asdict(model.config), **there}, {"model": asdict(model_config), **what})
+        trained["images"] = identity["images"]
+    trained["model"] = asdict(model.config)
+    storage.refuse_another(path, trained, {"model": asdict(model_config), **identity})
     log = training.read_log(folder)
     for entry in log:
         if validation is None or entry.get(VALIDATION) != validation.fingerprint:
@@ -205,7 +201,7 @@ class _Run(training.Training):
         accelerator: Accelerator,
         monitor_epochs: int,
         execution: training.Execution,
-        what: Mapping[str, Any],
+        identity: Mapping[str, Any],
     ) -> None:
         self.config, self.validation = config, validation
         self.remedy = (
@@ -228,9 +224,9 @@ class _Run(training.Training):
             warmup_prefix=True,
             t_in_epochs=False,
         )
-        what = {"model": asdict(model_config), **what}
+        identity = {"model": asdict(model_config), **identity}
         super().__init__(
-            folder, what, config, train, trainee, optimizer, schedule, accelerator, monitor_epochs, execution
+            folder, identity, config, train, trainee, optimizer, schedule, accelerator, monitor_epochs, execution
         )
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> None:
@@ -248,7 +244,7 @@ class _Run(training.Training):
 
     def save_model(self) -> None:
         self.model.to("cpu").eval()
-        models.save(self.folder / training.MODEL, self.model, {k: v for k, v in self.what.items() if k != "model"})
+        models.save(self.folder / training.MODEL, self.model, {k: v for k, v in self.identity.items() if k != "model"})
 
     def measure(self, epoch: int) -> dict[str, Any]:
         """The accuracies of the online probe and the nearest neighbours on the validation images, if there are any."""

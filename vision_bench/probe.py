@@ -11,12 +11,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from vision_bench.checks import CHUNK, PerProbe, check_features, check_finite, check_labels, check_name, chunks, vector
+from vision_bench.corruptions import seed_of
 from vision_bench.losses import LEAST_PROBABILITY, LOG_OF_ZERO
 
 OPTIMIZERS = ("lars", "sgd")
@@ -178,7 +178,7 @@ def order_stream(seed: int) -> int:
 
     Wrong labels drawn with the same seed would otherwise come from the same permutation, and all of them first.
     """
-    return int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
+    return seed_of(seed, 1)
 
 
 class _Group:

@@ -158,6 +158,10 @@ def moments(sparsity: ArrayLike, noise_rate: ArrayLike = 0, input_noise: ArrayLi
 
     Input noise leaves the means (Theorem B.7) and adds sigma^2 to Var[u | y], 2 sigma^2 to Var[v | y] (Theorem B.8).
     Arguments and errors are those of `laws`.
+
+    Example:
+        >>> noisy = moments(sparsity=0.5, noise_rate=0.3)
+        >>> criterion(noisy).mono, criterion(noisy).poly  # Fisher's ratio of both
     """
     mono, poly, priors = laws(sparsity, noise_rate, input_noise, ties)
     return Moments(ClassMoments(mono.means, mono.variances), ClassMoments(poly.means, poly.variances), priors)

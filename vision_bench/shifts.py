@@ -81,9 +81,9 @@ def load_shifted(
     split = split or ("." if has_class_folders(Path(place)) else "test")
     source = find_images(str(place), split, None, skip_corrupt, label_column, progress)
     labels = _labels_as(source, like, class_map, str(place))
-    wanted = (labels >= 0).nonzero().squeeze(1)
-    _check_every_class(labels[wanted], like, place, source.class_names)
-    images, digests, kept = image_files.read(source.encoded, wanted, side, memory_limit, skip_corrupt, progress)
+    matched = (labels >= 0).nonzero().squeeze(1)
+    _check_every_class(labels[matched], like, place, source.class_names)
+    images, digests, kept = image_files.read(source.encoded, matched, side, memory_limit, skip_corrupt, progress)
     _check_every_class(labels[kept], like, place, source.class_names)
     shifted = replace(like, images=images, labels=labels[kept], digests=digests, digested=None)
     if warn_of_training_images(shifted, like, f"images of {place}") == len(shifted):
@@ -122,25 +122,26 @@ def load_corruptions(folder: str | Path, like: ImageSet, progress: bool = False)
         ValueError: a file is missing, not a plain array or not of such a shape, or classes do not fit.
     """
     folder = Path(folder)
-    every = _labels_of(folder / LABELS)
-    if len(every) % SEVERITIES or not torch.equal(every, every[: len(every) // SEVERITIES].repeat(SEVERITIES)):
+    repeated = _labels_of(folder / LABELS)
+    numbers = repeated[: len(repeated) // SEVERITIES]  # of the classes, of the images of a severity
+    if not torch.equal(repeated, numbers.repeat(SEVERITIES)):
         raise ValueError(
-            f"{folder / LABELS} has {len(every)} labels, which are not those of the same images {SEVERITIES} times, "
-            "once for each severity."
+            f"{folder / LABELS} has {len(repeated)} labels, which are not those of the same images {SEVERITIES} "
+            "times, once for each severity."
         )
     files = {path.stem: path for path in sorted(folder.glob("*.npy")) if path.name != LABELS}
     if not files:
         raise ValueError(f"{folder} has {LABELS} but no array of a corruption, such as fog.npy.")
     arrays = {name: _array(path) for name, path in files.items()}
     for name, array in arrays.items():
-        if len(array) != len(every):
-            raise ValueError(f"{files[name]} has {len(array)} images for the {len(every)} labels of {LABELS}.")
-    labels = _classes_of(every[: len(every) // SEVERITIES], like, folder)
+        if len(array) != len(repeated):
+            raise ValueError(f"{files[name]} has {len(array)} images for the {len(repeated)} labels of {LABELS}.")
+    labels = _classes_of(numbers, like, folder)
     names = list(files)
     content = in_threads(lambda index: _content(arrays[names[index]]), range(len(names)))
     hashed = list(tqdm(content, desc=f"hashing {folder}", total=len(names), unit="file", disable=not progress))
-    about = repr((labels.tolist(), names, hashed)).encode()
-    return Corruptions(files, labels, like, hashlib.blake2b(about, digest_size=8).hexdigest())
+    described = repr((labels.tolist(), names, hashed)).encode()
+    return Corruptions(files, labels, like, hashlib.blake2b(described, digest_size=8).hexdigest())
 
 
 def load_arrays(data: str | Path, like: ImageSet) -> ImageSet:
@@ -174,22 +175,22 @@ def _side(like: ImageSet) -> int:
 
 
 def _labels_as(source: Source, like: ImageSet, class_map: Mapping[str, str] | None, place: str) -> torch.Tensor:
-    """Labels (n,) of a source as classes of `like`, -1 for what it does not have."""
-    ours = {name: index for index, name in enumerate(like.class_names)}
-    if len(ours) < len(like.class_names):
+    """Labels (n,) of a source as classes of `like`, -1 for classes that it does not have."""
+    indices = {name: index for index, name in enumerate(like.class_names)}
+    if len(indices) < len(like.class_names):
         raise ValueError("the training set has several classes of the same name; shifted images cannot be matched.")
     if class_map is None:
-        class_map = {name: name for name in source.class_names if name in ours}
+        class_map = {name: name for name in source.class_names if name in indices}
     else:
         unknown = [name for name in class_map if name not in source.class_names]
         if unknown:
             raise ValueError(f"class_map has the classes {listed(unknown)}; {place} has {listed(source.class_names)}.")
-        unknown = [name for name in class_map.values() if name not in ours]
+        unknown = [name for name in class_map.values() if name not in indices]
         if unknown:
             raise ValueError(
-                f"class_map leads to {listed(unknown)}; the training set has the classes {listed(list(ours))}."
+                f"class_map leads to {listed(unknown)}; the training set has the classes {listed(list(indices))}."
             )
-    targets = torch.tensor([ours[class_map[name]] if name in class_map else -1 for name in source.class_names])
+    targets = torch.tensor([indices[class_map[name]] if name in class_map else -1 for name in source.class_names])
     return targets[source.labels]
 
 
@@ -234,7 +235,7 @@ def _content(array: np.ndarray[Any, Any]) -> str:
 
 
 def _labels_of(path: Path) -> torch.Tensor:
-    """(n,) int64."""
+    """Labels (n,) int64 of a file."""
     array = _read(path)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{path} has dtype {array.dtype}; labels are integers.")
@@ -252,9 +253,10 @@ def _classes_of(numbers: torch.Tensor, like: ImageSet, place: Path) -> torch.Ten
     classes = {number: index for index, number in enumerate(like.class_numbers)}
     others = [str(number) for number in numbers.unique().tolist() if number not in classes]
     if others:
-        known = [f"{number} ({name})" for number, name in zip(classes, like.class_names, strict=True)]
+        expected = [f"{number} ({name})" for number, name in zip(classes, like.class_names, strict=True)]
         raise ValueError(
-            f"{place} has the labels {listed(others)}; the training set has {len(known)} classes: {listed(known)}."
+            f"{place} has the labels {listed(others)}; the training set has {len(expected)} classes: "
+            f"{listed(expected)}."
         )
     labels = torch.tensor([classes[number] for number in numbers.tolist()])
     _check_every_class(labels, like, place)

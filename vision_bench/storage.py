@@ -127,7 +127,7 @@ def without_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def refuse_another(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_another(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Raise ValueError that names the differences between what `path` was trained with and what is asked for now."""
 
     def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def refuse_another(path: Path, there: Mapping[str, Any], now: Mapping[str, Any])
             leaves |= flat(value) if isinstance(value, Mapping) and value else {key: value}
         return leaves
 
-    old, new = flat(json.loads(json.dumps(there))), flat(json.loads(json.dumps(now)))
+    old, new = flat(json.loads(json.dumps(saved))), flat(json.loads(json.dumps(current)))
     changed = [
         f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
         for name in sorted(old.keys() | new.keys())

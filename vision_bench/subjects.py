@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,10 @@ class Pass(NamedTuple):
     def load(self) -> torch.Tensor:
         """The features (n, d) on the CPU."""
         return features.load(self.folder, self.source.layers[0], self.source)
+
+    def width(self) -> int:
+        """The d of features (n, d) that are in the cache."""
+        return next(features.shards(self.folder, self.source.layers[0], self.source)).shape[1]
 
 
 @dataclass
@@ -60,9 +65,14 @@ class Subject:
     model: nn.Module | None
 
     @property
+    def passes(self) -> list[Pass]:
+        """All of them, that over the training images first."""
+        return [self.train, *self.tests.values()]
+
+    @cached_property
     def id(self) -> str:
         """12 digits that follow from the weights, the layer, and all images as the model gets them."""
-        return _digest([asdict(one.source) for one in (self.train, *self.tests.values())])
+        return _digest([asdict(part.source) for part in self.passes])
 
     @property
     def label(self) -> str:
@@ -92,7 +102,7 @@ class Subject:
         model, self.model = self.model, None
         if model is None:
             return
-        for images, noise, folder, source in (self.train, *self.tests.values()):
+        for images, noise, folder, source in self.passes:
             features.extract(
                 folder,
                 model,
@@ -112,7 +122,7 @@ class Subject:
         Raises:
             ValueError: they have another size than those of the training images.
         """
-        z, width = self.tests[test].load(), _width(self.train)
+        z, width = self.tests[test].load(), self.train.width()
         if z.shape[1] != width:
             raise ValueError(
                 f"{self.name} gives {width} features of the training images and {z.shape[1]} of the test images "
@@ -122,7 +132,7 @@ class Subject:
 
     def is_non_negative(self) -> bool:
         """Whether no feature of any image is negative, so that ReLU leaves all as they are."""
-        return all(bool((one.load() >= 0).all()) for one in (self.train, *self.tests.values()))
+        return all(bool((part.load() >= 0).all()) for part in self.passes)
 
 
 def find_subjects(settings: Settings, device: torch.device, progress: bool) -> list[Subject]:
@@ -221,20 +231,20 @@ def _subject(frozen: zoo.Frozen, random: bool, settings: Settings, images: _Imag
     size = settings.image_size or frozen.image_size
     # A folder of other images is normalised as the images that the model was trained on.
     mean, std = frozen.statistics or (images.sets[TRAIN].mean, images.sets[TRAIN].std)
-    sets = {name: replace(one, mean=mean, std=std) for name, one in images.sets.items()}
+    sets = {name: replace(image_set, mean=mean, std=std) for name, image_set in images.sets.items()}
 
-    def one_pass(split: str, name: str, noise: InputNoise | None) -> Pass:
+    def pass_over(split: str, name: str, noise: InputNoise | None) -> Pass:
         source = features.source(frozen.model, sets[name], split, [layer], noise=noise, checkpoint=checkpoint)
         words = re.sub(r"[^\w.]+", "_", f"{Path(frozen.name).name}-{split}".replace("-", "_"))
         return Pass(sets[name], noise, settings.cache / f"{words[-60:]}-{_digest(asdict(source))}", source)
 
-    train = one_pass(TRAIN, TRAIN, None)
+    train = pass_over(TRAIN, TRAIN, None)
     tests = {
-        name: one_pass(f"test, {name}", str(shift or CLEAN), noise)
+        name: pass_over(f"test, {name}", str(shift or CLEAN), noise)
         for name, (shift, noise) in settings.conditions.tests().items()
     }
-    is_missing = any(features.missing(one.folder, one.source) for one in (train, *tests.values()))
-    width = _tried_width(frozen, layer, sets, device) if is_missing else _width(train)
+    is_missing = any(features.missing(part.folder, part.source) for part in (train, *tests.values()))
+    width = _tried_width(frozen, layer, sets, device) if is_missing else train.width()
     if settings.sae_k is not None and width is not None and settings.sae_k > width and "sae" in settings.features:
         raise ValueError(
             f"sae_k is {settings.sae_k}; {frozen.name} has {width} features, and it must not exceed them."
@@ -261,11 +271,6 @@ def _layer(frozen: zoo.Frozen, settings: Settings) -> str:
     return settings.layer or layers[-1]
 
 
-def _width(one: Pass) -> int:
-    """The d of features (n, d) that are in the cache."""
-    return next(features.shards(one.folder, one.source.layers[0], one.source)).shape[1]
-
-
 def _tried_width(frozen: zoo.Frozen, layer: str, images: dict[str, ImageSet], device: torch.device) -> int | None:
     """The d of features (n, d) of a few images, None if none are finite, which `Subject.extract` reports.
 
@@ -274,16 +279,18 @@ def _tried_width(frozen: zoo.Frozen, layer: str, images: dict[str, ImageSet], de
     """
     widths = {}
     frozen.model.to(device)
-    for name, one in images.items():
+    for name, image_set in images.items():
         try:
-            few = one.images[: min(3, len(one))]
-            widths[name] = features.embed(frozen.model, few, one.mean, one.std, [layer], batch_size=2)[layer].shape[1]
+            few = image_set.images[: min(3, len(image_set))]
+            z = features.embed(frozen.model, few, image_set.mean, image_set.std, [layer], batch_size=2)[layer]
+            widths[name] = z.shape[1]
         except FloatingPointError:
             continue
         except (AssertionError, RuntimeError, ValueError) as error:
+            size = " x ".join(map(str, image_set.images.shape[2:]))
             raise ValueError(
-                f"{frozen.name} gives no features of {name} images of {' x '.join(map(str, one.images.shape[2:]))} "
-                f"pixels: {error} (--image_size sets the pixels.)"
+                f"{frozen.name} gives no features of {name} images of {size} pixels: {error} (--image_size sets the "
+                "pixels.)"
             ) from None
     frozen.model.to("cpu")  # until its features are computed
     if len(set(widths.values())) > 1:

@@ -78,6 +78,10 @@ def train(
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Example:
+        >>> models = train(n_features=6, n_dims=3, sparsities=[0.0, 0.9], seeds=[0, 1], steps=500)
+        >>> geometry(models.weight).features_per_dimension  # (2, 2), of each sparsity and seed
     """
     _check_sizes(n_features, n_dims, steps=steps, batch_size=batch_size)
     for sparsity in sparsities:
@@ -188,6 +192,8 @@ def flip_labels(
     labels: torch.Tensor, noise_rate: float, n_classes: int, generator: np.random.Generator, flips: str = "others"
 ) -> torch.Tensor:
     """Each label replaced with probability `noise_rate` by a uniformly drawn one, section 4.2.
+
+    Labels are replaced independently of each other; `corruptions.flip_labels` replaces an exact number of them.
 
     Args:
         labels: (count,) int64.

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from vision_bench import storage
+from vision_bench.corruptions import seed_of
 from vision_bench.runs import locked
 
 if TYPE_CHECKING:
@@ -126,11 +127,6 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill can cut the last one
 
 
-def seed_of(*numbers: int) -> int:
-    """One seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 class Training:
     """One training: the tensors that change, and the loop over the steps that change them.
 
@@ -139,7 +135,7 @@ class Training:
     `sums`, `more_state` and `set_more_state`. The folder's state, if there is one, is loaded here.
 
     Args:
-        what: everything that decides the result, JSON-serialisable; a folder of another training is refused.
+        identity: everything that decides the result, JSON-serialisable; a folder of another training is refused.
         data: at least a batch of images; what an epoch leaves over of the last batch waits for another one.
         module: with all weights and buffers of the state, on the accelerator's device.
         schedule: of timm, updated by the step's number.
@@ -152,7 +148,7 @@ class Training:
     def __init__(
         self,
         folder: Path,
-        what: Mapping[str, Any],
+        identity: Mapping[str, Any],
         config: Config,
         data: ImageSet,
         module: nn.Module,
@@ -162,7 +158,7 @@ class Training:
         monitor_epochs: int,
         execution: Execution,
     ) -> None:
-        self.folder, self.what, self.accelerator, self.execution = folder, what, accelerator, execution
+        self.folder, self.identity, self.accelerator, self.execution = folder, identity, accelerator, execution
         self.monitor_epochs = monitor_epochs
         self.epochs, self.batch_size, self.seed = config.epochs, config.batch_size, config.seed
         self.data, self.raw, self.optimizer, self.schedule = data, module, optimizer, schedule
@@ -317,12 +313,12 @@ class Training:
         self.saved_step = self.step_number
         more, more_header = self.more_state()
         tensors |= storage.optimizer_state(self.optimizer) | storage.prefixed("more.", more)
-        header = {"what": self.what, "step": self.step_number, "more": more_header}
+        header = {"what": self.identity, "step": self.step_number, "more": more_header}
         storage.save(self.folder / STATE, STATE_KIND, tensors, header)
 
     def _load_state(self) -> None:
         tensors, header = storage.load(self.folder / STATE, STATE_KIND)
-        storage.refuse_another(self.folder / STATE, header["what"], self.what)
+        storage.refuse_another(self.folder / STATE, header["what"], self.identity)
         self.raw.load_state_dict(storage.without_prefix("trainee.", tensors))
         storage.load_optimizer_state(self.optimizer, tensors)
         self.set_more_state(storage.without_prefix("more.", tensors), header.get("more", {}))

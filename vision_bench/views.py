@@ -11,8 +11,9 @@ and its hue is that of HSV. docs/deviations.md has the difference in figures.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,79 +49,56 @@ class ViewParameters(NamedTuple):
     blur: torch.Tensor  # (n,) standard deviation of the Gaussian in pixels, 0 for none
 
 
+@dataclass(eq=False)
 class SimCLRViews:
     """Two random views of each image of a batch (Chen et al., 2020); the defaults are the paper's for CIFAR.
 
-    Args:
-        size: side of the square views in pixels.
-        mean, std: of the channels, for images in [0, 1]: views are normalised with them.
-        crop_scale: share of the image's area that a crop has, from and to, in (0, 1].
-        crop_ratio: width over height of a crop, from and to.
-        flip_probability: in [0, 1], as all probabilities.
-        jitter_probability: with which all four of the following are applied together, else none.
-        brightness, contrast, saturation: factors are uniform in [max(0, 1 - value), 1 + value].
-        hue: uniform in [-value, value], at most 0.5, in turns.
-        greyscale_probability, blur_probability: of each.
-        blur_sigma: standard deviation of the blur in pixels of the view, from and to; both above 0. The kernel is cut
-            at three times the larger one.
-
     Raises:
         ValueError: a setting is out of its range.
+
+    Example:
+        >>> images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+        >>> views = SimCLRViews(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        >>> first, second = views(images, torch.Generator().manual_seed(0))
     """
 
-    def __init__(
-        self,
-        size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        *,
-        crop_scale: Sequence[float] = (0.08, 1.0),
-        crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
-        flip_probability: float = 0.5,
-        jitter_probability: float = 0.8,
-        brightness: float = 0.8,
-        contrast: float = 0.8,
-        saturation: float = 0.8,
-        hue: float = 0.2,
-        greyscale_probability: float = 0.2,
-        blur_probability: float = 0.5,
-        blur_sigma: Sequence[float] = (0.1, 2.0),
-    ) -> None:
-        if size < 1:
-            raise ValueError(f"size is {size}; it must be at least 1 pixel.")
-        if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
-            raise ValueError(f"mean is {mean} and std {std}; both have three values, one a channel, std above 0.")
-        for name, (low, high), top in (
-            ("crop_scale", crop_scale, 1.0),
-            ("crop_ratio", crop_ratio, math.inf),
-            ("blur_sigma", blur_sigma, math.inf),
-        ):
+    size: int  # side of the square views in pixels
+    mean: Sequence[float]  # of the channels, for images in [0, 1]: views are normalised with it and with `std`
+    std: Sequence[float]
+    _: KW_ONLY
+    crop_scale: Sequence[float] = (0.08, 1.0)  # share of the image's area that a crop has, from and to, in (0, 1]
+    crop_ratio: Sequence[float] = (3 / 4, 4 / 3)  # width over height of a crop, from and to
+    flip_probability: float = 0.5  # in [0, 1], as all probabilities
+    jitter_probability: float = 0.8  # with which all four of the following are applied together, else none
+    brightness: float = 0.8  # factors are uniform in [max(0, 1 - value), 1 + value]
+    contrast: float = 0.8  # as brightness
+    saturation: float = 0.8  # as brightness
+    hue: float = 0.2  # uniform in [-value, value], at most 0.5, in turns
+    greyscale_probability: float = 0.2
+    blur_probability: float = 0.5
+    blur_sigma: Sequence[float] = (
+        0.1,
+        2.0,
+    )  # in pixels of the view, from and to, above 0; cut at three times the latter
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size is {self.size}; it must be at least 1 pixel.")
+        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
+            raise ValueError(
+                f"mean is {self.mean} and std {self.std}; both have three values, one a channel, std above 0."
+            )
+        for name, top in (("crop_scale", 1.0), ("crop_ratio", math.inf), ("blur_sigma", math.inf)):
+            low, high = getattr(self, name)
             if not 0 < low <= high <= top:
                 raise ValueError(f"{name} is {(low, high)}; it must be two ascending numbers in (0, {top}].")
-        for name, probability in (
-            ("flip_probability", flip_probability),
-            ("jitter_probability", jitter_probability),
-            ("greyscale_probability", greyscale_probability),
-            ("blur_probability", blur_probability),
-        ):
-            if not 0 <= probability <= 1:
-                raise ValueError(f"{name} is {probability}; it must be in [0, 1].")
-        for name, strength, top in (
-            ("brightness", brightness, math.inf),
-            ("contrast", contrast, math.inf),
-            ("saturation", saturation, math.inf),
-            ("hue", hue, 0.5),
-        ):
-            if not 0 <= strength <= top:
-                raise ValueError(f"{name} is {strength}; it must be in [0, {top}].")
-        self.size = size
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.crop_scale, self.crop_ratio = tuple(crop_scale), tuple(crop_ratio)
-        self.flip_probability = flip_probability
-        self.jitter_probability = jitter_probability
-        self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
-        self.greyscale_probability = greyscale_probability
-        self.blur_probability, self.blur_sigma = blur_probability, tuple(blur_sigma)
+        tops = dict.fromkeys(
+            ("flip_probability", "jitter_probability", "greyscale_probability", "blur_probability"), 1.0
+        )
+        tops |= {"brightness": math.inf, "contrast": math.inf, "saturation": math.inf, "hue": 0.5}
+        for name, top in tops.items():
+            if not 0 <= getattr(self, name) <= top:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, {top:g}].")
 
     def __call__(self, images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Two views (n, 3, size, size) float32 of each image, normalised; arguments and errors as `apply`, `draw`."""
@@ -143,10 +121,10 @@ class SimCLRViews:
         widths, heights = torch.sqrt(area * ratio).round().long(), torch.sqrt(area / ratio).round().long()
         fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
         first = fits.to(torch.uint8).argmax(dim=0, keepdim=True)
-        found = fits.any(dim=0)
+        any_fits = fits.any(dim=0)
         whole_height, whole_width = self._whole(height, width)
-        crop_height = torch.where(found, heights.gather(0, first)[0], whole_height)
-        crop_width = torch.where(found, widths.gather(0, first)[0], whole_width)
+        crop_height = torch.where(any_fits, heights.gather(0, first)[0], whole_height)
+        crop_width = torch.where(any_fits, widths.gather(0, first)[0], whole_width)
         free_height, free_width = height - crop_height, width - crop_width
         # A product that rounds to free + 1 would lie outside.
         crop_top = torch.minimum((top * (free_height + 1)).long(), free_height)
@@ -160,8 +138,8 @@ class SimCLRViews:
 
         low, high = self.blur_sigma
         return ViewParameters(
-            top=torch.where(found, crop_top, (height - whole_height) // 2),
-            left=torch.where(found, crop_left, (width - whole_width) // 2),
+            top=torch.where(any_fits, crop_top, (height - whole_height) // 2),
+            left=torch.where(any_fits, crop_left, (width - whole_width) // 2),
             height=crop_height,
             width=crop_width,
             flip=flip < self.flip_probability,
@@ -250,6 +228,14 @@ class SimCLRViews:
         flat = torch.baddbmm(offset[:, :, None], matrix, views.flatten(2))
         lowest, highest = (-mean / std)[:, None], ((1 - mean) / std)[:, None]
         return torch.clamp(flat, min=lowest, max=highest).view_as(views)
+
+
+def check_settings(views: Mapping[str, Any]) -> None:
+    """Raise ValueError for settings of `SimCLRViews` that it does not have or that are out of their range."""
+    try:
+        SimCLRViews(8, (0.5,) * 3, (0.5,) * 3, **views)
+    except TypeError as error:
+        raise ValueError(f"views is {views}, settings of SimCLRViews other than size, mean, std: {error}") from None
 
 
 def _hue_matrices(turns: torch.Tensor) -> torch.Tensor:

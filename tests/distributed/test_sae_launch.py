@@ -34,7 +34,7 @@ def test_two_processes_train_and_continue_what_one_does(tmp_path):
     assert [row["step"] for row in two["log"]] == list(range(4, 41, 4))
     for mine, other in zip(two["log"], one["log"], strict=True):
         assert mine == pytest.approx(other, rel=1e-3)
-    assert two["log"][-1]["dead_share"] > 0
+    assert max(row["dead_share"] for row in two["log"]) > 0
 
 
 def test_a_killed_training_continues_exactly(tmp_path):

@@ -53,14 +53,14 @@ def folder(tmp_path_factory, checkpoint):
     return path
 
 
-def found(folder, metric=ACCURACY, **arm):
+def measured(folder, metric=ACCURACY, **arm):
     return rows(folder, metric, **arm)
 
 
 def test_every_cell_has_a_row_and_kinds_of_features_differ(folder, checkpoint):
     names = {str(checkpoint): 16, "small_conv": 128}
     arm = ("model", "features", "few_shots", "label_noise", "test")
-    cells = {(*(row["config"][k] for k in arm), row["seed"]) for row in found(folder)}
+    cells = {(*(row["config"][k] for k in arm), row["seed"]) for row in measured(folder)}
     assert cells == {
         (model, kind, shots, rate, test, seed)
         for model in names
@@ -70,24 +70,24 @@ def test_every_cell_has_a_row_and_kinds_of_features_differ(folder, checkpoint):
         for test in TESTS
         for seed in (0, 1)
     }
-    assert len(found(folder)) == len(cells)
+    assert len(measured(folder)) == len(cells)
     for model, width in names.items():
-        assert {row["config"]["dimensions"] for row in found(folder, model=model)} == {width}
-        assert len({row["value"] for row in found(folder, "sparsity", model=model, test="clean")}) >= 2
-        assert found(folder, "sparsity", model=model, features="sae", test="clean")[0]["value"] == pytest.approx(
+        assert {row["config"]["dimensions"] for row in measured(folder, model=model)} == {width}
+        assert len({row["value"] for row in measured(folder, "sparsity", model=model, test="clean")}) >= 2
+        assert measured(folder, "sparsity", model=model, features="sae", test="clean")[0]["value"] == pytest.approx(
             1 - 1 / 8, abs=0.02
         )
         for metric in sae.QUALITY:
-            assert len(found(folder, metric, model=model)) == 1
+            assert len(measured(folder, metric, model=model)) == 1
         # no feature of these two is negative
-        assert [row["config"]["features"] for row in found(folder, benchmark.SAME, model=model)] == ["relu"]
-        training = found(folder, probe.TRAINING[0], model=model)
-        assert len(training) == len(found(folder, probe.TRAINING[1], model=model)) == 3 * 2 * 2 * 2
+        assert [row["config"]["features"] for row in measured(folder, benchmark.SAME, model=model)] == ["relu"]
+        training = measured(folder, probe.TRAINING[0], model=model)
+        assert len(training) == len(measured(folder, probe.TRAINING[1], model=model)) == 3 * 2 * 2 * 2
         assert {row["n"] for row in training} == {299, 149}
-    assert {row["config"]["random_init"] for row in found(folder, model="small_conv")} == {True}
-    clean = found(folder, model=str(checkpoint), features="raw", few_shots=1, label_noise=0, test="clean")
+    assert {row["config"]["random_init"] for row in measured(folder, model="small_conv")} == {True}
+    clean = measured(folder, model=str(checkpoint), features="raw", few_shots=1, label_noise=0, test="clean")
     assert clean[0]["value"] != clean[1]["value"]
-    assert {row["n"] for row in found(folder)} == {301}  # rounded in each class
+    assert {row["n"] for row in measured(folder)} == {301}  # rounded in each class
 
 
 @pytest.mark.parametrize(("kind", "shots", "test"), [("raw", 1, "clean"), ("unit", 0.5, "rotated + gaussian 0.5")])
@@ -111,15 +111,17 @@ def test_a_cell_equals_what_its_parts_give_one_by_one(folder, kind, shots, test)
     # 20 epochs of all 299 images are 20 steps, and so are 20 of the half: 149 images are less than one batch of 256
     fitted = fit_linear_probes(x[drawn], labels[None], 10, epochs=20, batch_size=min(256, len(drawn)), seeds=seed)
     arm = {"model": "small_conv", "features": kind, "test": test}
-    (row,) = found(folder, few_shots=shots, label_noise=rate, seed=seed, **arm)
+    (row,) = measured(folder, few_shots=shots, label_noise=rate, seed=seed, **arm)
     assert row["value"] == pytest.approx(probe_accuracy(*fitted, y, images.labels, topk=(1,))[1].item(), abs=1e-9)
     expected = probe.training_accuracy(fitted, x[drawn], labels[None])
     for metric, value in zip(probe.TRAINING, expected, strict=True):
-        (row,) = found(folder, metric, few_shots=shots, label_noise=rate, seed=seed, model="small_conv", features=kind)
+        (row,) = measured(
+            folder, metric, few_shots=shots, label_noise=rate, seed=seed, model="small_conv", features=kind
+        )
         assert row["value"] == pytest.approx(value.item(), abs=1e-9)
     what = semantic_consistency(y, images.labels)
     for metric, value in (("semantic_consistency", what.mean), ("sparsity", what.sparsity)):
-        assert found(folder, metric, **arm)[0]["value"] == pytest.approx(value, abs=1e-6)
+        assert measured(folder, metric, **arm)[0]["value"] == pytest.approx(value, abs=1e-6)
 
 
 def test_probes_on_few_images_take_the_steps_of_all_up_to_whole_epochs(tmp_path, monkeypatch):
@@ -149,21 +151,25 @@ def test_the_table_says_what_is_pretrained_on_what_and_agrees_with_the_rows(fold
     assert len(table) == len(cells) == 2 * 3 * 2 * 2 * 4
     for line, cell in zip(table, cells, strict=True):
         arm = {k: cell[k] for k in ("features", "few_shots", "label_noise", "test", "features_id")}
-        values = [100 * row["value"] for row in found(folder, **arm)]
+        values = [100 * row["value"] for row in measured(folder, **arm)]
         expected = interval(values)
         assert float(line["top1"]) == pytest.approx(expected.mean) == cell["top1"]
         assert cell["top1_half_width"] == pytest.approx(expected.half_width)
-        base = found(folder, **arm | {"features": "raw"})
+        base = measured(folder, **arm | {"features": "raw"})
         if cell["features"] != "raw":
-            gain = paired_difference(found(folder, **arm), base).scaled(100)
+            gain = paired_difference(measured(folder, **arm), base).scaled(100)
             assert (cell["gain_over_raw"], cell["gain_half_width"]) == pytest.approx(gain[:2])
             assert gain.text(1, sign=True) in text
         if cell["features"] == "sae":
-            gain = paired_difference(found(folder, **arm), found(folder, **arm | {"features": "unit"})).scaled(100)
+            gain = paired_difference(measured(folder, **arm), measured(folder, **arm | {"features": "unit"})).scaled(
+                100
+            )
             assert (cell["gain_over_unit"], cell["gain_over_unit_half_width"]) == pytest.approx(gain[:2])
             assert gain.text(1, sign=True) in text
         training = {k: v for k, v in arm.items() if k != "test"}
-        own, means = (interval([100 * row["value"] for row in found(folder, m, **training)]) for m in probe.TRAINING)
+        own, means = (
+            interval([100 * row["value"] for row in measured(folder, m, **training)]) for m in probe.TRAINING
+        )
         assert (cell["training_top1"], cell["training_half_width"]) == pytest.approx(own[:2])
         assert cell["class_means_training_top1"] == pytest.approx(means.mean)
         assert cell["trained"] == (own.mean >= means.mean)
@@ -172,7 +178,7 @@ def test_the_table_says_what_is_pretrained_on_what_and_agrees_with_the_rows(fold
         assert expected.text(1) in text
         assert (
             cell["semantic_consistency"]
-            == found(folder, "semantic_consistency", **{k: arm[k] for k in ("features", "test", "features_id")})[0][
+            == measured(folder, "semantic_consistency", **{k: arm[k] for k in ("features", "test", "features_id")})[0][
                 "value"
             ]
         )
@@ -202,7 +208,7 @@ def test_the_table_says_whether_models_were_pretrained_on_the_images_here(tmp_pa
     main([*command, "--output_dir", str(tmp_path / "run")])
     text = (tmp_path / "run" / "results.md").read_text()
     for name, (fingerprint, words) in expected.items():
-        (row,) = found(tmp_path / "run", "sparsity", model=str(tmp_path / name))
+        (row,) = measured(tmp_path / "run", "sparsity", model=str(tmp_path / name))
         assert row["config"]["pretrained"].endswith(f"images of the fingerprint {fingerprint}{words}")
         assert f"fingerprint {fingerprint}{words}.\n" in text
     assert "Pretrained: nothing: random initialisation, seed 0.\n" in text
@@ -216,11 +222,11 @@ def test_a_second_run_with_the_same_features_makes_no_forward_pass(folder, check
     monkeypatch.setattr(models, "outputs", no_pass)
     command = [str(checkpoint), "--output_dir", str(tmp_path / "b"), *QUICK, "--cache_dir", str(folder / "cache")]
     main([*command, "--corruptions", "label_noise=0.6", "gaussian=0.5"])
-    assert {row["config"]["label_noise"] for row in found(tmp_path / "b")} == {0, 0.6}
+    assert {row["config"]["label_noise"] for row in measured(tmp_path / "b")} == {0, 0.6}
     arm = {"label_noise": 0, "few_shots": 1, "model": str(checkpoint)}
     for test in ("clean", "gaussian 0.5"):
         for kind in ("raw", "unit", "sae"):
-            first, second = (found(f, test=test, features=kind, **arm) for f in (folder, tmp_path / "b"))
+            first, second = (measured(f, test=test, features=kind, **arm) for f in (folder, tmp_path / "b"))
             assert [row["value"] for row in first] == [row["value"] for row in second]
     with pytest.raises(SystemExit, match="a forward pass"):
         main([*command, "--corruptions", "gaussian=0.7", "--output_dir", str(tmp_path / "c")])
@@ -282,7 +288,7 @@ def test_models_and_kinds_of_features_may_be_added(folder, checkpoint, tmp_path)
     timm_models.save(tmp_path / "resnet", model, load_images("digits", "test", image_size=32), {})
     main([str(tmp_path / "resnet"), "--features", "raw", "--output_dir", str(grown), *QUICK, *CORRUPTIONS, "--resume"])
     assert len(results(grown)) == len(before) + 4 * (2 * 2 * 2 + 4) + 2 * (2 * 2 * 2)
-    assert found(grown, model=str(tmp_path / "resnet"))[0]["config"]["image_size"] == [32, 32]
+    assert measured(grown, model=str(tmp_path / "resnet"))[0]["config"]["image_size"] == [32, 32]
     assert set(before) < set(results(grown))
 
 
@@ -326,14 +332,14 @@ def test_the_scale_of_a_models_features_decides_nothing(tmp_path):
         first, second = (
             {
                 (*(row["config"].get(k) for k in ("features", "few_shots", "label_noise")), row["seed"]): row["value"]
-                for row in found(tmp_path / name, metric)
+                for row in measured(tmp_path / name, metric)
             }
             for name in ("odd_pixels", "odd_large_pixels")
         )
         assert first == second
         if metric in (ACCURACY, *probe.TRAINING):
             assert {key[0] for key in first} == {"raw", "unit", "relu", "sae"}
-    clean = found(tmp_path / "odd_large_pixels", features="raw", label_noise=0, few_shots=1)
+    clean = measured(tmp_path / "odd_large_pixels", features="raw", label_noise=0, few_shots=1)
     assert min(row["value"] for row in clean) > 0.5
 
 
@@ -341,7 +347,7 @@ def test_probes_that_are_not_trained_and_autoencoders_that_explain_little_are_po
     command = ["--random_init", "odd_pixels", "--features", "raw", "sae", "--corruptions", "--limit", "300"]
     main([*command, "--output_dir", str(tmp_path / "few"), "--probe_epochs", "1", "--sae_epochs", "1", "--sae_k", "1"])
     text = (tmp_path / "few" / "results.md").read_text()
-    own, means = (found(tmp_path / "few", metric, features="raw") for metric in probe.TRAINING)
+    own, means = (measured(tmp_path / "few", metric, features="raw") for metric in probe.TRAINING)
     own, means = (100 * sum(row["value"] for row in rows) / 5 for rows in (own, means))
     assert own < means
     warning = (
@@ -349,13 +355,13 @@ def test_probes_that_are_not_trained_and_autoencoders_that_explain_little_are_po
     )
     assert f"\n- {warning}\n" in text.split("**Warning: not trained.**")[1]
     assert " (not trained) |" in text
-    (row,) = found(tmp_path / "few", "sae_fvu")
+    (row,) = measured(tmp_path / "few", "sae_fvu")
     assert row["value"] > 0.5
     assert f"**Warning: variance unexplained above 0.5:** odd_pixels (random) ({row['value']:.2f})." in text
     trained = json.loads((tmp_path / "few" / "results.json").read_text())["table"][0]["trained"]
     assert trained is False
     main([*command, "--output_dir", str(tmp_path / "many")])
-    assert found(tmp_path / "many", "sae_fvu")[0]["value"] < 0.5
+    assert measured(tmp_path / "many", "sae_fvu")[0]["value"] < 0.5
     assert "not trained" not in (tmp_path / "many" / "results.md").read_text()
     assert "Warning" not in (tmp_path / "many" / "results.md").read_text()
 
@@ -365,24 +371,24 @@ def test_rows_of_zeros_among_the_features_do_not_end_the_command(tmp_path):
     test = load_images("digits", "test")
     silent = features.normalise(test.images, test.mean, test.std).mean(dim=(1, 2, 3)) <= -0.05
     assert 0.2 < silent.double().mean() < 0.8
-    assert {row["config"]["features"] for row in found(tmp_path)} == {"raw", "unit", "relu"}
+    assert {row["config"]["features"] for row in measured(tmp_path)} == {"raw", "unit", "relu"}
 
 
 def test_relu_that_equals_raw_is_measured_only_without_raw(tmp_path, monkeypatch):
     command = [*SMALL, "--output_dir", str(tmp_path), "--corruptions", *QUICK]
     main([*command, "--features", "relu"])
-    alone = found(tmp_path, features="relu")
+    alone = measured(tmp_path, features="relu")
     assert len(alone) == 2
     assert "| relu | 100 %" in (tmp_path / "results.md").read_text()
     main([*command, "--features", "raw", "relu", "--resume"])
-    assert [row["value"] for row in found(tmp_path, features="raw")] == [row["value"] for row in alone]
-    assert found(tmp_path, features="relu") == alone
+    assert [row["value"] for row in measured(tmp_path, features="raw")] == [row["value"] for row in alone]
+    assert measured(tmp_path, features="relu") == alone
     other = [*command, "--output_dir", str(tmp_path / "b"), "--cache_dir", str(tmp_path / "cache")]
     main([*other, "--features", "relu", "raw"])
-    assert len(found(tmp_path / "b", benchmark.SAME)) == 1
-    assert not found(tmp_path / "b", features="relu")
+    assert len(measured(tmp_path / "b", benchmark.SAME)) == 1
+    assert not measured(tmp_path / "b", features="relu")
     main([*other, "--features", "relu", "--resume"])
-    assert [row["value"] for row in found(tmp_path / "b", features="relu")] == [row["value"] for row in alone]
+    assert [row["value"] for row in measured(tmp_path / "b", features="relu")] == [row["value"] for row in alone]
     assert "| relu | 100 %" in (tmp_path / "b" / "results.md").read_text()
     monkeypatch.setattr(benchmark, "_measure", no_pass)
     main(
@@ -407,7 +413,7 @@ def test_a_single_seed_has_no_interval_and_the_table_says_so_also_with_settings_
     (tmp_path / "settings.yaml").write_text(settings)
     output = tmp_path / "run"
     main(["--config", str(tmp_path / "settings.yaml"), "--seeds", "3", "--output_dir", str(output)])
-    assert {row["config"]["test"] for row in found(output)} == {"clean"}
+    assert {row["config"]["test"] for row in measured(output)} == {"clean"}
     text = (output / "results.md").read_text()
     assert "One seed (3) of probes, wrong labels and drawn images, so there are no intervals" in text
     assert "±" not in text
@@ -508,13 +514,13 @@ def test_a_folder_of_other_images_is_matched_by_the_names_of_its_classes(tmp_pat
     place = photographs(tmp_path / "bright", [*map(str, range(10)), "ten"])
     command = [*SMALL, "--features", "raw", *QUICK]
     main([*command, "--corruptions", f"folder={place}", "--output_dir", str(tmp_path / "run")])
-    assert {row["n"] for row in found(tmp_path / "run", test=f"folder {place}")} == {40}
+    assert {row["n"] for row in measured(tmp_path / "run", test=f"folder {place}")} == {40}
     train = load_images("digits", "train")
     other = load_shifted(place, train)
     torch.manual_seed(0)
     model = models.build_backbone(models.ModelConfig("small_conv"))
     z = features.embed(model, other.images, train.mean, train.std)["backbone"]
-    (row,) = found(tmp_path / "run", "semantic_consistency", test=f"folder {place}")
+    (row,) = measured(tmp_path / "run", "semantic_consistency", test=f"folder {place}")
     assert row["value"] == pytest.approx(semantic_consistency(z, other.labels).mean, abs=1e-6)
     few = photographs(tmp_path / "few", ["3", "seven"])
     with pytest.raises(SystemExit, match=r"9 of the 10 classes .* are left without .* classes 3, seven"):
@@ -577,7 +583,7 @@ def test_real_images_of_a_hundred_classes(tmp_path):
     command = ["--random_init", "small_conv", "--dataset", "cifar100", "--data_root", root, "--limit", "1000"]
     command += ["--seeds", "0", "1", "--features", "raw", "sae", "--corruptions", "gaussian=0.5", "--standardize"]
     main([*command, "--output_dir", str(tmp_path)])
-    clean = found(tmp_path, features="raw", test="clean")
+    clean = measured(tmp_path, features="raw", test="clean")
     assert [row["n"] for row in clean] == [1000, 1000]
     assert min(row["value"] for row in clean) > 0.02  # chance is 0.01
     assert "random initialisation" in (tmp_path / "results.md").read_text()

@@ -195,7 +195,7 @@ def test_a_name_that_does_not_fit_its_folder_is_refused(tmp_path):
     make_folder(tmp_path, splits=("train",), classes=[f"c{i}" for i in range(11)], per_class=1)
     with pytest.raises(ValueError, match=r"name is 'cifar10', and .* has 11 classes: c0, "):
         load_images("cifar10", "train", tmp_path)
-    with pytest.raises(ValueError, match="and digits is offline"):
+    with pytest.raises(ValueError, match="and digits have none; name the data set there"):
         load_images("digits", "train", tmp_path)
 
 

@@ -137,6 +137,18 @@ def test_cells_without_a_row_are_lacking_unless_their_arm_diverged(tmp_path):
     assert run.lacking(cells) == cells[4:]
 
 
+def test_a_cell_without_a_seed_has_its_row_if_each_seed_of_the_run_has_one(tmp_path):
+    run = Run(tmp_path, "recipe", {"seeds": [0, 1]})
+    cell = Cell("accuracy", None, {"method": "base"})
+    add(run, seed=0, method="base")
+    assert run.lacking([cell]) == [cell]
+    add(run, seed=1, method="base")
+    assert run.lacking([cell]) == []
+    add(run, seed=None, method="shared")
+    assert run.lacking([Cell("accuracy", None, {"method": "shared"})]) == []
+    assert run.lacking([Cell("accuracy", 0, {"method": "shared"})]) != []
+
+
 @dataclass
 class Training:
     output_dir: str = option(help="Folder.", changes_results=False)

@@ -125,14 +125,14 @@ class Run:
         """The cells that have no row, in their order; those of an arm that is marked as diverged need none.
 
         A mark counts for all cells of its seed that agree with it in what it names: one that names no arm counts for
-        the whole seed. A cell without a seed has its row too if there is one of each seed of the run: so it was before
-        what several seeds share was measured once, and recipes of probes continue such a folder.
+        the whole seed. A cell without a seed has its row too if there is one of each seed of the run, as there were
+        before what several seeds share was measured once.
         """
 
         def has_row(cell: Cell) -> bool:
-            seeds = self.config.get("seeds", ()) if cell.seed is None else ()
-            of_each = [bool(self.find(cell.metric, seed=seed, **cell.arm)) for seed in seeds]
-            return bool(self.find(cell.metric, seed=cell.seed, **cell.arm)) or (bool(of_each) and all(of_each))
+            every = self.config.get("seeds", ()) if cell.seed is None else ()
+            rows = [bool(self.find(cell.metric, seed=seed, **cell.arm)) for seed in (cell.seed, *every)]
+            return rows[0] or (len(rows) > 1 and all(rows[1:]))
 
         def is_marked(cell: Cell) -> bool:
             configs = (mark["config"] for mark in self.find(DIVERGED, seed=cell.seed))
