@@ -65,15 +65,15 @@ def _command(name: str, arguments: list[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, by default that of this process."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] not in COMMANDS:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] not in COMMANDS:
         lines = "".join(f"  {name:9} {text}\n" for name, text in COMMANDS.items())
         parser = argparse.ArgumentParser(
             prog="python -m evals", description=f"{__doc__}\n\n{lines}", formatter_class=argparse.RawTextHelpFormatter
         )
         parser.add_argument("command", choices=COMMANDS, help="each has its own --help")
-        parser.parse_args(given)
-    run_as_program(lambda: _command(given[0], given[1:]))
+        parser.parse_args(words)
+    run_as_program(lambda: _command(words[0], words[1:]))
 
 
 if __name__ == "__main__":

@@ -129,8 +129,8 @@ def name_of_model(run: Run, completions: Iterable[Completion], model: str, check
         model: its name now, which it gets if the folder does not have it.
         checksums: of the model, also with those of an adapter.
     """
-    of_model = _parts(checksums, "model")
-    names = {name for name, _, _, before in _sources(run, completions) if _parts(before, "model") == of_model}
+    parts = _parts(checksums, "model")
+    names = {name for name, _, _, before in _sources(run, completions) if _parts(before, "model") == parts}
     return model if model in names else min(names, default=model)
 
 
@@ -152,13 +152,13 @@ def check_contents(
     Raises:
         ValueError: a row or an answer was made by others, or does not say by which; names what changed.
     """
-    of_base = _parts(next(iter(arms.values())), "model")
-    names = {checksum(_parts(checksums, "adapter")): name for name, checksums in arms.items() if name is not None}
-    for of_model, adapter, task, before in _sources(run, completions):
-        now = arms.get(adapter, of_base) if of_model == model else {}
+    base = _parts(next(iter(arms.values())), "model")
+    names = {checksum(_parts(checksums, "adapter")): arm for arm, checksums in arms.items() if arm is not None}
+    for name, adapter, task, before in _sources(run, completions):
+        now = arms.get(adapter, base) if name == model else {}
         same = names.get(checksum(_parts(before, "adapter")), adapter)
         # Without a task it is an arm that diverged, and weights that are all NaN are the same in every such adapter.
-        if of_model == model and None not in (adapter, task) and same != adapter:
+        if name == model and None not in (adapter, task) and same != adapter:
             raise ValueError(
                 f"{run.folder} has the adapter {same!r} under the name {adapter!r} already, byte for byte: the table "
                 f"would count it twice. Write {adapter}=FOLDER."
@@ -168,17 +168,17 @@ def check_contents(
         kinds = {part.partition(" ")[0] for part in now}
         if before is None and now:
             raise ValueError(
-                f"{run.folder} holds answers or results of {of_model!r} that do not say which weights and data made "
+                f"{run.folder} holds answers or results of {name!r} that do not say which weights and data made "
                 "them (an earlier version wrote them): choose another --output_dir."
             )
         then = {part: value for part, value in (before or {}).items() if part.partition(" ")[0] in kinds}
         changed = [part for part in sorted(then.keys() | now.keys()) if then.get(part) != now.get(part)]
         if changed:
-            what = [f"data or settings of the task {task!r}" if part == "task" else part for part in changed]
-            arm = f"{of_model!r}" if adapter is None else f"the adapter {adapter!r} of {of_model!r}"
+            parts = [f"data or settings of the task {task!r}" if part == "task" else part for part in changed]
+            arm = f"{name!r}" if adapter is None else f"the adapter {adapter!r} of {name!r}"
             raise ValueError(
                 f"{run.folder} holds answers or results of {arm} that other contents under the same names made: "
-                f"{', '.join(what)} changed since. Choose another --output_dir, or another NAME=FOLDER where only an "
+                f"{', '.join(parts)} changed since. Choose another --output_dir, or another NAME=FOLDER where only an "
                 "adapter changed; or restore what changed, to continue."
             )
 

@@ -136,7 +136,7 @@ def check_adapter(adapter: Adapter, model: str, config: PretrainedConfig) -> Pat
     Raises:
         ValueError: one of these does not hold; says which adapter and what to do.
     """
-    where = f"The adapter {adapter.given!r}"
+    where = f"The adapter {adapter.text!r}"
     weights = _adapter_file(adapter, WEIGHTS_FILE)
     _adapter_file(adapter, CONFIG_FILE)
     try:
@@ -191,7 +191,7 @@ def adapter_tokenizer(adapter: Adapter, folder: Path, base: PreTrainedTokenizerB
     Raises:
         ValueError: it cannot be read, or its tokens are not those of the base: they would be embedded as others.
     """
-    where = f"The adapter {adapter.given!r}"
+    where = f"The adapter {adapter.text!r}"
     template = folder / "chat_template.jinja"
     if any(path != template for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         try:
@@ -206,10 +206,10 @@ def adapter_tokenizer(adapter: Adapter, folder: Path, base: PreTrainedTokenizerB
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     else:
         return base
-    own, known = tokenizer.get_vocab(), base.get_vocab()
-    if own != known:
-        other = sorted((token for token in own.keys() | known.keys() if own.get(token) != known.get(token)), key=str)
-        shown = ", ".join(f"{token!r} ({own.get(token)} there, {known.get(token)} in the base)" for token in other[:3])
+    own, ids = tokenizer.get_vocab(), base.get_vocab()
+    if own != ids:
+        other = sorted((token for token in own.keys() | ids.keys() if own.get(token) != ids.get(token)), key=str)
+        shown = ", ".join(f"{token!r} ({own.get(token)} there, {ids.get(token)} in the base)" for token in other[:3])
         raise ValueError(
             f"{where} has a tokenizer with other tokens than its base model: {len(other)} differ, such as {shown}. "
             "Merge it into a model with that tokenizer and give that as --model; or remove the tokenizer's files from "

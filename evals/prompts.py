@@ -132,14 +132,14 @@ def written_answer(
     marker = "placeholder"
     while marker in generation_prompt:
         marker += "x"
-    opening, found, ending = whole(marker).partition(marker)
+    opening, is_written, ending = whole(marker).partition(marker)
     text = whole(answer)
     # A template that writes the answer a second time writes the placeholder a second time too.
     candidates = [answer, answer.rstrip(), answer.lstrip(), answer.strip()]
     if marker not in ending:
         candidates = [text[len(opening) : len(text) - len(ending)]]
     written = next((c for c in candidates if text.startswith(opening + c)), "")
-    if not found or written.strip() != answer.strip():
+    if not is_written or written.strip() != answer.strip():
         raise ValueError(
             f"the chat template does not write the answer {answer!r} as it writes others ({text!r}): it leaves it "
             "out, or acts on what it holds. Take the row out, or give a tokenizer with another chat template"

@@ -28,11 +28,11 @@ class Adapter:
         ValueError: the name or the folder is empty.
     """
 
-    given: str
+    text: str  # as it was written
 
     def __post_init__(self) -> None:
         if not self.name or not self.source:
-            raise AdapterNameError(f"--adapters has {self.given!r}; write FOLDER or NAME=FOLDER.")
+            raise AdapterNameError(f"--adapters has {self.text!r}; write FOLDER or NAME=FOLDER.")
 
     @property
     def name(self) -> str:
@@ -46,8 +46,8 @@ class Adapter:
 
     @property
     def _parts(self) -> tuple[str, str]:
-        name, sign, folder = self.given.partition("=")
-        return (name, folder) if sign and not Path(self.given).is_dir() else (self.given, self.given)
+        name, sign, folder = self.text.partition("=")
+        return (name, folder) if sign and not Path(self.text).is_dir() else (self.text, self.text)
 
 
 @dataclass

@@ -7,14 +7,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -142,8 +141,8 @@ def accuracy_bars(
 ) -> Figure:
     """Accuracy of several arms side by side by condition (Fig. 1b, Fig. 5b).
 
-    `conditions` has, by the name below the bars and by arm, mean and half-width of the interval; the arms are the same
-    in all. `chance` is the chance level of each condition. All are in percent.
+    `conditions` has, by the name below the bars and by arm (the same in all), mean and half-width of the interval, and
+    `chance` the chance level of each; in percent.
     """
     figure, axes = _figure(1, 1, height=1.9)
     ax, places = axes.flat[0], np.arange(len(conditions))
@@ -175,10 +174,9 @@ def band_curves(
     """Curves of arms with bands of their 95 % intervals, panels above each other (Fig. 2, Fig. 3).
 
     Args:
-        levels: (n,), what the horizontal axis shows: noise in the unit of the label, epochs, training images.
+        levels: (n,), what the horizontal axis, named `label`, shows: a noise, epochs, training images.
         panels: by the name of the vertical axis, the curve of each arm. A panel without an arm of `REFERENCES` is of
             differences from it and has a line at 0. NaN leaves a gap.
-        label: of the horizontal axis.
         chance: (n,), the chance level of the accuracies, in percent; without it the levels are marked by dots.
         logarithmic: whether the horizontal axis is, with a tick at every level.
         published: the paper's largest differences, in the panels of differences, by level: a hollow marker, or a thin
@@ -212,8 +210,7 @@ def band_curves(
 def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], Curve], chance: float) -> Figure:
     """Accuracy against the label noise for kinds of features (colour) with two losses (dashed, solid; Fig. 6).
 
-    `levels` (n,) are shares of wrong labels; curves are by (features, loss), the loss that comes first dashed. All are
-    in percent.
+    `levels` (n,) are shares of wrong labels, curves are by (features, loss), the first loss dashed; in percent.
     """
     figure, axes = _figure(1, 1, height=2.4)
     ax = axes.flat[0]
@@ -277,8 +274,7 @@ def gains_beside_paper(
 ) -> Figure:
     """Points of accuracy gained over poly against the level of a noise, a panel for each other kind of features.
 
-    `ours` are drawn as lines with bands; `published` are the paper's gains by data set, kind of features and level,
-    drawn as markers. Levels (n,) are in the unit of the label.
+    `ours` are drawn as lines with bands, the `published` gains by data set, kind of features and level as markers.
     """
     figure, axes = _figure(1, len(ours), height=2.0)
     for ax, (arm, curve) in zip(axes.flat, ours.items(), strict=True):
@@ -311,9 +307,8 @@ def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]], bins: 
     figure, axes = _figure(len(panels), 1, height=1.3 * len(panels) + 0.3)
     styles = {"right": (_MONO, 0.93), "wrong": (_POLY._replace(marker="s"), 0.83)}
     for ax, (name, groups) in zip(axes.flat, panels.items(), strict=True):
-        last = 1 + max(int(bins * histogram.interval[1]) + 1 for histogram in groups.values())
-        for histogram in groups.values():  # without a far tail of samples
-            last = max(last, 1 + int((np.cumsum(histogram.shares) < 1 - 5e-3).sum()))
+        ends = [int((np.cumsum(h.shares) < 1 - 5e-3).sum()) for h in groups.values()]  # without a far tail of samples
+        last = max(*ends, *(int(bins * h.interval[1]) + 1 for h in groups.values())) + 1
         merged = max(1, last // 40)
         edges = np.arange(0, last + merged, merged)
         for group, histogram in groups.items():
@@ -348,8 +343,7 @@ def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, 
     names = [name.split("/")[-1] for name in conditions]
     names = [name if names.count(name) == 1 else whole for name, whole in zip(names, conditions, strict=True)]
     titles = [_wrapped(model, 30) for model in panels]
-    lines = sum(title.count("\n") for title in titles)
-    height = len(panels) * (0.2 * len(conditions) + 0.35) + 0.13 * lines + 0.5
+    height = len(panels) * (0.2 * len(conditions) + 0.35) + 0.13 * "".join(titles).count("\n") + 0.5
     figure, axes = _figure(len(panels), 1, height=height, sharex=True)
     for ax, title, kinds in zip(axes.flat, titles, panels.values(), strict=True):
         rows = np.arange(len(conditions))
@@ -360,9 +354,8 @@ def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, 
             ax.errorbar(means, places, fmt=style.marker, color=style.colour, markersize=3, label=kind, **bars)
         ax.vlines(chance, rows - 0.45, rows + 0.45, **_CHANCE)
         ax.set(title=title, yticks=range(len(conditions)), yticklabels=[_wrapped(name, 24) for name in names])
-        ax.set_ylim(len(conditions) - 0.5, -0.5)
+        ax.set(ylim=(len(conditions) - 0.5, -0.5), axisbelow=True)
         ax.grid(axis="x", linewidth=0.3)
-        ax.set_axisbelow(True)
     axes.flat[-1].set(xlabel="test accuracy of linear probes, %", xlim=(0, None))
     return _with_legend(figure, *axes.flat)
 
@@ -404,8 +397,7 @@ def image_grids(blocks: Mapping[str, Sequence[ImageGrid]]) -> Figure:
             count, most = max((list(grid.classes).count(label), label) for label in grid.classes)
             places = list(part.subplots(side, side, squeeze=False).flat)
             for ax in places:
-                ax.set(xticks=[], yticks=[])
-                ax.set_visible(False)
+                ax.set(xticks=[], yticks=[], visible=False)
             for ax, image, label in zip(places, grid.images, grid.classes, strict=False):
                 ax.set_visible(True)
                 ax.imshow(np.asarray(image).transpose(1, 2, 0), interpolation="nearest")
@@ -456,6 +448,3 @@ def _with_legend(figure: Figure, *axes: Axes) -> Figure:
             break
         legend.remove()
     return figure
-
-
-noise_curves = finetuning_curves = band_curves

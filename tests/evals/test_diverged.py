@@ -173,7 +173,7 @@ def test_the_command_ends_with_a_table_where_every_arm_diverged(settings, make_s
     fill(settings.adapters[0].source, math.nan)
     judge = ["--judges", f"shieldgemma={make_shieldgemma()}"]
     options = ["--model", settings.model, "--tasks", "xstest", "--output_dir", settings.output_dir, "--no_base"]
-    main(["run", *options, "--adapters", settings.adapters[0].given, "--max_new_tokens", "16", *judge])
+    main(["run", *options, "--adapters", settings.adapters[0].text, "--max_new_tokens", "16", *judge])
     shown = capsys.readouterr().out
     assert "There are no answers to judge." in shown
     assert "lora-seed0 diverged: the adapter's base_model.model." in shown

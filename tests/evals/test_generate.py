@@ -316,7 +316,7 @@ def test_kill_9_and_resume(settings, tmp_path):
         "c.LineAppender.append = slowly\n"
         "from evals.__main__ import main\nmain()\n"
     )
-    adapters = [adapter.given for adapter in settings.adapters]
+    adapters = [adapter.text for adapter in settings.adapters]
     options = ["--model", settings.model, "--tasks", *whole.tasks, "--output_dir", settings.output_dir]
     options += ["--adapters", *adapters, "--max_new_tokens", str(NEW_TOKENS), "--batch_size", "4"]
     for batches in (2, 5, 1000):

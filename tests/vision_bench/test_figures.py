@@ -78,10 +78,10 @@ def colours(figure):
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda arms: figures.noise_curves(
+        lambda arms: figures.band_curves(
             [0, 1], {"accuracy": {arm: ([1, 2], [0, 0]) for arm in arms}}, "noise", [10, 10]
         ),
-        lambda arms: figures.finetuning_curves([0, 1], {"accuracy": {arm: ([1, 2], [0, 0]) for arm in arms}}, "epoch"),
+        lambda arms: figures.band_curves([0, 1], {"accuracy": {arm: ([1, 2], [0, 0]) for arm in arms}}, "epoch"),
         lambda arms: figures.accuracy_bars({"clean": dict.fromkeys(arms, (50.0, 1.0))}),
         lambda arms: figures.loss_curves([0, 1], {(arm, "ce"): ([1, 2], [0, 0]) for arm in arms}, 10.0),
         lambda arms: figures.robustness_dots(panels(["resnet18"], ["clean"], arms)),
@@ -101,9 +101,7 @@ def test_gains_of_an_arm_that_is_not_listed_are_drawn():
 
 def test_a_note_stands_in_the_legend_and_undefined_means_leave_a_gap():
     curves = {"ce": ([50.0, 60.0], [1.0, 1.0]), "nce": ([math.nan, 61.0], [0.0, 0.0])}
-    figure = figures.finetuning_curves(
-        [1, 2], {"accuracy": curves}, "epoch", notes={"nce": "1 of 2 diverged", "ce": ""}
-    )
+    figure = figures.band_curves([1, 2], {"accuracy": curves}, "epoch", notes={"nce": "1 of 2 diverged", "ce": ""})
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ce", "nce, 1 of 2 diverged"]
     assert figure.axes[0].get_ylim()[1] > 60
 
@@ -111,7 +109,7 @@ def test_a_note_stands_in_the_legend_and_undefined_means_leave_a_gap():
 def test_long_notes_in_the_legend_are_not_cut():
     arms = ("ce", "nce", "ce+weight_decay", "ce+dropout", "ce+early_stopping")
     curves = {arm: ([math.nan, math.nan], [0.0, 0.0]) for arm in arms}
-    figure = figures.finetuning_curves(
+    figure = figures.band_curves(
         [1, 2], {"a": curves, "b": curves}, "epoch", notes=dict.fromkeys(arms, "11 of 12 diverged")
     )
     FigureCanvasAgg(figure).draw()
