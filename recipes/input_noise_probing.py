@@ -138,7 +138,7 @@ def draw(run: Run) -> None:
     for noise in config["noises"]:
         columns, label = levels(config, noise), CONDITIONS[noise].label
         chance = [table.chance(CLEAN)] * len(columns)
-        drawing = figures.noise_curves([scale for _, scale in columns], table.curves(columns), label, chance)
+        drawing = figures.band_curves([scale for _, scale in columns], table.curves(columns), label, chance)
         figures.save(run.folder / f"figure_2_{noise}", drawing)
     noise, scale = PAPER_BAR
     if noise not in config["noises"] or scale not in config["scales"]:

@@ -100,7 +100,7 @@ def draw(run: Run) -> None:
     bars = table.bars({f"{100 * rate:g} % wrong labels": rate for rate in (rates[0], highest)}, FEATURES)
     figures.save(run.folder / "figure_1b", figures.accuracy_bars(*bars))
     chance = [table.chance(rate) for rate in rates]
-    curves = figures.noise_curves(percents, table.curves(rates), "share of wrong training labels, %", chance)
+    curves = figures.band_curves(percents, table.curves(rates), "share of wrong training labels, %", chance)
     figures.save(run.folder / "all_rates", curves)
     ours = {
         name: with_widths([table.gain(name, rate) for rate in rates]) for name in FEATURES[1:] if name in table.arms

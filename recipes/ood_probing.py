@@ -260,7 +260,7 @@ def draw(run: Run) -> None:
         columns: list[Hashable] = [CLEAN, *((name, severity) for severity in range(1, SEVERITIES + 1))]
         chance = [table.chance(column) for column in columns]
         levels = range(SEVERITIES + 1)
-        drawing = figures.noise_curves(levels, table.curves(columns), "severity of the corruptions", chance)
+        drawing = figures.band_curves(levels, table.curves(columns), "severity of the corruptions", chance)
         figures.save(run.folder / f"severities_{name}", drawing)
 
 

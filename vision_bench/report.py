@@ -182,7 +182,7 @@ class ProbeTable:
         return markdown_table(["features", *header], lines)
 
     def curves(self, columns: Sequence[Hashable], over: str = "poly") -> dict[str, Curves]:
-        """The panels of `figures.noise_curves`: accuracies, and gains over an arm, along the columns."""
+        """The panels of `figures.band_curves`: accuracies, and gains over an arm, along the columns."""
         accuracies = {arm: [self.mean(arm, column) for column in columns] for arm in self.arms}
         gains = {arm: [self.gain(arm, column, over) for column in columns] for arm in self.arms if arm != over}
         panels = {"accuracy, %": accuracies, f"gain over {over}, points": gains}
