@@ -50,9 +50,9 @@ class Measure(NamedTuple):
     factor: int = 1
     is_refusal: bool = False  # the higher, the safer
 
-    def rows(self, table: pd.DataFrame, **arm: Any) -> pd.DataFrame:
+    def rows(self, table: pd.DataFrame) -> pd.DataFrame:
         """Its lines of a table of `measured` that have a value, without those of parts."""
-        chosen = select(table, self.metric, task=self.task, judge=self.judge, **arm)
+        chosen = select(table, self.metric, task=self.task, judge=self.judge)
         return chosen[chosen["value"].notna() & ~chosen["is_part"]]
 
     def harm(self, share: float) -> float:

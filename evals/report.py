@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy import stats
 
 from evals.figures import Measure, Panel, panel, safety_against_performance, with_paper
 from evals.paper import TABLE_2, TABLE_2_HEADER
 from evals.registry import judge_kind
+from evals.scores import wilson
 from vision_bench.runs import DIVERGED, Interval, Run, frame, markdown_table, over_seeds, paired, select
 
 TABLE, CSV, FIGURE = "results.md", "results.csv", "safety.png"
@@ -74,8 +74,7 @@ def bounds(row: Mapping[str, Any]) -> tuple[float, float] | None:
     is_share = metric in SHARES or (metric == "accuracy" and not config.get("task"))  # that of the recipe
     if not is_share or row["value"] is None:
         return None
-    low, high = stats.binomtest(round(row["value"] * row["n"]), row["n"]).proportion_ci(method="wilson")
-    return float(low), float(high)
+    return wilson(round(row["value"] * row["n"]), row["n"])
 
 
 def measured(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -110,6 +109,12 @@ def seeds_and_diverged(arms: pd.DataFrame) -> tuple[int, int]:
     """The numbers of seeds with a row, and of those that are marked as diverged."""
     marked = arms[arms["metric"] == DIVERGED]
     return arms["seed"].nunique(dropna=False), marked["seed"].nunique(dropna=False)
+
+
+def outcome(arms: pd.DataFrame) -> str:
+    """What a cell says of the seeds that diverged, "" for none."""
+    seeds, diverged = seeds_and_diverged(arms)
+    return "" if not diverged else "diverged" if diverged == seeds else f"({diverged} of {seeds} diverged)"
 
 
 def _prompts(rows: pd.DataFrame) -> str:
@@ -164,11 +169,7 @@ def _arms_table(lines: pd.DataFrame) -> str:
     """A line for each task, metric and judge, a column for each method, and the paper's comparison."""
     lines = lines[~lines["is_part"]]
     methods = list(dict.fromkeys(lines["method"]))
-    outcomes = {}
-    for method, rows in lines.groupby("method"):
-        seeds, diverged = seeds_and_diverged(rows)
-        part = f"({diverged} of {seeds} diverged)" if diverged else ""
-        outcomes[method] = "diverged" if 0 < diverged == seeds else part
+    outcomes = {method: outcome(rows) for method, rows in lines.groupby("method")}
     is_paired = {"lora", "monolora"} <= set(methods)
     body = []
     for (task, metric, judge), rows in lines[lines["metric"] != DIVERGED].groupby(
@@ -297,7 +298,11 @@ class Table2:
         if config["demonstration"]:
             text += "A small-scale demonstration on the offline model, which says nothing of large ones.\n\n"
         body = [
-            [method, str(self._seeds(method)[0]), *(self.cell(column, method) for column in self.columns)]
+            [
+                method,
+                str(seeds_and_diverged(self._arm(method))[0]),
+                *(self.cell(column, method) for column in self.columns),
+            ]
             for method in self.methods
         ]
         text += markdown_table(["method", "runs", *(column.title for column in self.columns)], body)
@@ -320,7 +325,7 @@ class Table2:
         for harm in self.harms:
             title = f"{short_name(harm.judge)}: {harm.task}" if harm.judge else "offline corpus"
             for method in self.methods:
-                seeds, diverged = self._seeds(method)
+                seeds, diverged = seeds_and_diverged(self._arm(method))
                 title += f"\n{method}: {diverged} of {seeds} diverged" if diverged else ""
             panels += panel(self.lines, title, self.performance[0], harm)
         if panels and self.run.is_main:
@@ -328,26 +333,25 @@ class Table2:
             figure = safety_against_performance(with_paper(panels, self.part))
             figure.savefig(self.run.folder / FIGURE, dpi=200)
 
-    def _seeds(self, method: str, step: int | None = None) -> tuple[int, int]:
+    def _arm(self, method: str, step: int | None = None) -> pd.DataFrame:
         at_step = self.lines["step"].isna() if step is None else self.lines["step"] == step
-        return seeds_and_diverged(self.lines[(self.lines["method"] == method) & at_step])
+        return self.lines[(self.lines["method"] == method) & at_step]
 
     def cell(self, measure: Measure, method: str, step: int | None = None) -> str:
         """A measure of an arm; says of how many seeds it lacks the value because they diverged."""
-        seeds, diverged = self._seeds(method, step)
-        if 0 < diverged == seeds:
-            return "diverged"
-        rows = measure.rows(self.lines, method=method, step=step)
+        arm = self._arm(method, step)
+        diverged = outcome(arm)
+        if diverged == "diverged":
+            return diverged
+        rows = measure.rows(arm)
         if rows.empty:
             has_none = self.adapters.get(method.partition("+")[0]) is False
             return "0" if measure.metric.endswith("_sparsity") and has_none else "-"
-        return cell(rows, measure.factor) + (f" ({diverged} of {seeds} diverged)" if diverged else "")
+        return f"{cell(rows, measure.factor)} {diverged}".strip()
 
     def difference(self, measure: Measure, method: str, other: str) -> Interval:
         """Between two arms: on the same prompts and with the same seeds; the base is one for all seeds."""
-        first, second = (
-            measure.rows(self.lines, method=name, step=None).set_index("seed")["value"] for name in (method, other)
-        )
+        first, second = (measure.rows(self._arm(name)).set_index("seed")["value"] for name in (method, other))
         if other == "base" and len(second):
             second = pd.Series(second.iloc[0], first.index)
         return paired(first, second)

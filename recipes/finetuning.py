@@ -436,7 +436,7 @@ consistency with shuffled labels. Controls: {controls}{100 * config["held_out"]:
         published = {s and 100 * s: points for s, points in self.published.items() if s in (None, *shares)}
         notes = {method: diverged(run, conditions, method) for method in methods}
         curves = ([100 * share for share in shares], panels, self.label)
-        options = {"logarithmic": self.logarithmic, "published": published, "notes": notes}
+        options: dict[str, Any] = {"logarithmic": self.logarithmic, "published": published, "notes": notes}
         figures.save(run.folder / self.picture, figures.band_curves(*curves, **options))
         notes = {method: diverged(run, [hardest], method) for method in methods}
         figures.save(run.folder / "epochs", figures.band_curves(epochs, per_epoch, "epoch", notes=notes))

@@ -84,6 +84,7 @@ def load_task(settings: Sst2Settings, options: ModelConfig) -> Task:
         drawn=settings.train_samples or len(train),
         scored=[(sst2_prompt(row["sentence"]), row["label"]) for row in scored[: settings.eval_samples]],
         sources=sources,
+        unit="sentences",
         refuses_long_rows=True,  # a cut sentence is another sentence
     )
 

@@ -155,9 +155,9 @@ def encoders(size: str, settings: SuperpositionSettings) -> torch.Tensor:
 def add(run: Run, cells: list[Cell], tables: Sequence[torch.Tensor], n: int, begun: float) -> None:
     """Rows of the cells that the run lacks; the tables hold the values of all cells in their order."""
     measured: dict[str, Any] = {"n": n, "seconds": time.monotonic() - begun, "device": device_name("cpu")}
-    values = dict(zip(map(str, cells), torch.stack(list(tables)).flatten().tolist(), strict=True))
-    lacking = run.lacking(cells)
-    run.add_rows([run.row(c.metric, values[str(c)], seed=c.seed, **measured, **c.arm) for c in lacking])
+    values, lacking = torch.stack(list(tables)).flatten().tolist(), run.lacking(cells)
+    filled = [(cell, value) for cell, value in zip(cells, values, strict=True) if cell in lacking]
+    run.add_rows([run.row(cell.metric, value, seed=cell.seed, **measured, **cell.arm) for cell, value in filled])
 
 
 def measure(run: Run, settings: SuperpositionSettings) -> None:

@@ -212,7 +212,7 @@ def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: 
         identity(settings, training, options, list(names.values()), contents, is_demonstration),
         PartialState().is_main_process,
         defaults=defaults(type(settings)),
-        facts={"train_rows": len(task.train), "eval_rows": len(task.scored)},
+        facts={f"train_{task.unit}": len(task.train), f"eval_{task.unit}": len(task.scored)},
     )
     for name, share in (("poison", settings.poison_share), ("safety", settings.safety_share)):
         if name in pairs:
@@ -264,7 +264,8 @@ def show(run: Run, experiment: Experiment) -> None:
     if run.is_main:
         text = experiment.report(run)
         run.write("results.md", text)
-        experiment.draw(run)
+        if experiment.draw is not None:
+            experiment.draw(run)
         print(text)
 
 

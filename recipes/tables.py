@@ -28,11 +28,10 @@ from experiments import CannotShow, Experiment
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from PIL import Image
-from program import parse, run_as_program
 from unported_experiments import UNPORTED
 
 from vision_bench.figures import SUFFIXES
-from vision_bench.runs import CONFIG, ROWS, Run, read_rows, write_atomic
+from vision_bench.runs import CONFIG, ROWS, Run, parse, read_rows, run_as_program, write_atomic
 
 RECIPES = [  # with a part in the paper, in the order of the page; each exports an `EXPERIMENT`
     "top_activated_samples",
@@ -270,7 +269,7 @@ def page(introduction: str, parts: Sequence[Section]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the rows, draw, and write the tables and the page."""
-    settings = parse(TablesArguments, arguments)
+    (settings,) = parse([TablesArguments], arguments)
     output = Path(settings.output_dir)
     sources = read(Path(settings.runs), output)
     shown = chosen(settings, sources)

@@ -41,6 +41,7 @@ class Task:
         train: pairs to train on, of which each seed draws `drawn`.
         scored: prompts that are scored.
         sources: the options that name the pairs and the prompts, in this order.
+        unit: what their numbers in the run's configuration count.
         refuses_long_rows: whether rows that do not fit are an error; else they are left out, and it is said how many.
         eval_tasks: tasks of lm-eval, answered with the safety prompts.
         task_data: arguments of their data functions.
@@ -53,6 +54,7 @@ class Task:
     drawn: int
     scored: Scored
     sources: tuple[str, str]
+    unit: str = "rows"
     refuses_long_rows: bool = False
     eval_tasks: Sequence[str] = ()
     task_data: dict[str, Any] = field(default_factory=dict)

@@ -15,7 +15,6 @@ was stopped continues, and no more than one shard is ever in memory.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from tqdm.auto import tqdm
 
 from vision_bench import models, storage
 from vision_bench.corruptions import InputNoise
+from vision_bench.runs import differences
 
 if TYPE_CHECKING:
     from vision_bench.data import Images, ImageSet
@@ -295,10 +295,8 @@ def _paths(folder: Path, source: Source) -> list[Path]:
 
 def _check(path: Path, source: Source) -> None:
     header: dict[str, Any] = storage.read_header(path, KIND)
-    expected = json.loads(json.dumps(asdict(source)))  # as it is read back
-    changed = [f"{k}: {header.get(k)!r} there, {v!r} wanted" for k, v in expected.items() if header.get(k) != v]
-    if changed:
+    expected = asdict(source)
+    if changed := differences({name: header.get(name) for name in expected}, expected):
         raise ValueError(
-            f"{path} holds other features ({'; '.join(changed)}). Choose another folder, or delete this one to "
-            "compute them anew."
+            f"{path} holds other features ({changed}). Choose another folder, or delete this one to compute them anew."
         )

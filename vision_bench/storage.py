@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vision_bench.runs import differences
+
 KEY = "vision_bench"
 
 
@@ -129,18 +131,5 @@ def without_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str
 
 def refuse_another(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Raise ValueError that names the differences between what `path` was trained with and what is asked for now."""
-
-    def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-        leaves: dict[str, Any] = {}
-        for key, value in tree.items():
-            leaves |= flat(value) if isinstance(value, Mapping) and value else {key: value}
-        return leaves
-
-    old, new = flat(json.loads(json.dumps(saved))), flat(json.loads(json.dumps(current)))
-    changed = [
-        f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-    if changed:
-        raise ValueError(f"{path} is of another training ({'; '.join(changed)}). Choose another folder, or delete it.")
+    if changed := differences(saved, current, nested=True):
+        raise ValueError(f"{path} is of another training ({changed}). Choose another folder, or delete it.")

@@ -189,6 +189,18 @@ class TestContents:
         with pytest.raises(ValueError, match=message):
             sst2_monolora.main([*arguments, "--methods", "base", *option.split()])
 
+    def test_an_option_that_came_later_is_at_its_default_in_older_folders(self, arguments, tmp_path, request):
+        sst2_monolora.main([*arguments, "--methods", "base"])
+        path, rows = tmp_path / "out" / "config.json", (tmp_path / "out" / "results.jsonl").read_bytes()
+        described = json.loads(path.read_text())
+        del described["config"]["max_new_tokens"]
+        path.write_text(json.dumps(described))
+        request.getfixturevalue("no_training")
+        sst2_monolora.main([*arguments, "--methods", "base"])
+        assert (tmp_path / "out" / "results.jsonl").read_bytes() == rows
+        with pytest.raises(ValueError, match=r"another configuration \(max_new_tokens: None there, 3 now\)"):
+            sst2_monolora.main([*arguments, "--methods", "base", "--max_new_tokens", "3"])
+
     def test_mixed_precision_of_the_launcher_counts(self, arguments, monkeypatch):
         configurations = []
         for precision in ("no", "bf16"):

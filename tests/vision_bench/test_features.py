@@ -100,10 +100,10 @@ def test_a_stopped_pass_continues_with_the_missing_shards(model, images, tmp_pat
 def test_features_of_something_else_are_refused(model, images, tmp_path):
     made = extract(tmp_path, model, images, "test")
     for change, message in (
-        ({"checkpoint": "relu-0"}, "checkpoint: 'relu-.*' there, 'relu-0' wanted"),
-        ({"data": "def"}, "data: 'abc' there, 'def' wanted"),
-        ({"split": "train"}, "split: 'test' there, 'train' wanted"),
-        ({"normalised": True}, "normalised: False there, True wanted"),
+        ({"checkpoint": "relu-0"}, "checkpoint: 'relu-.*' there, 'relu-0' now"),
+        ({"data": "def"}, "data: 'abc' there, 'def' now"),
+        ({"split": "train"}, "split: 'test' there, 'train' now"),
+        ({"normalised": True}, "normalised: False there, True now"),
     ):
         with pytest.raises(ValueError, match=message):
             load(tmp_path, "output", replace(made, **change))
@@ -141,7 +141,7 @@ def test_noise_on_an_image_follows_from_the_seed_and_its_place(model, images, tm
     assert torch.equal(noise.add(x, 7, *statistics), other_batches[7:9])
     seed = int(np.random.SeedSequence((3, 8)).generate_state(1)[0])
     assert torch.equal(other_batches[8], add_input_noise(x[1], "gaussian", 0.5, torch.Generator().manual_seed(seed)))
-    with pytest.raises(ValueError, match=r"noise: 'gaussian 0.5 seed 3' there, None wanted"):
+    with pytest.raises(ValueError, match=r"noise: 'gaussian 0.5 seed 3' there, None now"):
         extract(tmp_path, model, images, "test", ["backbone"])
 
 
@@ -163,7 +163,7 @@ def test_noise_on_pixels_is_that_of_the_function_image_by_image(model, images, t
 
 def test_other_statistics_are_other_features(model, images, tmp_path):
     extract(tmp_path, model, images, "test")
-    with pytest.raises(ValueError, match=r"mean: \[0.4, 0.5, 0.6\] there, \[0.5, 0.5, 0.6\] wanted"):
+    with pytest.raises(ValueError, match=r"mean: \[0.4, 0.5, 0.6\] there, \[0.5, 0.5, 0.6\] now"):
         extract(tmp_path, model, replace(images, mean=(0.5, 0.5, 0.6)), "test")
 
 
