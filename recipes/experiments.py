@@ -97,7 +97,6 @@ class Experiment:
     def lacking(self, run: Run) -> str | None:
         """What a stopped run lacks, in words; None if it is whole."""
         cells = run.lacking(self.cells(run.config))
-        cells = [cell for cell in cells if not run.find(cell.metric, seed=None, **cell.arm)]  # of the unported ones
         if not cells:
             return None
         first = ", ".join(f"{name} {value}" for name, value in {**cells[0].arm, "seed": cells[0].seed}.items())

@@ -5,8 +5,9 @@
 
 Linear classifiers on frozen features, trained on clean images and labels, tested on images with noise of a growing
 scale. The features and the controls are those of vision_bench/kinds.py, and `poly_decay`, which is poly probed with
-the weight decay that is best for the noise. The noise is drawn anew for each seed and the same for all features; the
-features of a noisy test set are made once for each kind, scale and seed and shared by all probes.
+the weight decay that is best for the noise. The noise on an
+image follows from the seed and the place of the image in its set, and is the same for all features; the features of a
+noisy test set are made once for each kind, scale and seed and shared by all probes.
 
 The paper (pictures only, ImageNet-100): sae and ncl are ahead of poly under noise, the more so the more noise there
 is. As arms differ without noise already, the table also says how the gain changes from there. The default run, about
@@ -18,146 +19,156 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import torch
-from probes import (
-    Cell,
-    ControlledArguments,
-    accuracy_lines,
-    bars,
-    curves,
-    gain_lines,
-    growth_lines,
-    measured_header,
+from experiments import Experiment
+from probing import (
+    FEATURES,
+    ControlSettings,
+    all_cells,
+    controlled_grid,
+    measure,
     notes,
-    training_table,
+    probe_table,
+    recorded_defaults,
 )
-from program import run_as_program
-from shifted import Trial, measure
-from training_accuracies import chance_percent
-from vision_ladder import finish, measure_seeds, start
+from vision import PretrainingSettings, ProbingSettings, finish, models_of, start
 
 from vision_bench import figures
-from vision_bench.corruptions import CONDITIONS, SPACES, add_input_noise, add_pixel_noise, noise_names
-from vision_bench.data import ImageSet
-from vision_bench.runs import Run, markdown_table
+from vision_bench.corruptions import CONDITIONS, SPACES, InputNoise, noise_names
+from vision_bench.report import ProbeTable
+from vision_bench.runs import Run, option, run_as_program
+from vision_bench.sweep import Grid, Test
 
-CLEAN: Cell = {"noise": "none", "scale": 0.0}
+CLEAN = ("none", 0.0)
 PAPER_BAR = ("gaussian", 0.6)  # of Fig. 1(b)
 
 
 @dataclass
-class InputNoiseArguments(ControlledArguments):
-    """Settings of this recipe."""
+class InputNoiseSettings:
+    """The noise on the test images."""
 
-    noises: list[str] = field(
-        default_factory=lambda: ["uniform", "gaussian"], metadata={"help": f"Of {', '.join(noise_names())}."}
+    noises: list[str] = option(["uniform", "gaussian"], help=f"Of {', '.join(noise_names())}.")
+    scales: list[float] = option(
+        [i / 10 for i in range(11)], help="Of the noise; 0, the images as they are, is measured in any case."
     )
-    scales: list[float] = field(
-        default_factory=lambda: [i / 10 for i in range(11)],
-        metadata={"help": "Of the noise; 0, the images as they are, is measured in any case."},
-    )
-    noise_space: str = field(
-        default="normalised",
-        metadata={"help": "normalised: added after normalisation; pixel: to values in [0, 1], then clamped."},
+    noise_space: str = option(
+        "normalised", help="normalised: added after normalisation; pixel: to values in [0, 1], then clamped."
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, allowed in (("noises", noise_names()), ("noise_space", SPACES)):
-            value = getattr(self, name)
-            given = [value] if isinstance(value, str) else value
-            unknown = [one for one in given if one not in allowed]
-            if unknown or not given or len(set(given)) < len(given):
-                raise ValueError(f"{name} is {value!r}; it takes {', '.join(allowed)}, each once.")
+        for name, values, allowed in (
+            ("noises", self.noises, noise_names()),
+            ("noise_space", [self.noise_space], SPACES),
+        ):
+            if not values or not set(values) <= set(allowed) or len(set(values)) < len(values):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it takes {', '.join(allowed)}, each once.")
         if not all(scale >= 0 and math.isfinite(scale) for scale in self.scales) or not any(self.scales):
             raise ValueError(f"scales is {self.scales}; it takes finite numbers of at least 0, one of them above.")
         if len(set(self.scales)) < len(self.scales):
             raise ValueError(f"scales takes different numbers, got {self.scales}.")
-
-    def cells(self, noise: str) -> list[Cell]:
-        """The levels of a kind of noise in ascending order, from none."""
-        return [CLEAN, *({"noise": noise, "scale": scale} for scale in sorted(self.scales) if scale)]
-
-
-def noise_of(
-    space: str, images: ImageSet, kind: str, scale: float, seed: int
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function that adds the noise of a seed to the normalised images, batch after batch."""
-    generator = torch.Generator().manual_seed(seed)
-    if space == "pixel":
-        return lambda x: add_pixel_noise(x, images.mean, images.std, kind, scale, generator)
-    return lambda x: add_input_noise(x, kind, scale, generator)
+        for noise, scale in itertools.product(self.noises, filter(None, self.scales)):
+            allowed_scales = CONDITIONS[noise].range
+            if allowed_scales is not None and scale not in allowed_scales:
+                raise ValueError(f"scales has {scale}; for {noise} it must be {allowed_scales}.")
 
 
-def trials(script: InputNoiseArguments, seeds: list[int], images: ImageSet) -> list[Trial]:
-    """The clean test images for all seeds, and for each kind, scale and seed of the noise those with noise."""
-
-    def given() -> ImageSet:
-        return images
-
-    found = [Trial(CLEAN, seeds, given)]
-    for kind, seed in itertools.product(script.noises, seeds):
-        for cell in script.cells(kind)[1:]:
-            noise = partial(noise_of, script.noise_space, images, kind, cell["scale"], seed)
-            found.append(Trial(cell | {"noise_seed": seed}, [seed], given, noise))
-    return found
+SETTINGS = (PretrainingSettings, ProbingSettings, ControlSettings, InputNoiseSettings)
 
 
-def report(run: Run, script: InputNoiseArguments) -> str:
+def levels(config: dict[str, Any], noise: str) -> list[tuple[str, float]]:
+    """(noise, scale) of the columns of a table in ascending order, from none."""
+    return [CLEAN, *((noise, scale) for scale in sorted(config["scales"]) if scale)]
+
+
+def grid(config: dict[str, Any], model_seed: int) -> Grid:
+    """The probes with the models of a pretraining: each is tested without noise, and with the noise of its seed."""
+    noisy = [
+        Test(noise=InputNoise(noise, scale, seed, config["noise_space"]), seeds=(seed,))
+        for noise in config["noises"]
+        for seed in models_of(config)[model_seed]
+        for _, scale in levels(config, noise)[1:]
+    ]
+
+    def test_arm(test: Test) -> dict[str, Any]:
+        if test.noise is None:
+            return {"noise": CLEAN[0], "scale": CLEAN[1]}
+        return {"noise": test.noise.kind, "scale": test.noise.scale, "noise_seed": test.noise.seed}
+
+    return controlled_grid(config, model_seed, [Test(), *noisy], test_arm=test_arm)
+
+
+cells = partial(all_cells, grid)  # every row that a whole run has, from its configuration
+
+
+def table_of(run: Run) -> ProbeTable:
+    """The accuracies, a column for each noise and scale."""
+    columns = dict.fromkeys(level for noise in run.config["noises"] for level in levels(run.config, noise))
+    return probe_table(run, {(noise, scale): {"noise": noise, "scale": scale} for noise, scale in columns})
+
+
+def report(run: Run) -> str:
     """A table for each kind of noise: accuracies with intervals, what the features are, gains, how these grow."""
-    text = f"# Linear probes on frozen features under input noise: {script.data}, {script.backbone}\n\n"
-    where = "after normalisation" if script.noise_space == "normalised" else "to pixels in [0, 1], then clamped"
-    text += f"Top-1 accuracy on test images, %, by the scale of the noise, added {where}; probes of clean images.\n"
-    text += training_table(run, ["own training labels"], [CLEAN], [{}])
-    for noise in script.noises:
-        cells = script.cells(noise)
-        header = ["features", "none", *(f"{cell['scale']:g}" for cell in cells[1:])]
-        text += f"\n## {CONDITIONS[noise].label[0].upper()}{CONDITIONS[noise].label[1:]}\n\n"
-        text += markdown_table([*header, *measured_header()], accuracy_lines(run, cells))
-        text += "\nPoints gained over poly, paired by seed:\n\n"
-        text += markdown_table(header, gain_lines(run, cells))
-        text += "\nBy how much that gain is larger than without noise, paired by seed:\n\n"
-        text += markdown_table(["features", *header[2:]], growth_lines(run, cells[1:], CLEAN))
-    text += notes(run, script, [cell for noise in script.noises for cell in script.cells(noise)])
+    config, table = run.config, table_of(run)
+    where = "after normalisation" if config["noise_space"] == "normalised" else "to pixels in [0, 1], then clamped"
+    text = (
+        f"# Linear probes on frozen features under input noise: {config['data']}, {config['backbone']}\n\n"
+        f"Top-1 accuracy on test images, %, by the scale of the noise, added {where}; probes of clean images.\n"
+        + table.training_table(["own training labels"], [CLEAN])
+    )
+    for noise in config["noises"]:
+        columns, label = levels(config, noise), CONDITIONS[noise].label
+        header = ["none", *(f"{scale:g}" for _, scale in columns[1:])]
+        starts = [CLEAN] * len(columns[1:])
+        text += (
+            f"\n## {label[0].upper()}{label[1:]}\n\n{table.accuracy_table(header, columns)}"
+            f"\nPoints gained over poly, paired by seed:\n\n{table.gain_table(header, columns)}"
+            "\nBy how much that gain is larger than without noise, paired by seed:\n\n"
+            + table.growth_table(header[1:], columns[1:], starts)
+        )
+    text += notes(run, table)
     return text + "The paper shows these curves as pictures only (ImageNet-100): no numbers of it stand beside ours.\n"
 
 
-def draw(run: Run, script: InputNoiseArguments) -> None:
+def draw(run: Run) -> None:
     """Fig. 2(a), 2(b): the curves of each kind of noise; the input noise of Fig. 1(b)."""
-    drawings = {}
-    for noise in script.noises:
-        cells = script.cells(noise)
-        levels = [cell["scale"] for cell in cells]
-        drawings[f"figure_2_{noise}"] = figures.noise_curves(
-            levels, curves(run, cells), CONDITIONS[noise].label, [chance_percent(run)] * len(levels)
-        )
+    config, table = run.config, table_of(run)
+    for noise in config["noises"]:
+        columns, label = levels(config, noise), CONDITIONS[noise].label
+        chance = [table.chance(CLEAN)] * len(columns)
+        drawing = figures.band_curves([scale for _, scale in columns], table.curves(columns), label, chance)
+        figures.save(run.folder / f"figure_2_{noise}", drawing)
     noise, scale = PAPER_BAR
-    if noise not in script.noises or scale not in script.scales:
-        noise, scale = script.noises[-1], max(script.scales)
-    conditions = {
-        "no noise": CLEAN,
-        f"{noise.replace('_', ' ').capitalize()} noise {scale:g}": {"noise": noise, "scale": scale},
-    }
-    drawings["figure_1b"] = figures.accuracy_bars(bars(run, conditions), [chance_percent(run)] * len(conditions))
-    for name, figure in drawings.items():
-        figures.save(run.folder / name, figure)
+    if noise not in config["noises"] or scale not in config["scales"]:
+        noise, scale = config["noises"][-1], max(config["scales"])
+    shown = {"no noise": CLEAN, f"{noise.replace('_', ' ').capitalize()} noise {scale:g}": (noise, scale)}
+    figures.save(run.folder / "figure_1b", figures.accuracy_bars(*table.bars(shown, FEATURES)))
+
+
+EXPERIMENT = Experiment(
+    recipe="input_noise_probing",
+    items=("figure_2ab", "figure_1b"),
+    title="Figures 2(a), 2(b) and 1(b): input noise",
+    claim="The paper: SAE and NCL are ahead under uniform and Gaussian noise, the more the noise (ImageNet-100; "
+    "curves without numbers).",
+    pictures={
+        "figure_2_*": "Figure 2(a, b): {} noise, ours",
+        "figure_1b": "Figure 1(b), input noise: ours",
+    },
+    cells=cells,
+    report=report,
+    draw=draw,
+    defaults=recorded_defaults(*SETTINGS),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
-    script, splits, accelerator, run = start(InputNoiseArguments, arguments, "input_noise_probing")
-    seeds_of = script.models_of()
-    measure_seeds(
-        run,
-        script,
-        accelerator,
-        lambda seed: measure(run, script, seed, splits, accelerator, trials(script, seeds_of[seed], splits["test"])),
-    )
-    finish(accelerator, run, lambda: report(run, script), lambda: draw(run, script))
+    settings, splits, accelerator, run = start("input_noise_probing", SETTINGS, arguments)
+    measure(run, settings, splits, accelerator, grid)
+    finish(accelerator, run, report, draw)
 
 
 if __name__ == "__main__":

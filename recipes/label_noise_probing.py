@@ -17,186 +17,130 @@ of the features decides how far a probe comes, sae is about 9 points over poly a
 from __future__ import annotations
 
 import itertools
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import torch
-from accelerate import Accelerator
-from frozen_features import FEATURES, describe, frozen_models, is_described
-from probes import (
-    ACCURACY,
-    ARMS,
-    ControlledArguments,
-    accuracy_lines,
-    bars,
-    curves,
-    gain_lines,
-    kind_of,
-    measured_header,
+from experiments import Experiment
+from paper import TABLE_1, TABLE_1_RATES
+from probing import (
+    FEATURES,
+    ControlSettings,
+    all_cells,
+    check_rates,
+    controlled_grid,
+    measure,
     notes,
-    training_table,
+    probe_table,
+    recorded_defaults,
 )
-from program import run_as_program
-from training_accuracies import add_training, chance_percent
-from vision_ladder import SPLITS, finish, highest_with_signal, measure_seeds, start
+from vision import PretrainingSettings, ProbingSettings, finish, highest_with_signal, start
 
 from vision_bench import figures
-from vision_bench.corruptions import flip_labels
-from vision_bench.data import ImageSet
-from vision_bench.metrics import MEASURED
-from vision_bench.probe import TRAINING, fit_linear_probes, probe_accuracy
-from vision_bench.runs import Run, device_name, markdown_table
-
-PAPER = {  # Table 1, top-1 % at the noise rates 0, 0.1 ... 0.9
-    "CIFAR-100": {
-        "poly": (54.5, 53.4, 52.8, 52.1, 51.2, 49.9, 49.5, 48.0, 45.0, 35.7),
-        "sae": (54.4, 53.9, 53.4, 52.9, 51.9, 51.3, 50.5, 49.7, 47.1, 39.1),
-        "ncl": (52.8, 53.9, 53.5, 52.6, 52.6, 52.3, 51.4, 49.5, 48.0, 44.9),
-    },
-    "ImageNet-100": {
-        "poly": (66.8, 63.1, 61.8, 60.1, 58.8, 56.4, 54.9, 53.1, 48.9, 34.4),
-        "sae": (66.2, 65.3, 62.3, 60.5, 59.8, 59.7, 58.5, 55.9, 54.3, 45.9),
-        "ncl": (66.7, 65.4, 64.4, 63.9, 62.4, 62.3, 60.6, 59.8, 57.6, 48.1),
-    },
-}
-PAPER_RATES = tuple(i / 10 for i in range(10))
+from vision_bench.report import ProbeTable, with_widths
+from vision_bench.runs import Run, option, run_as_program
+from vision_bench.sweep import Grid, Test
 
 
 @dataclass
-class LabelNoiseArguments(ControlledArguments):
-    """Settings of this recipe."""
+class LabelNoiseSettings:
+    """The noise on the training labels."""
 
-    noise_rates: list[float] = field(
-        default_factory=lambda: [i / 10 for i in range(10)], metadata={"help": "Shares of wrong training labels."}
-    )
+    noise_rates: list[float] = option([i / 10 for i in range(10)], help="Shares of wrong training labels.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for rate in self.noise_rates:
-            if not 0 <= rate <= 1:
-                raise ValueError(f"noise_rates has {rate}; each must be in [0, 1], 0.9 for 90 % of the labels.")
-        if not self.noise_rates or len(set(self.noise_rates)) < len(self.noise_rates):
-            raise ValueError(f"noise_rates takes different numbers, got {self.noise_rates}.")
+        check_rates(self.noise_rates)
 
 
-def probe_arm(
-    run: Run,
-    script: LabelNoiseArguments,
-    name: str,
-    train: torch.Tensor,
-    test: torch.Tensor,
-    splits: dict[str, ImageSet],
-    seeds: list[int],
-    device: torch.device,
-) -> None:
-    """Rows of one kind of features: accuracy for every seed, rate (and weight decay), and what the features are."""
-    start = time.monotonic()
-    labels, num_classes = splits["train"].labels, splits["train"].num_classes
-    cells = list(itertools.product(script.decays_of(name), seeds, script.noise_rates))
-    noisy = {
-        (seed, rate): flip_labels(labels, rate, num_classes, torch.Generator().manual_seed(seed))
-        for seed in seeds
-        for rate in script.noise_rates
-    }
-    label_sets = torch.stack([noisy[seed, rate] for _, seed, rate in cells])
-    probes = fit_linear_probes(
-        train.to(device),
-        label_sets,
-        num_classes,
-        weight_decay=[decay for decay, _, _ in cells],
-        seeds=[seed for _, seed, _ in cells],
-        device=device,
-        progress=True,
-        **script.probe_settings(),
-    )
-    accuracy = probe_accuracy(*probes, test, splits["test"].labels, topk=(1,))[1]
-    measured = {"n": len(test), "seconds": time.monotonic() - start, "device": device_name(device)}
-    arms = [(seed, {"features": name, "noise_rate": rate, "probe_weight_decay": decay}) for decay, seed, rate in cells]
-    add_training(run, probes, train, label_sets, arms)
-    run.add_rows(
-        [
-            run.row(ACCURACY, value, seed=seed, **measured, **arm)
-            for (seed, arm), value in zip(arms, accuracy.tolist(), strict=True)
-            if not run.find(ACCURACY, seed=seed, **arm)
-        ]
-    )
-    describe(run, name, test, splits["test"].labels, seeds, device)
+SETTINGS = (PretrainingSettings, ProbingSettings, ControlSettings, LabelNoiseSettings)
 
 
-def is_complete(run: Run, script: LabelNoiseArguments, name: str, seeds: list[int]) -> bool:
-    """Whether the folder has every row of one kind of features."""
-    probes = len(script.decays_of(name)) * len(script.noise_rates)
-    return is_described(run, name, seeds) and all(
-        len(run.find(metric, features=name, seed=seed)) == probes for metric in (ACCURACY, *TRAINING) for seed in seeds
+def grid(config: dict[str, Any], model_seed: int) -> Grid:
+    """The probes with the models of a pretraining: each arm at every rate, tested on the clean test images."""
+    return controlled_grid(
+        config, model_seed, [Test()], training_arm=lambda training: {"noise_rate": training.label_noise}
     )
 
 
-def measure(
-    run: Run, script: LabelNoiseArguments, seed: int, splits: dict[str, ImageSet], accelerator: Accelerator
-) -> None:
-    """Rows of the models of one pretraining seed that the folder lacks."""
-    seeds = script.models_of()[seed]
-    missing = [name for name in ARMS if not is_complete(run, script, name, seeds)]
-    if not missing:
-        return
-    models, made = frozen_models(run, script, seed, splits, accelerator)
-    if not accelerator.is_main_process:
-        return
-    for name in missing:
-        train, test = (models.features(kind_of(name), made[split]) for split in SPLITS)
-        probe_arm(run, script, name, train, test, splits, seeds, accelerator.device)
+cells = partial(all_cells, grid)  # every row that a whole run has, from its configuration
 
 
-def report(run: Run, script: LabelNoiseArguments, num_classes: int) -> str:
+def table_of(run: Run) -> ProbeTable:
+    """The accuracies, a column for each rate."""
+    return probe_table(run, {rate: {"noise_rate": rate} for rate in run.config["noise_rates"]})
+
+
+def report(run: Run) -> str:
     """Table 1 with intervals, gains, what the features are, and the paper's numbers beside ours, as Markdown."""
-    rates = script.noise_rates
-    cells = [{"noise_rate": rate} for rate in rates]
-    text = f"# Linear probes on frozen features under label noise: {script.data}, {script.backbone}\n\n"
-    text += "Top-1 accuracy on clean test labels, %, by the share of wrong training labels.\n\n"
-    header = ["features", *(f"{100 * rate:g} %" for rate in rates)]
-    lines = accuracy_lines(run, cells)
-    for (data, table), name in itertools.product(PAPER.items(), FEATURES):
-        values = dict(zip(PAPER_RATES, table[name], strict=True))
-        known = [f"{values[rate]:g}" if rate in values else "-" for rate in rates]
-        lines.append([f"{name}, the paper, {data}", *known, *["-"] * len(MEASURED)])
-    text += markdown_table([*header, *measured_header()], lines)
-    text += training_table(run, header[1:], cells, cells)
-    text += "\n## Points gained over poly, paired by seed\n\n"
-    lines = gain_lines(run, cells)
-    for (data, table), name in itertools.product(PAPER.items(), FEATURES[1:]):
-        published = [round(a - b, 1) for a, b in zip(table[name], table["poly"], strict=True)]
-        values = dict(zip(PAPER_RATES, published, strict=True))
-        known = [f"{values[rate]:+g}" if rate in values else "-" for rate in rates]
-        lines.append([f"{name}, the paper, {data}", *known])
-    text += markdown_table(header, lines)
-    limit = 100 * (num_classes - 1) / num_classes
+    config, table = run.config, table_of(run)
+    rates, header = config["noise_rates"], [f"{100 * rate:g} %" for rate in config["noise_rates"]]
+    accuracies, gains = [], []
+    for (data, published), name in itertools.product(TABLE_1.items(), FEATURES):
+        values = dict(zip(TABLE_1_RATES, published[name], strict=True))
+        base = dict(zip(TABLE_1_RATES, published["poly"], strict=True))
+        title = f"{name}, the paper, {data}"
+        accuracies.append([title, *(f"{values[rate]:g}" if rate in values else "-" for rate in rates)])
+        if name != "poly":
+            gained = (f"{round(values[rate] - base[rate], 1):+g}" if rate in values else "-" for rate in rates)
+            gains.append([title, *gained])
+    limit = 100 * (config["num_classes"] - 1) / config["num_classes"]
     return (
-        text + notes(run, script, cells) + f"With {num_classes} classes, no signal is left at a rate of {limit:g} %.\n"
+        f"# Linear probes on frozen features under label noise: {config['data']}, {config['backbone']}\n\n"
+        "Top-1 accuracy on clean test labels, %, by the share of wrong training labels.\n\n"
+        f"{table.accuracy_table(header, rates, accuracies)}{table.training_table(header, rates)}"
+        f"\n## Points gained over poly, paired by seed\n\n{table.gain_table(header, rates, gains)}{notes(run, table)}"
+        f"With {config['num_classes']} classes, no signal is left at a rate of {limit:g} %.\n"
     )
 
 
-def draw(run: Run, script: LabelNoiseArguments, num_classes: int) -> None:
-    """The label noise of Fig. 1(b), at the highest rate that leaves a signal, and the curves over all rates."""
-    rates = sorted(script.noise_rates)
-    highest = highest_with_signal(rates, num_classes)
-    conditions = {f"{100 * rate:g} % wrong labels": {"noise_rate": rate} for rate in (rates[0], highest)}
-    panels = curves(run, [{"noise_rate": rate} for rate in rates])
-    chance, percents = chance_percent(run), [100 * rate for rate in rates]
-    label = "share of wrong training labels, %"
-    drawings = {
-        "figure_1b": figures.accuracy_bars(bars(run, conditions), [chance] * len(conditions)),
-        "all_rates": figures.noise_curves(percents, panels, label, [chance] * len(rates)),
+def draw(run: Run) -> None:
+    """The label noise of Fig. 1(b), at the highest rate that leaves a signal; all rates; gains beside the paper's."""
+    table, rates = table_of(run), sorted(run.config["noise_rates"])
+    percents, highest = [100 * rate for rate in rates], highest_with_signal(rates, run.config["num_classes"])
+    bars = table.bars({f"{100 * rate:g} % wrong labels": rate for rate in (rates[0], highest)}, FEATURES)
+    figures.save(run.folder / "figure_1b", figures.accuracy_bars(*bars))
+    chance = [table.chance(rate) for rate in rates]
+    curves = figures.band_curves(percents, table.curves(rates), "share of wrong training labels, %", chance)
+    figures.save(run.folder / "all_rates", curves)
+    ours = {
+        name: with_widths([table.gain(name, rate) for rate in rates]) for name in FEATURES[1:] if name in table.arms
     }
-    for name, figure in drawings.items():
-        figures.save(run.folder / name, figure)
+    published = {
+        data: {
+            name: {100 * rate: a - b for rate, a, b in zip(TABLE_1_RATES, by[name], by["poly"], strict=True)}
+            for name in ours
+        }
+        for data, by in TABLE_1.items()
+    }
+    if ours:
+        beside = figures.gains_beside_paper(percents, ours, published, "wrong labels, %")
+        figures.save(run.folder / "gains_beside_paper", beside)
+
+
+EXPERIMENT = Experiment(
+    recipe="label_noise_probing",
+    items=("table_1", "figure_1b"),
+    title="Table 1 and Figure 1(b): linear probes under label noise",
+    claim="The paper: the gain over polysemantic features grows with the noise; at 90 % on CIFAR-100 +3.4 points "
+    "for SAE and +9.2 for NCL, on ImageNet-100 +11.5 and +13.7.",
+    pictures={
+        "figure_1b": "Figure 1(b), label noise: ours",
+        "gains_beside_paper": "Table 1 as gains: ours (line, 95 % band) and the paper's (markers)",
+        "all_rates": "Table 1, ours: all features and controls",
+    },
+    cells=cells,
+    report=report,
+    draw=draw,
+    facts=("num_classes",),
+    defaults=recorded_defaults(*SETTINGS),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
-    script, splits, accelerator, run = start(LabelNoiseArguments, arguments, "label_noise_probing")
-    measure_seeds(run, script, accelerator, lambda seed: measure(run, script, seed, splits, accelerator))
-    num_classes = splits["train"].num_classes
-    finish(accelerator, run, lambda: report(run, script, num_classes), lambda: draw(run, script, num_classes))
+    settings, splits, accelerator, run = start("label_noise_probing", SETTINGS, arguments)
+    measure(run, settings, splits, accelerator, grid)
+    finish(accelerator, run, report, draw)
 
 
 if __name__ == "__main__":

@@ -27,40 +27,34 @@ chance on inverted ones.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
-from probes import (
-    ARMS,
-    Cell,
-    ControlledArguments,
-    accuracies,
-    accuracy_lines,
-    bars,
-    curves,
-    gain_lines,
-    growth_lines,
-    mean,
-    measured_header,
+from experiments import CannotShow, Experiment
+from probing import (
+    FEATURES,
+    ControlSettings,
+    all_cells,
+    controlled_grid,
+    measure,
     notes,
-    training_table,
+    probe_table,
+    recorded_defaults,
 )
-from program import parse, run_as_program
-from shifted import Trial, measure
-from training_accuracies import chance_percent
-from vision_ladder import SPLITS, finish, load_splits, measure_seeds, results_config, start_accelerator
+from vision import PretrainingSettings, ProbingSettings, begin, finish, load_splits
 
 from vision_bench import figures
 from vision_bench.corruptions import shift_names
 from vision_bench.data import ImageSet, warnings_in_one_line
-from vision_bench.runs import Interval, Run, interval, markdown_table
+from vision_bench.report import ProbeTable
+from vision_bench.runs import Interval, Run, markdown_table, option, over_seeds, parse, run_as_program
 from vision_bench.shifts import (
     DATA_ENDING,
     EXTRA_CORRUPTIONS,
@@ -72,23 +66,19 @@ from vision_bench.shifts import (
     load_shifted,
     synthetic,
 )
+from vision_bench.sweep import ACCURACY, Grid, Test
 
-CLEAN: Cell = {"shift": "none"}
+CLEAN = "none"  # name of the test images without a shift
 
 
 @dataclass
-class OodArguments(ControlledArguments):
-    """Settings of this recipe."""
+class OodSettings:
+    """The shifts."""
 
-    shifts: list[str] = field(
-        default_factory=lambda: list(shift_names()), metadata={"help": "NAME=PLACE, or rotated, inverted, thinned."}
-    )
-    class_map: str | None = field(
-        default=None, metadata={"help": "YAML file: NAME of a shift: {its class: class of the training set}."}
-    )
+    shifts: list[str] = option(["rotated", "inverted", "thinned"], help=f"NAME=PLACE, or {', '.join(shift_names())}.")
+    class_map: str | None = option(None, help="YAML file: NAME of a shift: {its class: class of the training set}.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for shift in self.shifts:
             name, sign, place = shift.partition("=")
             named = re.fullmatch(r"[\w.-]+", name) and place if sign else shift in shift_names()
@@ -98,8 +88,8 @@ class OodArguments(ControlledArguments):
                     f"one of {', '.join(shift_names())}."
                 )
         names = list(self.places())
-        if not names or len(names) < len(self.shifts) or CLEAN["shift"] in names:
-            raise ValueError(f"shifts takes different names other than {CLEAN['shift']!r}, got {names}.")
+        if not names or len(names) < len(self.shifts) or CLEAN in names:
+            raise ValueError(f"shifts takes different names other than {CLEAN!r}, got {names}.")
 
     def places(self) -> dict[str, str]:
         """Where each shift is, empty for a synthetic one, by its name."""
@@ -110,182 +100,211 @@ class OodArguments(ControlledArguments):
         if self.class_map is None:
             return {}
         try:
-            found = yaml.safe_load(Path(self.class_map).read_text(encoding="utf-8"))
+            maps = yaml.safe_load(Path(self.class_map).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
             raise ValueError(f"class_map is {self.class_map!r}, which cannot be read ({error}).") from None
-        if not isinstance(found, dict) or not all(isinstance(one, dict) for one in found.values()):
+        if not isinstance(maps, dict) or not all(isinstance(classes, dict) for classes in maps.values()):
             raise ValueError(f"class_map: {self.class_map} must have, for the name of a shift, class: class.")
         places = self.places()
-        unfit = [name for name in found if not places.get(name)]
+        unfit = [name for name in maps if not places.get(name)]
         if unfit:
             raise ValueError(
                 f"class_map: {self.class_map} has the shifts {', '.join(map(str, unfit))}; with classes to be matched "
                 f"there are {', '.join(name for name, place in places.items() if place) or 'none'}."
             )
         # YAML reads a class that is called 1 as a number.
-        return {name: {str(k): str(v) for k, v in one.items()} for name, one in found.items()}
+        return {name: {str(k): str(v) for k, v in classes.items()} for name, classes in maps.items()}
 
 
-def load_shifts(script: OodArguments, train: ImageSet, test: ImageSet) -> dict[str, ImageSet | Corruptions]:
+SETTINGS = (PretrainingSettings, ProbingSettings, ControlSettings, OodSettings)
+
+
+def load_shifts(
+    pretraining: PretrainingSettings, settings: OodSettings, splits: Mapping[str, ImageSet]
+) -> dict[str, ImageSet | Corruptions]:
     """The images of every shift by its name; all that can be wrong with them is found here."""
-    maps = script.maps()
-    found: dict[str, ImageSet | Corruptions] = {}
-    for name, place in script.places().items():
+    maps, train = settings.maps(), splits["train"]
+    shifts: dict[str, ImageSet | Corruptions] = {}
+    for name, place in settings.places().items():
         is_array = (Path(place) / LABELS).is_file() or place.endswith(DATA_ENDING)
         if is_array and name in maps:
             raise ValueError(f"class_map has {name}, but arrays have no names of classes to be matched.")
         if not place:
-            found[name] = synthetic(name, test)
+            shifts[name] = synthetic(name, splits["test"])
         elif place.endswith(DATA_ENDING):
-            found[name] = load_arrays(place, train)
+            shifts[name] = load_arrays(place, train)
         elif is_array:
-            found[name] = load_corruptions(place, train, progress=True)
+            shifts[name] = load_corruptions(place, train, progress=True)
         else:
             place, _, split = (place, "", "") if Path(place).exists() else place.partition("@")
-            found[name] = load_shifted(
+            shifts[name] = load_shifted(
                 place,
                 train,
                 split or None,
                 maps.get(name),
-                skip_corrupt=script.skip_corrupt,
-                label_column=script.label_column,
-                memory_limit=int(script.memory_gib * 2**30),
+                skip_corrupt=pretraining.skip_corrupt,
+                label_column=pretraining.label_column,
+                memory_limit=int(pretraining.memory_gib * 2**30),
                 progress=True,
             )
-    return found
+    return shifts
 
 
-def config(
-    script: OodArguments, train: ImageSet, test: ImageSet, shifts: Mapping[str, ImageSet | Corruptions]
-) -> dict[str, Any]:
-    """What decides the results: the images of the shifts, not where they are; and which corruptions CIFAR-C has."""
-    fingerprints = {name: images.fingerprint for name, images in shifts.items()}
-    found = results_config(script, train, test) | {"shifts": fingerprints, "class_map": None}
-    corruptions = {name: list(images.files) for name, images in shifts.items() if isinstance(images, Corruptions)}
-    return found | ({"corruptions": corruptions} if corruptions else {})
+def test_arms(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What distinguishes the rows of each test, by its name: of CIFAR-C each corruption and severity by itself."""
+    arms: dict[str, dict[str, Any]] = {CLEAN: {"shift": CLEAN}}
+    for shift in config["shifts"]:
+        for corruption in config["corruptions"].get(shift, ()):
+            for severity in range(1, SEVERITIES + 1):
+                arm = {"corruption": corruption, "severity": severity, "extra": corruption in EXTRA_CORRUPTIONS}
+                arms[f"{shift}/{corruption}/{severity}"] = {"shift": shift, **arm}
+        if shift not in config["corruptions"]:
+            arms[shift] = {"shift": shift}
+    return arms
 
 
-def trials(shifts: Mapping[str, ImageSet | Corruptions], test: ImageSet, seeds: list[int]) -> list[Trial]:
-    """The clean test images and those of every shift, each corruption and severity for itself."""
-    found = [Trial(CLEAN, seeds, lambda: test)]
-    for name, images in shifts.items():
-        if isinstance(images, ImageSet):
-            found.append(Trial({"shift": name}, seeds, partial(_same, images)))
-            continue
-        for corruption, severity in itertools.product(images.files, range(1, SEVERITIES + 1)):
-            arm = {"corruption": corruption, "severity": severity, "extra": corruption in EXTRA_CORRUPTIONS}
-            found.append(Trial({"shift": name} | arm, seeds, partial(images.load, corruption, severity)))
-    return found
+def grid(config: dict[str, Any], model_seed: int) -> Grid:
+    """The probes with the models of a pretraining, tested on the images as they are and on those of every shift."""
+    arms = test_arms(config)
+    tests = [Test(name) for name in arms]
+    return controlled_grid(config, model_seed, tests, test_arm=lambda test: arms[test.images])
 
 
-def _same(images: ImageSet) -> ImageSet:
-    return images
+cells = partial(all_cells, grid)  # every row that a whole run has, from its configuration
 
 
-def cell_of(name: str, images: ImageSet | Corruptions) -> Cell:
-    """The rows of a shift; of CIFAR-C those that count, all unless only additional corruptions are there."""
-    counted = isinstance(images, Corruptions) and set(images.files) - set(EXTRA_CORRUPTIONS)
-    return {"shift": name} | ({"extra": False} if counted else {})
+def table_of(run: Run) -> ProbeTable:
+    """The accuracies, a column for each shift, and of CIFAR-C for each corruption and for each severity too.
+
+    Raises:
+        CannotShow: rows are of corruptions that the configuration does not name, so that some may be missing.
+    """
+    config, columns = run.config, dict[Hashable, dict[str, Any]]()
+    for name in (CLEAN, *config["shifts"]):
+        corruptions = config["corruptions"].get(name, ())
+        if not corruptions and any("corruption" in row["config"] for row in run.find(ACCURACY, shift=name)):
+            raise CannotShow(
+                f"the settings of this run do not say which corruptions of {name} there were, so whether all have "
+                "rows is not known: they are of an older version of recipes/ood_probing.py; run it again."
+            )
+        # Additional corruptions do not count, unless there are no others.
+        counted = {"extra": False} if set(corruptions) - set(EXTRA_CORRUPTIONS) else {}
+        columns[name] = {"shift": name, **counted}
+        columns |= {(name, corruption): {"shift": name, "corruption": corruption} for corruption in corruptions}
+        if corruptions:
+            severities = range(1, SEVERITIES + 1)
+            columns |= {(name, severity): {**columns[name], "severity": severity} for severity in severities}
+    return probe_table(run, columns)
 
 
-def corruption_table(run: Run, name: str, images: Corruptions) -> str:
+def corruption_table(table: ProbeTable, shift: str, corruptions: list[str]) -> str:
     """Error by corruption, mean over the severities, and the mean corruption error, as Markdown."""
-    cell = cell_of(name, images)
-    header = ["features", "mean corruption error, %", "relative to poly, %", *images.files]
     lines = []
-    for arm in ARMS:
-        errors = [100 - row["value"] for row in accuracies(run, arm, **cell)]
-        by_corruption = [mean(run, arm, shift=name, corruption=one) for one in images.files]
+    for arm in table.arms:
+        errors = [table.mean(arm, (shift, corruption)) for corruption in corruptions]
         lines.append(
             [
                 arm,
-                interval(errors).text(1),
-                relative(run, arm, images, cell).text(1),
-                *(one._replace(mean=100 - one.mean).text(1) for one in by_corruption),
+                over_seeds(100 - table.points(arm, shift)).text(1),
+                relative_error(table, arm, shift, corruptions).text(1),
+                *(error._replace(mean=100 - error.mean).text(1) for error in errors),
             ]
         )
-    text = f"\n## {name}: error in %, mean over the {SEVERITIES} severities\n\n{markdown_table(header, lines)}"
-    return text + (
+    header = ["features", "mean corruption error, %", "relative to poly, %", *corruptions]
+    return (
+        f"\n## {shift}: error in %, mean over the {SEVERITIES} severities\n\n{markdown_table(header, lines)}"
         "\nThe mean corruption error is the mean over corruptions, without the additional ones "
         f"({', '.join(EXTRA_CORRUPTIONS)}).\nRelative: each corruption's error divided by that of poly before the "
         "mean is taken, as Hendrycks and Dietterich (2019) do with AlexNet's.\n"
     )
 
 
-def relative(run: Run, arm: str, images: Corruptions, cell: Cell) -> Interval:
+def relative_error(table: ProbeTable, arm: str, shift: str, corruptions: list[str]) -> Interval:
     """Mean over the corruptions of the error relative to poly's, in percent; NaN where poly makes no error."""
-    counted = [one for one in images.files if one not in EXTRA_CORRUPTIONS] or list(images.files)
-    by_seed: dict[int, list[float]] = {}
-    for one in counted:
-        ours, theirs = (
-            {row["seed"]: 100 - row["value"] for row in accuracies(run, name, shift=cell["shift"], corruption=one)}
-            for name in (arm, "poly")
-        )
-        for seed, error in ours.items():
-            by_seed.setdefault(seed, []).append(100 * error / theirs[seed] if theirs[seed] else math.nan)
-    return interval([sum(values) / len(values) for values in by_seed.values()])
+    counted = [name for name in corruptions if name not in EXTRA_CORRUPTIONS] or corruptions
+    ours, theirs = (
+        pd.DataFrame({name: 100 - table.points(features, (shift, name)) for name in counted})
+        for features in (arm, "poly")
+    )
+    by_seed = (100 * ours / theirs.where(theirs != 0)).mean(axis=1, skipna=False)
+    return over_seeds(by_seed) if by_seed.notna().all() else Interval(math.nan, math.nan, len(by_seed))
 
 
-def report(run: Run, script: OodArguments, shifts: Mapping[str, ImageSet | Corruptions]) -> str:
+def report(run: Run) -> str:
     """Accuracies with intervals, what the features are, gains and how they change from the clean images."""
-    cells = [CLEAN, *(cell_of(name, images) for name, images in shifts.items())]
-    header = ["features", "none", *shifts]
-    text = f"# Linear probes on frozen features under a shift: {script.data}, {script.backbone}\n\n"
-    text += "Top-1 accuracy, %, by the shift of the test images; probes of the images as they are.\n\n"
-    text += markdown_table([*header, *measured_header()], accuracy_lines(run, cells))
-    text += training_table(run, ["own training labels"], [CLEAN], [{}])
-    text += "\n## Points gained over poly, paired by seed\n\n" + markdown_table(header, gain_lines(run, cells))
-    text += "\n## By how much that gain is larger than without a shift, paired by seed\n\n"
-    text += markdown_table(["features", *shifts], growth_lines(run, cells[1:], CLEAN))
-    for name, images in shifts.items():
-        if isinstance(images, Corruptions):
-            text += corruption_table(run, name, images)
-    made_up = [name for name in shifts if not script.places()[name]]
-    if made_up:
-        text += f"\nSynthetic shifts, made from the test images: {', '.join(made_up)}.\n"
-    text += notes(run, script, cells)
+    config, table = run.config, table_of(run)
+    shifts = list(config["shifts"])
+    columns = [CLEAN, *shifts]
+    text = (
+        f"# Linear probes on frozen features under a shift: {config['data']}, {config['backbone']}\n\n"
+        "Top-1 accuracy, %, by the shift of the test images; probes of the images as they are.\n\n"
+        f"{table.accuracy_table(columns, columns)}{table.training_table(['own training labels'], [CLEAN])}"
+        f"\n## Points gained over poly, paired by seed\n\n{table.gain_table(columns, columns)}"
+        "\n## By how much that gain is larger than without a shift, paired by seed\n\n"
+        + table.growth_table(shifts, shifts, [CLEAN] * len(shifts))
+    )
+    for name, corruptions in config["corruptions"].items():
+        text += corruption_table(table, name, corruptions)
+    if made := [name for name in shifts if name in config.get("synthetic", shift_names())]:
+        text += f"\nSynthetic shifts, made from the test images: {', '.join(made)}.\n"
+    text += notes(run, table)
     return text + "The paper shows Fig. 2(c) as a picture only (ImageNet-100): no numbers of it stand beside ours.\n"
 
 
-def draw(run: Run, shifts: Mapping[str, ImageSet | Corruptions]) -> None:
+def draw(run: Run) -> None:
     """Fig. 2(c), and for CIFAR-C the curves over the severities."""
-    cells = {"no shift": CLEAN} | {name: cell_of(name, images) for name, images in shifts.items()}
-    chance = [chance_percent(run, **cell) for cell in cells.values()]
-    drawings = {"figure_2c": figures.accuracy_bars(bars(run, cells), chance)}
-    for name, images in shifts.items():
-        if isinstance(images, Corruptions):
-            levels = range(1, SEVERITIES + 1)
-            drawn = [CLEAN, *({**cells[name], "severity": level} for level in levels)]
-            drawings[f"severities_{name}"] = figures.noise_curves(
-                [0, *levels],
-                curves(run, drawn),
-                "severity of the corruptions",
-                [chance_percent(run, **cell) for cell in drawn],
-            )
-    for name, figure in drawings.items():
-        figures.save(run.folder / name, figure)
+    config, table = run.config, table_of(run)
+    bars = table.bars({"no shift": CLEAN, **{name: name for name in config["shifts"]}}, FEATURES)
+    figures.save(run.folder / "figure_2c", figures.accuracy_bars(*bars))
+    for name in config["corruptions"]:
+        columns: list[Hashable] = [CLEAN, *((name, severity) for severity in range(1, SEVERITIES + 1))]
+        chance = [table.chance(column) for column in columns]
+        levels = range(SEVERITIES + 1)
+        drawing = figures.band_curves(levels, table.curves(columns), "severity of the corruptions", chance)
+        figures.save(run.folder / f"severities_{name}", drawing)
+
+
+EXPERIMENT = Experiment(
+    recipe="ood_probing",
+    items=("figure_2c",),
+    title="Figure 2(c): distribution shifts",
+    claim="The paper: SAE and NCL are ahead on ImageNet-Sketch and ImageNet-Stylized (ImageNet-100; bars without "
+    "numbers).",
+    pictures={
+        "figure_2c": "Figure 2(c): ours",
+        "severities_*": "Accuracy by severity of the corruptions of {}: ours",
+    },
+    cells=cells,
+    report=report,
+    draw=draw,
+    defaults={**recorded_defaults(*SETTINGS), "corruptions": {}},
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
-    script = parse(OodArguments, arguments)
-    train, test = load_splits(script)
-    script.check(train, test)
+    settings = parse(SETTINGS, arguments)
+    pretraining, probing, _, ood = settings
+    splits = load_splits(pretraining)
+    probing.check(pretraining, splits)  # before the images of the shifts, which may take long to read
     with warnings_in_one_line():
-        shifts = load_shifts(script, train, test)
-    accelerator = start_accelerator(script, "ood_probing")
-    described = config(script, train, test, shifts)
-    run = Run(script.output_dir, "ood_probing", described, is_main=accelerator.is_main_process)
-    run.bind()
-    splits = dict(zip(SPLITS, (train, test), strict=True))
-    seeds_of = script.models_of()
-    measure_seeds(
-        run,
-        script,
-        accelerator,
-        lambda seed: measure(run, script, seed, splits, accelerator, trials(shifts, test, seeds_of[seed])),
-    )
-    finish(accelerator, run, lambda: report(run, script, shifts), lambda: draw(run, shifts))
+        shifts = load_shifts(pretraining, ood, splits)
+    # The images of the shifts decide the results, not where they are.
+    config = {"shifts": {name: images.fingerprint for name, images in shifts.items()}, "class_map": None}
+    corruptions = {name: images.files for name, images in shifts.items() if isinstance(images, Corruptions)}
+    facts = {
+        "corruptions": {name: list(files) for name, files in corruptions.items()},
+        "synthetic": [name for name, place in ood.places().items() if not place],
+    }
+    accelerator, run = begin("ood_probing", settings, splits, config, facts)
+
+    def images_of(test: Test) -> ImageSet:
+        name, *place = test.images.split("/")
+        images = splits["test"] if name == CLEAN else shifts[name]
+        return images.load(place[0], int(place[1])) if isinstance(images, Corruptions) else images
+
+    measure(run, settings, splits, accelerator, grid, images=images_of)
+    finish(accelerator, run, report, draw)
 
 
 if __name__ == "__main__":

@@ -20,209 +20,152 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import torch
-from accelerate import Accelerator
-from frozen_features import FEATURES, describe, frozen_models, is_described
-from probes import (
-    ACCURACY,
-    ARMS,
-    Cell,
-    ControlledArguments,
-    accuracies,
-    accuracy_lines,
-    bars,
-    gain_lines,
-    growth,
-    kind_of,
-    mean,
-    measured_header,
+from experiments import Experiment
+from probing import (
+    FEATURES,
+    ControlSettings,
+    all_cells,
+    check_rates,
+    controlled_grid,
+    measure,
     notes,
-    training_table,
+    probe_table,
+    recorded_defaults,
 )
-from program import run_as_program
-from training_accuracies import add_training, chance_percent
-from vision_ladder import SPLITS, finish, highest_with_signal, measure_seeds, start
+from vision import PretrainingSettings, ProbingSettings, finish, highest_with_signal, start
 
 from vision_bench import figures
-from vision_bench.corruptions import flip_labels
-from vision_bench.data import ImageSet
-from vision_bench.probe import TRAINING, fit_linear_probes, probe_accuracy
-from vision_bench.runs import Interval, Run, device_name, markdown_table, paired_difference
+from vision_bench.report import ProbeTable, with_widths
+from vision_bench.runs import Run, markdown_table, option, paired, run_as_program
+from vision_bench.sweep import Grid, Test
 
 LOSSES = {"ce": "cross entropy", "sce": "symmetric cross entropy", "ce_scaled": "alpha times cross entropy"}
 
 
 @dataclass
-class RobustLossArguments(ControlledArguments):
-    """Settings of this recipe."""
+class RobustLossSettings:
+    """The noise on the training labels, and the losses."""
 
-    noise_rates: list[float] = field(
-        default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8, 0.9], metadata={"help": "Shares of wrong training labels."}
-    )
-    alpha: float = field(default=6.0, metadata={"help": "Weight of cross entropy in sce and ce_scaled."})
-    beta: float = field(default=0.1, metadata={"help": "Weight of reverse cross entropy in sce."})
+    noise_rates: list[float] = option([0.0, 0.2, 0.4, 0.6, 0.8, 0.9], help="Shares of wrong training labels.")
+    alpha: float = option(6.0, help="Weight of cross entropy in sce and ce_scaled.")
+    beta: float = option(0.1, help="Weight of reverse cross entropy in sce.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for rate in self.noise_rates:
-            if not 0 <= rate <= 1:
-                raise ValueError(f"noise_rates has {rate}; each must be in [0, 1], 0.9 for 90 % of the labels.")
-        if not self.noise_rates or len(set(self.noise_rates)) < len(self.noise_rates):
-            raise ValueError(f"noise_rates takes different numbers, got {self.noise_rates}.")
-        for name in ("alpha", "beta"):
-            value = getattr(self, name)
+        check_rates(self.noise_rates)
+        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}; it must be above 0: with 0 the loss would be another one.")
 
-    def weights(self, loss: str) -> tuple[float, float]:
-        """(alpha, beta) of a loss of `LOSSES`."""
-        return {"ce": (1.0, 0.0), "sce": (self.alpha, self.beta), "ce_scaled": (self.alpha, 0.0)}[loss]
+
+SETTINGS = (PretrainingSettings, ProbingSettings, ControlSettings, RobustLossSettings)
 
 
-def probe_arm(
-    run: Run,
-    script: RobustLossArguments,
-    name: str,
-    train: torch.Tensor,
-    test: torch.Tensor,
-    splits: dict[str, ImageSet],
-    seeds: list[int],
-    device: torch.device,
-) -> None:
-    """Rows of one kind of features: accuracy for every loss, rate and seed (and weight decay), from one pass."""
-    start = time.monotonic()
-    labels, num_classes = splits["train"].labels, splits["train"].num_classes
-    probed = list(itertools.product(LOSSES, script.decays_of(name), seeds, script.noise_rates))
-    noisy = {
-        (seed, rate): flip_labels(labels, rate, num_classes, torch.Generator().manual_seed(seed))
-        for seed in seeds
-        for rate in script.noise_rates
-    }
-    weights = [script.weights(loss) for loss, *_ in probed]
-    label_sets = torch.stack([noisy[seed, rate] for *_, seed, rate in probed])
-    probes = fit_linear_probes(
-        train.to(device),
-        label_sets,
-        num_classes,
-        weight_decay=[decay for _, decay, *_ in probed],
-        alpha=[alpha for alpha, _ in weights],
-        beta=[beta for _, beta in weights],
-        seeds=[seed for *_, seed, _ in probed],
-        device=device,
-        progress=True,
-        **script.probe_settings(),
-    )
-    accuracy = probe_accuracy(*probes, test, splits["test"].labels, topk=(1,))[1]
-    measured = {"n": len(test), "seconds": time.monotonic() - start, "device": device_name(device)}
-    arms = [
-        (seed, {"features": name, "loss": loss, "noise_rate": rate, "probe_weight_decay": decay})
-        for loss, decay, seed, rate in probed
-    ]
-    add_training(run, probes, train, label_sets, arms)
-    run.add_rows(
-        [
-            run.row(ACCURACY, value, seed=seed, **measured, **arm)
-            for (seed, arm), value in zip(arms, accuracy.tolist(), strict=True)
-            if not run.find(ACCURACY, seed=seed, **arm)
-        ]
-    )
-    describe(run, name, test, splits["test"].labels, seeds, device)
-
-
-def is_complete(run: Run, script: RobustLossArguments, name: str, seeds: list[int]) -> bool:
-    """Whether the folder has every row of one kind of features."""
-    probes = len(LOSSES) * len(script.noise_rates) * len(script.decays_of(name))
-    return is_described(run, name, seeds) and all(
-        len(run.find(metric, features=name, seed=seed)) == probes for metric in (ACCURACY, *TRAINING) for seed in seeds
+def grid(config: dict[str, Any], model_seed: int) -> Grid:
+    """The probes with the models of a pretraining: each arm with every loss at every rate, tested on clean images."""
+    alpha, beta = config["alpha"], config["beta"]
+    return controlled_grid(
+        config,
+        model_seed,
+        [Test()],
+        training_arm=lambda training: {"loss": training.loss, "noise_rate": training.label_noise},
+        losses={"ce": (1.0, 0.0), "sce": (alpha, beta), "ce_scaled": (alpha, 0.0)},
     )
 
 
-def measure(
-    run: Run, script: RobustLossArguments, seed: int, splits: dict[str, ImageSet], accelerator: Accelerator
-) -> None:
-    """Rows of the models of one pretraining seed that the folder lacks."""
-    seeds = script.models_of()[seed]
-    missing = [name for name in ARMS if not is_complete(run, script, name, seeds)]
-    if not missing:
-        return
-    models, made = frozen_models(run, script, seed, splits, accelerator)
-    if not accelerator.is_main_process:
-        return
-    for name in missing:
-        train, test = (models.features(kind_of(name), made[split]) for split in SPLITS)
-        probe_arm(run, script, name, train, test, splits, seeds, accelerator.device)
+cells = partial(all_cells, grid)  # every row that a whole run has, from its configuration
 
 
-def difference(run: Run, name: str, first: Cell, second: Cell) -> Interval:
-    """Points of accuracy of the same features in one cell over those in another, paired by seed."""
-    found = paired_difference(accuracies(run, name, **first), accuracies(run, name, **second))
-    assert found is not None
-    return found
+def table_of(run: Run) -> ProbeTable:
+    """The accuracies, a column for each loss and rate."""
+    columns = itertools.product(LOSSES, run.config["noise_rates"])
+    return probe_table(run, {(loss, rate): {"loss": loss, "noise_rate": rate} for loss, rate in columns})
 
 
-def report(run: Run, script: RobustLossArguments, num_classes: int) -> str:
+def report(run: Run) -> str:
     """A table of accuracies and gains for each loss, what the loss adds for each kind of features, and whether that
     is more or less for other features than for poly, as Markdown."""
-    rates = script.noise_rates
-    header = ["features", *(f"{100 * rate:g} %" for rate in rates)]
-    text = f"# Robust loss on frozen features under label noise: {script.data}, {script.backbone}\n\n"
-    text += f"Top-1 accuracy on clean test labels, %, by the share of wrong training labels; alpha {script.alpha:g}, "
-    text += f"beta {script.beta:g}.\n"
-    cells = {loss: [{"loss": loss, "noise_rate": rate} for rate in rates] for loss in LOSSES}
+    config, table = run.config, table_of(run)
+    header = [f"{100 * rate:g} %" for rate in config["noise_rates"]]
+    columns = {loss: [(loss, rate) for rate in config["noise_rates"]] for loss in LOSSES}
+    text = (
+        f"# Robust loss on frozen features under label noise: {config['data']}, {config['backbone']}\n\n"
+        "Top-1 accuracy on clean test labels, %, by the share of wrong training labels; "
+        f"alpha {config['alpha']:g}, beta {config['beta']:g}.\n"
+    )
     for loss, words in LOSSES.items():
-        text += f"\n## {loss}: {words}\n\n"
-        text += markdown_table([*header, *measured_header()], accuracy_lines(run, cells[loss]))
-        text += training_table(run, header[1:], cells[loss], cells[loss])
-        text += "\nPoints gained over poly with the same loss, paired by seed:\n\n"
-        text += markdown_table(header, gain_lines(run, cells[loss]))
-    text += "\n## Points that the loss adds, paired by seed\n\n"
+        text += (
+            f"\n## {loss}: {words}\n\n{table.accuracy_table(header, columns[loss])}"
+            f"{table.training_table(header, columns[loss])}"
+            "\nPoints gained over poly with the same loss, paired by seed:\n\n"
+            f"{table.gain_table(header, columns[loss])}"
+        )
     lines = []
-    for name, (loss, base) in itertools.product(ARMS, (("sce", "ce"), ("ce_scaled", "ce"), ("sce", "ce_scaled"))):
-        points = [difference(run, name, a, b) for a, b in zip(cells[loss], cells[base], strict=True)]
+    for name, (loss, base) in itertools.product(
+        config["arms"], (("sce", "ce"), ("ce_scaled", "ce"), ("sce", "ce_scaled"))
+    ):
+        both = zip(columns[loss], columns[base], strict=True)
+        points = [paired(table.points(name, ours), table.points(name, theirs)) for ours, theirs in both]
         lines.append([f"{name}: {loss} over {base}", *(one.text(1, sign=True) for one in points)])
-    text += markdown_table(header, lines)
+    text += f"\n## Points that the loss adds, paired by seed\n\n{markdown_table(['features', *header], lines)}"
     text += "\n## What sce adds to ce, less what it adds for poly, paired by seed\n\n"
     text += "0 where loss and features help independently; below 0 where one makes up for the other.\n\n"
     lines = [
-        [name, *(growth(run, name, a, b).text(1, sign=True) for a, b in zip(cells["sce"], cells["ce"], strict=True))]
-        for name in ARMS[1:]
+        [
+            name,
+            *(
+                table.growth(name, ours, theirs).text(1, sign=True)
+                for ours, theirs in zip(columns["sce"], columns["ce"], strict=True)
+            ),
+        ]
+        for name in config["arms"]
+        if name != "poly"
     ]
-    text += markdown_table(header, lines)
-    text += notes(run, script, [cell for loss in LOSSES for cell in cells[loss]])
-    limit = 100 * (num_classes - 1) / num_classes
-    text += f"With {num_classes} classes, no signal is left at a rate of {limit:g} %.\n"
+    text += markdown_table(["features", *header], lines) + notes(run, table)
+    limit = 100 * (config["num_classes"] - 1) / config["num_classes"]
+    text += f"With {config['num_classes']} classes, no signal is left at a rate of {limit:g} %.\n"
     return text + "The paper shows Fig. 6 as a picture only: no numbers of it stand beside ours.\n"
 
 
-def draw(run: Run, script: RobustLossArguments, num_classes: int) -> None:
+def draw(run: Run) -> None:
     """Fig. 6 at the highest rate that leaves a signal, and the curves over all rates."""
-    rates = sorted(script.noise_rates)
-    highest = highest_with_signal(rates, num_classes)
-    short = {"ce": "CE", "sce": "SCE", "ce_scaled": f"{script.alpha:g} CE"}
-    curves = {}
-    for name, loss in itertools.product(FEATURES, ("ce", "sce")):
-        found = [mean(run, name, loss=loss, noise_rate=rate) for rate in rates]
-        curves[name, short[loss]] = [one.mean for one in found], [one.half_width or 0.0 for one in found]
-    drawings = {
-        "figure_6": figures.accuracy_bars(
-            bars(run, {short[loss]: {"loss": loss, "noise_rate": highest} for loss in LOSSES}),
-            [chance_percent(run)] * len(LOSSES),
-        ),
-        "all_rates": figures.loss_curves([100 * rate for rate in rates], curves, chance_percent(run)),
+    table, rates = table_of(run), sorted(run.config["noise_rates"])
+    highest = highest_with_signal(rates, run.config["num_classes"])
+    short = {"ce": "CE", "sce": "SCE", "ce_scaled": f"{run.config['alpha']:g} CE"}
+    bars = table.bars({short[loss]: (loss, highest) for loss in LOSSES}, FEATURES)
+    figures.save(run.folder / "figure_6", figures.accuracy_bars(*bars))
+    curves = {
+        (name, short[loss]): with_widths([table.mean(name, (loss, rate)) for rate in rates])
+        for name, loss in itertools.product(FEATURES, ("ce", "sce"))
+        if name in table.arms
     }
-    for name, figure in drawings.items():
-        figures.save(run.folder / name, figure)
+    chance = table.chance(("ce", highest))
+    figures.save(run.folder / "all_rates", figures.loss_curves([100 * rate for rate in rates], curves, chance))
+
+
+EXPERIMENT = Experiment(
+    recipe="robust_loss",
+    items=("figure_6",),
+    title="Figure 6: a robust loss under label noise",
+    claim="The paper: symmetric cross entropy helps polysemantic and monosemantic features, and monosemantic "
+    "features help with either loss (a picture without numbers).",
+    pictures={"figure_6": "Figure 6: ours", "all_rates": "All rates, ours"},
+    cells=cells,
+    report=report,
+    draw=draw,
+    facts=("num_classes",),
+    defaults=recorded_defaults(*SETTINGS),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
-    script, splits, accelerator, run = start(RobustLossArguments, arguments, "robust_loss")
-    measure_seeds(run, script, accelerator, lambda seed: measure(run, script, seed, splits, accelerator))
-    num_classes = splits["train"].num_classes
-    finish(accelerator, run, lambda: report(run, script, num_classes), lambda: draw(run, script, num_classes))
+    settings, splits, accelerator, run = start("robust_loss", SETTINGS, arguments)
+    measure(run, settings, splits, accelerator, grid)
+    finish(accelerator, run, report, draw)
 
 
 if __name__ == "__main__":

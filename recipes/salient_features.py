@@ -23,34 +23,35 @@ samples and so have the same consistency.
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from frozen_features import FEATURES, describe, frozen_models
-from noisy_probe import (
-    ACCURACY,
-    NoisyProbeArguments,
-    is_complete,
-    noisy_probes,
-    over_seeds,
+from experiments import Experiment
+from probing import (
+    FEATURES,
+    NoisyProbeSettings,
+    all_cells,
+    measure,
+    noisy_grid,
+    over,
     predictions,
+    probe_table,
+    recorded_defaults,
     where_there_is_one,
 )
-from program import run_as_program
-from training_accuracies import chance_percent, own_labels
-from vision_ladder import SPLITS, finish, measure_seeds, start
+from vision import PretrainingSettings, ProbingSettings, finish, start
 
 from vision_bench import figures
-from vision_bench import report as cautions
-from vision_bench.data import ImageSet
 from vision_bench.metrics import MEASURED, semantic_consistency
-from vision_bench.runs import Run, device_name, markdown_table
+from vision_bench.report import untrained
+from vision_bench.runs import Cell, Interval, Run, interval, markdown_table, option, run_as_program
+from vision_bench.sweep import ACCURACY, Fitted, Measured
 
 CONSISTENCY, CHANCE = "salient_consistency", "salient_chance"
 DIFFERENCE, WITHIN_CLASS = "salient_difference", "salient_difference_within_class"
@@ -62,18 +63,19 @@ LIKE_FEATURES = tuple(metric for metric in MEASURED if metric != "live_dimension
 
 
 @dataclass
-class SalientArguments(NoisyProbeArguments):
-    """Settings of this recipe."""
+class SalientSettings:
+    """What counts as active, and the bootstrap."""
 
-    absolute: bool = field(
-        default=True, metadata={"help": "Activation is |z|, as in the official consistency; false: z itself."}
-    )
-    draws: int = field(default=2000, metadata={"help": "Of the bootstrap."})
+    absolute: bool = option(True, help="Activation is |z|, as in the official consistency; false: z itself.")
+    draws: int = option(2000, help="Of the bootstrap.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.draws < 100:
             raise ValueError(f"draws is {self.draws}; the bounds of an interval need at least 100.")
+
+
+SETTINGS = (PretrainingSettings, ProbingSettings, NoisyProbeSettings, SalientSettings)
+cells = partial(all_cells, noisy_grid)  # rows without which a run is not whole, from its configuration
 
 
 class Salient(NamedTuple):
@@ -125,13 +127,12 @@ def within_class(values: torch.Tensor, right: torch.Tensor, labels: torch.Tensor
     return ((weights * differences).sum() / weights.sum()).item()
 
 
-def add_seed(
-    run: Run, script: SalientArguments, name: str, salient: Salient, right: torch.Tensor, labels: torch.Tensor,
-    seed: int, measured: dict[str, Any],
-) -> None:  # fmt: skip
-    """The rows of one kind of features and one seed that the run lacks.
+def compared(
+    name: str, seed: int, salient: Salient, right: torch.Tensor, labels: torch.Tensor, draws: int
+) -> list[Measured]:
+    """What the samples (n,) that a probe classifies rightly have over the others, for one kind of features and seed.
 
-    There is none of the difference within classes if no class has both right and wrong samples.
+    There is no difference within classes if no class has both right and wrong samples.
 
     Raises:
         ValueError: all samples are right, or all are wrong.
@@ -141,110 +142,106 @@ def add_seed(
             f"{name}, seed {seed}: {int(right.sum())} of {len(right)} test samples are classified rightly; there is "
             "nothing to compare. Choose another noise_rate, or train the model longer."
         )
-    drawn = bootstrap(salient, right, script.draws, seed)
+    resamples, measured = bootstrap(salient, right, draws, seed), list[Measured]()
 
-    def add(metric: str, value: float, n: int, **arm: Any) -> None:
-        if not run.find(metric, seed=seed, features=name, group=arm.get("group")):
-            run.add(metric, value, n=n, seed=seed, features=name, **measured, **arm)
+    def add(metric: str, value: float, n: int, group: dict[str, str] | None = None, **details: Any) -> None:
+        measured.append(Measured(Cell(metric, seed, {"features": name, **(group or {})}), value, n, details))
 
     for (column, group), chosen in zip(enumerate(GROUPS), (right, ~right), strict=True):
-        low, high = np.nanquantile(drawn[:, column], (0.025, 0.975))
+        low, high = np.nanquantile(resamples[:, column], (0.025, 0.975))
         bins = torch.histc(salient.consistency[chosen].float(), BINS, 0, 1) / int(chosen.sum())
         histogram = [round(share, 6) for share in bins[: int(bins.nonzero().max()) + 1].tolist()]
         mean, chance = salient.consistency[chosen].mean().item(), salient.chance[chosen].mean().item()
-        add(CHANCE, chance, int(chosen.sum()), group=group)
-        add(CONSISTENCY, mean, int(chosen.sum()), group=group, low=low, high=high, histogram=histogram)
-    low, high = np.nanquantile(drawn[:, 0] - drawn[:, 1], (0.025, 0.975))
+        add(CHANCE, chance, int(chosen.sum()), {"group": group})
+        add(CONSISTENCY, mean, int(chosen.sum()), {"group": group}, low=low, high=high, histogram=histogram)
+    low, high = np.nanquantile(resamples[:, 0] - resamples[:, 1], (0.025, 0.975))
     difference = (salient.consistency[right].mean() - salient.consistency[~right].mean()).item()
     within = within_class(salient.consistency, right, labels)
     if not math.isnan(within):
         add(WITHIN_CLASS, within, len(right))
     add(DIFFERENCE, difference, len(right), low=low, high=high)
-    if not run.find(ACCURACY, seed=seed, features=name):
-        run.add(ACCURACY, right.double().mean().item(), n=len(right), seed=seed, features=name, **measured)
+    add(ACCURACY, right.double().mean().item(), len(right))
+    return measured
 
 
-def measure(
-    run: Run, script: SalientArguments, seed: int, splits: dict[str, ImageSet], accelerator: Accelerator
-) -> None:
-    """Rows of the models of one pretraining seed that the folder lacks."""
-    seeds = script.models_of()[seed]
-    missing = [name for name in FEATURES if not is_complete(run, name, seeds)]
-    if not missing:
-        return
-    models, made = frozen_models(run, script, seed, splits, accelerator)
-    if not accelerator.is_main_process:
-        return
-    device, labels = accelerator.device, splits["test"].labels
-    for name in missing:
-        start = time.monotonic()
-        train, test = (models.features(name, made[split]) for split in SPLITS)
-        probes = noisy_probes(run, script, name, train, splits["train"], seeds, device)
-        salient = salient_dimensions(test, labels, script.absolute)
-        right = predictions(probes, test) == labels
-        measured = {"seconds": time.monotonic() - start, "device": device_name(device)}
-        for one, of_seed in zip(seeds, right, strict=True):
-            add_seed(run, script, name, salient, of_seed, labels, one, measured)
-        describe(run, name, test, labels, seeds, device)
+def study(
+    config: Mapping[str, Any], name: str, fitted: Fitted, features: torch.Tensor, labels: torch.Tensor
+) -> list[Measured]:
+    """What is measured of one kind of features, with the features (n, d) and labels (n,) of the test images."""
+    salient = salient_dimensions(features, labels, config["absolute"])
+    right = predictions(fitted.probes, features) == labels
+    return [
+        measured
+        for training, of_seed in zip(fitted.trainings, right, strict=True)
+        for measured in compared(name, training.seed, salient, of_seed, labels, config["draws"])
+    ]
+
+
+def mean_of(run: Run, metric: str, name: str, **arm: Any) -> Interval:
+    """Mean of one kind of features over seeds."""
+    return interval([row["value"] for row in run.find(metric, features=name, **arm)])
 
 
 def bounds(run: Run, metric: str, name: str, **arm: Any) -> tuple[float, float]:
     """The bootstrap's interval, means over seeds of its bounds."""
-    rows = run.find(metric, features=name, **arm)
-    return float(np.mean([row["config"]["low"] for row in rows])), float(
-        np.mean([row["config"]["high"] for row in rows])
-    )
+    rows = [row["config"] for row in run.find(metric, features=name, **arm)]
+    return float(np.mean([row["low"] for row in rows])), float(np.mean([row["high"] for row in rows]))
 
 
 def verdict(run: Run, name: str) -> str:
     """Of the paper's claim at this scale: what both intervals, over dimensions and over seeds, agree on."""
     low, high = bounds(run, DIFFERENCE, name)
-    seeds = over_seeds(run, DIFFERENCE, name)
-    low, high = (
-        min(low, seeds.mean - (seeds.half_width or 0)),
-        max(high, seeds.mean + (seeds.half_width or 0)),
-    )
+    seeds = mean_of(run, DIFFERENCE, name)
+    low = min(low, seeds.mean - (seeds.half_width or 0))
+    high = max(high, seeds.mean + (seeds.half_width or 0))
     if max(abs(low), abs(high)) < NEGLIGIBLE:
         return "does not: no difference"
     return "replicates" if low > 0 else "does not: the reverse" if high < 0 else "undecided"
 
 
-def report(run: Run, script: SalientArguments) -> str:
+def report(run: Run) -> str:
     """Consistency of right and wrong samples, its intervals and controls, as Markdown."""
-    text = f"# Semantic consistency of the most active dimension: {script.data}, {script.backbone}\n\n"
-    text += f"Linear probes trained with {100 * script.noise_rate:g} % wrong labels, test samples that they "
-    text += "classify rightly and wrongly.\n\n"
-    header = [
-        "features",
-        "top-1, %",
-        "own training labels, %",
-        *GROUPS,
-        "right - wrong",
-        "bootstrap",
-        "the paper's claim",
-    ]
-    lines, controls, untrained = [], [], []
+    config, table = run.config, probe_table(run, {"clean": {}}, FEATURES)
+    lines, controls, cautions = [], [], []
     for name in FEATURES:
-        means = [over_seeds(run, CONSISTENCY, name, group=group).text(3) for group in GROUPS]
         low, high = bounds(run, DIFFERENCE, name)
-        own, why = own_labels(run, features=name)
-        untrained += [f"{name} ({why})"] if why else []
-        line = [name, over_seeds(run, ACCURACY, name).scaled(100).text(1), own, *means]
-        line += [over_seeds(run, DIFFERENCE, name).text(4, sign=True), f"{low:+.4f} to {high:+.4f}"]
-        lines.append([*line, verdict(run, name)])
-        chance = [over_seeds(run, CHANCE, name, group=group) for group in GROUPS]
-        line = [name, *(one.text(3) for one in chance), f"{chance[0].mean - chance[1].mean:+.4f}"]
-        line += [where_there_is_one(run, script, WITHIN_CLASS, name, 4)]
-        controls.append([*line, *(over_seeds(run, metric, name).text(3) for metric in LIKE_FEATURES)])
-    text += markdown_table(header, lines) + cautions.untrained(untrained)
-    text += f"\nChance level of top-1: {chance_percent(run):.1f} %.\n"
-    text += "\n## What it must be held against\n\n"
-    header = ["features", "chance, right", "chance, wrong", "right - wrong by chance", "right - wrong within classes"]
-    text += markdown_table([*header, *(metric.replace("_", " ") for metric in LIKE_FEATURES)], controls)
-    activation = "|z|" if script.absolute else "z"
-    return text + (
-        f"\n{script.over} Bootstrap:\n"
-        f"95 % interval from {script.draws} resamples of the dimensions, mean of the seeds' bounds. The claim\n"
+        own = table.own_labels(name, "clean")
+        cautions += [] if own.trained else [f"{name} ({own.words})"]
+        lines.append(
+            [
+                name,
+                table.mean(name, "clean").text(1),
+                own.text,
+                *(mean_of(run, CONSISTENCY, name, group=group).text(3) for group in GROUPS),
+                mean_of(run, DIFFERENCE, name).text(4, sign=True),
+                f"{low:+.4f} to {high:+.4f}",
+                verdict(run, name),
+            ]
+        )
+        chance = [mean_of(run, CHANCE, name, group=group) for group in GROUPS]
+        controls.append(
+            [
+                name,
+                *(level.text(3) for level in chance),
+                f"{chance[0].mean - chance[1].mean:+.4f}",
+                where_there_is_one(run, WITHIN_CLASS, name, 4),
+                *(mean_of(run, metric, name).text(3) for metric in LIKE_FEATURES),
+            ]
+        )
+    header = ["features", "top-1, %", "own training labels, %", *GROUPS, "right - wrong", "bootstrap"]
+    header += ["the paper's claim"]
+    against = ["features", "chance, right", "chance, wrong", "right - wrong by chance", "right - wrong within classes"]
+    against += [metric.replace("_", " ") for metric in LIKE_FEATURES]
+    activation = "|z|" if config["absolute"] else "z"
+    return (
+        f"# Semantic consistency of the most active dimension: {config['data']}, {config['backbone']}\n\n"
+        f"Linear probes trained with {100 * config['noise_rate']:g} % wrong labels, test samples that they "
+        "classify rightly and wrongly.\n\n"
+        f"{markdown_table(header, lines)}{untrained(cautions)}"
+        f"\nChance level of top-1: {table.chance('clean'):.1f} %.\n"
+        f"\n## What it must be held against\n\n{markdown_table(against, controls)}"
+        f"\n{over(config)} Bootstrap:\n"
+        f"95 % interval from {config['draws']} resamples of the dimensions, mean of the seeds' bounds. The claim\n"
         f"replicates if both intervals are above 0. Activation is {activation} of normalised features. Chance: with\n"
         "shuffled labels. Within classes: samples of the same class compared; -: no class has right and wrong ones.\n"
         "Semantic consistency, its chance and sparsity: of all dimensions. The paper (ResNet-18, ImageNet-100, 90 %\n"
@@ -252,27 +249,41 @@ def report(run: Run, script: SalientArguments) -> str:
     )
 
 
-def draw(run: Run, script: SalientArguments) -> None:
+def draw(run: Run) -> None:
     """Fig. 4(c), a panel for each kind of features."""
-    panels = {}
+    panels: dict[str, dict[str, figures.Histogram]] = {}
     for name in FEATURES:
         panels[name] = {}
         for group in GROUPS:
             rows = run.find(CONSISTENCY, features=name, group=group)
             panels[name][group] = figures.Histogram(
                 shares=np.mean(list(zip_longest(*(row["config"]["histogram"] for row in rows), fillvalue=0)), axis=1),
-                mean=over_seeds(run, CONSISTENCY, name, group=group).mean,
+                mean=mean_of(run, CONSISTENCY, name, group=group).mean,
                 interval=bounds(run, CONSISTENCY, name, group=group),
-                chance=over_seeds(run, CHANCE, name, group=group).mean,
+                chance=mean_of(run, CHANCE, name, group=group).mean,
             )
     figures.save(run.folder / "figure_4c", figures.consistency_histograms(panels, BINS))
 
 
+EXPERIMENT = Experiment(
+    recipe="salient_features",
+    items=("figure_4c",),
+    title="Figure 4(c): semantic consistency of salient dimensions",
+    claim="The paper: under 90 % label noise the most active dimension of samples that are classified rightly is "
+    "much more consistent than that of others (ImageNet-100; a histogram without numbers).",
+    pictures={"figure_4c": "Figure 4(c): ours"},
+    cells=cells,
+    report=report,
+    draw=draw,
+    defaults=recorded_defaults(*SETTINGS),
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figure."""
-    script, splits, accelerator, run = start(SalientArguments, arguments, "salient_features")
-    measure_seeds(run, script, accelerator, lambda seed: measure(run, script, seed, splits, accelerator))
-    finish(accelerator, run, lambda: report(run, script), lambda: draw(run, script))
+    settings, splits, accelerator, run = start("salient_features", SETTINGS, arguments)
+    measure(run, settings, splits, accelerator, noisy_grid, study=partial(study, run.config))
+    finish(accelerator, run, report, draw)
 
 
 if __name__ == "__main__":

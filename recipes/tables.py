@@ -28,7 +28,6 @@ from experiments import CannotShow, Experiment
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from PIL import Image
-from unported_experiments import UNPORTED
 
 from vision_bench.figures import SUFFIXES
 from vision_bench.runs import CONFIG, ROWS, Run, parse, read_rows, run_as_program, write_atomic
@@ -57,7 +56,7 @@ intervals. The scale of each run stands in its settings; unless they are the pap
 
 def experiments() -> list[Experiment]:
     """What the recipes with a part in the paper say of themselves, in the order of the page."""
-    return [getattr(import_module(name), "EXPERIMENT", None) or UNPORTED[name] for name in RECIPES]
+    return [import_module(name).EXPERIMENT for name in RECIPES]
 
 
 @dataclass

@@ -22,32 +22,35 @@ The default run, about two minutes on 2 cores, is of another scale: 1,437 digits
 from __future__ import annotations
 
 import itertools
-import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from frozen_features import FEATURES, describe, frozen_models, seed_of
-from noisy_probe import (
-    ACCURACY,
-    NoisyProbeArguments,
-    is_complete,
-    noisy_probes,
-    over_seeds,
+from experiments import Experiment
+from probing import (
+    FEATURES,
+    NoisyProbeSettings,
+    all_cells,
+    measure,
+    noisy_grid,
+    over,
     predictions,
+    probe_table,
+    recorded_defaults,
+    seed_of_models,
     where_there_is_one,
 )
-from program import run_as_program
 from scipy.stats import spearmanr
-from training_accuracies import chance_percent, own_labels
-from vision_ladder import SPLITS, finish, measure_seeds, start
+from vision import PretrainingSettings, ProbingSettings, finish, start
 
 from vision_bench import figures
-from vision_bench import report as cautions
 from vision_bench.data import ImageSet
-from vision_bench.metrics import MEASURED, purity, semantic_consistency, top_activated
-from vision_bench.runs import Run, device_name, interval, markdown_table
+from vision_bench.metrics import purity, semantic_consistency, top_activated
+from vision_bench.report import measured_cells, measured_header, untrained
+from vision_bench.runs import Cell, Run, interval, markdown_table, option, over_seeds, run_as_program, select
+from vision_bench.sweep import ACCURACY, Fitted, Measured
 
 PURITY, PURITY_CHANCE, SHOWN = "top_purity", "chance_top_purity", "shown_dimensions"
 CORRELATION = "accuracy_purity_correlation"
@@ -56,24 +59,28 @@ RANKS = ("worst", "best")
 
 
 @dataclass
-class TopActivatedArguments(NoisyProbeArguments):
-    """Settings of this recipe."""
+class TopActivatedSettings:
+    """What is shown."""
 
-    samples: int = field(default=9, metadata={"help": "Images for each dimension."})
-    dimensions: int = field(default=2, metadata={"help": "Random dimensions of each kind of features."})
+    samples: int = option(9, help="Images for each dimension.")
+    dimensions: int = option(2, help="Random dimensions of each kind of features.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.samples < 2:
             raise ValueError(f"samples is {self.samples}; the purity of fewer than 2 images is 1 whatever they show.")
         if self.dimensions < 1:
             raise ValueError(f"dimensions is {self.dimensions}; it must be at least 1.")
 
-    def check(self, train: ImageSet, test: ImageSet) -> None:
-        """As `NoisyProbeArguments`, and no more images of a dimension than there are."""
-        super().check(train, test)
-        if self.samples > len(test):
-            raise ValueError(f"samples is {self.samples} for {len(test)} test images; it must not exceed them.")
+    def check(self, pretraining: PretrainingSettings, splits: Mapping[str, ImageSet]) -> None:
+        """Raise ValueError for more images of a dimension than there are."""
+        if self.samples > len(splits["test"]):
+            raise ValueError(
+                f"samples is {self.samples} for {len(splits['test'])} test images; it must not exceed them."
+            )
+
+
+SETTINGS = (PretrainingSettings, ProbingSettings, NoisyProbeSettings, TopActivatedSettings)
+cells = partial(all_cells, noisy_grid)  # rows without which a run is not whole, from its configuration
 
 
 def class_accuracies(predicted: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -82,115 +89,101 @@ def class_accuracies(predicted: torch.Tensor, labels: torch.Tensor, num_classes:
     return right.double() / torch.bincount(labels, minlength=num_classes)
 
 
-def add_seed(
-    run: Run, script: TopActivatedArguments, name: str, test: torch.Tensor, images: ImageSet, weights: torch.Tensor,
-    accuracy: torch.Tensor, seed: int, of_models: int | None, measured: dict[str, Any],
-) -> None:  # fmt: skip
-    """The rows of one kind of features and one seed that the run lacks.
+def study(
+    config: Mapping[str, Any], images: ImageSet, name: str, fitted: Fitted, features: torch.Tensor
+) -> list[Measured]:
+    """What one kind of features shows, for the probe of each seed.
 
-    There is none of the correlation if all classes have the same accuracy, or their dimensions the same purity.
+    There is no correlation if all classes have the same accuracy, or their dimensions the same purity.
 
     Args:
-        of_models: the seed of rows that depend on the models alone, as of `seed_of`.
-        test: features (n, d) of the test images.
-        weights: (num_classes, d) of the classifier.
-        accuracy: (num_classes,) of the classifier.
+        config: of the run.
+        images: the test images.
+        name: of the kind of features.
+        fitted: its probes.
+        features: (n, d) of the test images.
 
     Raises:
         ValueError: too few dimensions are activated by as many images as are shown.
     """
-    top = top_activated(test, script.samples)
+    samples, dimensions = config["samples"], config["dimensions"]
+    top = top_activated(features, samples)
     shown = (top >= 0).all(dim=1).nonzero().squeeze(1)
-    if len(shown) < script.dimensions:
+    if len(shown) < dimensions:
         raise ValueError(
-            f"{name}, seed {seed}: {len(shown)} of {len(top)} dimensions are activated by {script.samples} test "
-            f"images or more, and {script.dimensions} are to be shown. Lower samples, or train the model longer."
+            f"{name}, seed {fitted.trainings[0].seed}: {len(shown)} of {len(top)} dimensions are activated by "
+            f"{samples} test images or more, and {dimensions} are to be shown. Lower samples, or train the model "
+            "longer."
         )
     pure = purity(top, images.labels)
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = images.labels[torch.randperm(len(images), generator=generator)]
-    consistency = semantic_consistency(test, images.labels).per_dimension
-    known = accuracy.isfinite().nonzero().squeeze(1)
-    dimension_of = shown[weights.cpu()[:, shown].argmax(dim=1)]  # of each class
-
-    def add(metric: str, value: float, n: int, seed: int | None = seed, **arm: Any) -> None:
-        if not run.find(metric, seed=seed, features=name, **arm):
-            run.add(metric, value, n=n, seed=seed, features=name, **measured, **arm)
-
-    def add_dimension(metric: str, dimension: int, **arm: Any) -> None:
-        arm |= {"dimension": dimension, "samples_shown": top[dimension].tolist()}
-        add(metric, pure[dimension].item(), script.samples, consistency=consistency[dimension].item(), **arm)
-
-    for dimension in shown[torch.randperm(len(shown), generator=generator)[: script.dimensions]].tolist():
-        add_dimension(OF_RANDOM, dimension)
-    ranked = known[accuracy[known].argsort(stable=True)].tolist()
-    for rank, label in zip(RANKS, (ranked[0], ranked[-1]), strict=True):
-        of = {"class_name": images.class_names[label], "class_accuracy": accuracy[label].item()}
-        add_dimension(OF_CLASS, int(dimension_of[label]), rank=rank, **of)
-    add(PURITY, pure[shown].mean().item(), len(shown), of_models)
-    add(PURITY_CHANCE, purity(top[shown], shuffled).mean().item(), len(shown))
-    add(SHOWN, float(len(shown)), len(test), of_models)
-    both = accuracy[known], pure[dimension_of[known]]
-    if all(len(values.unique()) > 1 for values in both):  # there is no correlation with a constant
-        add(CORRELATION, spearmanr(*both).statistic, len(known))
-    add(ACCURACY, accuracy[images.labels].mean().item(), len(test))
-
-
-def measure(
-    run: Run, script: TopActivatedArguments, seed: int, splits: dict[str, ImageSet], accelerator: Accelerator
-) -> None:
-    """Rows of the models of one pretraining seed that the folder lacks."""
-    seeds = script.models_of()[seed]
-    missing = [name for name in FEATURES if not is_complete(run, name, seeds)]
-    if not missing:
-        return
-    models, made = frozen_models(run, script, seed, splits, accelerator)
-    if not accelerator.is_main_process:
-        return
-    device, images = accelerator.device, splits["test"]
-    for name in missing:
-        start = time.monotonic()
-        train, test = (models.features(name, made[split]) for split in SPLITS)
-        probes = noisy_probes(run, script, name, train, splits["train"], seeds, device)
-        measured = {"seconds": time.monotonic() - start, "device": device_name(device)}
-        for one, weights, predicted in zip(seeds, probes.weights, predictions(probes, test), strict=True):
-            accuracy = class_accuracies(predicted, images.labels, images.num_classes)
-            add_seed(run, script, name, test, images, weights, accuracy, one, seed_of(seeds), measured)
-        describe(run, name, test, images.labels, seeds, device)
-
-
-def report(run: Run, script: TopActivatedArguments) -> str:
-    """Purity of all dimensions, its correlation with accuracy, and the dimensions of the figures, as Markdown."""
-    text = f"# Images that activate a dimension most: {script.data}, {script.backbone}\n\n"
-    text += (
-        f"The {script.samples} test images with the largest value of a dimension, over all dimensions that so many "
-    )
-    text += f"images activate;\nlinear probes trained with {100 * script.noise_rate:g} % wrong labels.\n\n"
-    header = [
-        "features",
-        "purity",
-        "by chance",
-        "dimensions",
-        "top-1, %",
-        "own training labels, %",
-        "correlation of accuracy and purity",
+    consistency = semantic_consistency(features, images.labels).per_dimension
+    of_models = seed_of_models(config, fitted.trainings[0].seed)
+    measured = [
+        Measured(Cell(PURITY, of_models, {"features": name}), pure[shown].mean().item(), len(shown)),
+        Measured(Cell(SHOWN, of_models, {"features": name}), float(len(shown)), len(features)),
     ]
+
+    def add(metric: str, value: float, n: int, arm: Mapping[str, Any] = {}, **details: Any) -> None:
+        measured.append(Measured(Cell(metric, training.seed, {"features": name, **arm}), value, n, details))
+
+    def add_dimension(metric: str, index: int, arm: Mapping[str, Any], **details: Any) -> None:
+        details |= {"samples_shown": top[index].tolist(), "consistency": consistency[index].item()}
+        add(metric, pure[index].item(), samples, arm, **details)
+
+    predicted = predictions(fitted.probes, features)
+    for training, weights, classes in zip(fitted.trainings, fitted.probes.weights, predicted, strict=True):
+        accuracy = class_accuracies(classes, images.labels, images.num_classes)
+        generator = torch.Generator().manual_seed(training.seed)
+        shuffled = images.labels[torch.randperm(len(images), generator=generator)]
+        for dimension in shown[torch.randperm(len(shown), generator=generator)[:dimensions]].tolist():
+            add_dimension(OF_RANDOM, dimension, {"dimension": dimension})
+        present = accuracy.isfinite().nonzero().squeeze(1)
+        ranked = present[accuracy[present].argsort(stable=True)].tolist()
+        dimension_of = shown[weights.cpu()[:, shown].argmax(dim=1)]  # of each class
+        for rank, label in zip(RANKS, (ranked[0], ranked[-1]), strict=True):
+            dimension = int(dimension_of[label])
+            about = {"class_name": images.class_names[label], "class_accuracy": accuracy[label].item()}
+            add_dimension(OF_CLASS, dimension, {"rank": rank}, dimension=dimension, **about)
+        add(PURITY_CHANCE, purity(top[shown], shuffled).mean().item(), len(shown))
+        both = accuracy[present], pure[dimension_of[present]]
+        if all(len(values.unique()) > 1 for values in both):  # there is no correlation with a constant
+            add(CORRELATION, spearmanr(*both).statistic, len(present))
+        add(ACCURACY, accuracy[images.labels].mean().item(), len(features))
+    return measured
+
+
+def report(run: Run) -> str:
+    """Purity of all dimensions, its correlation with accuracy, and the dimensions of the figures, as Markdown."""
+    config = run.config
+    table = probe_table(run, {"clean": {}}, FEATURES)
+    own = {name: table.own_labels(name, "clean") for name in FEATURES}
+
+    def mean(metric: str, name: str, digits: int) -> str:
+        return over_seeds(select(table.rows, metric, features=name)["value"]).text(digits)
+
+    header = ["features", "purity", "by chance", "dimensions", "top-1, %", "own training labels, %"]
+    header += ["correlation of accuracy and purity", *measured_header()]
     lines = [
         [
             name,
-            *(over_seeds(run, metric, name).text(3) for metric in (PURITY, PURITY_CHANCE)),
-            over_seeds(run, SHOWN, name).text(0),
-            over_seeds(run, ACCURACY, name).scaled(100).text(1),
-            own_labels(run, features=name)[0],
-            where_there_is_one(run, script, CORRELATION, name, 2),
-            *(over_seeds(run, metric, name).text(0 if "live" in metric else 3) for metric in MEASURED),
+            *(mean(metric, name, 3) for metric in (PURITY, PURITY_CHANCE)),
+            mean(SHOWN, name, 0),
+            table.mean(name, "clean").text(1),
+            own[name].text,
+            where_there_is_one(run, CORRELATION, name, 2),
+            *measured_cells(table.rows, name),
         ]
         for name in FEATURES
     ]
-    text += markdown_table([*header, *(metric.replace("_", " ") for metric in MEASURED)], lines)
-    untrained = [f"{name} ({why})" for name in FEATURES if (why := own_labels(run, features=name)[1])]
-    text += cautions.untrained(untrained) + f"\nChance level of top-1: {chance_percent(run):.1f} %.\n"
-    text += "\n## The dimension with the largest weight of the class with the lowest and the highest accuracy\n\n"
+    text = (
+        f"# Images that activate a dimension most: {config['data']}, {config['backbone']}\n\n"
+        f"The {config['samples']} test images with the largest value of a dimension, over all dimensions that so many "
+        f"images activate;\nlinear probes trained with {100 * config['noise_rate']:g} % wrong labels.\n\n"
+        f"{markdown_table(header, lines)}"
+        f"{untrained([f'{name} ({labels.words})' for name, labels in own.items() if not labels.trained])}"
+        f"\nChance level of top-1: {table.chance('clean'):.1f} %.\n"
+        "\n## The dimension with the largest weight of the class with the lowest and the highest accuracy\n\n"
+    )
     lines = []
     for name, rank in itertools.product(FEATURES, RANKS):
         rows = run.find(OF_CLASS, features=name, rank=rank)
@@ -202,7 +195,7 @@ def report(run: Run, script: TopActivatedArguments) -> str:
     header = ["features", "its accuracy, %", "purity", "semantic consistency", "classes, by seed"]
     text += markdown_table(header, lines)
     return text + (
-        f"\n{script.over} Purity:\n"
+        f"\n{over(config)} Purity:\n"
         "the share of the most frequent class among the images shown; by chance: with shuffled labels. Of classes\n"
         "with equal accuracy the first is the worst and the last the best. Correlation: Spearman's, over classes;\n"
         "-: there is none, as all accuracies or all purities are equal.\n"
@@ -210,7 +203,7 @@ def report(run: Run, script: TopActivatedArguments) -> str:
     )
 
 
-def grid(row: dict[str, Any], title: str, images: ImageSet) -> figures.ImageGrid:
+def image_grid(row: dict[str, Any], title: str, images: ImageSet) -> figures.ImageGrid:
     """What a row's dimension shows."""
     config = row["config"]
     classes = [images.class_names[int(images.labels[i])] for i in config["samples_shown"]]
@@ -219,28 +212,54 @@ def grid(row: dict[str, Any], title: str, images: ImageSet) -> figures.ImageGrid
     return figures.ImageGrid(title, images.images[torch.tensor(config["samples_shown"])], classes)
 
 
-def draw(run: Run, script: TopActivatedArguments, images: ImageSet) -> None:
-    """Fig. 1(a) and Fig. 4(a, b) of the first seed that did not diverge."""
-    shown = next(seed for seed in script.seeds if run.find(OF_RANDOM, seed=seed))
-    random, of_class = {}, {}
+def draw(run: Run, images: ImageSet) -> None:
+    """Fig. 1(a) and Fig. 4(a, b) of the first seed that did not diverge; `images` are the test images."""
+    seed = next(seed for seed in run.config["seeds"] if run.find(OF_RANDOM, seed=seed))
+    random, of_class = dict[str, list[figures.ImageGrid]](), dict[str, list[figures.ImageGrid]]()
     for name in FEATURES:
-        rows = run.find(OF_RANDOM, features=name, seed=shown)
-        random[name] = [grid(row, f"dimension {row['config']['dimension']}: ", images) for row in rows]
+        rows = run.find(OF_RANDOM, features=name, seed=seed)
+        random[name] = [image_grid(row, f"dimension {row['config']['dimension']}: ", images) for row in rows]
         of_class[name] = []
         for rank in RANKS:
-            (row,) = run.find(OF_CLASS, features=name, seed=shown, rank=rank)
+            (row,) = run.find(OF_CLASS, features=name, seed=seed, rank=rank)
             config = row["config"]
             title = f"{rank} class: {figures.readable(config['class_name'])}, {100 * config['class_accuracy']:.0f} %\n"
-            of_class[name].append(grid(row, f"{title}dimension {config['dimension']}: ", images))
+            of_class[name].append(image_grid(row, f"{title}dimension {config['dimension']}: ", images))
     for name, blocks in (("figure_1a", random), ("figure_4ab", of_class)):
         figures.save(run.folder / name, figures.image_grids(blocks))
 
 
+EXPERIMENT = Experiment(
+    recipe="top_activated_samples",
+    items=("figure_1a", "figure_4ab"),
+    title="Figures 1(a), 4(a), 4(b): the images that activate a dimension most",
+    claim="The paper: images of one class for a monosemantic dimension, of several for a polysemantic one; under "
+    "90 % label noise the best class relies on a dimension that shows one class, the worst on one that does not "
+    "(boathouse and jeans of ImageNet-100; pictures, no numbers).",
+    pictures={
+        "figure_1a": "Figure 1(a): random dimensions",
+        "figure_4ab": "Figure 4(a, b): the dimension with the largest weight of the worst and of the best class",
+    },
+    cells=cells,
+    report=report,
+    draw=None,  # the images stand in no row
+    defaults=recorded_defaults(*SETTINGS),
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
-    script, splits, accelerator, run = start(TopActivatedArguments, arguments, "top_activated_samples")
-    measure_seeds(run, script, accelerator, lambda seed: measure(run, script, seed, splits, accelerator))
-    finish(accelerator, run, lambda: report(run, script), lambda: draw(run, script, splits["test"]))
+    settings, splits, accelerator, run = start("top_activated_samples", SETTINGS, arguments)
+    images = splits["test"]
+    measure(
+        run,
+        settings,
+        splits,
+        accelerator,
+        noisy_grid,
+        study=lambda name, fitted, features, labels: study(run.config, images, name, fitted, features),
+    )
+    finish(accelerator, run, report, lambda run: draw(run, images))
 
 
 if __name__ == "__main__":

@@ -448,6 +448,3 @@ def _with_legend(figure: Figure, *axes: Axes) -> Figure:
             break
         legend.remove()
     return figure
-
-
-noise_curves = band_curves

@@ -92,7 +92,7 @@ class ProbeTable:
         rows = select(self.rows, ACCURACY, **self.columns[column])
         if DECAY in rows:
             means = rows.groupby(["features", DECAY], sort=False)["value"].agg(lambda values: over_seeds(values).mean)
-            self.decays[column] = dict(means.groupby("features", sort=False).idxmax())
+            self.decays[column] = dict(means.groupby("features", sort=False).idxmax().tolist())
             rows = rows[rows[DECAY] == rows["features"].map(self.decays[column])]
         return 100 * rows.pivot_table(index="features", columns="seed", values="value")
 
@@ -182,7 +182,7 @@ class ProbeTable:
         return markdown_table(["features", *header], lines)
 
     def curves(self, columns: Sequence[Hashable], over: str = "poly") -> dict[str, Curves]:
-        """The panels of `figures.noise_curves`: accuracies, and gains over an arm, along the columns."""
+        """The panels of `figures.band_curves`: accuracies, and gains over an arm, along the columns."""
         accuracies = {arm: [self.mean(arm, column) for column in columns] for arm in self.arms}
         gains = {arm: [self.gain(arm, column, over) for column in columns] for arm in self.arms if arm != over}
         panels = {"accuracy, %": accuracies, f"gain over {over}, points": gains}
@@ -192,7 +192,8 @@ class ProbeTable:
         self, conditions: Mapping[str, Hashable], arms: Sequence[str]
     ) -> tuple[dict[str, dict[str, tuple[float, float]]], list[float]]:
         """The arguments of `figures.accuracy_bars`: arms in columns by what stands below them, and chance levels."""
-        means = {label: {arm: self.mean(arm, column) for arm in arms} for label, column in conditions.items()}
+        shown = [arm for arm in arms if arm in self.arms]
+        means = {label: {arm: self.mean(arm, column) for arm in shown} for label, column in conditions.items()}
         bars = {
             label: {arm: (mean.mean, mean.half_width or 0.0) for arm, mean in group.items()}
             for label, group in means.items()

@@ -33,15 +33,12 @@ import torch
 from tqdm.auto import tqdm
 
 from vision_bench import kinds
-from vision_bench.corruptions import flip_labels
-from vision_bench.data import stratified_fraction
-from vision_bench.features import InputNoise
+from vision_bench.corruptions import CLEAN, InputNoise, flip_labels, stratified_fraction
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.probe import TRAINING, Probes, fit_linear_probes, probe_accuracy, training_accuracy
 from vision_bench.runs import Cell, Run, device_name
 
 ACCURACY = "offline_probe_top1"  # of a probe on test images
-CLEAN = "clean"
 
 
 class Training(NamedTuple):
@@ -52,6 +49,7 @@ class Training(NamedTuple):
     alpha: float = 1.0  # loss = alpha * cross entropy + beta * reverse cross entropy
     beta: float = 0.0
     weight_decay: float = 0.0
+    loss: str = ""  # a name of alpha and beta for the rows, where losses are compared
     seed: int = 0  # of the wrong labels, the drawn images, the initial weights and the order of the samples
 
 
@@ -76,6 +74,7 @@ class Measured(NamedTuple):
     cell: Cell
     value: float | None
     n: int  # samples behind the value
+    details: Mapping[str, Any] = {}  # what else stands in the row, and follows from the same measurement
 
 
 class Fitted(NamedTuple):
@@ -176,17 +175,15 @@ def fit(
         passes.setdefault((training.fraction, drawn_by), []).append(training)
     steps = epochs * (len(labels) // min(batch_size, len(labels)))  # an incomplete batch is no step
     parts, own = [], list[tuple[float, float, int]]()
-    for (fraction, seed), members in passes.items():
+    for (fraction, drawn_by), members in passes.items():
         x, y = features, labels
-        if seed is not None:
-            drawn = stratified_fraction(labels, fraction, torch.Generator().manual_seed(seed))
+        if drawn_by is not None:
+            drawn = stratified_fraction(labels, fraction, torch.Generator().manual_seed(drawn_by))
             x, y = features[drawn], labels[drawn]
-        noisy = {
-            (one.label_noise, one.seed): flip_labels(
-                y, one.label_noise, num_classes, torch.Generator().manual_seed(one.seed)
-            )
-            for one in dict.fromkeys(one._replace(alpha=1.0, beta=0.0, weight_decay=0.0) for one in members)
-        }
+        noisy: dict[tuple[float, int], torch.Tensor] = {}
+        for label_noise, seed in {(one.label_noise, one.seed) for one in members}:
+            generator = torch.Generator().manual_seed(seed)
+            noisy[label_noise, seed] = flip_labels(y, label_noise, num_classes, generator)
         label_sets = torch.stack([noisy[one.label_noise, one.seed] for one in members])
         batch = min(batch_size, len(y))
         x = x.to(device)
@@ -220,6 +217,7 @@ def sweep(
     *,
     device: torch.device | str,
     lacks: Callable[[Cell], bool] = lambda cell: True,
+    study: Callable[[str, Fitted, torch.Tensor, torch.Tensor], list[Measured]] | None = None,
     progress: bool = False,
     **probe: Any,
 ) -> Iterator[list[Measured]]:
@@ -235,6 +233,8 @@ def sweep(
         load: gives for a test the features (m, d) of its images under each frozen model, and their labels (m,).
         device: where probes are trained and tested.
         lacks: whether a cell is to be measured.
+        study: gives further cells of an arm on a test, from its name, its probes, and the features (m, d) and labels
+            (m,) of the images. Cells of the grid that are among them are not measured again.
         progress: show progress bars.
         probe: further arguments of `fit`, such as epochs, batch_size and optimizer.
 
@@ -275,6 +275,8 @@ def sweep(
             if not any(map(lacks, grid.test_cells(name, test))):
                 continue
             features = make(outputs)
+            studied = study(name, fitted[name], features, answers) if study else []
+            measured += [one for one in studied if lacks(one.cell)]
             tested = set(grid.tested(name, test))
             chosen = [i for i, training in enumerate(fitted[name].trainings) if training in tested]
             weights, biases = (part[chosen] for part in fitted[name].probes)
@@ -284,10 +286,11 @@ def sweep(
             if any(map(lacks, described)):
                 cells += described
                 accuracies += semantic_consistency(features, answers).summary.values()
+            done = [one.cell for one in studied]
             measured += [
                 Measured(cell, value, len(answers))
                 for cell, value in zip(cells, accuracies, strict=True)
-                if lacks(cell)
+                if lacks(cell) and cell not in done
             ]
         yield measured
 
@@ -300,6 +303,7 @@ def rows(
     for batch in batches:
         timed: dict[str, Any] = {"seconds": time.monotonic() - start, "device": device_name(device)}
         yield [
-            run.row(cell.metric, value, n=n, seed=cell.seed, **timed, **common, **cell.arm) for cell, value, n in batch
+            run.row(cell.metric, value, n=n, seed=cell.seed, **timed, **common, **cell.arm, **details)
+            for cell, value, n, details in batch
         ]
         start = time.monotonic()

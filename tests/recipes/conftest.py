@@ -45,3 +45,22 @@ def no_training(monkeypatch):
     monkeypatch.setattr(comparison, "finetuning", fail)
     monkeypatch.setattr(comparison, "load_base", fail)
     monkeypatch.setattr(evaluation, "load_base", fail)
+
+
+ARMS = {"poly", "sae", "ncl", "poly_decay", "poly_unit", "random_relu", "random_mask"}  # of the recipes of probes
+CONTROLLED = [*PROBING, "--decays", "1e-3", "0.1"]
+ACCURACY = "offline_probe_top1"
+
+
+def contents(folder):
+    """What the rows of a folder say, without when and where they were measured."""
+    return sorted(
+        (json.dumps(row["config"], sort_keys=True), str(row["seed"]), row["metric"], row["value"])
+        for row in rows(folder)
+    )
+
+
+def keep_rows(folder, keep):
+    """Leave the lines of a folder's rows that `keep`, a function of the list of lines, returns."""
+    path = folder / "results.jsonl"
+    path.write_text("".join(keep(path.read_text().splitlines(keepends=True))))

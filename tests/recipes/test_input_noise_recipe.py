@@ -3,23 +3,24 @@
 import json
 import shutil
 
-import input_noise_probing
+import numpy as np
+import probing
 import pytest
-import shifted
 import torch
-from input_noise_probing import main
+from input_noise_probing import cells, main
 
-from vision_bench import models
+from tests.recipes.conftest import ACCURACY, ARMS, contents, keep_rows, rows
+from tests.recipes.conftest import CONTROLLED as SMALL
+from tests.recipes.conftest import value as value_of
+from vision_bench import features, models, sweep
+from vision_bench.corruptions import CONDITIONS, NORMALISED_IMAGES, Condition, Range
 from vision_bench.data import load_images
+from vision_bench.metrics import MEASURED
 from vision_bench.probe import fit_linear_probes
+from vision_bench.runs import Run
 
-SMALL = ["--seeds", "0", "1", "--pretraining_epochs", "2", "--warmup_epochs", "1", "--projector_hidden", "32"]
-SMALL += ["--projector_out", "32", "--sae_k", "4", "--sae_epochs", "4", "--probe_epochs", "4"]
-SMALL += ["--decays", "1e-3", "0.1"]
 NOISE = ["--scales", "0.5", "2"]
 SHARED = [*SMALL, "--noises", "gaussian", "--scales", "0.5", "--shared_pretraining"]
-MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
-ARMS = {"poly", "sae", "ncl", "poly_decay", "poly_unit", "random_relu", "random_mask"}
 
 
 @pytest.fixture(scope="module")
@@ -29,24 +30,16 @@ def folder(tmp_path_factory):
     return path
 
 
-def rows(folder, metric="offline_probe_top1", **arm):
-    lines = (folder / "results.jsonl").read_text().splitlines()
-    found = [row for row in map(json.loads, lines) if row["metric"] == metric]
-    return [r for r in found if all((r["config"] | {"seed": r["seed"]}).get(k) == v for k, v in arm.items())]
-
-
-def value(folder, **arm):
-    (row,) = rows(folder, **arm)
-    return row["value"]
-
-
 def test_every_cell_has_a_row_and_noise_costs_accuracy(folder):
     cells = {("none", 0.0), *((noise, scale) for noise in ("uniform", "gaussian") for scale in (0.5, 2.0))}
-    found = {(r["config"]["features"], r["config"]["noise"], r["config"]["scale"], r["seed"]) for r in rows(folder)}
+    found = {
+        (r["config"]["features"], r["config"]["noise"], r["config"]["scale"], r["seed"])
+        for r in rows(folder, ACCURACY)
+    }
     assert found == {(arm, *cell, seed) for arm in ARMS for cell in cells for seed in (0, 1)}
-    assert len(rows(folder)) == (len(ARMS) + 1) * 5 * 2
-    assert all(0 <= row["value"] <= 1 and row["n"] == 360 for row in rows(folder))
-    assert all(row["config"]["noise_seed"] == row["seed"] for row in rows(folder, noise="gaussian"))
+    assert len(rows(folder, ACCURACY)) == (len(ARMS) + 1) * 5 * 2
+    assert all(0 <= row["value"] <= 1 and row["n"] == 360 for row in rows(folder, ACCURACY))
+    assert all(row["config"]["noise_seed"] == row["seed"] for row in rows(folder, ACCURACY, noise="gaussian"))
     for arm in ("poly", "ncl", "sae"):
         for seed in (0, 1):
             clean = value(folder, features=arm, noise="none", seed=seed)
@@ -55,6 +48,10 @@ def test_every_cell_has_a_row_and_noise_costs_accuracy(folder):
         len({value(folder, features=arm, noise="gaussian", scale=0.5, seed=0) for arm in ("poly", "sae", "ncl")}) > 1
     )
     assert value(folder, features="poly", noise="none", seed=0) != value(folder, features="poly", noise="none", seed=1)
+
+
+def value(folder, **arm):
+    return value_of(folder, ACCURACY, **arm)
 
 
 def by_hand(folder, model_name, seed):
@@ -69,9 +66,11 @@ def by_hand(folder, model_name, seed):
 
     with torch.no_grad():
         clean = model(normalised(train)).output
-        noise = torch.Generator().manual_seed(seed)
-        parts = [x + 0.5 * torch.randn(x.shape, generator=noise) for x in normalised(test).split(256)]
-        noisy = torch.cat([model(x).output for x in parts])
+        noisy = normalised(test)
+        for i, image in enumerate(noisy):  # the noise of each image has a seed of its own
+            state = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
+            image += 0.5 * torch.randn(image.shape, generator=torch.Generator().manual_seed(state))
+        noisy = model(noisy).output
     weights, biases = fit_linear_probes(clean, train.labels[None], 10, epochs=4, seeds=seed)
     right = (noisy @ weights[0].T + biases[0]).argmax(dim=1) == test.labels
     return pytest.approx(right.double().mean().item(), abs=1.1 / 360)  # an image may lie on the border
@@ -86,14 +85,14 @@ def test_rows_equal_noise_added_and_probed_by_hand(folder, arm, method):
 @pytest.fixture(scope="module")
 def shared(folder, tmp_path_factory):
     """A run whose seeds share the models of the first, and how many probes were tested at a time."""
-    path, tested, accuracy = tmp_path_factory.mktemp("shared"), [], shifted.probe_accuracy
+    path, tested, accuracy = tmp_path_factory.mktemp("shared"), [], sweep.probe_accuracy
 
     def counted(weights, *rest, **more):
         tested.append(len(weights))
         return accuracy(weights, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shifted, "probe_accuracy", counted)
+        patch.setattr(sweep, "probe_accuracy", counted)
         main(["--output_dir", str(path), *SHARED, "--checkpoints", str(folder / "models")])
     return path, tested
 
@@ -116,7 +115,7 @@ def test_what_shared_models_make_is_measured_once_and_has_no_interval(shared, tm
     lines = [line for line in (path / "results.md").read_text().splitlines() if line.startswith("| ncl |")]
     assert ["±" in cell for cell in lines[0].split("|")[2:-1]] == [True]  # on the training labels
     assert ["±" in cell for cell in lines[1].split("|")[2:-1]] == [True, True, False, False, False, False]
-    monkeypatch.setattr(shifted, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
+    monkeypatch.setattr(probing, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
     main(["--output_dir", str(path), *SHARED])
     # A row of each seed, as there were before, is whole too.
     old = tmp_path / "old"
@@ -161,28 +160,24 @@ def test_pictures_are_left(folder):
 def test_a_stopped_run_continues_to_the_same_rows_with_a_pass_for_each_noise(folder, tmp_path, monkeypatch):
     stopped = tmp_path / "stopped"
     shutil.copytree(folder, stopped)
-    whole = (folder / "results.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in whole if '"noise": "gaussian"' not in line or '"seed": 0' not in line]
-    (stopped / "results.jsonl").write_text("".join(kept[:-3]))  # and a set is not whole
-    passes, embed = [], shifted.embed
+
+    def keep(lines):
+        return [line for line in lines if '"noise": "gaussian"' not in line or '"seed": 0' not in line][:-3]
+
+    keep_rows(stopped, keep)  # so that a set is not whole either
+    passes, embed = [], features.embed
     monkeypatch.setattr(
-        shifted, "embed", lambda model, *rest, **more: passes.append(model) or embed(model, *rest, **more)
+        features, "embed", lambda model, *rest, **more: passes.append(model) or embed(model, *rest, **more)
     )
     main(["--output_dir", str(stopped), *SMALL, *NOISE])
     assert len(passes) == 3 * 2  # two scales and what was not whole, two models, however many probes
 
-    def found(path):
-        return {(json.dumps(r["config"], sort_keys=True), r["seed"], r["metric"], r["value"]) for r in lines(path)}
-
-    def lines(path):
-        return map(json.loads, (path / "results.jsonl").read_text().splitlines())
-
-    assert found(stopped) == found(folder)
+    assert contents(stopped) == contents(folder)
 
 
 def test_same_settings_reprint_and_others_are_refused(folder, monkeypatch, capsys):
     before = (folder / "results.jsonl").read_bytes()
-    monkeypatch.setattr(shifted, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
+    monkeypatch.setattr(probing, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
     main(["--output_dir", str(folder), *SMALL, *NOISE])
     assert "Points gained over poly" in capsys.readouterr().out
     assert (folder / "results.jsonl").read_bytes() == before
@@ -210,6 +205,9 @@ def test_pixel_noise_and_shared_pretraining(folder, tmp_path):
         (["--scales", "-0.1"], r"scales is \[-0.1\]; it takes finite numbers of at least 0"),
         (["--scales", "inf"], "it takes finite numbers"),
         (["--scales", "0"], "one of them above"),
+        (["--arms", "sae", "poly", "sae"], "arms is .*; it takes poly and others of raw, unit, .* each once"),
+        (["--arms", "sae"], "it takes poly and others"),
+        (["--arms", "poly", "sift"], "it takes poly and others"),
         (["--scales", "0.1", "0.1"], "scales takes different numbers"),
         (["--decays", "-1"], "decays is"),
         (["--sae_k", "99"], "sae_k is 99 for 32 latents"),
@@ -221,11 +219,27 @@ def test_bad_settings_are_named_before_training(arguments, message, tmp_path):
     assert not (tmp_path / "bad").exists()
 
 
-def test_the_noise_of_a_seed_is_the_same_for_every_model(monkeypatch):
-    images = load_images("digits", "test")
-    x = torch.randn(4, 3, 8, 8)
-    for space in input_noise_probing.SPACES:
-        make = [input_noise_probing.noise_of(space, images, "gaussian", 0.3, seed) for seed in (5, 5, 6)]
-        first, second, other = (add(x) for add in make)
-        assert torch.equal(first, second)
-        assert not torch.equal(first, other)
+def test_a_noise_that_is_added_to_the_table_gets_rows_a_table_and_a_figure(folder, tmp_path, monkeypatch):
+    def salt(images, scale, generator):
+        return torch.where(torch.rand(images.shape, generator=generator) < scale, images.max(), images)
+
+    monkeypatch.setitem(CONDITIONS, "salt", Condition(NORMALISED_IMAGES, salt, "share of white values", Range(0, 1)))
+    command = ["--output_dir", str(tmp_path), *SMALL, "--checkpoints", str(folder / "models"), "--noises", "salt"]
+    main([*command, "--scales", "0.9"])
+    assert value(tmp_path, features="ncl", noise="salt", seed=0) < value(folder, features="ncl", noise="none", seed=0)
+    assert "## Share of white values" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "figure_2_salt.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match=r"scales has 2.0; for salt it must be in \(0, 1\)"):
+        main([*command, "--scales", "2"])
+
+
+def test_a_whole_run_lacks_no_cell_and_each_row_is_one(folder):
+    described = json.loads((folder / "config.json").read_text())
+    run = Run(folder, "input_noise_probing", described["config"], facts=described["facts"])
+    assert run.lacking(cells(run.config)) == []
+    for removed in (run.rows[5], run.rows[-1]):
+        shorter = Run(folder, "input_noise_probing", described["config"], facts=described["facts"], is_main=False)
+        shorter.replace([row for row in run.rows if row is not removed])
+        (cell,) = shorter.lacking(cells(run.config))
+        assert (cell.metric, cell.seed) == (removed["metric"], removed["seed"])
+        assert cell.arm.items() <= removed["config"].items()

@@ -3,7 +3,7 @@
 import json
 import shutil
 
-import label_noise_probing
+import probing
 import pytest
 import tables
 import torch
@@ -11,17 +11,15 @@ from label_noise_probing import main
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vision_bench import models
+from tests.recipes.conftest import ACCURACY, ARMS, CONTROLLED, contents, keep_rows, rows
+from vision_bench import kinds, models
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import load_images
 from vision_bench.features import embed
 from vision_bench.probe import TRAINING, fit_linear_probes, probe_accuracy, training_accuracy
 from vision_bench.runs import interval
 
-SMALL = ["--seeds", "0", "1", "--noise_rates", "0", "0.6", "--pretraining_epochs", "2", "--warmup_epochs", "1"]
-SMALL += ["--projector_hidden", "32", "--projector_out", "32", "--sae_k", "4", "--sae_epochs", "4"]
-SMALL += ["--probe_epochs", "4", "--decays", "1e-3", "1e-1"]
-ARMS = {"poly", "sae", "ncl", "poly_decay", "poly_unit", "random_relu", "random_mask"}
+SMALL = [*CONTROLLED, "--noise_rates", "0", "0.6"]
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +29,15 @@ def folder(tmp_path_factory):
     return path
 
 
-def rows(folder, metric="offline_probe_top1"):
-    lines = (folder / "results.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["metric"] == metric]
-
-
-def values(folder, metric="offline_probe_top1", **arm):
-    return [r["value"] for r in rows(folder, metric) if all((r["config"] | r).get(k) == v for k, v in arm.items())]
+def values(folder, metric=ACCURACY, **arm):
+    return [row["value"] for row in rows(folder, metric, **arm)]
 
 
 def test_every_cell_has_a_row_and_the_arms_differ(folder):
-    found = {(r["config"]["features"], r["config"]["noise_rate"], r["seed"]) for r in rows(folder)}
+    found = {(r["config"]["features"], r["config"]["noise_rate"], r["seed"]) for r in rows(folder, ACCURACY)}
     assert found == {(arm, rate, seed) for arm in ARMS for rate in (0, 0.6) for seed in (0, 1)}
-    assert len(rows(folder)) == (len(ARMS) + 1) * 4  # two weight decays of poly_decay
-    assert all(0 <= row["value"] <= 1 and row["n"] == 360 for row in rows(folder))
+    assert len(rows(folder, ACCURACY)) == (len(ARMS) + 1) * 4  # two weight decays of poly_decay
+    assert all(0 <= row["value"] <= 1 and row["n"] == 360 for row in rows(folder, ACCURACY))
     clean = {arm: tuple(values(folder, features=arm, noise_rate=0)) for arm in ARMS - {"poly_decay"}}
     assert len(set(clean.values())) == len(clean)
     assert min(values(folder, features="poly", noise_rate=0)) > 0.3
@@ -162,7 +155,7 @@ def test_poor_autoencoders_are_pointed_out(folder, tmp_path):
 
 
 def test_pictures_are_left(folder):
-    for name in ("figure_1b", "all_rates"):
+    for name in ("figure_1b", "all_rates", "gains_beside_paper"):
         assert (folder / f"{name}.png").stat().st_size > 5000
         assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
@@ -170,25 +163,18 @@ def test_pictures_are_left(folder):
 def test_a_stopped_run_continues_to_the_same_rows(folder, tmp_path, monkeypatch):
     stopped = tmp_path / "stopped"
     shutil.copytree(folder, stopped)
-    whole = (folder / "results.jsonl").read_text().splitlines(keepends=True)
-    (stopped / "results.jsonl").write_text("".join(whole[: len(whole) // 3]))
+    keep_rows(stopped, lambda lines: lines[: len(lines) // 3])
     shutil.rmtree(stopped / "models" / "ncl-1")  # and a model is trained anew
     shutil.rmtree(stopped / "features" / "ncl-1-train")
     shutil.rmtree(stopped / "sae" / "1")
     main(["--output_dir", str(stopped), *SMALL])
 
-    def found(path):
-        return {
-            (json.dumps(row["config"], sort_keys=True), row["seed"], row["metric"], row["value"])
-            for row in map(json.loads, (path / "results.jsonl").read_text().splitlines())
-        }
-
-    assert found(stopped) == found(folder)
+    assert contents(stopped) == contents(folder)
 
 
 def test_same_settings_reprint_and_others_are_refused(folder, monkeypatch, capsys):
     before = (folder / "results.jsonl").read_bytes()
-    monkeypatch.setattr(label_noise_probing, "measure", lambda run, script, seed, *rest: None)
+    monkeypatch.setattr(probing, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
     main(["--output_dir", str(folder), *SMALL])
     assert "Points gained over poly" in capsys.readouterr().out
     assert (folder / "results.jsonl").read_bytes() == before
@@ -203,13 +189,33 @@ def test_shared_pretraining_probes_one_model_with_every_seed(folder, tmp_path, m
     assert values(tmp_path, seed=1, features="poly") != values(folder, seed=1, features="poly")
     assert [row["seed"] for row in rows(tmp_path, "sparsity")] == [None] * len(ARMS)
     before = (tmp_path / "results.jsonl").read_bytes()
-    monkeypatch.setattr(label_noise_probing, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
+    monkeypatch.setattr(probing, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
     main(["--output_dir", str(tmp_path), *SMALL, "--shared_pretraining"])
     assert (tmp_path / "results.jsonl").read_bytes() == before
     tables.main(["--runs", str(tmp_path), "--output_dir", str(tmp_path.parent / "tables"), "--only", "figure_1b"])
     table = (tmp_path.parent / "tables" / "label_noise_probing" / "results.md").read_text()
     line = next(line for line in table.splitlines() if line.startswith("| ncl |"))
     assert ["±" in cell for cell in line.split("|")[2:-1]] == [True, True, False, False, False, False]
+
+
+def test_a_kind_of_features_that_is_added_to_the_table_gets_rows_and_lines(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(kinds.KINDS, "squared", kinds.of_base(lambda features, frozen: features.square()))
+    command = ["--output_dir", str(tmp_path), *SMALL, "--checkpoints", str(folder / "models")]
+    main([*command, "--arms", "poly", "ncl", "squared"])
+    assert {row["config"]["features"] for row in rows(tmp_path, ACCURACY)} == {"poly", "ncl", "squared"}
+    assert values(tmp_path, features="ncl") == values(folder, features="ncl")
+    train, test = load_images("digits", "train"), load_images("digits", "test")
+    model, _ = models.load(folder / "models" / "simclr-1" / "model.safetensors")
+    x, y = (embed(model, s.images, s.mean, s.std, ["output"])["output"].square() for s in (train, test))
+    labels = flip_labels(train.labels, 0.6, 10, torch.Generator().manual_seed(1))
+    expected = probe_accuracy(*fit_linear_probes(x, labels[None], 10, epochs=4, seeds=1), y, test.labels, topk=(1,))[1]
+    found = values(tmp_path, features="squared", noise_rate=0.6, seed=1)
+    assert found == pytest.approx(expected.tolist(), abs=1.1 / 360)
+    table = (tmp_path / "results.md").read_text()
+    assert table.count("| squared |") == 3  # accuracies, own training labels, gains
+    assert "| poly_decay |" not in table
+    for name in ("figure_1b", "all_rates", "gains_beside_paper"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(

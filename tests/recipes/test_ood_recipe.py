@@ -3,21 +3,19 @@
 import json
 
 import numpy as np
+import probing
 import pytest
-import shifted
 import torch
 from ood_probing import main
 from PIL import Image
 
+from tests.recipes.conftest import ACCURACY, ARMS, contents, keep_rows, rows
+from tests.recipes.conftest import CONTROLLED as SMALL
+from tests.recipes.conftest import value as value_of
 from vision_bench import models
 from vision_bench.data import load_images
 from vision_bench.probe import fit_linear_probes
 from vision_bench.shifts import synthetic
-
-SMALL = ["--seeds", "0", "1", "--pretraining_epochs", "2", "--warmup_epochs", "1", "--projector_hidden", "32"]
-SMALL += ["--projector_out", "32", "--sae_k", "4", "--sae_epochs", "4", "--probe_epochs", "4"]
-SMALL += ["--decays", "1e-3", "0.1"]
-ARMS = {"poly", "sae", "ncl", "poly_decay", "poly_unit", "random_relu", "random_mask"}
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +59,12 @@ def arrays(folder, sets, tmp_path_factory):
     return path, [*SMALL, "--shifts", *shifts, *more]
 
 
-def rows(folder, metric="offline_probe_top1", **arm):
-    lines = (folder / "results.jsonl").read_text().splitlines()
-    found = [row for row in map(json.loads, lines) if row["metric"] == metric]
-    return [r for r in found if all((r["config"] | {"seed": r["seed"]}).get(k) == v for k, v in arm.items())]
-
-
 def value(folder, **arm):
-    (row,) = rows(folder, **arm)
-    return row["value"]
+    return value_of(folder, ACCURACY, **arm)
 
 
 def test_every_shift_has_a_row_of_every_arm(folder):
-    found = {(r["config"]["features"], r["config"]["shift"], r["seed"]) for r in rows(folder)}
+    found = {(r["config"]["features"], r["config"]["shift"], r["seed"]) for r in rows(folder, ACCURACY)}
     shifts = ("none", "rotated", "inverted", "thinned")
     assert found == {(arm, shift, seed) for arm in ARMS for shift in shifts for seed in (0, 1)}
     for arm in ("poly", "sae", "ncl"):
@@ -122,14 +113,20 @@ def test_sets_that_are_read_give_what_the_same_images_give_elsewhere(folder, arr
 def test_all_corruptions_and_severities_and_the_mean_corruption_error(arrays):
     found = {
         (r["config"]["corruption"], r["config"]["severity"], r["seed"])
-        for r in rows(arrays[0], shift="digits_c", features="poly")
+        for r in rows(arrays[0], ACCURACY, shift="digits_c", features="poly")
     }
     names = ("gaussian_noise", "impulse_noise", "spatter")
     assert found == {(name, severity, seed) for name in names for severity in range(1, 6) for seed in (0, 1)}
 
-    def errors(arm, corruption):
+    def errors(features, corruption):
+        arm = {"features": features, "corruption": corruption}
         return [
-            np.mean([100 - 100 * r["value"] for r in rows(arrays[0], features=arm, corruption=corruption, seed=seed)])
+            np.mean(
+                [
+                    100 - 100 * r["value"]
+                    for r in rows(arrays[0], ACCURACY, features=arm, corruption=corruption, seed=seed)
+                ]
+            )
             for seed in (0, 1)
         ]
 
@@ -147,23 +144,18 @@ def test_all_corruptions_and_severities_and_the_mean_corruption_error(arrays):
     assert accuracy[4].strip().split(" ")[0] == f"{100 - both.mean():.1f}"
     assert (arrays[0] / "severities_digits_c.png").stat().st_size > 5000
     assert "digits-c" not in (arrays[0] / "results.jsonl").read_text()  # names and fingerprints, no paths
-    settings = json.loads((arrays[0] / "config.json").read_text())["config"]
-    assert settings["corruptions"] == {"digits_c": list(names)}
+    facts = json.loads((arrays[0] / "config.json").read_text())["facts"]
+    assert facts["corruptions"] == {"digits_c": list(names)}
 
 
 def test_resume_reprint_and_refusal(arrays, sets, tmp_path, monkeypatch, capsys):
     folder, settings = arrays
-    whole = (folder / "results.jsonl").read_text()
-    kept = [line for line in whole.splitlines(keepends=True) if '"severity": 4' not in line]
-    (folder / "results.jsonl").write_text("".join(kept))
+    whole = contents(folder)
+    keep_rows(folder, lambda lines: [line for line in lines if '"severity": 4' not in line])
     main(["--output_dir", str(folder), *settings])
-
-    def found(text):
-        return {(json.dumps(r["config"], sort_keys=True), r["seed"], r["value"]) for r in map(json.loads, text)}
-
-    assert found((folder / "results.jsonl").read_text().splitlines()) == found(whole.splitlines())
+    assert contents(folder) == whole
     capsys.readouterr()
-    monkeypatch.setattr(shifted, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
+    monkeypatch.setattr(probing, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
     main(["--output_dir", str(folder), *settings])
     assert "mean corruption error" in capsys.readouterr().out
     np.save(sets / "again_labels.npy", np.load(sets / "again_labels.npy")[::-1])

@@ -1,26 +1,24 @@
 """The recipe of Fig. 6 at a size of seconds: rows against a probe of autograd, continuation and what it refuses."""
 
-import json
 import shutil
 
+import probing
 import pytest
-import robust_loss
 import torch
 from robust_loss import main
 
-from vision_bench import models
+from tests.recipes.conftest import ACCURACY, ARMS, CONTROLLED, contents, keep_rows, rows
+from tests.recipes.conftest import value as value_of
+from vision_bench import models, sweep
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import load_images
 from vision_bench.features import embed
 from vision_bench.losses import symmetric_cross_entropy
 from vision_bench.probe import order_stream
 
-SMALL = ["--seeds", "0", "1", "--pretraining_epochs", "2", "--warmup_epochs", "1", "--projector_hidden", "32"]
-SMALL += ["--projector_out", "32", "--sae_k", "4", "--sae_epochs", "4", "--probe_epochs", "4"]
-SMALL += ["--decays", "1e-3", "0.1", "--noise_rates", "0", "0.6", "--alpha", "2.0", "--beta", "1.5"]
+SMALL = [*CONTROLLED, "--noise_rates", "0", "0.6", "--alpha", "2.0", "--beta", "1.5"]
 # Plain SGD, which a few lines of autograd repeat.
 SMALL += ["--probe_optimizer", "sgd", "--probe_schedule", "constant", "--probe_learning_rate", "0.05"]
-ARMS = {"poly", "sae", "ncl", "poly_decay", "poly_unit", "random_relu", "random_mask"}
 LOSSES = ("ce", "sce", "ce_scaled")
 
 
@@ -31,21 +29,16 @@ def folder(tmp_path_factory):
     return path
 
 
-def rows(folder, metric="offline_probe_top1", **arm):
-    lines = (folder / "results.jsonl").read_text().splitlines()
-    found = [row for row in map(json.loads, lines) if row["metric"] == metric]
-    return [r for r in found if all((r["config"] | {"seed": r["seed"]}).get(k) == v for k, v in arm.items())]
-
-
 def value(folder, **arm):
-    (row,) = rows(folder, **arm)
-    return row["value"]
+    return value_of(folder, ACCURACY, **arm)
 
 
 def test_every_cell_has_a_row_and_the_losses_differ(folder):
-    found = {(*(r["config"][k] for k in ("features", "loss", "noise_rate")), r["seed"]) for r in rows(folder)}
+    found = {
+        (*(r["config"][k] for k in ("features", "loss", "noise_rate")), r["seed"]) for r in rows(folder, ACCURACY)
+    }
     assert found == {(arm, loss, r, s) for arm in ARMS for loss in LOSSES for r in (0, 0.6) for s in (0, 1)}
-    assert len(rows(folder)) == (len(ARMS) + 1) * 3 * 2 * 2
+    assert len(rows(folder, ACCURACY)) == (len(ARMS) + 1) * 3 * 2 * 2
     for arm in ("poly", "ncl"):
         cells = [{"noise_rate": rate, "seed": seed} for rate in (0, 0.6) for seed in (0, 1)]
         by_loss = {tuple(value(folder, features=arm, loss=loss, **cell) for cell in cells) for loss in LOSSES}
@@ -125,31 +118,23 @@ def test_the_table_has_gains_what_the_loss_adds_and_their_interaction(folder):
 def test_a_stopped_run_continues_to_the_same_rows_in_one_pass_for_each_kind(folder, tmp_path, monkeypatch):
     stopped = tmp_path / "stopped"
     shutil.copytree(folder, stopped)
-    whole = (folder / "results.jsonl").read_text().splitlines(keepends=True)
-    (stopped / "results.jsonl").write_text("".join(whole[: len(whole) // 3]))
-    passes, fit = [], robust_loss.fit_linear_probes
+    keep_rows(stopped, lambda lines: lines[: len(lines) // 3])
+    passes, fit = [], sweep.fit_linear_probes
 
     def counted(*arguments, **settings):
         passes.append(arguments[1].shape[0])
         return fit(*arguments, **settings)
 
-    monkeypatch.setattr(robust_loss, "fit_linear_probes", counted)
+    monkeypatch.setattr(sweep, "fit_linear_probes", counted)
     main(["--output_dir", str(stopped), *SMALL])
     assert set(passes) == {3 * 2, 3 * 2 * 2}  # losses x rates (x decays) in each pass
 
-    def found(path):
-        return {
-            (json.dumps(row["config"], sort_keys=True), row["seed"], row["metric"], row["value"])
-            for row in map(json.loads, (path / "results.jsonl").read_text().splitlines())
-        }
-
-    assert found(stopped) == found(folder)
-    assert len((stopped / "results.jsonl").read_text().splitlines()) == len(whole)
+    assert contents(stopped) == contents(folder)
 
 
 def test_same_settings_reprint_and_others_are_refused(folder, monkeypatch, capsys):
     before = (folder / "results.jsonl").read_bytes()
-    monkeypatch.setattr(robust_loss, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
+    monkeypatch.setattr(probing, "frozen_models", lambda *rest: pytest.fail("nothing is left to measure"))
     main(["--output_dir", str(folder), *SMALL])
     assert "Points that the loss adds" in capsys.readouterr().out
     assert (folder / "results.jsonl").read_bytes() == before

@@ -1,20 +1,21 @@
 """The recipe of Fig. 4(c): its statistics against loops, a run of seconds, continuation and what it refuses."""
 
 import itertools
-import json
 import shutil
 
 import numpy as np
+import probing
 import pytest
 import salient_features
 import torch
-from salient_features import SalientArguments, bootstrap, main, salient_dimensions, within_class
+from salient_features import bootstrap, compared, main, salient_dimensions, within_class
 
+from tests.recipes.conftest import PROBING, contents, keep_rows, rows
 from vision_bench.probe import TRAINING
 from vision_bench.runs import Run
+from vision_bench.sweep import rows as rows_to_add
 
-SMALL = ["--seeds", "0", "1", "--pretraining_epochs", "2", "--warmup_epochs", "1", "--projector_hidden", "32"]
-SMALL += ["--projector_out", "32", "--sae_k", "4", "--sae_epochs", "4", "--probe_epochs", "4", "--draws", "200"]
+SMALL = [*PROBING, "--draws", "200"]
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +23,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("salient")
     main(["--output_dir", str(path), *SMALL])
     return path
-
-
-def rows(folder, metric):
-    lines = (folder / "results.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["metric"] == metric]
 
 
 def test_the_salient_dimension_and_its_consistency():
@@ -111,21 +107,15 @@ def test_table_and_picture(folder):
 def test_a_stopped_run_continues_to_the_same_rows(folder, tmp_path):
     stopped = tmp_path / "stopped"
     shutil.copytree(folder, stopped)
-    whole = (folder / "results.jsonl").read_text().splitlines(keepends=True)
-    (stopped / "results.jsonl").write_text("".join(whole[: len(whole) * 2 // 3]))
+    keep_rows(stopped, lambda lines: lines[: len(lines) * 2 // 3])
     main(["--output_dir", str(stopped), *SMALL])
 
-    def found(path):
-        lines = map(json.loads, (path / "results.jsonl").read_text().splitlines())
-        return {(json.dumps(row["config"]), row["seed"], row["metric"], row["value"]) for row in lines}
-
-    assert found(stopped) == found(folder)
-    assert len((stopped / "results.jsonl").read_text().splitlines()) == len(whole)
+    assert contents(stopped) == contents(folder)
 
 
 def test_same_settings_reprint_and_others_are_refused(folder, monkeypatch, capsys):
     before = (folder / "results.jsonl").read_bytes()
-    monkeypatch.setattr(salient_features, "frozen_models", None)  # nothing is measured again
+    monkeypatch.setattr(probing, "frozen_models", None)  # nothing is measured again
     main(["--output_dir", str(folder), *SMALL])
     assert "right - wrong" in capsys.readouterr().out
     assert (folder / "results.jsonl").read_bytes() == before
@@ -150,13 +140,14 @@ def test_bad_settings_are_named_before_training(arguments, message, tmp_path):
 
 def test_a_difference_within_classes_that_there_is_not_has_no_row(tmp_path):
     """Of each class all samples are right, or all are wrong."""
-    script = SalientArguments(output_dir=str(tmp_path), seeds=[0, 1], draws=100, noise_rate=0.8)
-    run = Run(tmp_path, "salient_features", {})
+    config = {"seeds": [0, 1], "draws": 100, "noise_rate": 0.8, "absolute": True, "shared_pretraining": False}
+    run = Run(tmp_path, "salient_features", {**config, "data": "digits", "backbone": "small_conv"})
     labels = torch.arange(40) % 2
     salient = salient_features.Salient(torch.arange(40), torch.rand(40).double(), torch.rand(40).double())
     measured = {"seconds": 0.0, "device": "cpu"}
     for name, seed in itertools.product(("poly", "sae", "ncl"), (0, 1)):
-        salient_features.add_seed(run, script, name, salient, labels == 0, labels, seed, measured)
+        (batch,) = rows_to_add(run, [compared(name, seed, salient, labels == 0, labels, 100)], torch.device("cpu"))
+        run.add_rows(batch)
         for metric in ("semantic_consistency", "chance_consistency", "sparsity"):
             run.add(metric, 0.5, n=40, seed=seed, features=name, **measured)
         for metric, value in zip(TRAINING, (0.2, 0.1 + 0.2 * (name == "ncl")), strict=True):
@@ -166,7 +157,7 @@ def test_a_difference_within_classes_that_there_is_not_has_no_row(tmp_path):
     assert len(run.find("offline_probe_top1")) == 6
     assert "NaN" not in (tmp_path / "results.jsonl").read_text()
     run.add("salient_difference_within_class", 0.25, n=40, seed=1, features="sae", **measured)
-    text = salient_features.report(run, script)
+    text = salient_features.report(run)
     assert "Chance level of top-1: 50.0 %." in text
     assert "**Warning: not trained.**" in text
     assert "\n- ncl (20.0 %, class means 30.0 %)\n" in text
@@ -180,4 +171,4 @@ def test_nothing_to_compare_is_said(folder):
     right = torch.ones(4, dtype=torch.bool)
     salient = salient_features.Salient(torch.zeros(4), torch.ones(4), torch.ones(4))
     with pytest.raises(ValueError, match="sae, seed 3: 4 of 4 test samples are classified rightly"):
-        salient_features.add_seed(None, None, "sae", salient, right, torch.zeros(4), 3, {})
+        compared("sae", 3, salient, right, torch.zeros(4), 100)

@@ -18,14 +18,26 @@ ARMS = ("poly", "sae", "ncl", "poly_decay", "poly_unit", "random_relu", "random_
 MEASURED = ("semantic_consistency", "chance_consistency", "sparsity", "live_dimensions")
 BY = {experiment.recipe: experiment for experiment in tables.experiments()}
 SEEDS = [0, 1]
+QUALITY = [(quality, 0.1, {}) for quality in ("sae_fvu", "sae_l0", "sae_dead_share")]
 
 
-def write(folder, recipe, config, rows):
+def write(folder, recipe, config, rows, **facts):
     """A run of (metric, value, arm) for every seed; the second seed has 0.02 more."""
-    run = Run(folder, recipe, {"seeds": SEEDS} | config)
+    run = Run(folder, recipe, {"seeds": SEEDS} | config, facts=facts)
     of = {"n": 360, "seconds": 1.0, "device": "cpu (1 threads)"}
-    run.replace([run.row(m, v + 0.02 * s, seed=s, **of, **arm) for m, v, arm in rows for s in SEEDS])
+    noise = [{"noise_seed": seed} for seed in SEEDS]
+    run.replace(
+        [
+            run.row(m, v + 0.02 * s, seed=s, **of, **arm, **(noise[s] if arm.get("scale") else {}))
+            for m, v, arm in rows
+            for s in SEEDS
+        ]
+    )
     return folder
+
+
+def decay(name):
+    return {"features": name, "probe_weight_decay": 0.1 if name == "poly_decay" else 0.0}
 
 
 def probed(metric="offline_probe_top1", **axes):
@@ -36,37 +48,35 @@ def probed(metric="offline_probe_top1", **axes):
         (
             metric,
             start[name] - 0.01 * i,
-            {"features": name, "probe_weight_decay": 0.1} | dict(zip(axes, cell, strict=True)),
+            decay(name) | dict(zip(axes, cell, strict=True)),
         )
         for name in ARMS
         for i, cell in enumerate(cells)
     ]
     trained = {name: values for name, values in axes.items() if name in ("noise_rate", "loss")}
     for name, cell, one in itertools.product(ARMS, itertools.product(*trained.values()), TRAINING):
-        decay = 0.1 if name == "poly_decay" else 0.0
-        arm = {"features": name, "probe_weight_decay": decay} | dict(zip(trained, cell, strict=True))
-        rows.append((one, 0.3, arm))
+        rows.append((one, 0.3, decay(name) | dict(zip(trained, cell, strict=True))))
     rows.append(("chance_top1", 0.1, {}))
     rows += [("chance_top1", 0.1, {"shift": shift}) for shift in axes.get("shift", ())]
     rows += [(measured, 0.2, {"features": name}) for measured in MEASURED for name in ARMS]
-    return rows + [(quality, 0.1, {}) for quality in ("sae_fvu", "sae_l0", "sae_dead_share")]
+    return [*rows, *QUALITY]
 
 
 def label_noise(folder, rates=(0.0, 0.5, 0.8), **config):
     known = {"data": "digits", "backbone": "small_conv", "noise_rates": list(rates), "decays": [0.1]} | config
-    return write(folder, "label_noise_probing", known, probed(noise_rate=rates))
+    return write(folder, "label_noise_probing", known, probed(noise_rate=rates), num_classes=10)
 
 
-def shifted(folder, **config):
+def shifted(folder, **facts):
     """Of two shifts, and of two corruptions at all severities."""
     rows = probed(shift=["none", "rotated", "sketch"])
     for name, corruption, severity in itertools.product(ARMS, ("fog", "snow"), range(1, 6)):
-        arm = {"features": name, "probe_weight_decay": 0.1, "shift": "c", "extra": False}
+        arm = decay(name) | {"shift": "c", "extra": False}
         rows.append(("offline_probe_top1", 0.5, arm | {"corruption": corruption, "severity": severity}))
     rows.append(("chance_top1", 0.1, {"shift": "c"}))
     shifts = {"rotated": "1", "sketch": "2", "c": "3"}
     known = {"data": "digits", "decays": [0.1], "class_map": None, "shifts": shifts}
-    return write(folder, "ood_probing", known | config, rows)
+    return write(folder, "ood_probing", known, rows, **facts)
 
 
 def salient(folder, **config):
@@ -80,7 +90,7 @@ def salient(folder, **config):
         for group in ("right", "wrong"):
             rows.append(("salient_consistency", 0.3, {"features": name, "group": group} | of_group))
             rows.append(("salient_chance", 0.1, {"features": name, "group": group}))
-    return write(folder, "salient_features", {"noise_rate": 0.8, "data": "digits"} | config, rows)
+    return write(folder, "salient_features", {"noise_rate": 0.8, "data": "digits"} | config, [*rows, *QUALITY])
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +223,8 @@ def test_a_stopped_run_is_not_shown_as_whole(runs, tmp_path):
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     kept = [r for r in rows if not (r["config"].get("features") == "ncl" and r["seed"] == 1)]
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    lacks = "lacks rows of the metric offline_probe_top1 (features ncl, noise_rate 0.0, seed 1 and 12 more)"
+    lacks = "lacks rows of the metric probe_training_top1 (features ncl, noise_rate 0.0, probe_weight_decay 0.0, "
+    lacks += "seed 1 and 12 more)"
     main(["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")])
     assert lacks in (tmp_path / "out" / "results.md").read_text()
     assert not (tmp_path / "out" / "label_noise_probing").exists()
@@ -224,8 +235,8 @@ def test_a_stopped_run_is_not_shown_as_whole(runs, tmp_path):
 @pytest.mark.parametrize(
     ("left_out", "lacks"),
     [
-        ({"corruption": "snow", "severity": 5, "seed": 1}, "corruption snow, severity 5, seed 1 and 6 more"),
-        ({"corruption": "snow"}, "corruption snow, severity 1, seed 0 and 69 more"),
+        ({"corruption": "snow", "severity": 5, "seed": 1}, "corruption snow, severity 5, .*, seed 1 and 6 more"),
+        ({"corruption": "snow"}, "corruption snow, severity 1, .*, seed 0 and 69 more"),
     ],
 )
 def test_corruptions_that_were_not_reached_are_missed(left_out, lacks, tmp_path):
@@ -280,25 +291,25 @@ def test_folders_that_cannot_be_read(runs, tmp_path):
         ValueError, match=r"have the settings no_such_setting, which recipes/label_noise_probing.py lacks"
     ):
         main(["--runs", str(tmp_path / "other_version"), *out, "--only", "table_1"])
-    label_noise(tmp_path / "own_data", data="my_images")
-    with pytest.raises(ValueError, match="data is 'my_images', and how many classes it has stands in no row"):
-        main(["--runs", str(tmp_path / "own_data"), *out, "--only", "table_1"])
-    main(["--runs", str(tmp_path / "own_data"), *out])
-    assert "Not shown: data is 'my_images', and how many" in (tmp_path / "out" / "index.html").read_text()
+    known = {"data": "my_images", "noise_rates": [0.0], "decays": [0.1]}
+    write(tmp_path / "older", "label_noise_probing", known, probed(noise_rate=[0.0]))
+    with pytest.raises(ValueError, match="rows of label_noise_probing do not say the num_classes"):
+        main(["--runs", str(tmp_path / "older"), *out, "--only", "table_1"])
+    main(["--runs", str(tmp_path / "older"), *out])
+    assert "rows of label_noise_probing do not say the num_classes" in (tmp_path / "out" / "index.html").read_text()
+    label_noise(tmp_path / "own_data", data="my_images")  # whose classes stand in its configuration
+    main(["--runs", str(tmp_path / "own_data"), *out, "--only", "table_1"])
 
 
 def test_the_other_probing_recipes(tmp_path):
     runs = tmp_path / "runs"
     rows = probed(noise=["gaussian"], scale=[0.5, 1.0])
-    rows += [
-        ("offline_probe_top1", 0.9, {"features": n, "probe_weight_decay": 0.1, "noise": "none", "scale": 0.0})
-        for n in ARMS
-    ]
+    rows += [("offline_probe_top1", 0.9, decay(name) | {"noise": "none", "scale": 0.0}) for name in ARMS]
     config = {"data": "digits", "decays": [0.1]}
     write(runs / "2ab", "input_noise_probing", config | {"noises": ["gaussian"], "scales": [0.0, 0.5, 1.0]}, rows)
     shifted(runs / "2c", corruptions={"c": ["fog", "snow"]})
     rows = probed(loss=["ce", "sce", "ce_scaled"], noise_rate=[0.0, 0.8])
-    write(runs / "6", "robust_loss", config | {"noise_rates": [0.0, 0.8]}, rows)
+    write(runs / "6", "robust_loss", config | {"noise_rates": [0.0, 0.8]}, rows, num_classes=10)
     main(["--runs", str(runs), "--output_dir", str(tmp_path / "out"), "--only", "figure_2ab", "figure_2c", "figure_6"])
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("<img ") == 6
@@ -369,7 +380,7 @@ def test_image_grids_are_taken_from_the_run(tmp_path):
     rows += [
         ("class_dimension_purity", 0.5, one | shown | {"rank": rank}) for one in arm for rank in ("worst", "best")
     ]
-    run = write(tmp_path / "runs", "top_activated_samples", {"noise_rate": 0.9}, rows)
+    run = write(tmp_path / "runs", "top_activated_samples", {"noise_rate": 0.9}, [*rows, *QUALITY])
     arguments = ["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out"), "--only", "figure_4ab"]
     main(arguments)
     assert "<img" not in (tmp_path / "out" / "index.html").read_text()  # rows alone have no images

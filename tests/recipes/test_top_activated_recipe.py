@@ -1,23 +1,23 @@
 """The recipe of Fig. 1(a) and 4(a, b): what it shows is what the features say, continuation and what it refuses."""
 
 import itertools
-import json
 import shutil
 
+import probing
 import pytest
-import top_activated_samples
 import torch
-from top_activated_samples import TopActivatedArguments, add_seed, class_accuracies, main, report
+from top_activated_samples import class_accuracies, main, report, study
 
+from tests.recipes.conftest import PROBING, contents, keep_rows, rows
 from vision_bench import figures
 from vision_bench.data import ImageSet, load_images
 from vision_bench.metrics import MEASURED
-from vision_bench.probe import TRAINING
+from vision_bench.probe import TRAINING, Probes
 from vision_bench.runs import Run
+from vision_bench.sweep import Fitted, Training
+from vision_bench.sweep import rows as rows_to_add
 
-SMALL = ["--seeds", "0", "1", "--pretraining_epochs", "2", "--warmup_epochs", "1", "--projector_hidden", "32"]
-SMALL += ["--projector_out", "32", "--sae_k", "8", "--sae_epochs", "4", "--probe_epochs", "4", "--samples", "4"]
-SMALL += ["--dimensions", "1"]
+SMALL = [*PROBING, "--sae_k", "8", "--samples", "4", "--dimensions", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +25,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("top")
     main(["--output_dir", str(path), *SMALL])
     return path
-
-
-def rows(folder, metric):
-    lines = (folder / "results.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["metric"] == metric]
 
 
 def test_classes_stand_in_the_order_of_the_seeds_even_if_two_are_one(folder):
@@ -88,23 +83,28 @@ def test_the_images_are_those_with_the_largest_values(folder):
 
 def test_a_correlation_that_there_is_not_has_no_row(tmp_path, recwarn):
     """All classes as accurate and their dimensions as pure as each other, in one of two seeds or in both."""
-    script = TopActivatedArguments(output_dir=str(tmp_path), seeds=[0, 1], samples=2, dimensions=1, noise_rate=0.8)
-    run = Run(tmp_path, "top_activated_samples", {})
+    config = {"seeds": [0, 1], "samples": 2, "dimensions": 1, "noise_rate": 0.8, "shared_pretraining": False}
+    run = Run(tmp_path, "top_activated_samples", {**config, "data": "digits", "backbone": "small_conv"})
     labels = torch.arange(6) % 3
     images = ImageSet.of(torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8), labels, ("a", "b", "c"))
     features, measured = torch.eye(3)[labels] + 0.1, {"seconds": 0.0, "device": "cpu"}
     for name, seed in itertools.product(("poly", "sae", "ncl"), (0, 1)):
-        accuracy = torch.tensor([0.5, 0.5, 0.5 + (name == "ncl")], dtype=torch.float64)
-        add_seed(run, script, name, features, images, torch.eye(3), accuracy, seed, seed, measured)
+        weights = torch.eye(3)
+        weights[2, 2] = -1.0 if name == "ncl" else 1.0  # NCL's probe gets the last class wrong
+        fitted = Fitted([Training(0.8, seed=seed)], Probes(weights[None], torch.zeros(1, 3)), [(0.5, 0.5, 6)])
+        (batch,) = rows_to_add(run, [study(config, images, name, fitted, features)], torch.device("cpu"))
+        run.add_rows(batch)
         for metric in (*MEASURED, *TRAINING):
             run.add(metric, 0.5, n=6, seed=seed, features=name, **measured)
     run.add("chance_top1", 0.4, n=6, seed=None, **measured)
+    accuracies = [row["value"] for row in run.find("offline_probe_top1", seed=0)]
+    assert accuracies == pytest.approx([1.0, 1.0, 2 / 3])
     assert not run.find("accuracy_purity_correlation")
     assert len(run.find("offline_probe_top1")) == 6  # the row that says that the kind of features is complete
     assert "NaN" not in (tmp_path / "results.jsonl").read_text()
     assert not recwarn.list
     run.add("accuracy_purity_correlation", 0.25, n=3, seed=1, features="sae", **measured)
-    text = report(run, script)
+    text = report(run)
     assert "Chance level of top-1: 40.0 %." in text
     lines = [line for line in text.splitlines() if line.startswith(("| poly |", "| sae |"))]
     assert [line.split(" | ")[6] for line in lines] == ["-", "+0.25 (1 of 2 seeds)"]
@@ -132,21 +132,15 @@ def test_a_grid_names_classes_and_marks_the_most_frequent():
 def test_a_stopped_run_continues_to_the_same_rows(folder, tmp_path):
     stopped = tmp_path / "stopped"
     shutil.copytree(folder, stopped)
-    whole = (folder / "results.jsonl").read_text().splitlines(keepends=True)
-    (stopped / "results.jsonl").write_text("".join(whole[: len(whole) * 2 // 3]))
+    keep_rows(stopped, lambda lines: lines[: len(lines) * 2 // 3])
     main(["--output_dir", str(stopped), *SMALL])
 
-    def found(path):
-        lines = map(json.loads, (path / "results.jsonl").read_text().splitlines())
-        return {(json.dumps(row["config"]), row["seed"], row["metric"], row["value"]) for row in lines}
-
-    assert found(stopped) == found(folder)
-    assert len((stopped / "results.jsonl").read_text().splitlines()) == len(whole)
+    assert contents(stopped) == contents(folder)
 
 
 def test_same_settings_reprint_and_others_are_refused(folder, monkeypatch, capsys):
     before = (folder / "results.jsonl").read_bytes()
-    monkeypatch.setattr(top_activated_samples, "frozen_models", None)  # nothing is measured again
+    monkeypatch.setattr(probing, "frozen_models", None)  # nothing is measured again
     main(["--output_dir", str(folder), *SMALL])
     assert "purity" in capsys.readouterr().out
     assert (folder / "results.jsonl").read_bytes() == before
@@ -163,7 +157,7 @@ def test_what_shared_models_show_is_measured_once_and_has_no_interval(folder, tm
         assert {row["seed"] for row in rows(tmp_path, metric)} == {0, 1}
     line = next(line for line in (tmp_path / "results.md").read_text().splitlines() if line.startswith("| ncl |"))
     assert ["±" in cell for cell in line.split("|")[2:-1]] == [False, True, False, True, True, True] + [False] * 4
-    monkeypatch.setattr(top_activated_samples, "frozen_models", None)  # nothing is measured again
+    monkeypatch.setattr(probing, "frozen_models", None)  # nothing is measured again
     main(command)
 
 

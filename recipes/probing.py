@@ -1,0 +1,347 @@
+"""What the recipes that probe frozen features share: the arms, the frozen models of a pretraining, and the sweep.
+
+Beside the kinds of features of vision_bench/kinds.py there is the arm `poly_decay`: poly probed with the weight decay
+that is best for a column of the table, on the test labels themselves, which favours the control.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from vision import (
+    BEFORE,
+    IMAGES,
+    PretrainingSettings,
+    ProbingSettings,
+    highest_with_signal,
+    measure_seeds,
+    models_of,
+    pretrained,
+    varied,
+)
+
+from vision_bench import features, kinds, models, sae
+from vision_bench.data import ImageSet
+from vision_bench.metrics import chance_level
+from vision_bench.models import ContrastiveModel
+from vision_bench.probe import Probes
+from vision_bench.report import CHANCE, DECAY, TRAINING_NOTE, Comparison, ProbeTable, unexplained
+from vision_bench.runs import Cell, Run, defaults, device_name, interval, option, over_seeds, select
+from vision_bench.sweep import Arm, Fitted, Grid, Measured, Test, Training, rows, sweep
+
+FEATURES = ("poly", "sae", "ncl")
+ARMS = (*FEATURES, "poly_decay", "poly_unit", "random_relu", "random_mask")
+RANDOM = ("poly_unit", "random_relu")  # what sae and ncl must beat to have gained by what they learnt
+METHODS = {"simclr": kinds.BASE, "ncl": kinds.NCL}
+
+CHUNK = 8192  # rows of features that are classified at once
+
+GridOf = Callable[[dict[str, Any], int], Grid]  # of a run's configuration and the seed of the pretraining
+Study = Callable[[str, Fitted, torch.Tensor, torch.Tensor], list[Measured]]
+
+
+@dataclass
+class ControlSettings:
+    """The arms of a table of probes."""
+
+    decays: list[float] = option([1e-4, 1e-3, 1e-2, 1e-1], help="Weight decays that poly_decay may take.")
+    arms: list[str] = option(list(ARMS), help="Kinds of features of vision_bench/kinds.py, and poly_decay; with poly.")
+
+    def __post_init__(self) -> None:
+        if not self.decays or len(set(self.decays)) < len(self.decays) or min(self.decays) < 0:
+            raise ValueError(f"decays is {self.decays}; it takes different weight decays of at least 0.")
+        known = [*kinds.KINDS, "poly_decay"]
+        if not set(self.arms) <= set(known) or "poly" not in self.arms or len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"arms is {self.arms}; it takes poly and others of {', '.join(known)}, each once.")
+
+
+@dataclass
+class NoisyProbeSettings:
+    """The classifier that section 4.1 looks into: a linear probe trained on noisy labels."""
+
+    noise_rate: float | None = option(
+        None, help="Share of wrong training labels. None: 0.9 as in the paper, 0.8 for 10 classes."
+    )
+
+    def __post_init__(self) -> None:
+        if self.noise_rate is not None and not 0 <= self.noise_rate <= 1:
+            raise ValueError(f"noise_rate is {self.noise_rate}; it must be in [0, 1], 0.9 for 90 % of the labels.")
+
+    def check(self, pretraining: PretrainingSettings, splits: Mapping[str, ImageSet]) -> None:
+        """Settle the noise rate: the paper's, or the highest tenth that leaves a signal."""
+        if self.noise_rate is None:
+            self.noise_rate = highest_with_signal([i / 10 for i in range(10)], splits["train"].num_classes)
+
+
+def recorded_defaults(*classes: type[Any]) -> dict[str, Any]:
+    """Whatever a run of probes records, at its default; the images have none that is asked for."""
+    return {**defaults(*classes), **BEFORE, IMAGES: {}}
+
+
+def check_rates(rates: Sequence[float]) -> None:
+    """Raise ValueError unless `rates`, a setting noise_rates, has different shares of wrong labels."""
+    for rate in rates:
+        if not 0 <= rate <= 1:
+            raise ValueError(f"noise_rates has {rate}; each must be in [0, 1], 0.9 for 90 % of the labels.")
+    if not rates or len(set(rates)) < len(rates):
+        raise ValueError(f"noise_rates takes different numbers, got {rates}.")
+
+
+def controlled_grid(
+    config: Mapping[str, Any],
+    model_seed: int,
+    tests: Sequence[Test],
+    *,
+    training_arm: Callable[[Training], dict[str, Any]] = lambda training: {},
+    test_arm: Callable[[Test], dict[str, Any]] = lambda test: {},
+    losses: Mapping[str, tuple[float, float]] | None = None,
+) -> Grid:
+    """The probes with the models of a pretraining, for every loss, weight decay, seed and rate of wrong labels.
+
+    Args:
+        config: of the run; without noise_rates all labels are right.
+        model_seed: of the pretraining.
+        tests, training_arm, test_arm: as `Grid`; rows of a training also have their weight decay.
+        losses: (alpha, beta) by name; None is cross entropy without a name.
+    """
+    trainings = {
+        name: [
+            Training(rate, alpha=alpha, beta=beta, weight_decay=decay, loss=loss, seed=seed)
+            for loss, (alpha, beta) in (losses or {"": (1.0, 0.0)}).items()
+            for decay in decays
+            for seed in models_of(config)[model_seed]
+            for rate in config.get("noise_rates", [0.0])
+        ]
+        for name, decays in {"poly_decay": config["decays"], "": [0.0]}.items()
+    }
+    arms = {
+        name: Arm("poly" if name == "poly_decay" else name, trainings["poly_decay" if name == "poly_decay" else ""])
+        for name in config["arms"]
+    }
+    return Grid(
+        arms,
+        tests,
+        lambda training: {**training_arm(training), DECAY: training.weight_decay},
+        test_arm,
+        model_seed=seed_of_models(config, model_seed),
+    )
+
+
+def noisy_grid(config: Mapping[str, Any], model_seed: int) -> Grid:
+    """The noisy probes of poly, sae and ncl with the models of a pretraining."""
+    trainings = [Training(config["noise_rate"], seed=seed) for seed in models_of(config)[model_seed]]
+    arms = {name: Arm(name, trainings) for name in FEATURES}
+    return Grid(arms, [Test()], lambda training: {}, lambda test: {}, model_seed=seed_of_models(config, model_seed))
+
+
+def seed_of_models(config: Mapping[str, Any], model_seed: int) -> int | None:
+    """The seed of rows that depend on the models alone: none where several seeds share them.
+
+    Such rows exist once, because copies for each seed would pass for an interval of no width.
+    """
+    return model_seed if len(models_of(config)[model_seed]) == 1 else None
+
+
+def all_cells(grid: GridOf, config: dict[str, Any]) -> Iterator[Cell]:
+    """Every cell of a run of probes: the grids of all pretraining seeds, the autoencoders, and the chance levels."""
+    for model_seed in models_of(config):
+        whole = grid(config, model_seed)
+        yield from (cell for name in whole.arms for cell in whole.cells(name))
+        yield from (Cell(metric, model_seed) for metric in sae.QUALITY)
+    yield from (Cell(CHANCE, None, arm) for arm in ({}, *shifts_of(whole)))
+
+
+def shifts_of(grid: Grid) -> list[dict[str, Any]]:
+    """What distinguishes rows of chance levels: the shift, as the classes of its images may have other shares."""
+    arms = [grid.test_arm(test) for test in grid.tests]
+    return [{"shift": shift} for shift in dict.fromkeys(arm["shift"] for arm in arms if "shift" in arm)]
+
+
+class FrozenModels(NamedTuple):
+    """The models of a pretraining, and what they make of the images."""
+
+    contrastive: dict[str, ContrastiveModel]  # kinds.BASE is SimCLR's, kinds.NCL the non-negative one
+    frozen: kinds.Frozen
+    test: kinds.Outputs  # of the test images
+
+
+def frozen_models(
+    run: Run,
+    pretraining: PretrainingSettings,
+    probing: ProbingSettings,
+    seed: int,
+    splits: Mapping[str, ImageSet],
+    accelerator: Accelerator,
+) -> FrozenModels:
+    """The models of a seed, trained or loaded, by all processes; adds the rows of the autoencoder and of chance."""
+    trained = {
+        method: pretrained(pretraining, method, seed, splits, accelerator).model.to(accelerator.device)
+        for method in METHODS
+    }
+    outputs: dict[str, dict[str, torch.Tensor]] = {split: {} for split in splits}
+    for method, model in trained.items():
+        checkpoint = models.fingerprint(model)
+        for split, images in splits.items():
+            folder = run.folder / "features" / f"{method}-{seed}-{split}"
+            source = features.extract(
+                folder, model, images, split, [probing.layer], progress=True, checkpoint=checkpoint
+            )
+            outputs[split][METHODS[method]] = features.load(folder, probing.layer, source)
+    train, test = (F.normalize(outputs[split][kinds.BASE]) for split in ("train", "test"))
+    directions = train[train.any(dim=1)]  # a row of zeros has none
+    encoder = sae.fit(
+        directions,
+        probing.sae_latents or train.shape[1],
+        probing.sae_k,
+        epochs=probing.sae_epochs,
+        learning_rate=probing.sae_learning_rate,
+        batch_size=min(256, len(directions)),
+        seed=seed,
+        accelerator=accelerator,
+        checkpoint_dir=run.folder / "sae" / str(seed),
+        progress=True,
+    ).autoencoder
+    if accelerator.is_main_process:
+        timed: dict[str, Any] = {"n": len(test), "seconds": 0.0, "device": device_name(accelerator.device)}
+        if not run.find(CHANCE):
+            level = chance_level(splits["test"].labels, splits["test"].num_classes)
+            run.add(CHANCE, level, seed=None, **timed, split="test")
+        for metric, value in zip(sae.QUALITY, sae.evaluate(encoder, test), strict=True):
+            if not run.find(metric, seed=seed):
+                run.add(metric, value, seed=seed, **timed)
+    by_kind = {METHODS[method]: model for method, model in trained.items()}
+    return FrozenModels(by_kind, kinds.Frozen(outputs["train"], lambda: encoder, seed), outputs["test"])
+
+
+def measure(
+    run: Run,
+    settings: Sequence[Any],
+    splits: Mapping[str, ImageSet],
+    accelerator: Accelerator,
+    grid: GridOf,
+    *,
+    images: Callable[[Test], ImageSet] | None = None,
+    study: Study | None = None,
+) -> None:
+    """Add the rows of a recipe that the run lacks, pretraining seed after pretraining seed; all processes call this.
+
+    Args:
+        settings: `PretrainingSettings` and `ProbingSettings` first.
+        images: of a test other than the first, which has the test images as they are; by default these too.
+        study: as `sweep` takes it; it is called for one arm at a time.
+    """
+
+    def measure_seed(model_seed: int) -> None:
+        whole = grid(run.config, model_seed)
+        if not run.lacking(cell for name in whole.arms for cell in whole.cells(name)):
+            return
+        models = frozen_models(run, settings[0], settings[1], model_seed, splits, accelerator)
+        if accelerator.is_main_process:
+            _sweep(run, settings[1], splits, accelerator.device, whole, models, images, study)
+
+    measure_seeds(run, accelerator, measure_seed)
+
+
+def _sweep(
+    run: Run,
+    probing: ProbingSettings,
+    splits: Mapping[str, ImageSet],
+    device: torch.device,
+    grid: Grid,
+    models: FrozenModels,
+    images: Callable[[Test], ImageSet] | None,
+    study: Study | None,
+) -> None:
+    """Add the rows of a grid; the arguments are those of `measure`."""
+
+    def load(test: Test) -> tuple[kinds.Outputs, torch.Tensor]:
+        start, shown = time.monotonic(), splits["test"] if images is None else images(test)
+        shift = {name: value for name, value in grid.test_arm(test).items() if name == "shift"}
+        outputs = models.test
+        if test != grid.tests[0]:
+            outputs = {}
+            for name, model in models.contrastive.items():
+                by_layer = features.embed(
+                    model, shown.images, shown.mean, shown.std, [probing.layer], noise=test.noise
+                )
+                outputs[name] = by_layer[probing.layer]
+        if not run.find(CHANCE, **shift):
+            timed: dict[str, Any] = {"seconds": time.monotonic() - start, "device": device_name(device)}
+            run.add(CHANCE, chance_level(shown.labels, shown.num_classes), n=len(shown), seed=None, **timed, **shift)
+        return outputs, shown.labels
+
+    # Without further tests an arm is done once it is probed. The images of several tests are made once for all arms.
+    parts = [{name: grid.arms[name]} for name in grid.arms] if len(grid.tests) == 1 else [grid.arms]
+    for arms in parts:
+        batches = sweep(
+            replace(grid, arms=arms),
+            models.frozen,
+            splits["train"].labels,
+            splits["train"].num_classes,
+            load,
+            device=device,
+            lacks=lambda cell: bool(run.lacking([cell])),
+            study=study,
+            progress=True,
+            **probing.probe_settings(),
+        )
+        for batch in rows(run, batches, device):
+            run.add_rows(batch)
+
+
+@torch.no_grad()
+def predictions(probes: Probes, features: torch.Tensor) -> torch.Tensor:
+    """Classes (k, n) on the CPU that k probes give to features (n, d)."""
+    weights, biases = probes
+    parts = [
+        torch.einsum("nd,kcd->knc", part.to(weights), weights) + biases[:, None] for part in features.split(CHUNK)
+    ]
+    return torch.cat([logits.argmax(dim=2).cpu() for logits in parts], dim=1)
+
+
+def where_there_is_one(run: Run, metric: str, name: str, digits: int) -> str:
+    """Mean over seeds, signed, of a metric that a seed may have no value of: "-" if none has, else how many have."""
+    rows, seeds = run.find(metric, features=name), len(run.config["seeds"])
+    if not rows:
+        return "-"
+    few = f" ({len(rows)} of {seeds} seeds)" if len(rows) < seeds else ""
+    return interval([row["value"] for row in rows]).text(digits, sign=True) + few
+
+
+def probe_table(run: Run, columns: Mapping[Any, Mapping[str, Any]], arms: Sequence[str] | None = None) -> ProbeTable:
+    """The accuracies of a run, with gains of each arm over poly, and of sae and ncl over the random controls."""
+    arms = run.config["arms"] if arms is None else arms
+    comparisons = [Comparison(name, name, "poly") for name in arms if name != "poly"]
+    comparisons += [Comparison(f"{n} over {o}", n, o) for n in FEATURES[1:] for o in RANDOM if {n, o} <= set(arms)]
+    return ProbeTable(run.rows, columns, arms, comparisons)
+
+
+def over(config: Mapping[str, Any]) -> str:
+    """What an interval is over, for the tables."""
+    return f"Mean ± half-width of the 95 % interval over {len(config['seeds'])} seeds ({varied(config)})."
+
+
+def notes(run: Run, table: ProbeTable) -> str:
+    """What the tables of probes mean."""
+    config = run.config
+    quality = [over_seeds(select(table.rows, metric)["value"]) for metric in sae.QUALITY]
+    fvu, l0, dead = (interval.text(3) for interval in quality)
+    unscaled = "The scale of features decides how far these probes come (rescale: false).\n"
+    decays = ", ".join(f"{by_arm['poly_decay']:g}" for by_arm in table.decays.values() if "poly_decay" in by_arm)
+    return (
+        f"\n{over(config)}\n"
+        "The paper's numbers are of another scale (ResNet-18, 200 epochs, 16384-2048 projector) unless that is what\n"
+        "was run here. Consistency, sparsity and live dimensions are of the clean test images; chance is the\n"
+        "consistency with shuffled labels. A consistency means little without the sparsity beside it.\n"
+        f"poly_decay takes the best of {len(config['decays'])} weight decays for each column on the test labels\n"
+        f"themselves, which favours it (those it took, column after column of all tables: {decays});\n"
+        "poly_unit, random_relu, random_mask: see vision_bench/kinds.py.\n"
+        f"{TRAINING_NOTE}{unscaled * (not config['rescale'])}"
+        f"SAE on test images: FVU {fvu}, L0 {l0}, dead {dead}.\n" + unexplained({"sae": quality[0].mean})
+    )
