@@ -28,7 +28,7 @@ from evals.records import COMPLETIONS, Completion, CompletionKey
 from evals.registry import TASK_FOLDERS
 from evals.settings import Adapter, GenerateSettings
 from evals.thoughts import MARKERS, Thoughts
-from vision_bench.runs import LineAppender, write_atomic
+from vision_bench.runs import LineAppender
 
 # Of every answer, unless the task's own options say otherwise; a model's generation config has no say.
 PURE_DECODING = {"num_beams": 1, "repetition_penalty": 1.0}
@@ -115,10 +115,7 @@ class CompletionsLM(HFLM):
         """Take the arm's answers out of the file: an arm that diverged has none that could be judged."""
         diverged = (self._settings.model, arm.name)
         self._done = {key: row for key, row in self._done.items() if (row.model, row.adapter) != diverged}
-        lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self._done.values()]
-        self._file.close()
-        write_atomic(self._file.path, "".join(lines))
-        self._file.open()
+        self._file.replace(asdict(row) for row in self._done.values())
 
     def is_unfinished(self, task: str, doc: dict[str, Any]) -> bool:
         """Whether an answer of the arm to the task's document ends within its thought, so that there is no answer."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments import Experiment
 from finetuning import Study
 from paper import FEW_SHOT_GAINS
 
@@ -51,23 +50,14 @@ STUDY = Study(
     published=FEW_SHOT_GAINS,
     logarithmic=True,
 )
-EXPERIMENT = Experiment(
-    recipe=STUDY.recipe,
+EXPERIMENT = STUDY.experiment(
     items=("figure_3ab",),
     title="Figures 3(a), 3(b): finetuning on few labels",
     claim="The paper: non-negative tuning (NCE) has the lower training and the higher validation accuracy, the "
     f"more the fewer the labels, up to {FEW_SHOT_GAINS[0.1]:+g} points at 10 % of ImageNet-100.",
     pictures={"figure_3ab": "Figure 3(a, b): ours", "epochs": "Accuracy per epoch at the smallest fraction, ours"},
-    cells=STUDY.cells,
-    report=STUDY.report,
-    draw=STUDY.draw,
-    defaults=STUDY.defaults(),
 )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Finetune what the output folder has no rows of, then write and print the table and draw the figures."""
-    STUDY.main(arguments)
+main = STUDY.main
 
 
 if __name__ == "__main__":

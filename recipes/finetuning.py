@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import vision
 from accelerate import Accelerator
+from experiments import Experiment
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from vision import PretrainingSettings
@@ -349,11 +350,13 @@ class Study:
         for seed, condition, method in product(config["seeds"], self.conditions(config), config["methods"]):
             yield Cell(FINAL["validation_top1"], seed, {"method": method, **condition})
 
-    def defaults(self) -> dict[str, Any]:
-        """The configuration of a run by default."""
-        return defaults(ThreeSeeds, FinetuningSettings, self.settings) | {vision.IMAGES: None}
+    def experiment(self, **shown: Any) -> Experiment:
+        """The study for the page of results; `shown` are the items, title, claim and pictures."""
+        known = defaults(ThreeSeeds, FinetuningSettings, self.settings) | {vision.IMAGES: None}
+        grid: dict[str, Any] = {"cells": self.cells, "report": self.report, "draw": self.draw}
+        return Experiment(recipe=self.recipe, defaults=known, **grid, **shown)
 
-    def main(self, arguments: list[str] | None) -> None:
+    def main(self, arguments: list[str] | None = None) -> None:
         """Finetune what the output folder has no rows of, then write and print the table and draw the figures."""
         classes = (ThreeSeeds, FinetuningSettings, self.settings)
         pretraining, settings, own = composed = parse(classes, arguments, shared=[vision.ProbingSettings])

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments import Experiment
 from finetuning import Study
 from paper import NOISY_GAINS
 
@@ -52,23 +51,14 @@ STUDY = Study(
     label="share of wrong training labels, %",
     published=NOISY_GAINS,
 )
-EXPERIMENT = Experiment(
-    recipe=STUDY.recipe,
+EXPERIMENT = STUDY.experiment(
     items=("figure_3c",),
     title="Figure 3(c): finetuning on wrong labels",
     claim="The paper: the gain of non-negative tuning (NCE) grows with the label noise, up to "
     f"{NOISY_GAINS[None]:+g} points on ImageNet-100.",
     pictures={"figure_3c": "Figure 3(c): ours", "epochs": "Accuracy per epoch at the highest rate, ours"},
-    cells=STUDY.cells,
-    report=STUDY.report,
-    draw=STUDY.draw,
-    defaults=STUDY.defaults(),
 )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Finetune what the output folder has no rows of, then write and print the table and draw the figures."""
-    STUDY.main(arguments)
+main = STUDY.main
 
 
 if __name__ == "__main__":

@@ -147,6 +147,12 @@ class LineAppender:
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Let the file have `rows` and no others, whole or not at all."""
+        self.close()
+        write_atomic(self.path, "".join(map(line, rows)))
+        self.open()
+
     def __enter__(self) -> LineAppender:
         self.open()
         return self
