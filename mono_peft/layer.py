@@ -152,8 +152,8 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
             adapter_names: for each row of x (its first dimension) the one adapter that applies to it, or
                 "__base__" for none. Inference only.
         """
-        training = torch.is_grad_enabled()
-        if training and adapter_names is None and not (args or kwargs or self.disable_adapters):
+        with_gradient = torch.is_grad_enabled()
+        if with_gradient and adapter_names is None and not (args or kwargs or self.disable_adapters):
             fused_result = self.fused_forward(x)
             if fused_result is not None:
                 return fused_result
@@ -166,7 +166,7 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         for adapter_name in self.active_adapters:
             if adapter_name not in encoders:
                 continue
-            if training:
+            if with_gradient:
                 result = result + self.update(adapter_name, x).to(result.dtype)
             else:  # one operation less; its gradient would be one of out_features numbers a position more
                 unscaled = self.monolora_decoder[adapter_name](self.latents(adapter_name, x))
@@ -174,7 +174,7 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         return result
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The same by one operation that is cheaper to train through; None where that is not possible."""
+        """What `forward` returns, by one autograd function that is cheaper to train; None where there is none."""
         return None
 
     def _add_updates_per_row(self, result: torch.Tensor, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:

@@ -25,16 +25,7 @@ from vision import METHODS, PretrainingSettings, ProbingSettings, finish, pretra
 from vision_bench.data import ImageSet
 from vision_bench.features import embed
 from vision_bench.metrics import MEASURED, semantic_consistency
-from vision_bench.runs import (
-    DIVERGED,
-    Cell,
-    Run,
-    device_name,
-    interval,
-    markdown_table,
-    option,
-    run_as_program,
-)
+from vision_bench.runs import DIVERGED, Cell, Run, device_name, interval, markdown_table, option, run_as_program
 
 LOGGED = ("loss", "online_probe_train_top1", "online_probe_validation_top1", "knn_validation_top1")
 
@@ -77,11 +68,7 @@ def report(run: Run) -> str:
 
 
 def measured(
-    pretraining: PretrainingSettings,
-    method: str,
-    seed: int,
-    splits: Mapping[str, ImageSet],
-    accelerator: Accelerator,
+    pretraining: PretrainingSettings, method: str, seed: int, splits: Mapping[str, ImageSet], accelerator: Accelerator
 ) -> dict[str, float | None]:
     """The metrics of a model, trained now or before, by name; in the main process.
 

@@ -30,7 +30,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from vision_bench.figures import SUFFIXES
-from vision_bench.runs import CONFIG, ROWS, Run, parse, read_rows, run_as_program, write_atomic
+from vision_bench.runs import CONFIG, ROWS, Run, option, parse, read_rows, run_as_program, write_atomic
 
 RECIPES = [  # with a part in the paper, in the order of the page; each exports an `EXPERIMENT`
     "top_activated_samples",
@@ -60,15 +60,13 @@ def experiments() -> list[Experiment]:
 
 
 @dataclass
-class TablesArguments:
+class TablesSettings:
     """Where the rows are, and what is made of them."""
 
-    output_dir: str = field(metadata={"help": "Folder of the page, the tables and the pictures."})
-    runs: str = field(default="runs", metadata={"help": f"Folder below which every {ROWS} is read."})
-    only: list[str] = field(
-        default_factory=list, metadata={"help": "Tables and figures, such as table_1 figure_4c; by default all."}
-    )
-    split: bool = field(default=False, metadata={"help": "Show several configurations of a recipe, each by itself."})
+    output_dir: str = option(help="Folder of the page, the tables and the pictures.")
+    runs: str = option("runs", help=f"Folder below which every {ROWS} is read.")
+    only: list[str] = option([], help="Tables and figures, such as table_1 figure_4c; by default all.")
+    split: bool = option(False, help="Show several configurations of a recipe, each by itself.")
 
     def __post_init__(self) -> None:
         items = dict.fromkeys(item for experiment in experiments() for item in experiment.items)
@@ -143,7 +141,7 @@ def differences(sources: Iterable[Source]) -> str:
     return f"{folders} ({settings or 'the same settings'})"
 
 
-def chosen(arguments: TablesArguments, sources: list[Source]) -> list[tuple[Experiment, list[Source]]]:
+def chosen(settings: TablesSettings, sources: list[Source]) -> list[tuple[Experiment, list[Source]]]:
     """The experiments to show, each with its rows.
 
     Raises:
@@ -153,20 +151,20 @@ def chosen(arguments: TablesArguments, sources: list[Source]) -> list[tuple[Expe
     shown = [
         (experiment, [source for source in sources if source.recipe == experiment.recipe])
         for experiment in experiments()
-        if not arguments.only or set(experiment.items) & set(arguments.only)
+        if not settings.only or set(experiment.items) & set(settings.only)
     ]
     for experiment, runs in shown:
-        if len(runs) > 1 and not arguments.split:
+        if len(runs) > 1 and not settings.split:
             raise ValueError(
                 f"rows of {len(runs)} configurations of {experiment.recipe} cannot share a table: {differences(runs)}"
                 ". Name a folder with one of them, or give --split to show each by itself."
             )
-    for item in arguments.only:
+    for item in settings.only:
         makers = [(experiment, runs) for experiment, runs in shown if item in experiment.items]
         if not any(runs for _, runs in makers):
             recipes = " or ".join(experiment.recipe for experiment, _ in makers)
             commands = " or ".join(f"`{experiment.command}`" for experiment, _ in makers)
-            raise ValueError(f"{item} needs rows of {recipes}, and {arguments.runs} has none: {commands} makes them.")
+            raise ValueError(f"{item} needs rows of {recipes}, and {settings.runs} has none: {commands} makes them.")
     return shown
 
 
@@ -187,13 +185,13 @@ def provenance(source: Source) -> str:
     )
 
 
-def section(experiment: Experiment, source: Source, name: str, title: str, arguments: TablesArguments) -> Section:
+def section(experiment: Experiment, source: Source, name: str, title: str, settings: TablesSettings) -> Section:
     """A run's table and pictures, in a folder of their own; without them if it was stopped or cannot be shown.
 
     Raises:
         ValueError: it was stopped or cannot be shown, and was asked for.
     """
-    folder = Path(arguments.output_dir) / name
+    folder = Path(settings.output_dir) / name
     for pattern in ("results.md", *(f"{stem}.{suffix}" for stem in experiment.pictures for suffix in SUFFIXES)):
         for stale in folder.glob(pattern):
             stale.unlink()  # of another run that was shown here
@@ -208,7 +206,7 @@ def section(experiment: Experiment, source: Source, name: str, title: str, argum
         folder.mkdir(parents=True, exist_ok=True)
         tables = experiment.render(run, source.folder)
     except CannotShow as error:
-        if arguments.only:
+        if settings.only:
             raise
         return Section(name, title, experiment.claim, f"{state}: {error}", settings=source.settings)
     run.write("results.md", tables)
@@ -216,20 +214,20 @@ def section(experiment: Experiment, source: Source, name: str, title: str, argum
     return Section(name, title, experiment.claim, provenance(source), tables, pictures, source.settings)
 
 
-def sections(arguments: TablesArguments, shown: list[tuple[Experiment, list[Source]]]) -> list[Section]:
+def sections(settings: TablesSettings, shown: list[tuple[Experiment, list[Source]]]) -> list[Section]:
     """A section for each configuration, or one that says what makes the rows."""
     parts = []
     for experiment, runs in shown:
         name, title = experiment.recipe, experiment.title
         if not runs:
-            nothing = f"Ours: no rows below `{arguments.runs}`; this makes them: `{experiment.command}`."
+            nothing = f"Ours: no rows below `{settings.runs}`; this makes them: `{experiment.command}`."
             parts.append(Section(name, title, experiment.claim, nothing))
         elif len(runs) == 1:
-            parts.append(section(experiment, runs[0], name, title, arguments))
+            parts.append(section(experiment, runs[0], name, title, settings))
         else:
             for i, source in enumerate(runs, 1):
                 own = f"{title} ({i}: {source.folder.name})"
-                parts.append(section(experiment, source, f"{name}-{i}", own, arguments))
+                parts.append(section(experiment, source, f"{name}-{i}", own, settings))
     return parts
 
 
@@ -268,7 +266,7 @@ def page(introduction: str, parts: Sequence[Section]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the rows, draw, and write the tables and the page."""
-    (settings,) = parse([TablesArguments], arguments)
+    (settings,) = parse([TablesSettings], arguments)
     output = Path(settings.output_dir)
     sources = read(Path(settings.runs), output)
     shown = chosen(settings, sources)

@@ -122,7 +122,7 @@ class Run:
         return list(indices[names].get(tuple(_hashable(arm[name]) for name in names), ()))
 
     def lacking(self, cells: Iterable[Cell]) -> list[Cell]:
-        """The cells that have no row, in their order; those of an arm that is marked as diverged need none.
+        """The cells that have no row, each once and in order; those of an arm that is marked as diverged need none.
 
         A mark counts for all cells of its seed that agree with it in what it names: one that names no arm counts for
         the whole seed. A cell without a seed has its row too if there is one of each seed of the run, as there were
@@ -138,7 +138,8 @@ class Run:
             configs = (mark["config"] for mark in self.find(DIVERGED, seed=cell.seed))
             return any(all(_hashable(c.get(k, v)) == _hashable(v) for k, v in cell.arm.items()) for c in configs)
 
-        return [cell for cell in cells if not has_row(cell) and not is_marked(cell)]
+        each = {(cell.metric, cell.seed, _hashable(dict(cell.arm))): cell for cell in cells}.values()
+        return [cell for cell in each if not has_row(cell) and not is_marked(cell)]
 
     def row(
         self, metric: str, value: float | None, *, n: int, seed: int | None, seconds: float, device: str, **arm: Any
