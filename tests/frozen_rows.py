@@ -33,7 +33,17 @@ BENCHMARKS = {
     "few_shots=0.2 --seeds 0 1 2",
 }
 # What a row says beside its metric, seed and value that follows from paths, times or the code's own text.
-IGNORED = {"features_id", "reason", "preprocessing", "pretrained", "images", "contents", "model", "adapter"}
+IGNORED = {
+    "features_id",
+    "reason",
+    "preprocessing",
+    "pretrained",
+    "images",
+    "contents",
+    "model",
+    "adapter",
+    "adapter_checksum",
+}
 # Names that were changed on purpose: (name, value before) -> (name, value after); a value of None stands for any.
 RENAMED: dict[tuple[str, Any], tuple[str, Any]] = {
     ("task", "refusal_embedded"): ("task", "refusal_offline"),
