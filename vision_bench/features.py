@@ -167,7 +167,6 @@ def embed(
     noise: InputNoise | None = None,
     first: int = 0,
     report: Callable[[int], object] | None = None,
-    perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Features (n, d) float32, on the CPU, of images (n, 3, h, w) uint8, by layer; computed in eval mode.
 
@@ -191,7 +190,7 @@ def embed(
             x = normalise(images[start : start + batch_size].to(device), mean, std)
             if noise is not None:
                 x = noise.add(x, first + start, mean, std)
-            outputs = models.outputs(model, x if perturb is None else perturb(x))
+            outputs = models.outputs(model, x)
             for layer, batches in parts.items():
                 z = outputs[layer]
                 shape = (len(x), batches[0].shape[1] if batches else z.shape[-1])

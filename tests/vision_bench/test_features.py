@@ -51,24 +51,6 @@ def test_features_equal_one_image_at_a_time_in_eval_mode(model, images, tmp_path
     assert [len(part) for part in shards(tmp_path, "output", made)] == [10, 10, 3]
 
 
-def test_what_becomes_of_the_images_before_the_model_is_in_their_order(model, images):
-    seen = []
-
-    def perturb(x):
-        seen.append(x)
-        return x + 0.1 * len(seen)
-
-    made = embed(model, images.images, images.mean, images.std, batch_size=10, perturb=perturb)["output"]
-    assert [len(part) for part in seen] == [10, 10, 3]
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (images.mean, images.std))
-    inputs = (images.images / 255 - mean) / std
-    torch.testing.assert_close(torch.cat(seen), inputs)
-    shift = 0.1 * (1 + torch.arange(23) // 10).view(-1, 1, 1, 1)
-    with torch.no_grad():
-        torch.testing.assert_close(made, model.eval()(inputs + shift).output, rtol=1e-5, atol=1e-6)
-    model.train()
-
-
 def test_the_model_is_left_bit_identical_and_in_its_mode(model, images, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     extract(tmp_path, model, images, "test")
