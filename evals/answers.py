@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .prompts import EncodedAnswer
@@ -36,8 +37,8 @@ def answer_log_likelihoods(
     # Longest first, so that a batch too large for the memory fails at once.
     order = sorted(range(len(answers)), key=lambda i: -len(answers[i].input_ids))
     share = -(-len(order) // state.num_processes)
-    mine = list(islice(cycle(order), share * state.num_processes))[state.process_index :: state.num_processes]
-    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    own = list(islice(cycle(order), share * state.num_processes))[state.process_index :: state.num_processes]
+    batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
 
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
@@ -57,16 +58,12 @@ def answer_log_likelihoods(
 
 
 def _score(answers: list[EncodedAnswer], model: nn.Module, pad_token_id: int, device: torch.device) -> torch.Tensor:
-    longest = max(len(answer.input_ids) for answer in answers)
-    input_ids = torch.full((len(answers), longest), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    counted = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, answer in enumerate(answers):
-        length = len(answer.input_ids)
-        input_ids[row, :length] = torch.tensor(answer.input_ids)
-        attention_mask[row, :length] = 1
-        counted[row, :length] = torch.tensor(answer.completion_mask, dtype=torch.bool)
-    input_ids, attention_mask, counted = input_ids.to(device), attention_mask.to(device), counted.to(device)
+    def padded(rows: Iterable[list[int]], value: int = 0) -> torch.Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(device)
+
+    input_ids = padded((answer.input_ids for answer in answers), pad_token_id)
+    attention_mask = padded([1] * len(answer.input_ids) for answer in answers)
+    counted = padded(answer.completion_mask for answer in answers).bool()
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     rows, columns = counted[:, 1:].nonzero(as_tuple=True)  # the token at column + 1 is predicted at `column`
     log_probs = logits[rows, columns].float().log_softmax(-1)

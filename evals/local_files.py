@@ -203,9 +203,9 @@ def binary_labels(rows: Sequence[Row], source: str) -> list[int]:
     texts = {"0": 0, "0.0": 0, "1": 1, "1.0": 1} if Path(source).suffix in (".csv", ".tsv") else {}
     labels = []
     for number, row in enumerate(rows, 1):
-        given = row.get("label")
-        label = texts.get(given) if isinstance(given, str) else given
+        value = row.get("label")
+        label = texts.get(value) if isinstance(value, str) else value
         if label not in (0, 1):
-            raise ValueError(f"{source}, row {number}: the label is {given!r}; 0 (negative) or 1 is needed.")
+            raise ValueError(f"{source}, row {number}: the label is {value!r}; 0 (negative) or 1 is needed.")
         labels.append(int(label))
     return labels

@@ -236,13 +236,7 @@ def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: 
 
 
 def experiment(recipe: str, part: str, metric: str, performance: Sequence[Measure], claim: str) -> Experiment:
-    """What a recipe shows of the paper: a part of Table 2.
-
-    Args:
-        part: "SST-2" or "Dolly".
-        metric: of the recipe's task.
-        performance: measures of the task; the first is an axis of the figure.
-    """
+    """What a recipe shows of the paper: a part of Table 2, "SST-2" or "Dolly"; the rest as in `Table2` and `Task`."""
 
     def table(run: Run) -> Table2:
         return Table2(run, part, performance, {name: kind.has_latents for name, kind in ADAPTERS.items()})
@@ -262,10 +256,8 @@ def experiment(recipe: str, part: str, metric: str, performance: Sequence[Measur
 def show(run: Run, experiment: Experiment) -> None:
     """Write and print the run's table, and draw its figure."""
     if run.is_main:
-        text = experiment.report(run)
+        text = experiment.render(run, run.folder)
         run.write("results.md", text)
-        if experiment.draw is not None:
-            experiment.draw(run)
         print(text)
 
 

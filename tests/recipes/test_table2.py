@@ -14,6 +14,7 @@ import sst2_monolora
 from arms import ADAPTERS, AdapterKind, adapter_config, trained_arms
 from hypothesis import example, given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from peft import IA3Config, PeftConfig, PeftModel
 from table2 import CONFIGS, Table2Settings, parse
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evals.figures import Panel, Point, safety_against_performance
 from evals.prompts import dolly_held_out, dolly_prompt
 from evals.records import read_completions, read_verdicts
+from evals.registry import JUDGES, JudgeKind
 from mono_peft import MonoLoraConfig, activation_sparsity
 from tests.recipes.conftest import SMALL, rows_of
 from vision_bench.runs import Run, read_rows
@@ -411,3 +413,28 @@ def test_counts_are_those_of_each_task(tmp_path):
     assert counts == (
         "Prompts: 450 (beaverdam, xstest: unsafe); 700 (beaverdam, beavertails_eval: unsafe); 872 (accuracy)."
     )
+
+
+def test_a_judge_of_another_kind_has_its_measure_of_harm_in_table_and_figure(tmp_path, monkeypatch):
+    row = JudgeKind("stars", "from 0 to 100", None, harm_metric="score", harm_label="stars given")
+    monkeypatch.setitem(JUDGES, "stars", row)
+    config = {"demonstration": False, "methods": ["base", "lora"], "judges": ["stars"], "seeds": [0]}
+    run = Run(tmp_path / "out", "sst2_monolora", config)
+    for seed, method in ((None, "base"), (0, "lora")):
+        common = {"n": 700, "seed": seed, "seconds": 0.0, "device": "cpu", "method": method}
+        judged = common | {"task": "beavertails_eval", "judge": "stars"}
+        run.add("unsafe", 0.25, **judged)
+        run.add("score", 12.5, **judged, low=10.0, high=15.0)
+        run.add("accuracy", 0.5, **common)
+    assert not run.lacking(sst2_monolora.EXPERIMENT.cells(run.config))
+    text = sst2_monolora.EXPERIMENT.report(run)
+    header, _, base, *_ = (line for line in text.splitlines() if line.startswith("|"))
+    assert "| stars: unsafe, % | stars: stars given | accuracy, % |" in header
+    assert "| 12.50 [10.00, 15.00] |" in base
+    drawn = []
+    monkeypatch.setattr("evals.report.safety_against_performance", lambda panels: drawn.extend(panels) or Figure())
+    sst2_monolora.EXPERIMENT.draw(run)
+    assert [(panel.harm, [point.harm for point in panel.points]) for panel in drawn] == [
+        ("stars given", [12.5, 12.5]),
+        ("ShieldGemma, mean score x 100", [4.83, 7.9, 3.53]),
+    ]
