@@ -39,7 +39,6 @@ FEATURES = ("poly", "sae", "ncl")
 ARMS = (*FEATURES, "poly_decay", "poly_unit", "random_relu", "random_mask")
 RANDOM = ("poly_unit", "random_relu")  # what sae and ncl must beat to have gained by what they learnt
 METHODS = {"simclr": kinds.BASE, "ncl": kinds.NCL}
-
 CHUNK = 8192  # rows of features that are classified at once
 
 GridOf = Callable[[dict[str, Any], int], Grid]  # of a run's configuration and the seed of the pretraining
@@ -121,7 +120,7 @@ def controlled_grid(
         for name, decays in {"poly_decay": config["decays"], "": [0.0]}.items()
     }
     arms = {
-        name: Arm("poly" if name == "poly_decay" else name, trainings["poly_decay" if name == "poly_decay" else ""])
+        name: Arm("poly", trainings[name]) if name == "poly_decay" else Arm(name, trainings[""])
         for name in config["arms"]
     }
     return Grid(
@@ -149,18 +148,21 @@ def seed_of_models(config: Mapping[str, Any], model_seed: int) -> int | None:
 
 
 def all_cells(grid: GridOf, config: dict[str, Any]) -> Iterator[Cell]:
-    """Every cell of a run of probes: the grids of all pretraining seeds, the autoencoders, and the chance levels."""
+    """Every cell of a run of probes."""
     for model_seed in models_of(config):
-        whole = grid(config, model_seed)
-        yield from (cell for name in whole.arms for cell in whole.cells(name))
-        yield from (Cell(metric, model_seed) for metric in sae.QUALITY)
-    yield from (Cell(CHANCE, None, arm) for arm in ({}, *shifts_of(whole)))
+        yield from cells_of(grid(config, model_seed), model_seed)
 
 
-def shifts_of(grid: Grid) -> list[dict[str, Any]]:
-    """What distinguishes rows of chance levels: the shift, as the classes of its images may have other shares."""
+def cells_of(grid: Grid, model_seed: int) -> Iterator[Cell]:
+    """The cells of the models of a pretraining: of the grid, of the autoencoder, and the chance levels.
+
+    A chance level is of all rows, and of each shift, as the classes of its images may have other shares.
+    """
+    yield from (cell for name in grid.arms for cell in grid.cells(name))
+    yield from (Cell(metric, model_seed) for metric in sae.QUALITY)
     arms = [grid.test_arm(test) for test in grid.tests]
-    return [{"shift": shift} for shift in dict.fromkeys(arm["shift"] for arm in arms if "shift" in arm)]
+    shifts = dict.fromkeys(arm["shift"] for arm in arms if "shift" in arm)
+    yield from (Cell(CHANCE, None, arm) for arm in ({}, *({"shift": shift} for shift in shifts)))
 
 
 class FrozenModels(NamedTuple):
@@ -237,62 +239,50 @@ def measure(
         study: as `sweep` takes it; it is called for one arm at a time.
     """
 
+    probing, device = settings[1], accelerator.device
+
     def measure_seed(model_seed: int) -> None:
         whole = grid(run.config, model_seed)
-        if not run.lacking(cell for name in whole.arms for cell in whole.cells(name)):
+        if not run.lacking(cells_of(whole, model_seed)):
             return
-        models = frozen_models(run, settings[0], settings[1], model_seed, splits, accelerator)
-        if accelerator.is_main_process:
-            _sweep(run, settings[1], splits, accelerator.device, whole, models, images, study)
+        models = frozen_models(run, settings[0], probing, model_seed, splits, accelerator)
+
+        def load(test: Test) -> tuple[kinds.Outputs, torch.Tensor]:
+            start, shown = time.monotonic(), splits["test"] if images is None else images(test)
+            shift = {name: value for name, value in whole.test_arm(test).items() if name == "shift"}
+            outputs = models.test
+            if test != whole.tests[0]:
+                outputs = {
+                    name: features.embed(
+                        model, shown.images, shown.mean, shown.std, [probing.layer], noise=test.noise
+                    )[probing.layer]
+                    for name, model in models.contrastive.items()
+                }
+            if not run.find(CHANCE, **shift):
+                level, seconds = chance_level(shown.labels, shown.num_classes), time.monotonic() - start
+                about = {"n": len(shown), "seed": None, "seconds": seconds, "device": device_name(device)}
+                run.add(CHANCE, level, **about, **shift)
+            return outputs, shown.labels
+
+        # With one test an arm is done once it is probed; the images of several tests are made once for all arms.
+        parts = [{name: arm} for name, arm in whole.arms.items()] if len(whole.tests) == 1 else [whole.arms]
+        for arms in parts if accelerator.is_main_process else ():
+            batches = sweep(
+                replace(whole, arms=arms),
+                models.frozen,
+                splits["train"].labels,
+                splits["train"].num_classes,
+                load,
+                device=device,
+                lacks=lambda cell: bool(run.lacking([cell])),
+                study=study,
+                progress=True,
+                **probing.probe_settings(),
+            )
+            for batch in rows(run, batches, device):
+                run.add_rows(batch)
 
     measure_seeds(run, accelerator, measure_seed)
-
-
-def _sweep(
-    run: Run,
-    probing: ProbingSettings,
-    splits: Mapping[str, ImageSet],
-    device: torch.device,
-    grid: Grid,
-    models: FrozenModels,
-    images: Callable[[Test], ImageSet] | None,
-    study: Study | None,
-) -> None:
-    """Add the rows of a grid; the arguments are those of `measure`."""
-
-    def load(test: Test) -> tuple[kinds.Outputs, torch.Tensor]:
-        start, shown = time.monotonic(), splits["test"] if images is None else images(test)
-        shift = {name: value for name, value in grid.test_arm(test).items() if name == "shift"}
-        outputs = models.test
-        if test != grid.tests[0]:
-            outputs = {}
-            for name, model in models.contrastive.items():
-                by_layer = features.embed(
-                    model, shown.images, shown.mean, shown.std, [probing.layer], noise=test.noise
-                )
-                outputs[name] = by_layer[probing.layer]
-        if not run.find(CHANCE, **shift):
-            timed: dict[str, Any] = {"seconds": time.monotonic() - start, "device": device_name(device)}
-            run.add(CHANCE, chance_level(shown.labels, shown.num_classes), n=len(shown), seed=None, **timed, **shift)
-        return outputs, shown.labels
-
-    # Without further tests an arm is done once it is probed. The images of several tests are made once for all arms.
-    parts = [{name: grid.arms[name]} for name in grid.arms] if len(grid.tests) == 1 else [grid.arms]
-    for arms in parts:
-        batches = sweep(
-            replace(grid, arms=arms),
-            models.frozen,
-            splits["train"].labels,
-            splits["train"].num_classes,
-            load,
-            device=device,
-            lacks=lambda cell: bool(run.lacking([cell])),
-            study=study,
-            progress=True,
-            **probing.probe_settings(),
-        )
-        for batch in rows(run, batches, device):
-            run.add_rows(batch)
 
 
 @torch.no_grad()

@@ -195,14 +195,14 @@ def section(experiment: Experiment, source: Source, name: str, title: str, setti
     for pattern in ("results.md", *(f"{stem}.{suffix}" for stem in experiment.pictures for suffix in SUFFIXES)):
         for stale in folder.glob(pattern):
             stale.unlink()  # of another run that was shown here
-    state = "Not whole"
+    state = "Not shown"
     try:
         run = Run(folder, source.recipe, experiment.configuration(source.settings, source.facts))
         run.rows = source.rows
         if lacking := experiment.lacking(run):
+            state = "Not whole"
             again = f"the same command of recipes/{source.recipe}.py again makes them"
             raise CannotShow(f"{source.folder} lacks {lacking}: {again}.")
-        state = "Not shown"
         folder.mkdir(parents=True, exist_ok=True)
         tables = experiment.render(run, source.folder)
     except CannotShow as error:

@@ -203,26 +203,9 @@ def load_splits(pretraining: PretrainingSettings) -> dict[str, ImageSet]:
             progress=True,
         )
     if pretraining.train_fraction != 1:
-        generator = torch.Generator().manual_seed(0)
-        train = train.subset(
-            stratified_fraction(train.labels, pretraining.train_fraction, generator, train.class_names)
-        )
+        drawn = torch.Generator().manual_seed(0)
+        train = train.subset(stratified_fraction(train.labels, pretraining.train_fraction, drawn, train.class_names))
     return {"train": train, "test": test}
-
-
-def start_accelerator(recipe: str, settings: Sequence[Any]) -> Accelerator:
-    """Processes, devices, precision and trackers; `end_training` closes the trackers."""
-    pretraining = settings[0]
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # unless it is told, every process of a launch would be alone
-        mixed_precision=pretraining.precision,
-        log_with=pretraining.report_to or None,
-        project_dir=pretraining.output_dir,
-    )
-    if pretraining.report_to:
-        values = {name: str(value) for part in settings for name, value in asdict(part).items()}
-        accelerator.init_trackers(recipe, values)
-    return accelerator
 
 
 def begin(
@@ -245,12 +228,20 @@ def begin(
     for part in others:
         if hasattr(part, "check"):
             part.check(pretraining, splits)
-    accelerator = start_accelerator(recipe, settings)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # unless it is told, every process of a launch would be alone
+        mixed_precision=pretraining.precision,
+        log_with=pretraining.report_to or None,
+        project_dir=pretraining.output_dir,
+    )
+    if pretraining.report_to:
+        values = {name: str(value) for part in settings for name, value in asdict(part).items()}
+        accelerator.init_trackers(recipe, values)
+    fingerprints = {name: images.fingerprint for name, images in splits.items()}
     run = Run(
         pretraining.output_dir,
         recipe,
-        recorded(*settings)
-        | {IMAGES: {name: images.fingerprint for name, images in splits.items()}, **(config or {})},
+        {**recorded(*settings), IMAGES: fingerprints, **(config or {})},
         is_main=accelerator.is_main_process,
         defaults={**defaults(*map(type, settings)), **BEFORE},
         facts={"num_classes": splits["train"].num_classes, **(facts or {})},
@@ -265,7 +256,7 @@ def start(
     """Settings, images by split, processes and the folder of a recipe; raises ValueError for what cannot work.
 
     Args:
-        classes: `PretrainingSettings` first; one with `check(pretraining, splits)` is asked before the run begins.
+        classes: `PretrainingSettings` first; `check(pretraining, splits)` of others is called before the run begins.
         shared: classes of other recipes whose settings a file may have too.
     """
     settings = parse(classes, arguments, shared=shared)

@@ -107,7 +107,6 @@ def test_circles_are_seen(tmp_path):
     assert sorted(set(circle(tmp_path, ["house"]))) == ["house", "house.door"]
 
 
-@pytest.mark.xfail(reason="the long files of vision_bench are being divided", strict=False)
 def test_files_are_short():
     """A file that needs more than 450 lines has two subjects."""
     lengths = {

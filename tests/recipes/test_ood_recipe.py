@@ -121,13 +121,7 @@ def test_all_corruptions_and_severities_and_the_mean_corruption_error(arrays):
     def errors(features, corruption):
         arm = {"features": features, "corruption": corruption}
         return [
-            np.mean(
-                [
-                    100 - 100 * r["value"]
-                    for r in rows(arrays[0], ACCURACY, features=arm, corruption=corruption, seed=seed)
-                ]
-            )
-            for seed in (0, 1)
+            np.mean([100 - 100 * r["value"] for r in rows(arrays[0], ACCURACY, **arm, seed=seed)]) for seed in (0, 1)
         ]
 
     both = np.array([errors("ncl", name) for name in names[:2]])

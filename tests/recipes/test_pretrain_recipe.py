@@ -95,15 +95,15 @@ def test_the_papers_configurations_serve_both_recipes(name):
     pretraining, _ = parse(
         [vision.PretrainingSettings, recipe.MethodsSettings], arguments, shared=[vision.ProbingSettings]
     )
-    (probing,) = parse([label_noise_probing.LabelNoiseArguments], arguments)
-    for script in (pretraining, probing):
-        assert script.data == name
-        assert (script.projector_hidden, script.projector_out, script.backbone) == (16384, 2048, "resnet18")
-        assert (script.pretraining_epochs, script.batch_size, script.learning_rate) == (200, 256, 0.4)
-        assert script.model_config("simclr").non_negative == "none"
-        assert script.model_config("ncl").non_negative == "relu"
+    again, probing, _, label_noise = parse(label_noise_probing.SETTINGS, arguments)
+    for settings in (pretraining, again):
+        assert settings.data == name
+        assert (settings.projector_hidden, settings.projector_out, settings.backbone) == (16384, 2048, "resnet18")
+        assert (settings.pretraining_epochs, settings.batch_size, settings.learning_rate) == (200, 256, 0.4)
+        assert settings.model_config("simclr").non_negative == "none"
+        assert settings.model_config("ncl").non_negative == "relu"
     assert probing.sae_k == 256
-    assert probing.noise_rates == [i / 10 for i in range(10)]
+    assert label_noise.noise_rates == [i / 10 for i in range(10)]
     assert (probing.probe_optimizer, probing.probe_learning_rate, probing.probe_schedule) == (
         ("lars", 0.4, "cosine") if name == "cifar100" else ("sgd", 1.5, "step")
     )
