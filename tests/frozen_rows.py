@@ -99,7 +99,10 @@ def compare(before: Path, after: Path) -> bool:
             candidates[key].append((arm, value))
         same, problems = 0, []
         for key, arm, value in rows(folder, renamed=True):
-            values = [v for other, v in candidates[key] if all(other.get(name) == arm[name] for name in arm)]
+            # An arm may have got further names; one that has none but these goes before.
+            values = [v for other, v in candidates[key] if other == arm] or [
+                v for other, v in candidates[key] if all(other.get(name) == arm[name] for name in arm)
+            ]
             if values == [value]:
                 same += 1
             else:
