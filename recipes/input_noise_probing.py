@@ -128,7 +128,7 @@ def report(run: Run) -> str:
             "\nBy how much that gain is larger than without noise, paired by seed:\n\n"
             + table.growth_table(header[1:], columns[1:], starts)
         )
-    text += notes(run, table)
+    text += notes(run, table, [level for noise in config["noises"] for level in levels(config, noise)])
     return text + "The paper shows these curves as pictures only (ImageNet-100): no numbers of it stand beside ours.\n"
 
 

@@ -88,7 +88,8 @@ def report(run: Run) -> str:
         f"# Linear probes on frozen features under label noise: {config['data']}, {config['backbone']}\n\n"
         "Top-1 accuracy on clean test labels, %, by the share of wrong training labels.\n\n"
         f"{table.accuracy_table(header, rates, accuracies)}{table.training_table(header, rates)}"
-        f"\n## Points gained over poly, paired by seed\n\n{table.gain_table(header, rates, gains)}{notes(run, table)}"
+        f"\n## Points gained over poly, paired by seed\n\n{table.gain_table(header, rates, gains)}"
+        f"{notes(run, table, rates)}"
         f"With {config['num_classes']} classes, no signal is left at a rate of {limit:g} %.\n"
     )
 

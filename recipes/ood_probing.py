@@ -247,7 +247,7 @@ def report(run: Run) -> str:
         text += corruption_table(table, name, corruptions)
     if made := [name for name in shifts if name in config.get("synthetic", shift_names())]:
         text += f"\nSynthetic shifts, made from the test images: {', '.join(made)}.\n"
-    text += notes(run, table)
+    text += notes(run, table, columns)
     return text + "The paper shows Fig. 2(c) as a picture only (ImageNet-100): no numbers of it stand beside ours.\n"
 
 

@@ -7,7 +7,7 @@ that is best for a column of the table, on the test labels themselves, which fav
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -317,13 +317,14 @@ def over(config: Mapping[str, Any]) -> str:
     return f"Mean ± half-width of the 95 % interval over {len(config['seeds'])} seeds ({varied(config)})."
 
 
-def notes(run: Run, table: ProbeTable) -> str:
-    """What the tables of probes mean."""
+def notes(run: Run, table: ProbeTable, columns: Iterable[Hashable]) -> str:
+    """What the tables of probes mean; `columns` are those of all tables of accuracies, in their order."""
     config = run.config
     quality = [over_seeds(select(table.rows, metric)["value"]) for metric in sae.QUALITY]
     fvu, l0, dead = (interval.text(3) for interval in quality)
     unscaled = "The scale of features decides how far these probes come (rescale: false).\n"
-    decays = ", ".join(f"{by_arm['poly_decay']:g}" for by_arm in table.decays.values() if "poly_decay" in by_arm)
+    by_column = (table.decays[column] for column in columns)
+    decays = ", ".join(f"{by_arm['poly_decay']:g}" for by_arm in by_column if "poly_decay" in by_arm)
     return (
         f"\n{over(config)}\n"
         "The paper's numbers are of another scale (ResNet-18, 200 epochs, 16384-2048 projector) unless that is what\n"

@@ -124,7 +124,7 @@ def report(run: Run) -> str:
         for name in config["arms"]
         if name != "poly"
     ]
-    text += markdown_table(["features", *header], lines) + notes(run, table)
+    text += markdown_table(["features", *header], lines) + notes(run, table, table.columns)
     limit = 100 * (config["num_classes"] - 1) / config["num_classes"]
     text += f"With {config['num_classes']} classes, no signal is left at a rate of {limit:g} %.\n"
     return text + "The paper shows Fig. 6 as a picture only: no numbers of it stand beside ours.\n"

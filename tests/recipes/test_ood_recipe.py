@@ -142,6 +142,12 @@ def test_all_corruptions_and_severities_and_the_mean_corruption_error(arrays):
     assert facts["corruptions"] == {"digits_c": list(names)}
 
 
+def test_the_notes_have_the_weight_decay_of_each_column_of_the_tables(folder, arrays):
+    for path in (folder, arrays[0]):
+        _, decays = (path / "results.md").read_text().split("column after column of all tables: ")
+        assert len(decays.split(");")[0].split(", ")) == 4  # also where corruptions and severities have their own
+
+
 def test_resume_reprint_and_refusal(arrays, sets, tmp_path, monkeypatch, capsys):
     folder, settings = arrays
     whole = contents(folder)
