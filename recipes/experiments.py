@@ -84,7 +84,7 @@ class Experiment:
         if lacking:
             raise CannotShow(
                 f"rows of {self.recipe} do not say the {', '.join(lacking)}: they are of an older version of "
-                f"recipes/{self.recipe}.py; run it again."
+                f"recipes/{self.recipe}.py; the same command again adds it, and measures nothing anew."
             )
         unknown = sorted(settings.keys() - self.defaults.keys()) if self.defaults is not None else []
         if unknown:

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from arms import ADAPTERS, ArmSettings, check_arms, trained_arms
 from comparison import Comparison, cells, is_path, is_whole, load_tokenizer, not_sharded, train
 from evaluation import alignment_sparsity, evaluate, evaluation_contents, generation
-from experiments import Experiment
+from experiments import CannotShow, Experiment
 from task import Content, Pair, Task, check_contents, fitted, fitting, load_pairs
 from trl import ModelConfig, SFTConfig, TrlParser
 
@@ -239,6 +239,11 @@ def experiment(recipe: str, part: str, metric: str, performance: Sequence[Measur
     """What a recipe shows of the paper: a part of Table 2, "SST-2" or "Dolly"; the rest as in `Table2` and `Task`."""
 
     def table(run: Run) -> Table2:
+        if "embedded" in run.config["judges"] or "refusal_embedded" in run.config.get("safety_tasks", ()):
+            raise CannotShow(
+                f"rows of {recipe} are of the judge embedded and the task refusal_embedded, as a version before called "
+                f"{offline.NAME} and refusal_offline; run it again in another folder."
+            )
         return Table2(run, part, performance, {name: kind.has_latents for name, kind in ADAPTERS.items()})
 
     return Experiment(

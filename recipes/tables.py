@@ -28,6 +28,7 @@ from experiments import CannotShow, Experiment
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from PIL import Image
+from vision import diverged_seeds
 
 from vision_bench.figures import SUFFIXES
 from vision_bench.runs import CONFIG, ROWS, Run, option, parse, read_rows, run_as_program, write_atomic
@@ -204,7 +205,7 @@ def section(experiment: Experiment, source: Source, name: str, title: str, setti
             again = f"the same command of recipes/{source.recipe}.py again makes them"
             raise CannotShow(f"{source.folder} lacks {lacking}: {again}.")
         folder.mkdir(parents=True, exist_ok=True)
-        tables = experiment.render(run, source.folder)
+        tables = experiment.render(run, source.folder) + diverged_seeds(run)
     except CannotShow as error:
         if settings.only:
             raise
