@@ -62,7 +62,7 @@ def experiments() -> list[Experiment]:
 
 @dataclass
 class TablesSettings:
-    """Where the rows are, and what is made of them."""
+    """Settings of the page: the folders, and which tables it shows."""
 
     output_dir: str = option(help="Folder of the page, the tables and the pictures.")
     runs: str = option("runs", help=f"Folder below which every {ROWS} is read.")
@@ -132,7 +132,7 @@ def read(folder: Path, output: Path) -> list[Source]:
 
 
 def differences(sources: Iterable[Source]) -> str:
-    """Where the configurations of sources are, and in what they differ."""
+    """Name the folders of sources, and the settings in which their configurations differ."""
     sources = list(sources)
     names = dict.fromkeys(name for source in sources for name in source.settings)
     values = {name: [source.settings.get(name) for source in sources] for name in names}

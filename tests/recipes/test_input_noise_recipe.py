@@ -252,5 +252,7 @@ def test_rows_under_noise_of_one_stream_are_not_continued_with_other_noise(folde
     described = json.loads(path.read_text())
     assert described["config"].pop("noise_draw", "by image") == "by image"
     path.write_text(json.dumps(described))
-    with pytest.raises(ValueError, match=r"another configuration \(noise_draw: 'in one stream' there, 'by image' now\)"):
+    with pytest.raises(
+        ValueError, match=r"another configuration \(noise_draw: 'in one stream' there, 'by image' now\)"
+    ):
         main(["--output_dir", str(tmp_path / "older"), *SMALL, *NOISE])
