@@ -48,7 +48,7 @@ class _FiniteLogits(LogitsProcessor):
 
 
 class Arm(NamedTuple):
-    """What answers: the base model or an adapter on it, with the tokenizer and chat template that belong to it."""
+    """An answering model: the base or an adapter on it, with the tokenizer and chat template that belong to it."""
 
     adapter: Adapter | None
     tokenizer: PreTrainedTokenizerBase
@@ -122,7 +122,7 @@ class CompletionsLM(HFLM):
         return (task, checksum(doc)) in self._unfinished
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """As lm-eval; in our tasks, an answer follows the prompt as the chat template writes it.
+        """Score answers as lm-eval does; in our tasks an answer follows the prompt as the chat template writes it.
 
         lm-eval sets answers right behind the generation prompt. Some templates write a space before an answer, and
         so they are trained: without it another token is scored.
@@ -147,7 +147,7 @@ class CompletionsLM(HFLM):
         return values
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As lm-eval, in batches of similar length, the longest first; each is on the disk before the next begins.
+        """Answer in batches of similar length, the longest first; each is on the disk before the next begins.
 
         Raises:
             DivergedError: a logit is NaN or plus infinity.
@@ -190,7 +190,7 @@ class CompletionsLM(HFLM):
         return [row.response for row in answers]
 
     def _rows(self, requests: list[Instance]) -> list[Completion]:
-        """What each request's row will be, without the answer."""
+        """Return the row of each request, without its answer."""
         seen: Counter[tuple[str, str]] = Counter()
         rows = []
         for request in requests:

@@ -56,7 +56,7 @@ class Measure(NamedTuple):
         return chosen[chosen["value"].notna() & ~chosen["is_part"]]
 
     def harm(self, share: float) -> float:
-        """What the axis of harm shows of a value."""
+        """Scale a share for the axis of harm, on which a refusal counts as no harm."""
         return self.factor * (1 - share if self.is_refusal else share)
 
 

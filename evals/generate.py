@@ -137,7 +137,7 @@ def _arms(
     tokenizer: PreTrainedTokenizerBase,
     folders: dict[str, Path],
 ) -> list[Arm]:
-    """What answers, in this order, with checksums: here every byte of the model's weights is read, once.
+    """List the answering models in order, with checksums, for which every byte of the weights is read once.
 
     Raises:
         ValueError: an adapter's tokenizer does not fit, two adapters are the same one, or a chat template cannot do
@@ -275,7 +275,7 @@ class _Generation:
         return missing
 
     def _row_arm(self, arm: Arm, task: str | None) -> dict[str, Any]:
-        """What tells a row from others of the folder."""
+        """Return the settings that tell a row from the folder's others."""
         method = method_and_seed(arm.name)[0]
         return {"model": self.settings.model, "adapter": arm.name, "method": method, "task": task}
 

@@ -112,7 +112,7 @@ def check_judging(
 
 
 def _earlier_verdicts(folder: Path, completions: Sequence[Completion], judges: Mapping[str, Judge]) -> list[Verdict]:
-    """Those of the folder's verdicts that are on its completions."""
+    """Return the folder's verdicts that are on its completions."""
     if not (folder / VERDICTS).exists():
         return []
     verdicts, torn = read_verdicts(folder / VERDICTS)

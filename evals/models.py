@@ -219,7 +219,7 @@ def adapter_tokenizer(adapter: Adapter, folder: Path, base: PreTrainedTokenizerB
 
 
 def _behaviour(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
-    """What decides how a tokenizer of known tokens writes a conversation; padding and truncation are the caller's."""
+    """Settings that decide how a tokenizer writes a conversation, without those that the caller sets."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = json.loads(backend.to_str()) if backend is not None else {}
     pipeline = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}

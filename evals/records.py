@@ -48,7 +48,7 @@ VerdictKey = tuple[str, str, str, str | None, str]
 
 
 class Record:
-    """What both kinds of records check of themselves.
+    """Base of both kinds of records, which checks their fields.
 
     Raises:
         ValueError: a field has the wrong type, an identifier is empty, or a text holds half a surrogate pair, which no
@@ -71,7 +71,7 @@ class Record:
 
     @property
     def key(self) -> tuple[str | None, ...]:
-        """What no two records of a file share."""
+        """The fields that identify a record within its file."""
         raise NotImplementedError
 
 

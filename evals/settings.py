@@ -52,7 +52,7 @@ class Adapter:
 
 @dataclass
 class GenerateSettings:
-    """What answers what, and how.
+    """Settings of `generate`: the models, the tasks, and how answers are made.
 
     Raises:
         ValueError: a value is not allowed; names the option, the value and what is.
@@ -129,7 +129,7 @@ class GenerateSettings:
 
 @dataclass
 class JudgeSettings:
-    """What judges the answers, and how; `evals.judge.check_judging` checks it."""
+    """Settings of `judge`: the judges and how they run; `evals.judge.check_judging` checks them."""
 
     judges: list[str] = option([], help="Judges of the answers, see below.", metavar="JUDGE")
     judge_batch_size: int = option(8, help="Conversations at a time.")
@@ -141,7 +141,7 @@ class JudgeSettings:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """As `evals.judge.judge` takes them."""
+        """The arguments of `evals.judge.judge`."""
         return {
             "judges": self.judges,
             "batch_size": self.judge_batch_size,
@@ -153,6 +153,6 @@ class JudgeSettings:
 
 @dataclass
 class FolderSettings:
-    """Where the answers to judge are."""
+    """Setting of `judge` that names the folder of the answers."""
 
     output_dir: str = option(help="With completions.jsonl; verdicts.jsonl comes beside it.")

@@ -67,7 +67,7 @@ class Thoughts(NamedTuple):
         return Cut("\n".join(thoughts), text, left_open is None)
 
     def text(self, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-        """What an answer's tokens say, with control tokens if it has thoughts, as their markers may be such tokens."""
+        """Decode an answer's tokens, with control tokens if it has thoughts, whose markers may be such tokens."""
         whole = str(tokenizer.decode(tokens, skip_special_tokens=False))
         return whole if self.are_in(whole) else str(tokenizer.decode(tokens, skip_special_tokens=True))
 

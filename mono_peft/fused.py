@@ -149,7 +149,7 @@ class _ReluUpdate(torch.autograd.Function):
 
 
 def _differentiable_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The same gradients by autograd, from single operations."""
+    """Compute the same gradients by operations that autograd can differentiate once more."""
     x, weight, bias, encoder, decoder, keep, _ = ctx.saved_tensors
     scaling, rescale = ctx.factors
     with torch.enable_grad():

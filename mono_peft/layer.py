@@ -174,7 +174,7 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         return result
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor | None:
-        """What `forward` returns, by one autograd function that is cheaper to train; None where there is none."""
+        """Compute what `forward` returns by one autograd function that trains faster; None if none is possible."""
         return None
 
     def _add_updates_per_row(self, result: torch.Tensor, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:

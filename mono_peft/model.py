@@ -281,7 +281,7 @@ def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names
 
 
 def _adapter_names(names: Iterable[str], adapter_name: str) -> list[str]:
-    """Those of `names` that are weights of the adapter."""
+    """Return those of `names` that are weights of the adapter."""
     return [name for name in names if (match := _ADAPTER_TENSOR.search(name)) and match["adapter"] == adapter_name]
 
 

@@ -21,7 +21,7 @@ INSIDE_LAYER = re.compile(rf"\.(base_layer|{PREFIX}\w+)(\.|$)")  # in the names 
 
 
 def layer_class(module: nn.Module) -> type[MonoLoraLayer] | None:
-    """What adapts `module`; None if nothing does."""
+    """Return the layer class that adapts `module`, or None if no class does."""
     if isinstance(module, nn.Embedding):
         return MonoLoraEmbedding
     if isinstance(module, nn.Conv2d):
@@ -132,7 +132,7 @@ def _obstacle(model: nn.Module, name: str) -> str | None:
 
 
 def _own_forward_obstacle(module: nn.Module) -> str | None:
-    """What a linear or embedding layer with a forward of its own does that an adapter cannot add to.
+    """Say what the own forward of a linear or embedding layer does that an adapter cannot add to.
 
     Routers return several tensors, tables of positions look at the places of the ids and not at the ids. The forward
     is tried on a small input, with numbers in place of the weight.
@@ -166,7 +166,7 @@ def _own_forward_obstacle(module: nn.Module) -> str | None:
 
 
 def _try_forward(module: nn.Module, x: torch.Tensor, numbers: torch.Tensor) -> Any:
-    """What `module` makes of x on the CPU with `numbers` as its weight; its own state and random numbers stay."""
+    """Call `module` on x on the CPU with `numbers` as its weight; neither its state nor random numbers change."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         return type(module).forward(_stand_in(module, numbers), x)
 

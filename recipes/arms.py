@@ -55,7 +55,7 @@ class AdapterKind(NamedTuple):
 
 
 def _shared(options: ModelConfig) -> dict[str, Any]:
-    """What LoRA and MonoLoRA take, under the same names."""
+    """Arguments that LoRA and MonoLoRA take under the same names."""
     return {
         "task_type": options.lora_task_type,
         "r": options.lora_r,

@@ -53,12 +53,12 @@ class Trained(NamedTuple):
 
     @property
     def adapter(self) -> Adapter:
-        """As `evals` takes it."""
+        """The adapter in the form that `evals` takes."""
         return Adapter(f"{self.name}={self.folder}")
 
     @property
     def arm(self) -> dict[str, Any]:
-        """What tells its rows from others."""
+        """The settings that tell its rows from those of others."""
         return {"method": self.method, "seed": self.seed, "step": self.step}
 
 
@@ -74,7 +74,7 @@ def cells(config: dict[str, Any], metric: str) -> Iterator[Cell]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What all arms and seeds of a run share."""
+    """The task, the settings and the base model that all arms and seeds of a run share."""
 
     task: Task
     run: Run
@@ -90,7 +90,7 @@ class Comparison:
         return Trained(method, seed, None, self.run.folder / f"{method}-seed{seed}" / "adapter")
 
     def common(self, start: float, n: int | None = None) -> dict[str, Any]:
-        """What the rows of a measurement share that began at `start`; n is the number of scored prompts by default."""
+        """Fields that rows of a measurement from `start` on share; n is the number of scored prompts by default."""
         seconds = time.monotonic() - start
         return {"n": n or len(self.task.scored), "seconds": seconds, "device": device_name(self.training.device)}
 
@@ -326,7 +326,7 @@ def not_sharded(training: SFTConfig) -> Iterator[None]:
 
 
 def checkpoint(folder: Path, wish: str | bool | None) -> str | None:
-    """Where an arm continues: its newest whole checkpoint, none if `wish` is False, else the one that it names."""
+    """Return where an arm continues: its newest whole checkpoint, None if `wish` is False, or the one it names."""
     if is_path(wish):
         return str(wish)
     if str(wish).lower() == "false":

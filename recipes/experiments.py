@@ -71,11 +71,11 @@ class Experiment:
 
     @property
     def command(self) -> str:
-        """What makes the rows."""
+        """The command that makes the rows."""
         return f"python recipes/{self.recipe}.py --output_dir runs/{self.recipe}"
 
     def configuration(self, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-        """What `cells` and `report` take as the configuration of a run, from its recorded settings and facts.
+        """Complete the configuration of a run, for `cells` and `report`, from its recorded settings and facts.
 
         Raises:
             CannotShow: it lacks facts, or has settings that this version of the recipe does not have.
@@ -84,7 +84,7 @@ class Experiment:
         if lacking:
             raise CannotShow(
                 f"rows of {self.recipe} do not say the {', '.join(lacking)}: they are of an older version of "
-                f"recipes/{self.recipe}.py; run it again."
+                f"recipes/{self.recipe}.py; the same command again adds it, and measures nothing anew."
             )
         unknown = sorted(settings.keys() - self.defaults.keys()) if self.defaults is not None else []
         if unknown:

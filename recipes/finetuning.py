@@ -352,9 +352,9 @@ class Study:
 
     def experiment(self, **shown: Any) -> Experiment:
         """The study for the page of results; `shown` are the items, title, claim and pictures."""
-        known = defaults(ThreeSeeds, FinetuningSettings, self.settings) | {vision.IMAGES: None}
+        recorded = defaults(ThreeSeeds, FinetuningSettings, self.settings) | {vision.IMAGES: None}
         grid: dict[str, Any] = {"cells": self.cells, "report": self.report, "draw": self.draw}
-        return Experiment(recipe=self.recipe, defaults=known, **grid, **shown)
+        return Experiment(recipe=self.recipe, defaults=recorded, **grid, **shown)
 
     def main(self, arguments: list[str] | None = None) -> None:
         """Finetune what the output folder has no rows of, then write and print the table and draw the figures."""
@@ -389,9 +389,9 @@ class Study:
         for method, over in pairs:
             values = [gain(run, "validation_top1", method, condition, over) for condition in conditions.values()]
             lines.append([f"{method} - {over}", *(value.text(1, sign=True) for value in values)])
-        known = {None: "-"} | {share: f"{points:+g} at most" for share, points in self.published.items() if share}
+        printed = {None: "-"} | {share: f"{points:+g} at most" for share, points in self.published.items() if share}
         somewhere = f": {self.published[None]:+g} at most" if None in self.published else ""
-        paper = [known.get(condition[self.axis], "-") for condition in conditions.values()]
+        paper = [printed.get(condition[self.axis], "-") for condition in conditions.values()]
         lines.append([f"nce - ce, the paper, ImageNet-100{somewhere}", *paper])
         gains = markdown_table(["points of test accuracy, paired by seed", *conditions], lines)
         shared = config["shared_pretraining"]

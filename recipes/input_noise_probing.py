@@ -34,12 +34,12 @@ from probing import (
     probe_table,
     recorded_defaults,
 )
-from vision import PretrainingSettings, ProbingSettings, finish, models_of, start
+from vision import PretrainingSettings, ProbingSettings, begin, finish, load_splits, models_of
 
 from vision_bench import figures
 from vision_bench.corruptions import CONDITIONS, SPACES, InputNoise, noise_names
 from vision_bench.report import ProbeTable
-from vision_bench.runs import Run, option, run_as_program
+from vision_bench.runs import Run, option, parse, run_as_program
 from vision_bench.sweep import Grid, Test
 
 CLEAN = ("none", 0.0)
@@ -166,7 +166,10 @@ EXPERIMENT = Experiment(
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
-    settings, splits, accelerator, run = start("input_noise_probing", SETTINGS, arguments)
+    settings = parse(SETTINGS, arguments)
+    splits = load_splits(settings[0])
+    # An earlier version drew the noise of a seed in one stream, and its rows are not continued with other noise.
+    accelerator, run = begin("input_noise_probing", settings, splits, {"noise_draw": "by image"})
     measure(run, settings, splits, accelerator, grid)
     finish(accelerator, run, report, draw)
 

@@ -92,7 +92,7 @@ class OodSettings:
             raise ValueError(f"shifts takes different names other than {CLEAN!r}, got {names}.")
 
     def places(self) -> dict[str, str]:
-        """Where each shift is, empty for a synthetic one, by its name."""
+        """The folder of each shift by its name, empty for a synthetic one."""
         return {name: place for name, _, place in (shift.partition("=") for shift in self.shifts)}
 
     def maps(self) -> Mapping[str, Mapping[str, str]]:

@@ -55,9 +55,9 @@ class ControlSettings:
     def __post_init__(self) -> None:
         if not self.decays or len(set(self.decays)) < len(self.decays) or min(self.decays) < 0:
             raise ValueError(f"decays is {self.decays}; it takes different weight decays of at least 0.")
-        known = [*kinds.KINDS, "poly_decay"]
-        if not set(self.arms) <= set(known) or "poly" not in self.arms or len(set(self.arms)) < len(self.arms):
-            raise ValueError(f"arms is {self.arms}; it takes poly and others of {', '.join(known)}, each once.")
+        names = [*kinds.KINDS, "poly_decay"]
+        if not set(self.arms) <= set(names) or "poly" not in self.arms or len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"arms is {self.arms}; it takes poly and others of {', '.join(names)}, each once.")
 
 
 @dataclass
@@ -313,12 +313,12 @@ def probe_table(run: Run, columns: Mapping[Any, Mapping[str, Any]], arms: Sequen
 
 
 def over(config: Mapping[str, Any]) -> str:
-    """What an interval is over, for the tables."""
+    """Say what the intervals of a table are over."""
     return f"Mean ± half-width of the 95 % interval over {len(config['seeds'])} seeds ({varied(config)})."
 
 
 def notes(run: Run, table: ProbeTable) -> str:
-    """What the tables of probes mean."""
+    """Explain the tables of probes, as Markdown."""
     config = run.config
     quality = [over_seeds(select(table.rows, metric)["value"]) for metric in sae.QUALITY]
     fvu, l0, dead = (interval.text(3) for interval in quality)

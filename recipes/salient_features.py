@@ -57,14 +57,14 @@ CONSISTENCY, CHANCE = "salient_consistency", "salient_chance"
 DIFFERENCE, WITHIN_CLASS = "salient_difference", "salient_difference_within_class"
 GROUPS = ("right", "wrong")
 SHUFFLES = 20  # of the labels, for the chance level of single dimensions
-NEGLIGIBLE = 1e-4  # a difference of consistency below it is none
+NEGLIGIBLE = 1e-4  # a smaller difference of consistency counts as none
 BINS = 1000  # of the histogram, equal parts of [0, 1]
 LIKE_FEATURES = tuple(metric for metric in MEASURED if metric != "live_dimensions")
 
 
 @dataclass
 class SalientSettings:
-    """What counts as active, and the bootstrap."""
+    """Settings of what counts as active, and of the bootstrap."""
 
     absolute: bool = option(True, help="Activation is |z|, as in the official consistency; false: z itself.")
     draws: int = option(2000, help="Of the bootstrap.")
@@ -93,12 +93,12 @@ def salient_dimensions(features: torch.Tensor, labels: torch.Tensor, absolute: b
         ValueError: a sample activates no dimension.
     """
     features = F.normalize(features)
-    found = semantic_consistency(features, labels, absolute=absolute, shuffles=SHUFFLES)
+    consistency = semantic_consistency(features, labels, absolute=absolute, shuffles=SHUFFLES)
     activation, dimension = (features.abs() if absolute else features).max(dim=1)
     silent = int((activation <= 1e-5).sum())
     if silent:
         raise ValueError(f"{silent} of {len(features)} test samples activate no dimension; train the model longer.")
-    return Salient(dimension, found.per_dimension[dimension], found.chance_per_dimension[dimension])
+    return Salient(dimension, consistency.per_dimension[dimension], consistency.chance_per_dimension[dimension])
 
 
 def bootstrap(salient: Salient, right: torch.Tensor, draws: int, seed: int) -> np.ndarray:
@@ -130,7 +130,7 @@ def within_class(values: torch.Tensor, right: torch.Tensor, labels: torch.Tensor
 def compared(
     name: str, seed: int, salient: Salient, right: torch.Tensor, labels: torch.Tensor, draws: int
 ) -> list[Measured]:
-    """What the samples (n,) that a probe classifies rightly have over the others, for one kind of features and seed.
+    """Compare the samples (n,) that a probe classifies rightly with the others, for one kind of features and seed.
 
     There is no difference within classes if no class has both right and wrong samples.
 
@@ -189,7 +189,7 @@ def bounds(run: Run, metric: str, name: str, **arm: Any) -> tuple[float, float]:
 
 
 def verdict(run: Run, name: str) -> str:
-    """Of the paper's claim at this scale: what both intervals, over dimensions and over seeds, agree on."""
+    """Judge the paper's claim at this scale by what both intervals, over dimensions and over seeds, agree on."""
     low, high = bounds(run, DIFFERENCE, name)
     seeds = mean_of(run, DIFFERENCE, name)
     low = min(low, seeds.mean - (seeds.half_width or 0))

@@ -49,7 +49,7 @@ Value = tuple[float, dict[str, Any]]  # of a row, and what names it within its c
 
 @dataclass
 class SeparabilitySettings:
-    """Where, and at which noise, the theorems are evaluated."""
+    """Settings of the sparsities and the noise at which the theorems are evaluated."""
 
     output_dir: str = option(help="Folder of the results.", changes_results=False)
     seeds: list[int] = option([0], help="Of the simulation.")

@@ -99,7 +99,7 @@ def size_of(name: str) -> tuple[int, int]:
 
 
 def problems(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is classified: the window of Fig. 5b first, then its neighbours."""
+    """List the classification problems: the window of Fig. 5b first, then its neighbours."""
     window = {"size": config["sizes"][0], "flips": config["flips"][0]}
     window |= {"sparsity": config["sparsity"], "samples": config["samples"]}
     axes = product(config["sizes"], config["flips"], config["sparsities"], config["sample_sizes"])

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from arms import ADAPTERS, ArmSettings, check_arms, trained_arms
 from comparison import Comparison, cells, is_path, is_whole, load_tokenizer, not_sharded, train
 from evaluation import alignment_sparsity, evaluate, evaluation_contents, generation
-from experiments import Experiment
+from experiments import CannotShow, Experiment
 from task import Content, Pair, Task, check_contents, fitted, fitting, load_pairs
 from trl import ModelConfig, SFTConfig, TrlParser
 
@@ -58,7 +58,7 @@ _ALWAYS = frozenset(
 
 @dataclass
 class Table2Settings(ArmSettings):
-    """What is compared, on which data, and how it is evaluated; the rest is in TRL's ModelConfig and SFTConfig."""
+    """Settings of the arms, the data and the evaluation; the others are TRL's ModelConfig and SFTConfig."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Name of the training data on the hub."})
     train_file: str | None = field(default=None, metadata={"help": "Local training data instead."})
@@ -193,7 +193,7 @@ def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: 
         contents |= {
             f"judge {names[judge]}": Content(f"--judges {judge}", checksum(judges[judge].settings)) for judge in judges
         }
-    # The offline judge by its folder: building it is the work of all processes, judging that of one.
+    # The offline judge goes by its folder, because all processes build it here and only one judges later.
     judge_folders = {
         f"shieldgemma={offline_judge()}" if judge == offline.NAME else judge: name for judge, name in names.items()
     }
@@ -239,6 +239,11 @@ def experiment(recipe: str, part: str, metric: str, performance: Sequence[Measur
     """What a recipe shows of the paper: a part of Table 2, "SST-2" or "Dolly"; the rest as in `Table2` and `Task`."""
 
     def table(run: Run) -> Table2:
+        if "embedded" in run.config["judges"] or "refusal_embedded" in run.config.get("safety_tasks", ()):
+            raise CannotShow(
+                f"rows of {recipe} are of the judge embedded and the task refusal_embedded, as "
+                f"an earlier version called {offline.NAME} and refusal_offline; run it again in another folder."
+            )
         return Table2(run, part, performance, {name: kind.has_latents for name, kind in ADAPTERS.items()})
 
     return Experiment(

@@ -28,6 +28,7 @@ from experiments import CannotShow, Experiment
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from PIL import Image
+from vision import diverged_seeds
 
 from vision_bench.figures import SUFFIXES
 from vision_bench.runs import CONFIG, ROWS, Run, option, parse, read_rows, run_as_program, write_atomic
@@ -61,7 +62,7 @@ def experiments() -> list[Experiment]:
 
 @dataclass
 class TablesSettings:
-    """Where the rows are, and what is made of them."""
+    """Settings of the page: the folders, and which tables it shows."""
 
     output_dir: str = option(help="Folder of the page, the tables and the pictures.")
     runs: str = option("runs", help=f"Folder below which every {ROWS} is read.")
@@ -131,7 +132,7 @@ def read(folder: Path, output: Path) -> list[Source]:
 
 
 def differences(sources: Iterable[Source]) -> str:
-    """Where the configurations of sources are, and in what they differ."""
+    """Name the folders of sources, and the settings in which their configurations differ."""
     sources = list(sources)
     names = dict.fromkeys(name for source in sources for name in source.settings)
     values = {name: [source.settings.get(name) for source in sources] for name in names}
@@ -204,7 +205,7 @@ def section(experiment: Experiment, source: Source, name: str, title: str, setti
             again = f"the same command of recipes/{source.recipe}.py again makes them"
             raise CannotShow(f"{source.folder} lacks {lacking}: {again}.")
         folder.mkdir(parents=True, exist_ok=True)
-        tables = experiment.render(run, source.folder)
+        tables = experiment.render(run, source.folder) + diverged_seeds(run)
     except CannotShow as error:
         if settings.only:
             raise

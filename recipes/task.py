@@ -23,7 +23,7 @@ Scored = Sequence[tuple[str, Any]]  # prompts, each with what is right
 
 
 class Content(NamedTuple):
-    """What a run was made of: how the user named it, and its checksum."""
+    """A file or model that a run depends on: the name that the user gave it, and its checksum."""
 
     source: str
     checksum: str
@@ -139,7 +139,7 @@ def load_pairs(file: str, option: str) -> list[Pair]:
 
 
 def mixed(task: Sequence[Pair], mixtures: Sequence[tuple[Sequence[Pair], float]], seed: int) -> list[Pair]:
-    """As many pairs as `task` has, of which each mixture takes its share in the place of the task's last ones.
+    """Return as many pairs as `task` has; each mixture takes its share, in the place of the task's last ones.
 
     So every arm takes the same number of steps. The drawn pairs depend on the seed and on the mixture's place only.
     """

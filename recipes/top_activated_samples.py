@@ -60,7 +60,7 @@ RANKS = ("worst", "best")
 
 @dataclass
 class TopActivatedSettings:
-    """What is shown."""
+    """Settings of the images that are shown."""
 
     samples: int = option(9, help="Images for each dimension.")
     dimensions: int = option(2, help="Random dimensions of each kind of features.")
@@ -92,7 +92,7 @@ def class_accuracies(predicted: torch.Tensor, labels: torch.Tensor, num_classes:
 def study(
     config: Mapping[str, Any], images: ImageSet, name: str, fitted: Fitted, features: torch.Tensor
 ) -> list[Measured]:
-    """What one kind of features shows, for the probe of each seed.
+    """Study one kind of features with the probe of each seed.
 
     There is no correlation if all classes have the same accuracy, or their dimensions the same purity.
 
@@ -204,7 +204,7 @@ def report(run: Run) -> str:
 
 
 def image_grid(row: dict[str, Any], title: str, images: ImageSet) -> figures.ImageGrid:
-    """What a row's dimension shows."""
+    """Return the grid of the images that activate a row's dimension most."""
     config = row["config"]
     classes = [images.class_names[int(images.labels[i])] for i in config["samples_shown"]]
     count, most = max((classes.count(name), name) for name in classes)

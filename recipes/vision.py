@@ -35,7 +35,8 @@ from vision_bench.runs import DIVERGED, Run, defaults, device_name, option, pars
 
 METHODS = ("simclr", "ncl")
 IMAGES = "images"  # in a run's configuration: the fingerprint of each split, in the place of where the images are
-BEFORE = {"rescale": False}  # what a folder counts as that lacks the setting, where this is not today's default
+# What a folder counts as that lacks a setting, where this is not what is done today.
+BEFORE = {"rescale": False, "noise_draw": "in one stream"}
 # Mirrored digits are others, and a blur or a small crop of 8 x 8 pixels leaves none.
 VIEWS: dict[str, dict[str, Any]] = {
     "digits": {"crop_scale": [0.4, 1.0], "flip_probability": 0.0, "blur_probability": 0.0}
@@ -270,7 +271,7 @@ def finish(
     """Close the trackers; the main process writes `results.md`, draws, and prints the table."""
     accelerator.end_training()
     if accelerator.is_main_process:
-        text = report(run) + _diverged_seeds(run)
+        text = report(run) + diverged_seeds(run)
         run.write("results.md", text)
         if draw is not None:
             draw(run)
@@ -318,7 +319,7 @@ def measure_seeds(run: Run, accelerator: Accelerator, measure: Callable[[int], N
         raise FloatingPointError(f"every seed diverged, so that there is nothing to report: {reason}")
 
 
-def _diverged_seeds(run: Run) -> str:
+def diverged_seeds(run: Run) -> str:
     """Which seeds diverged as a whole, and why, as Markdown; nothing where none did."""
     # A mark with a method is of an arm, and stands in the recipe's own table.
     marks = [row for row in run.find(DIVERGED) if "method" not in row["config"]]

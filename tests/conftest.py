@@ -1,4 +1,4 @@
-"""Shared by all tests: no hub, a temporary cache, and models small enough to build in milliseconds."""
+"""Shared by all tests: no hub, no GPU, a temporary cache, and models small enough to build in milliseconds."""
 
 import json
 import os
@@ -20,6 +20,12 @@ CHAT_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}<|end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+def pytest_configure(config):
+    """Hide the GPUs of the machine, but from `pytest -m gpu`: references of the other tests are computed on the CPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def rows_of(rows, metric, **arm):

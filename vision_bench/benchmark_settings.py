@@ -101,12 +101,12 @@ class Settings:
 
     @property
     def conditions(self) -> Conditions:
-        """What the corruptions name."""
+        """The conditions that the words of `corruptions` name."""
         return parse_conditions(self.corruptions)
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What must be equal in all rows of a folder, which may hold several models and kinds of features."""
+        """Settings that all rows of a folder share; models and kinds of features may differ between its rows."""
         return recorded(self) | {"probe_norm": NORM}
 
 

@@ -112,7 +112,7 @@ class ImageSet:
         statistics: tuple[Statistics, Statistics] = IMAGENET_STATISTICS,
         digests: torch.Tensor | None = None,
     ) -> ImageSet:
-        """Of images and labels at hand; without their digests every image is read for them. Raises: as the class."""
+        """Make a set of images in memory; digests that are not given are computed. Raises: as the class."""
         if digests is None:
             digests = image_files.digests(images)
         return cls(images, labels, list(class_names), *statistics, digests, tuple(range(len(class_names))))
@@ -143,7 +143,7 @@ class ImageSet:
         return replace(self, images=images, labels=self.labels[indices], digests=digests, digested=None)
 
     def with_classes(self, classes: torch.Tensor) -> ImageSet:
-        """With the classes at `classes` (c,) int64, ascending, and no other; every image must be of one of them."""
+        """Return the set with only the classes at `classes` (c,) int64, ascending; each image must be of one."""
         return replace(
             self,
             labels=torch.searchsorted(classes, self.labels),
@@ -300,7 +300,7 @@ def _reader(
     memory_limit: int = 4 * 2**30,
     progress: bool = False,
 ) -> Callable[[], ImageSet]:
-    """What reads the images of `load_images`; what can be wrong with the set before that is raised here."""
+    """Return the function that reads the images of `load_images`; errors that need no image are raised here."""
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel, or None.")
     if name == "digits":
@@ -332,7 +332,7 @@ def _reader(
 
 
 def _folder(name: str, root: str | Path | None) -> Path | None:
-    """Where the files of a set are; None if it is one of the hub."""
+    """Return the folder of the files of a set, or None for a set of the hub."""
     named = name in HUB_NAMES or name == "imagenet100"  # whatever a folder here may be called
     folder = Path(root) if root is not None else Path(name) if not named and Path(name).is_dir() else None
     if folder is not None and not folder.is_dir():
@@ -346,7 +346,7 @@ def _folder(name: str, root: str | Path | None) -> Path | None:
 
 
 def _with_common_classes(train: ImageSet, test: ImageSet, name: str) -> tuple[ImageSet, ImageSet]:
-    """With the classes that have training images, or an error that names the classes."""
+    """Keep the classes that have training images, or raise an error that names the classes in question."""
     longer = max(train.class_names, test.class_names, key=len)
     if all(images.class_names == [str(number) for number in range(images.num_classes)] for images in (train, test)):
         # Labels without names: the highest number may have images in one split only.
@@ -404,7 +404,7 @@ def _digits(split: str, image_size: int | None) -> ImageSet:
 
 
 def _torchvision_cifar(folder: Path, name: str, split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """From the files of the original distribution, whose checksums torchvision compares before it opens them."""
+    """Read the files of the original distribution, whose checksums torchvision compares before it opens them."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     sets = {"cifar10": CIFAR10, "cifar100": CIFAR100}

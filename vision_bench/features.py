@@ -41,7 +41,7 @@ SHARD_PIXELS = 2**23  # 8,192 images of 32 x 32 pixels, 167 of 224 x 224, which 
 
 @dataclass(frozen=True)
 class Source:
-    """What gives features their meaning; stands in the header of every shard."""
+    """The model, images and options that features follow from; every shard has them in its header."""
 
     checkpoint: str  # fingerprint of the model
     data: str  # fingerprint of the images
@@ -70,7 +70,7 @@ def source(
     noise: InputNoise | None = None,
     checkpoint: str | None = None,
 ) -> Source:
-    """What the features of `images` under `model` are of; the arguments are those of `extract`.
+    """Describe where the features of `images` under `model` come from; the arguments are those of `extract`.
 
     Raises:
         ValueError: a layer that the model does not have.

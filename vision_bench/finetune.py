@@ -47,7 +47,7 @@ CROPS_AND_FLIPS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What decides the weights, beside the pretrained model and the images; the defaults are the official code's.
+    """Settings that decide the finetuned weights, with the official code's defaults.
 
     Raises:
         ValueError: a field has a value that is not allowed.
@@ -274,7 +274,7 @@ class _Run(training.Training):
 
 @torch.no_grad()
 def embed(classifier: Classifier, images: ImageSet, batch_size: int = 256) -> torch.Tensor:
-    """What `classifier` classifies, (n, d) float32 on the CPU, of images as they are, in eval mode.
+    """Compute the features (n, d) float32, on the CPU, that `classifier` classifies, in eval mode without views.
 
     Raises:
         FloatingPointError: a value is NaN or infinite.

@@ -56,7 +56,7 @@ class _Description:
         return self._class(type(module)), self._attributes(attributes), self.described(hooks)
 
     def described(self, value: Any) -> Any:
-        """What any object is."""
+        """Describe an object by its type and its contents, so that equal descriptions mean equal objects."""
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes, range, torch.dtype)):
             return type(value).__name__, repr(value)
         if id(value) in self.path:

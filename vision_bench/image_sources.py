@@ -176,7 +176,7 @@ def _class_files(place: Path, names: Sequence[str], skip_corrupt: bool) -> tuple
 
 
 def existing_split(split: str, splits: Sequence[str], words: str) -> str:
-    """What `split` is called among the splits of a set; raises UnknownSplit with their names."""
+    """Return the name of `split` among the splits of a set; raises UnknownSplit with their names."""
     for name in _split_names(split):
         if name in splits:
             return name
@@ -257,7 +257,7 @@ def _labels(values: Any, where: str) -> torch.Tensor:
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    """In the folder, or one below it as in the hub's layout; the files of millions of images are not walked."""
+    """List the parquet files of a folder and its direct subfolders; deeper ones may hold millions of images."""
     paths = sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")])
     return [path for path in paths if not any(map(_is_hidden, path.relative_to(folder).parts))]
 
@@ -303,7 +303,7 @@ def _parquet_split(folder: Path, split: str) -> tuple[str, list[str]]:
 
 
 def _image_suffixes() -> set[str]:
-    """Of the formats that Pillow, with the plugins that are registered, decodes; in lower case."""
+    """Return the suffixes, in lower case, of the formats that Pillow and its registered plugins decode."""
     Image.init()
     suffixes = Image.registered_extensions().items()
     return {suffix.lower() for suffix, kind in suffixes if kind in Image.OPEN and kind not in NO_IMAGES}

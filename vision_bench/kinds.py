@@ -36,7 +36,7 @@ Make = Callable[[Outputs], torch.Tensor]  # gives features (n, d') on the CPU
 
 @dataclass(frozen=True)
 class Frozen:
-    """What kinds of features are made with; all of it follows from the training images.
+    """The frozen models and the autoencoder that kinds of features are made with; training images decide both.
 
     Args:
         train: features (n, d) of the training images under each frozen model, for kinds that are fitted to them.

@@ -36,7 +36,7 @@ class SemanticConsistency(NamedTuple):
 
     @property
     def summary(self) -> dict[str, float | None]:
-        """What stands in a row of results, by the names in `MEASURED`; None for a consistency of no dimension."""
+        """Values for rows of results by the names in `MEASURED`; a consistency over no dimension is None."""
         values = (self.mean, self.chance, self.sparsity, float(self.live_dimensions))
         return {name: None if math.isnan(value) else value for name, value in zip(MEASURED, values, strict=True)}
 
@@ -224,7 +224,7 @@ def fraction_of_variance_unexplained(reconstruction: torch.Tensor, target: torch
 
 
 def _active(features: torch.Tensor, norms: torch.Tensor, eps: float, absolute: bool) -> Iterator[torch.Tensor]:
-    """Which values are active, (n, chunk) bool, for one chunk of dimensions after the other.
+    """Yield a mask (n, chunk) bool of the active values for each chunk of dimensions.
 
     Rows are not divided by their norms: z / norm > eps if and only if z > the largest number that gives at most eps.
     """

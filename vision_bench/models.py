@@ -49,7 +49,7 @@ NON_NEGATIVE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a `ContrastiveModel` is made of; stands in the header of its checkpoints.
+    """Architecture of a `ContrastiveModel`; its checkpoints have it in their header.
 
     Raises:
         ValueError: a field has a value that is not allowed.
@@ -214,18 +214,18 @@ def layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
-    """What `torch.compile` was given, where `model` is what it returned."""
+    """Return the module that `torch.compile` wrapped, or `model` itself if it is not compiled."""
     return getattr(model, "_orig_mod", model)
 
 
 def outputs(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a model makes of normalised images (n, 3, h, w), by layer."""
-    made = model(images)
-    return made._asdict() if isinstance(made, Features) else {LAYERS[0]: made}
+    """Compute the outputs of a model for normalised images (n, 3, h, w), by layer."""
+    output = model(images)
+    return output._asdict() if isinstance(output, Features) else {LAYERS[0]: output}
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of all that decides what the model computes in eval mode: weights, buffers, and `fingerprints.description`.
+    """Checksum of all that decides the output in eval mode: weights, buffers, and `fingerprints.description`.
 
     It is the same on any device, in either mode, compiled, and after saving and loading. To hash 100 million float32
     weights takes below a second of a CPU core: compute it once for a model.

@@ -40,7 +40,7 @@ WARMUP_START = 3e-5  # learning rate of the first step, as the official schedule
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """What decides the weights, beside the model and the images; the defaults are the paper's for CIFAR-100.
+    """Settings that decide the pretrained weights, with the paper's defaults for CIFAR-100.
 
     Raises:
         ValueError: a field has a value that is not allowed.

@@ -283,7 +283,7 @@ def _hits(
     label_sets: torch.Tensor,
     topk: Sequence[int] = (1,),
 ) -> torch.Tensor:
-    """How many of the labels (k, n) of each probe are among its largest logits, (len(topk), k) int64."""
+    """Count the labels (k, n) of each probe that are among its t largest logits, (len(topk), k) int64."""
     hits = torch.zeros(len(topk), len(weights), dtype=torch.long, device=weights.device)
     for start in range(0, len(features), CHUNK):
         x = features[start : start + CHUNK].to(weights)
@@ -329,7 +329,7 @@ def training_accuracy(
 
 
 def _not_finite(weights: torch.Tensor, biases: torch.Tensor) -> list[int]:
-    """Which of k probes, weights (k, c, d) and biases (k, c), hold NaN or an infinity."""
+    """List the probes whose weights (k, c, d) or biases (k, c) hold NaN or an infinity."""
     return (~(weights.isfinite().all(dim=(1, 2)) & biases.isfinite().all(dim=1))).nonzero().squeeze(1).tolist()
 
 
@@ -405,7 +405,7 @@ def knn_accuracy(
 
 
 def _initial(seeds: Sequence[int], num_classes: int, d: int, dtype: torch.dtype, device: torch.device) -> Probes:
-    """As nn.Linear: uniform within 1 / sqrt(d). A seed draws the weight, then the bias, on the CPU in float32."""
+    """Draw as nn.Linear does, uniform within 1 / sqrt(d): the weight, then the bias, on the CPU in float32."""
     weights, biases = [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)

@@ -118,7 +118,7 @@ class ProbeTable:
         return paired(self.points(arm, column), self.points(over, column))
 
     def growth(self, arm: str, column: Hashable, start: Hashable, over: str = "poly") -> Interval:
-        """By how many points the gain over another arm is larger in `column` than in `start`, paired by seed."""
+        """Points by which the gain over another arm is larger in `column` than in `start`, paired by seed."""
         changes = (self.points(name, column) - self.points(name, start) for name in (arm, over))
         return paired(*changes)
 
@@ -154,8 +154,8 @@ class ProbeTable:
         lines, cells = [], []
         for arm in self.arms:
             own = [self.own_labels(arm, column) for column in columns]
-            lines.append([arm, *(one.text for one in own)])
-            cells += [f"{arm}, {name} ({one.words})" for name, one in zip(header, own, strict=True) if not one.trained]
+            lines.append([arm, *(labels.text for labels in own)])
+            cells += [f"{arm}, {name} ({o.words})" for name, o in zip(header, own, strict=True) if not o.trained]
         title = "\nAccuracy of the probes on their own training labels, wrong ones included, %.\n\n"
         return title + markdown_table(["features", *header], lines) + untrained(cells)
 
@@ -168,7 +168,7 @@ class ProbeTable:
         return markdown_table(["features", *header], [*lines, *more])
 
     def growth_table(self, header: Sequence[str], columns: Sequence[Hashable], starts: Sequence[Hashable]) -> str:
-        """By how much gains grow from the columns `starts` to `columns`, a line for each comparison, as Markdown."""
+        """Markdown table of the growth of gains from the columns `starts` to `columns`, a line a comparison."""
         lines = [
             [
                 line,
@@ -203,7 +203,7 @@ class ProbeTable:
 
 def with_widths(intervals: Sequence[Interval]) -> tuple[list[float], list[float]]:
     """Means and half-widths of the intervals, for a curve with a band."""
-    return [one.mean for one in intervals], [one.half_width or 0.0 for one in intervals]
+    return [i.mean for i in intervals], [i.half_width or 0.0 for i in intervals]
 
 
 def measured_header() -> list[str]:

@@ -159,7 +159,7 @@ class NoVariance(ValueError):
 
 
 class Quality(NamedTuple):
-    """How well an autoencoder does on features."""
+    """Quality of the reconstruction of features."""
 
     fvu: float  # fraction of variance unexplained: 0 is perfect, 1 as good as the mean
     l0: float  # mean number of latents above 0 of a sample

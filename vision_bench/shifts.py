@@ -32,7 +32,7 @@ DATA_ENDING, LABELS_ENDING = "_data.npy", "_labels.npy"
 
 
 def synthetic(kind: str, images: ImageSet, strength: float | None = None) -> ImageSet:
-    """The same images after a condition of the table that changes uint8 images, such as "rotated".
+    """Change images by a condition of the table that acts on uint8 images, such as "rotated".
 
     Args:
         strength: the number of the condition; by default the one that its function has.
@@ -108,7 +108,7 @@ class Corruptions:
 
 
 def load_corruptions(folder: str | Path, like: ImageSet, progress: bool = False) -> Corruptions:
-    """What there is of CIFAR-10-C or CIFAR-100-C: `CORRUPTION.npy` and `labels.npy`, which are read once.
+    """Open the corruptions of CIFAR-10-C or CIFAR-100-C in a folder: `CORRUPTION.npy` and `labels.npy`.
 
     Args:
         folder: each `CORRUPTION.npy` is uint8 (5 m, h, w, 3), the same m test images at severity 1, then 2 to 5;

@@ -85,7 +85,7 @@ class Subject:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What stands in the rows of the model, beside its features."""
+        """Settings that every row of the model has, beside its features."""
         return {
             "model": self.name,
             "pretrained": self.pretrained,

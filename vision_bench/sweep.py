@@ -42,7 +42,7 @@ ACCURACY = "offline_probe_top1"  # of a probe on test images
 
 
 class Training(NamedTuple):
-    """How a probe is trained."""
+    """Conditions under which a probe is trained."""
 
     label_noise: float = 0.0  # share of wrong training labels, in [0, 1]
     fraction: float = 1.0  # share of the training images that have labels, drawn from each class, in (0, 1]
@@ -124,12 +124,12 @@ class Grid:
 
     def test_cells(self, name: str, test: Test) -> list[Cell]:
         """All cells of an arm on one test."""
-        accuracies = [self.accuracy_cell(name, one, test) for one in self.tested(name, test)]
+        accuracies = [self.accuracy_cell(name, training, test) for training in self.tested(name, test)]
         return accuracies + self.described_cells(name, test)
 
     def tested(self, name: str, test: Test) -> list[Training]:
         """The trainings of an arm whose probes are tested on the images of a test."""
-        return [one for one in self.arms[name].trainings if test.seeds is None or one.seed in test.seeds]
+        return [t for t in self.arms[name].trainings if test.seeds is None or t.seed in test.seeds]
 
     def cells(self, name: str) -> list[Cell]:
         """Every cell of an arm."""
@@ -181,10 +181,10 @@ def fit(
             drawn = stratified_fraction(labels, fraction, torch.Generator().manual_seed(drawn_by))
             x, y = features[drawn], labels[drawn]
         noisy: dict[tuple[float, int], torch.Tensor] = {}
-        for label_noise, seed in {(one.label_noise, one.seed) for one in members}:
+        for label_noise, seed in {(training.label_noise, training.seed) for training in members}:
             generator = torch.Generator().manual_seed(seed)
             noisy[label_noise, seed] = flip_labels(y, label_noise, num_classes, generator)
-        label_sets = torch.stack([noisy[one.label_noise, one.seed] for one in members])
+        label_sets = torch.stack([noisy[training.label_noise, training.seed] for training in members])
         batch = min(batch_size, len(y))
         x = x.to(device)
         probes = fit_linear_probes(
@@ -193,10 +193,10 @@ def fit(
             num_classes,
             epochs=max(1, round(steps / (len(y) // batch))),
             batch_size=batch,
-            weight_decay=[one.weight_decay for one in members],
-            alpha=[one.alpha for one in members],
-            beta=[one.beta for one in members],
-            seeds=[one.seed for one in members],
+            weight_decay=[training.weight_decay for training in members],
+            alpha=[training.alpha for training in members],
+            beta=[training.beta for training in members],
+            seeds=[training.seed for training in members],
             device=device,
             progress=progress,
             **probe,
@@ -276,7 +276,7 @@ def sweep(
                 continue
             features = make(outputs)
             studied = study(name, fitted[name], features, answers) if study else []
-            measured += [one for one in studied if lacks(one.cell)]
+            measured += [measurement for measurement in studied if lacks(measurement.cell)]
             tested = set(grid.tested(name, test))
             chosen = [i for i, training in enumerate(fitted[name].trainings) if training in tested]
             weights, biases = (part[chosen] for part in fitted[name].probes)
@@ -286,7 +286,7 @@ def sweep(
             if any(map(lacks, described)):
                 cells += described
                 accuracies += semantic_consistency(features, answers).summary.values()
-            done = [one.cell for one in studied]
+            done = [measurement.cell for measurement in studied]
             measured += [
                 Measured(cell, value, len(answers))
                 for cell, value in zip(cells, accuracies, strict=True)

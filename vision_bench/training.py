@@ -42,7 +42,7 @@ ORDER, STEP = 0, 1  # streams of random numbers under one seed
 
 
 class Config(Protocol):
-    """What the loop reads of a training's configuration."""
+    """The fields of a training's configuration that the loop reads."""
 
     @property
     def epochs(self) -> int: ...
@@ -76,8 +76,8 @@ def check(config: Config, images: int, accelerator: Accelerator) -> None:
 
 
 def described(images: ImageSet) -> dict[str, Any]:
-    """What a checkpoint says of the images that it was trained on, beside their fingerprint: how they were normalised
-    and their height and width in pixels.
+    """Describe training images for a checkpoint, beside their fingerprint: how they were normalised, and their height
+    and width in pixels.
     """
     return {"mean": list(images.mean), "std": list(images.std), "image_size": list(images.images.shape[2:])}
 
@@ -184,7 +184,7 @@ class Training:
         raise NotImplementedError
 
     def measure(self, epoch: int) -> dict[str, Any]:
-        """What the log says of the model after an epoch; asked in the main process."""
+        """Measure the model after an epoch, for the log; only the main process calls this."""
         raise NotImplementedError
 
     def save_model(self) -> None:

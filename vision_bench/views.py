@@ -34,7 +34,7 @@ _CROP_TRIES = 10  # as torchvision
 
 
 class ViewParameters(NamedTuple):
-    """What was drawn for n images; floats are float32. `SimCLRViews.apply` takes any values."""
+    """Random parameters of the views of n images; floats are float32. `SimCLRViews.apply` takes any values."""
 
     top: torch.Tensor  # (n,) int64, of the crop, in pixels
     left: torch.Tensor  # (n,) int64

@@ -164,7 +164,7 @@ def _training(training: dict[str, Any]) -> str:
 
 
 def _timm(creates: str, pretrained: str, name: str | None = None) -> Frozen:
-    """What `timm.create_model` gives for `creates` with its weights."""
+    """Create the model `creates` by `timm.create_model`, with its weights."""
     name = name or creates
     try:
         # With its classifier, because timm lets any tensor be missing where the number of classes is another.

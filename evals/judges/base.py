@@ -32,7 +32,7 @@ class NoAnswerError(ValueError):
 
 
 class Judge:
-    """What `evals.judge` asks of a judge.
+    """Interface of a judge, as `evals.judge` calls it.
 
     Attributes:
         settings: what its verdicts depend on; verdicts under other settings are not mixed with them.

@@ -40,7 +40,7 @@ def read_rubric(path: str | Path) -> str:
 
 
 class RubricJudge(Judge):
-    """What the two chat judges share: the rubric, and how a reply is read."""
+    """Base of the two chat judges, with the rubric and the reading of a reply."""
 
     MAX_NEW_TOKENS = 512
     thoughts = Thoughts(MARKERS, "", ())  # in the manner of all families, as a server's template is not known

@@ -243,3 +243,16 @@ def test_a_whole_run_lacks_no_cell_and_each_row_is_one(folder):
         (cell,) = shorter.lacking(cells(run.config))
         assert (cell.metric, cell.seed) == (removed["metric"], removed["seed"])
         assert cell.arm.items() <= removed["config"].items()
+
+
+def test_rows_under_noise_of_one_stream_are_not_continued_with_other_noise(folder, tmp_path):
+    """Before noise followed from the image, it was drawn in one stream for a seed; such folders do not say so."""
+    shutil.copytree(folder, tmp_path / "older")
+    path = tmp_path / "older" / "config.json"
+    described = json.loads(path.read_text())
+    assert described["config"].pop("noise_draw", "by image") == "by image"
+    path.write_text(json.dumps(described))
+    with pytest.raises(
+        ValueError, match=r"another configuration \(noise_draw: 'in one stream' there, 'by image' now\)"
+    ):
+        main(["--output_dir", str(tmp_path / "older"), *SMALL, *NOISE])

@@ -414,6 +414,28 @@ def test_table_2(tmp_path):
     assert ">94.84</td>" in page
 
 
+def test_judges_by_an_earlier_name_are_not_left_out_without_a_word(tmp_path):
+    arm = {"task": "refusal_embedded", "judge": "embedded", "step": None, "method": "base"}
+    rows = [("accuracy", 0.9, {"method": "base", "task": None, "judge": None, "step": None}), ("unsafe", 0.1, arm)]
+    config = {"methods": ["base"], "judges": ["embedded"], "demonstration": True}
+    write(tmp_path / "runs", "sst2_monolora", config, rows)
+    main(["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Not shown: rows of sst2_monolora are of the judge embedded" in page
+
+
+def test_the_page_says_which_seeds_diverged(tmp_path):
+    folder = salient(tmp_path / "runs")
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    kept = [row for row in rows if row["seed"] != 1 or row["metric"] == "chance_top1"]
+    mark = rows[0] | {"metric": "diverged", "value": 1.0, "seed": 1, "config": {"reason": "weights are not <b>finite"}}
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*kept, mark]))
+    main(["--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out"), "--only", "figure_4c"])
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "**Diverged:** seeds 1 (weights are not <b>finite). They have no part in the tables" in text
+    assert "not &lt;b&gt;finite" in (tmp_path / "out" / "index.html").read_text()
+
+
 NEW_RECIPE = """
 from experiments import Experiment
 from matplotlib.figure import Figure

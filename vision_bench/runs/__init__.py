@@ -8,12 +8,20 @@ for seed in run.config["seeds"]:
 print(interval([row["value"] for row in run.find("accuracy", arm="lora")]).text())  # 0.55 ± 0.64
 """
 
-from vision_bench.runs.frame import frame, over_seeds, paired, select
 from vision_bench.runs.lines import LineAppender, Lines, file_checksum, locked, read_lines, write_atomic
 from vision_bench.runs.provenance import commit, device_name, versions
 from vision_bench.runs.run import CONFIG, DIVERGED, ROWS, Cell, Run, read_rows
 from vision_bench.runs.settings import defaults, differences, option, parse, recorded, run_as_program
-from vision_bench.runs.statistics import Interval, interval, markdown_table, paired_difference
+from vision_bench.runs.statistics import (
+    Interval,
+    frame,
+    interval,
+    markdown_table,
+    over_seeds,
+    paired,
+    paired_difference,
+    select,
+)
 
 __all__ = [
     "CONFIG",

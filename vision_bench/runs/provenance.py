@@ -19,13 +19,13 @@ _PACKAGES = (
 @cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide results, those installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 @cache

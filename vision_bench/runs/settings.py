@@ -71,7 +71,7 @@ def defaults(*classes: type[Any]) -> dict[str, Any]:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, nested: bool = False
 ) -> str:
-    """In what the settings of a folder differ from those of now: 'NAME: X there, Y now; ...', '' if in nothing.
+    """Say how the settings of a folder differ from those of now: 'NAME: X there, Y now; ...', '' if they do not.
 
     Args:
         before, now: values that JSON can hold; a tuple equals the list that it is read back as.
