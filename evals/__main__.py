@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from evals.registry import JUDGES
-from evals.settings import FolderSettings, GenerateSettings, JudgeSettings
-from vision_bench.runs.settings import parse, run_as_program
+if TYPE_CHECKING:
+    from evals.settings import FolderSettings, GenerateSettings, JudgeSettings
 
 COMMANDS = {
     "generate": "answers of models to prompts, and metrics of tasks",
@@ -49,6 +48,10 @@ def _run(settings: GenerateSettings, judging: JudgeSettings) -> None:
 
 def _command(name: str, arguments: list[str]) -> None:
     """Run a sub-command; the heavy imports happen inside it."""
+    from evals.registry import JUDGES
+    from evals.settings import FolderSettings, GenerateSettings, JudgeSettings
+    from vision_bench.runs.settings import parse
+
     options: dict[str, Any] = {"prog": f"python -m evals {name}", "description": COMMANDS[name]}
     if name != "generate":
         width = max(len(kind.usage) for kind in JUDGES.values())
@@ -73,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         parser.add_argument("command", choices=COMMANDS, help="each has its own --help")
         parser.parse_args(words)
+    from vision_bench.runs.settings import run_as_program  # after what needs no torch: help, and a wrong command
+
     run_as_program(lambda: _command(words[0], words[1:]))
 
 

@@ -70,6 +70,7 @@ class GenerateSettings:
         [],
         help="Adapters of the model; each is a folder or a name on the hub.",
         changes_results=False,
+        nargs="*",
         metavar="[NAME=]FOLDER",
     )
     base: bool = option(

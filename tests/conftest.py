@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 
 
 def pytest_configure(config):
-    """Hide the GPUs of the machine, but from `pytest -m gpu`: references of the other tests are computed on the CPU."""
+    """Hide the machine's GPUs, but from `pytest -m gpu`: references of the other tests are computed on the CPU."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

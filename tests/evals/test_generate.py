@@ -424,6 +424,9 @@ def test_help_is_quick_and_errors_are_one_line(tmp_path):
     assert "--adapters" in shown.stdout
     imported = {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
     assert not {"lm_eval", "peft", "transformers.modeling_utils", "matplotlib"} & imported
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    imported = {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
+    assert not {"torch", "transformers", "pandas", "numpy"} & imported
 
 
 def test_the_command_passes_everything_on(settings, monkeypatch, capsys):
@@ -437,6 +440,8 @@ def test_the_command_passes_everything_on(settings, monkeypatch, capsys):
     adapters = [Adapter("n=x"), Adapter("y")]
     modes = ("float32", True, "on", ["<a>", "</a>"])
     assert seen == [GenerateSettings("m", ["a", "b"], "o", adapters, False, 3, 4, 5, *modes)]
+    main(["generate", "--model", "m", "--tasks", "a", "--output_dir", "o", "--adapters"])  # a shell's empty list
+    assert seen[1] == GenerateSettings("m", ["a"], "o")
     with pytest.raises(SystemExit, match=r"Error: --limit is 0, allowed is 1 or more"):
         main(["generate", "--model", "m", "--tasks", "a", "--output_dir", "o", "--limit", "0"])
 
