@@ -358,10 +358,11 @@ class Table2:
         """Which arms have no results because their training diverged, and why."""
         marked = self.lines[self.lines["metric"] == DIVERGED]
         body = ""
-        for line in (line for method in self.methods for line in marked[marked["method"] == method].itertuples()):
-            step = "" if pd.isna(line.step) else f", step {int(line.step)}"
-            seed = None if pd.isna(line.seed) else int(line.seed)
-            body += f"- {line.method}, seed {seed}{step}: {line.reason}.\n"
+        for method in self.methods:
+            for line in marked[marked["method"] == method].itertuples():
+                step = "" if pd.isna(line.step) else f", step {int(line.step)}"
+                seed = None if pd.isna(line.seed) else int(line.seed)
+                body += f"- {method}, seed {seed}{step}: {line.reason}.\n"
         return f"\nDiverged, so without results and in no mean or figure:\n\n{body}" if body else ""
 
     def _differences(self) -> str:
