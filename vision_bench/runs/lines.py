@@ -149,8 +149,8 @@ class LineAppender:
 
     def replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Let the file have `rows` and no others, whole or not at all."""
-        self.close()
         write_atomic(self.path, "".join(map(line, rows)))
+        self.close()
         self.open()
 
     def __enter__(self) -> LineAppender:
