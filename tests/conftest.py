@@ -31,18 +31,21 @@ def pytest_configure(config):
 def rows_of(rows, metric, **arm):
     """The rows of a metric (None: of all) whose seed and configuration have these values."""
     return [
-        r
-        for r in rows
-        if metric in (None, r["metric"])
-        and all((r["config"] | {"seed": r["seed"]}).get(k) == v for k, v in arm.items())
+        row
+        for row in rows
+        if metric in (None, row["metric"])
+        and all((row["seed"] if name == "seed" else row["config"].get(name)) == v for name, v in arm.items())
     ]
 
 
 def rows(folder, metric=None, **arm):
     """The rows of a run's folder, of a metric (None: of all) and with these values in seed and configuration."""
-    for line in (folder / "results.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
-    return rows_of(read_rows(folder / "results.jsonl"), metric, **arm)
+
+    def refuse(constant):
+        pytest.fail(f"{constant} is no JSON")
+
+    lines = (folder / "results.jsonl").read_text(encoding="utf-8").split("\n")
+    return rows_of([json.loads(line, parse_constant=refuse) for line in lines if line], metric, **arm)
 
 
 def value(folder, metric, **arm):
