@@ -67,6 +67,16 @@ def keep_rows(folder, keep):
 
 
 @pytest.fixture(scope="session")
+def pretrained_models(tmp_path_factory):
+    """The models of PRETRAINING for two seeds; a run that finds them in its folder does not train them again."""
+    import pretrain
+
+    folder = tmp_path_factory.mktemp("pretrained")
+    pretrain.main(["--output_dir", str(folder), *PRETRAINING, "--seeds", "0", "1"])
+    return folder / "models"
+
+
+@pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """A folder of runs: of two experiments, and of the pretraining, which has no part on the page."""
     folder = tmp_path_factory.mktemp("runs")
