@@ -1,5 +1,6 @@
 """Shared by all tests: no hub, no GPU, a temporary cache, and models small enough to build in milliseconds."""
 
+import gc
 import json
 import os
 import tempfile
@@ -26,6 +27,16 @@ def pytest_configure(config):
     """Hide the machine's GPUs, but from `pytest -m gpu`: references of the other tests are computed on the CPU."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish(session):
+    """Leave what is imported out of all collections of garbage: accelerate asks for one after each training."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session):
+    gc.unfreeze()
 
 
 def rows_of(rows, metric, **arm):
