@@ -79,13 +79,11 @@ def make_adapter(tmp_path):
 
 
 @pytest.fixture
-def settings(talking_model, make_adapter, eval_data, tmp_path, monkeypatch):
+def settings(talking_model, make_adapter, eval_data, tmp_path):
     """Four small tasks, the base and two adapters."""
     from evals.generate import GenerateSettings
     from evals.models import Adapter
 
-    # lm-eval describes the machine in every result, which takes longer than these models.
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     adapters = [
         Adapter(f"{method}-seed{seed}={make_adapter(talking_model, method, method)}")
         for seed, method in enumerate(("lora", "monolora"))
@@ -106,7 +104,13 @@ def no_loading(monkeypatch):
 
 
 @pytest.fixture
-def eval_data(tmp_path, monkeypatch):
+def no_machine_description(monkeypatch):
+    """lm-eval's results do not describe the machine, which takes longer than these models."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+@pytest.fixture
+def eval_data(tmp_path, monkeypatch, no_machine_description):
     """A small folder of the layout that MONO_EVAL_DATA names, and the variable set to it."""
     root = tmp_path / "data"
     for name in ("sst2", "dolly15k", "beavertails", "xstest", "advbench"):

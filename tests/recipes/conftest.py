@@ -7,9 +7,9 @@ import pytest
 from written_runs import label_noise, salient, write
 
 from tests.conftest import rows, rows_of, value
-from tests.evals.conftest import beaverdam, eval_data, make_shieldgemma
+from tests.evals.conftest import beaverdam, eval_data, make_shieldgemma, no_machine_description
 
-__all__ = ["beaverdam", "eval_data", "make_shieldgemma", "rows", "rows_of", "value"]
+__all__ = ["beaverdam", "eval_data", "make_shieldgemma", "no_machine_description", "rows", "rows_of", "value"]
 
 # A finetuning of seconds, for the recipes of Table 2.
 SMALL = "--max_steps 4 --per_device_train_batch_size 8 --lora_r 4 --lora_alpha 8 --gradient_checkpointing False "

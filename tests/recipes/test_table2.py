@@ -195,6 +195,7 @@ class TestArms:
             sst2_monolora.main([*arguments, "--methods", "lora", "lora+weight_decay", "--control_weight_decay", "0.4"])
         assert seen == {"lora-seed0": (0.0, 48, 4), "lora+weight_decay-seed0": (0.4, 48, 4)}
 
+    @pytest.mark.usefixtures("no_machine_description")
     def test_another_kind_of_adapter_is_a_row_of_the_table(self, arguments, tmp_path, monkeypatch):
         def ia3(options, settings):
             targets = ["k_proj", "down_proj"]
