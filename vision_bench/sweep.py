@@ -94,9 +94,8 @@ class Grid:
         tests: every arm is tested on all of them.
         training_arm: what distinguishes the rows of a training, beside features and seed.
         test_arm: what distinguishes the rows of a test.
-        described_arm: what distinguishes the rows that say what features are (`MEASURED`) on the images of a test, or
-            None where features are not described. By default they are described on the first test alone, with nothing
-            to distinguish these rows but the features.
+        all_described: whether rows say what features are (`MEASURED`) on every test; else they do on the first alone,
+            and nothing distinguishes them but the features.
         model_seed: seed of rows that depend on the frozen models alone; None if several seeds share the models.
     """
 
@@ -104,7 +103,7 @@ class Grid:
     tests: Sequence[Test]
     training_arm: Callable[[Training], dict[str, Any]]
     test_arm: Callable[[Test], dict[str, Any]]
-    described_arm: Callable[[Test], dict[str, Any] | None] | None = None
+    all_described: bool = False
     model_seed: int | None = None
 
     def training_cells(self, name: str, training: Training) -> list[Cell]:
@@ -119,8 +118,10 @@ class Grid:
 
     def described_cells(self, name: str, test: Test) -> list[Cell]:
         """The cells of `MEASURED`: what the features of an arm are on the images of a test."""
-        arm = self.described_arm(test) if self.described_arm else {} if test == self.tests[0] else None
-        return [] if arm is None else [Cell(m, self.model_seed, {"features": name, **arm}) for m in MEASURED]
+        if not self.all_described and test != self.tests[0]:
+            return []
+        arm = {"features": name, **(self.test_arm(test) if self.all_described else {})}
+        return [Cell(metric, self.model_seed, arm) for metric in MEASURED]
 
     def test_cells(self, name: str, test: Test) -> list[Cell]:
         """All cells of an arm on one test."""
@@ -180,11 +181,9 @@ def fit(
         if drawn_by is not None:
             drawn = stratified_fraction(labels, fraction, torch.Generator().manual_seed(drawn_by))
             x, y = features[drawn], labels[drawn]
-        noisy: dict[tuple[float, int], torch.Tensor] = {}
-        for label_noise, seed in {(training.label_noise, training.seed) for training in members}:
-            generator = torch.Generator().manual_seed(seed)
-            noisy[label_noise, seed] = flip_labels(y, label_noise, num_classes, generator)
-        label_sets = torch.stack([noisy[training.label_noise, training.seed] for training in members])
+        label_sets = torch.stack(
+            [flip_labels(y, t.label_noise, num_classes, torch.Generator().manual_seed(t.seed)) for t in members]
+        )
         batch = min(batch_size, len(y))
         x = x.to(device)
         probes = fit_linear_probes(

@@ -95,7 +95,7 @@ def test_the_cells_of_a_grid():
     assert sum(cell.metric in TRAINING for cell in whole.cells("raw")) == 2 * len(TRAININGS)
     described = [cell for cell in whole.cells("unit") if cell.metric in MEASURED]
     assert described == [Cell(metric, 7, {"features": "unit"}) for metric in MEASURED]
-    every = grid(described_arm=lambda test: {"noise": bool(test.noise)})
+    every = grid(all_described=True)
     assert sum(cell.metric in MEASURED for cell in every.cells("unit")) == 2 * len(MEASURED)
 
 
