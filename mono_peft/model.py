@@ -68,10 +68,28 @@ class MonoLoraModel(BaseTuner):
         # With a state dict its keys name the modules, and `target_modules` may match nothing.
         self._watched_modes: set[tuple[bool, bool]] = set()  # of passes: training or evaluation, with gradients or not
         self._targets_come_from_config = kwargs.get("state_dict") is None
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with warnings.catch_warnings():
+            # PEFT looks for them among modules only, and not among target parameters.
+            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match")
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._warn_of_unmatched_patterns(model, adapter_name)
         # Model cards, PEFT's and the trainers', take their tags from here.
         tags = getattr(model, "model_tags", None) or []
         setattr(model, "model_tags", sorted({*tags, MODEL_TAG}))  # noqa: B010, mypy reads it as a submodule
+
+    def _warn_of_unmatched_patterns(self, model: nn.Module, adapter_name: str) -> None:
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, MonoLoraLayer)}
+        names = [name for name, layer in layers.items() if adapter_name in layer.monolora_encoder]
+        config = self.peft_config[adapter_name]
+        for option in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(config, option)
+            unmatched = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)]
+            if unmatched:
+                warnings.warn(
+                    f"These keys of `{option}` match no adapted module or parameter and are ignored: "
+                    f"{listed(unmatched)}",
+                    stacklevel=2,
+                )
 
     def unload(self) -> nn.Module:
         """The base model without adapters, and without their tag.
