@@ -85,8 +85,8 @@ class MonoLoraConfig(PeftConfig):
         target_modules: names (or suffixes) of the modules to adapt, a regular expression, or "all-linear"; None
             takes PEFT's LoRA default of the model type (q_proj and v_proj on Llama).
         target_parameters: names (or suffixes) of the stacked weights of fused experts to adapt, such as
-            "mlp.experts.gate_up_proj" and "mlp.experts.down_proj"; every expert gets an A and a B of rank r. With these
-            and no `target_modules`, the model type's default modules are adapted too, as LoRA does; [] adapts none.
+            "mlp.experts.gate_up_proj" and "mlp.experts.down_proj"; every expert gets an A and a B of rank r. As with
+            LoRA, `target_modules=None` adapts the model type's default modules too, and [] none.
         exclude_modules: names, suffixes or a regular expression of modules to leave out.
         monolora_alpha: numerator of the scale s = monolora_alpha / r; positive.
         monolora_dropout: probability in [0, 1) of zeroing an element of x before A, in training.
@@ -190,7 +190,9 @@ class MonoLoraConfig(PeftConfig):
                     "write the layers into the regular expression, or pass a list."
                 )
         if isinstance(self.target_parameters, str):
-            raise ValueError(f"`target_parameters` must be a list of names, got the string {self.target_parameters!r}.")
+            raise ValueError(
+                f"`target_parameters` must be a list of names, got the string {self.target_parameters!r}."
+            )
         if self.target_parameters and self.layers_to_transform is not None:
             raise ValueError(
                 "`layers_to_transform` chooses among `target_modules` only. Name the layer in each of "

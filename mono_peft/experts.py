@@ -36,6 +36,7 @@ class Routing(NamedTuple):
     tokens: torch.Tensor  # (S,) int64, index of the token
     experts: torch.Tensor  # (S,) int64, index of the expert
     ends: torch.Tensor  # (experts,) int32, where the rows of each expert end
+    num_tokens: int
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -82,7 +83,9 @@ class ExpertsLinear(nn.Module):
 def project(experts: Any, parameter_name: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Map routed rows (S, in) to (S, out) by a stacked weight of an experts module, and its bias if there is one."""
     weight = getattr(experts, parameter_name)
-    result = grouped_linear(x.to(weight.dtype), weight if experts.is_transposed else weight.transpose(1, 2), routing.ends)
+    result = grouped_linear(
+        x.to(weight.dtype), weight if experts.is_transposed else weight.transpose(1, 2), routing.ends
+    )
     return result + getattr(experts, f"{parameter_name}_bias")[routing.experts] if experts.has_bias else result
 
 
@@ -145,10 +148,10 @@ class MonoLoraExpertsProjection(MonoLoraLayer):
 class MonoLoraExperts(nn.Module):
     """An experts module with the layers of its adapted weights, each under the name of its parameter."""
 
-    def __init__(self, experts: nn.Module) -> None:
+    def __init__(self, experts: Any) -> None:
         super().__init__()
-        self.base_layer: Any = experts
-        self.base_layer.config = _AdaptedConfig(self.base_layer.config, self)
+        self.base_layer = experts
+        experts.config = _AdaptedConfig(experts.config, self)
 
     def adapt(self, parameter_name: str, adapter_name: str, **adapter_options: Any) -> MonoLoraExpertsProjection:
         """Add the adapter to a stacked weight; options as in `MonoLoraLayer.update_layer`."""
@@ -181,7 +184,8 @@ class MonoLoraExperts(nn.Module):
 
     def unload_and_optionally_merge_module(self, **kwargs: Any) -> nn.Module:
         """The experts module as it was before; PEFT calls this to unload. Merging is refused before."""
-        self.base_layer.config = self.base_layer.config.unadapted
+        experts: Any = self.get_base_layer()
+        experts.config = experts.config.unadapted
         return self.get_base_layer()
 
 
@@ -229,7 +233,8 @@ def adapted_experts_forward(
     tokens, k = top_k_index.shape
     experts, order = torch.sort(top_k_index.reshape(-1))
     ids = torch.arange(self.num_experts, device=experts.device)
-    routing = Routing(order // k, experts, torch.searchsorted(experts, ids, right=True, out_int32=True))
+    ends = torch.searchsorted(experts, ids, right=True, out_int32=True)
+    routing = Routing(order // k, experts, ends, tokens)
 
     rows = hidden_states[routing.tokens]
     if self.has_gate:
@@ -267,5 +272,5 @@ def experts_obstacle(module: nn.Module, parameter_name: str) -> str | None:
         return "its experts are spread over processes, which MonoLoRA does not follow; use data parallelism or FSDP"
     weight = module._parameters.get(parameter_name)
     if weight is None or not weight.dtype.is_floating_point or weight.itemsize < 2:
-        return "it is quantised, and the experts' products are computed from plain numbers; load the model unquantised"
+        return "it is quantised or parametrised, and MonoLoRA multiplies by plain numbers; load the model unquantised"
     return None

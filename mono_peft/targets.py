@@ -19,6 +19,7 @@ from .layer import MonoLoraConv2d, MonoLoraEmbedding, MonoLoraLayer, MonoLoraLin
 from .names import PREFIX
 
 INSIDE_LAYER = re.compile(rf"\.(base_layer|{PREFIX}\w+)(\.|$)")  # in the names of the modules of a MonoLoRA layer
+_PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original\d*$")  # where torch keeps a parametrised weight
 
 
 def layer_class(module: nn.Module) -> type[MonoLoraLayer] | None:
@@ -101,7 +102,7 @@ def check_no_bare_parameters(model: nn.Module, targets: Iterable[str], matched: 
 def parameter_names(model: nn.Module) -> list[str]:
     """The names of the base model's parameters as they are without adapters."""
     names = (name for name, _ in model.named_parameters() if f".{PREFIX}" not in name)
-    return [name.replace(".base_layer.", ".") for name in names]
+    return [_PARAMETRIZED.sub(r"\1", name.replace(".base_layer.", ".")) for name in names]
 
 
 def matched_parameters(model: nn.Module, targets: Iterable[str]) -> list[str]:

@@ -5,17 +5,13 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from torch import nn
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
-    Llama4ForCausalLM,
-    Llama4TextConfig,
     MixtralConfig,
     MixtralForCausalLM,
     NemotronHConfig,
@@ -26,7 +22,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from mono_peft import MonoLoraConfig, activation_sparsity
+from mono_peft import MonoLoraConfig
 from mono_peft.layer import ACTIVATIONS, MonoLoraLayer
 
 SIZES = {"vocab_size": 50, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -68,7 +64,7 @@ def nemotron_h(**more):
 
 FAMILIES = {f.__name__: f for f in (mixtral, qwen3_moe, olmoe, gpt_oss, deepseek_v3, nemotron_h)}
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
-TARGETS = {name: BOTH for name in FAMILIES} | {"nemotron_h": ["experts.up_proj", "experts.down_proj"]}
+TARGETS = dict.fromkeys(FAMILIES, BOTH) | {"nemotron_h": ["experts.up_proj", "experts.down_proj"]}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 IDS = torch.randint(1, 50, (3, 7), generator=torch.Generator().manual_seed(0))
 
@@ -283,9 +279,7 @@ def test_dropout_acts_on_what_the_encoder_sees_in_training_only():
     layer.monolora_encoder["default"].weight.data, layer.monolora_decoder["default"].weight.data = pair
     hidden, _, _ = routed_inputs(tokens=1)
     index, routing_weights = torch.tensor([[3, 1]]), torch.ones(1, 2, dtype=torch.float64)
-    evaluated = reference(
-        "mixtral", weights, {"gate_up_proj": pair}, "relu", 5 / 3, hidden, index, routing_weights
-    )
+    evaluated = reference("mixtral", weights, {"gate_up_proj": pair}, "relu", 5 / 3, hidden, index, routing_weights)
     torch.testing.assert_close(experts_of(model)(hidden, index, routing_weights), evaluated)
     model.train()
     torch.manual_seed(5)
@@ -296,7 +290,14 @@ def test_dropout_acts_on_what_the_encoder_sees_in_training_only():
     for expert, mask in zip((1, 3), masks, strict=True):
         masked = (pair[0] * mask, pair[1])
         expected = expected + reference(
-            "mixtral", weights, {"gate_up_proj": masked}, "relu", 5 / 3, hidden, torch.tensor([[expert]]), routing_weights[:, :1]
+            "mixtral",
+            weights,
+            {"gate_up_proj": masked},
+            "relu",
+            5 / 3,
+            hidden,
+            torch.tensor([[expert]]),
+            routing_weights[:, :1],
         )
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, evaluated)

@@ -470,7 +470,9 @@ def test_low_precision_bases_and_autocast(name, dtype):
         torch.testing.assert_close(output(model, name).float(), expected, **close)
 
 
-@pytest.mark.parametrize("name", [n for n in ("llama", "llama all-linear, dropout", "gpt2", "t5", "mixtral experts") if n in ROWS])
+@pytest.mark.parametrize(
+    "name", [n for n in ("llama", "llama all-linear, dropout", "gpt2", "t5", "mixtral experts") if n in ROWS]
+)
 def test_generating_with_the_cache_equals_without(name):
     model = adapted(name)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -479,7 +481,9 @@ def test_generating_with_the_cache_equals_without(name):
     assert not torch.equal(with_cache, base_of(name).generate(input_ids=IDS, **options))
 
 
-@pytest.mark.parametrize("name", [n for n in ("llama all-linear, dropout", "gpt2", "bert", "t5", "mixtral experts") if n in ROWS])
+@pytest.mark.parametrize(
+    "name", [n for n in ("llama all-linear, dropout", "gpt2", "bert", "t5", "mixtral experts") if n in ROWS]
+)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_gives_the_same_gradients(name, use_reentrant):
     gradients = []
