@@ -38,6 +38,7 @@ from vision_bench.features import normalise
 from vision_bench.finetune import CROPS_AND_FLIPS, LAYERS, Classifier, FinetuneConfig, embed, finetune
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.models import ContrastiveModel
+from vision_bench.report import with_widths
 from vision_bench.runs import DIVERGED, Cell, Run, defaults, device_name, option, parse
 from vision_bench.runs.statistics import Interval, interval, markdown_table, paired_difference
 
@@ -429,12 +430,12 @@ consistency with shuffled labels. Controls: {controls}{100 * config["held_out"]:
         for method in methods:
             for name, metric in zip(per_epoch, ACCURACIES, strict=True):
                 final = [accuracy(run, FINAL[metric], method=method, **condition) for condition in conditions]
-                panels[name][method] = curve(final)
+                panels[name][method] = with_widths(final)
                 values = [accuracy(run, metric, method=method, epoch=epoch, **hardest) for epoch in epochs]
-                per_epoch[name][method] = curve(values)
+                per_epoch[name][method] = with_widths(values)
             if method != "ce":
                 gains = [gain(run, "validation_top1", method, condition) for condition in conditions]
-                panels["test, points over ce"][method] = curve(gains)
+                panels["test, points over ce"][method] = with_widths(gains)
         shares = [condition[self.axis] for condition in conditions]
         published = {s and 100 * s: points for s, points in self.published.items() if s in (None, *shares)}
         notes = {method: diverged(run, conditions, method) for method in methods}
@@ -443,8 +444,3 @@ consistency with shuffled labels. Controls: {controls}{100 * config["held_out"]:
         figures.save(run.folder / self.picture, figures.band_curves(*curves, **options))
         notes = {method: diverged(run, [hardest], method) for method in methods}
         figures.save(run.folder / "epochs", figures.band_curves(epochs, per_epoch, "epoch", notes=notes))
-
-
-def curve(values: Sequence[Interval]) -> figures.Curve:
-    """Means and half-widths for a drawing."""
-    return [value.mean for value in values], [value.half_width or 0.0 for value in values]

@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch
 from experiments import Experiment
 
 from vision_bench import figures
-from vision_bench.runs import Cell, Run, defaults, device_name, option, parse, recorded, run_as_program
+from vision_bench.runs import Cell, Run, defaults, device_name, option, run_as_program
 from vision_bench.runs.statistics import Interval, interval, markdown_table, paired_difference
 from vision_bench.superposition import FLIPS, classify, geometry, train
 
@@ -277,16 +278,7 @@ EXPERIMENT = Experiment(
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
-    (settings,) = parse([SuperpositionSettings], arguments)
-    run = Run(settings.output_dir, "superposition", recorded(settings), defaults=defaults(SuperpositionSettings))
-    run.bind()
-    measure(run, settings)
-    text = report(run)
-    run.write("results.md", text)
-    draw(run)
-    print(text)
+main = partial(EXPERIMENT.run, SuperpositionSettings, measure)
 
 
 if __name__ == "__main__":

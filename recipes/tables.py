@@ -24,11 +24,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import CannotShow, Experiment
+from experiments import CannotShow, Experiment, diverged_seeds
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from PIL import Image
-from vision import diverged_seeds
 
 from vision_bench.figures import SUFFIXES
 from vision_bench.runs import CONFIG, ROWS, Run, option, parse, read_rows, run_as_program, write_atomic
