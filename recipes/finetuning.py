@@ -38,7 +38,7 @@ from vision_bench.features import normalise
 from vision_bench.finetune import CROPS_AND_FLIPS, LAYERS, Classifier, FinetuneConfig, embed, finetune
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.models import ContrastiveModel
-from vision_bench.report import with_widths
+from vision_bench.report import measured_header, with_widths
 from vision_bench.runs import DIVERGED, Cell, Run, defaults, device_name, option, parse
 from vision_bench.runs.statistics import Interval, interval, markdown_table, paired_difference
 
@@ -354,8 +354,9 @@ class Study:
     def experiment(self, **shown: Any) -> Experiment:
         """The study for the page of results; `shown` are the items, title, claim and pictures."""
         recorded = defaults(ThreeSeeds, FinetuningSettings, self.settings) | {vision.IMAGES: None}
-        grid: dict[str, Any] = {"cells": self.cells, "report": self.report, "draw": self.draw}
-        return Experiment(recipe=self.recipe, defaults=recorded, **grid, **shown)
+        return Experiment(
+            recipe=self.recipe, cells=self.cells, report=self.report, draw=self.draw, defaults=recorded, **shown
+        )
 
     def main(self, arguments: list[str] | None = None) -> None:
         """Finetune what the output folder has no rows of, then write and print the table and draw the figures."""
@@ -383,7 +384,7 @@ class Study:
                 line.append(mean(run.find(metric, method=method, **condition)).text(0 if "live" in metric else 3))
             lines.append([name, method, *line])
         header = ["condition", "arm", "train", "validation", "train - ce", "validation - ce"]
-        arms = markdown_table([*header, *(metric.replace("_", " ") for metric in MEASURED)], lines)
+        arms = markdown_table([*header, *measured_header()], lines)
         pairs = [("nce", over) for over in methods if over != "nce" and "nce" in methods]
         pairs += [(method, over) for method in methods if (over := ARMS.get(method, Arm()).baseline) in methods]
         lines = []

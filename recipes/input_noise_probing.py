@@ -23,15 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from probing import (
-    FEATURES,
-    ControlSettings,
-    controlled_grid,
-    experiment,
-    notes,
-    probe_table,
-    run_experiment,
-)
+from probing import FEATURES, ControlSettings, controlled_grid, experiment, notes, probe_table, run_experiment
 from vision import PretrainingSettings, ProbingSettings, models_of
 
 from vision_bench import figures

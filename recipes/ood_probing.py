@@ -37,15 +37,7 @@ from typing import Any
 import pandas as pd
 import yaml
 from experiments import CannotShow
-from probing import (
-    FEATURES,
-    ControlSettings,
-    controlled_grid,
-    experiment,
-    measure,
-    notes,
-    probe_table,
-)
+from probing import FEATURES, ControlSettings, controlled_grid, experiment, measure, notes, probe_table
 from vision import PretrainingSettings, ProbingSettings, begin, finish, load_splits
 
 from vision_bench import figures

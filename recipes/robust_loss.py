@@ -24,15 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from probing import (
-    FEATURES,
-    ControlSettings,
-    controlled_grid,
-    experiment,
-    notes,
-    probe_table,
-    run_experiment,
-)
+from probing import FEATURES, ControlSettings, controlled_grid, experiment, notes, probe_table, run_experiment
 from vision import PretrainingSettings, ProbingSettings, check_rates, highest_with_signal
 
 from vision_bench import figures

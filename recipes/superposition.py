@@ -197,11 +197,9 @@ def report(run: Run) -> str:
     """The window and its neighbours as Markdown, and whether the ordering of the paper holds in each."""
     config = run.config
     header = ["cell: n x m, flips, S, samples", "seeds"]
+    names = {"clean": "clean", "label": "label noise {level:g}", "input": "input noise {level:g}"}
     for condition in conditions(config):
-        name = {"clean": "clean", "label": "label noise {level:g}", "input": "input noise {level:g}"}[
-            condition["noise"]
-        ]
-        header += [f"{name.format(**condition)}: mono", "poly", "mono - poly"]
+        header += [f"{names[condition['noise']].format(**condition)}: mono", "poly", "mono - poly"]
     lines = []
     for problem in problems(config):
         line, ordered = ["{size}, {flips}, {sparsity:g}, {samples}".format(**problem)], []

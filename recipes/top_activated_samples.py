@@ -94,16 +94,9 @@ def study(
     features: torch.Tensor,
     labels: torch.Tensor,
 ) -> list[Measured]:
-    """Study one kind of features with the probe of each seed.
+    """What is measured of one kind of features, with the features (n, d) and labels (n,) of the test images.
 
     There is no correlation if all classes have the same accuracy, or their dimensions the same purity.
-
-    Args:
-        config: of the run.
-        images: the test images.
-        name: of the kind of features.
-        fitted: its probes.
-        features, labels: (n, d) and (n,), of the test images.
 
     Raises:
         ValueError: too few dimensions are activated by as many images as are shown.
