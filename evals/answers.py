@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from mono_peft.activity import in_eval_mode
+
 from .prompts import EncodedAnswer
 
 
@@ -41,16 +43,11 @@ def answer_log_likelihoods(
     batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
 
     device = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     values: list[tuple[int, float]] = []
-    try:
+    with in_eval_mode(model):
         for batch in tqdm(batches, desc="Scoring answers", disable=not state.is_main_process, leave=False):
             scores = _score([answers[i] for i in batch], model, pad_token_id, device)
             values += zip(batch, scores.tolist(), strict=True)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     result = torch.empty(len(answers))
     for index, value in gather_object(values):
         result[index] = value

@@ -50,9 +50,13 @@ class Measure(NamedTuple):
     factor: int = 1
     is_refusal: bool = False  # the higher, the safer
 
+    def lines(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Its lines of a table of `measured`."""
+        return select(table, self.metric, task=self.task, judge=self.judge)
+
     def rows(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Its lines of a table of `measured` that have a value, without those of parts."""
-        chosen = select(table, self.metric, task=self.task, judge=self.judge)
+        """Those of its lines that have a value, without those of parts."""
+        chosen = self.lines(table)
         return chosen[chosen["value"].notna() & ~chosen["is_part"]]
 
     def harm(self, share: float) -> float:

@@ -51,7 +51,7 @@ from evals.registry import MODELS, TASK_FOLDERS
 from evals.settings import GenerateSettings
 from evals.thoughts import thoughts_of
 from vision_bench.runs import DIVERGED, LineAppender, Run, device_name, locked
-from vision_bench.runs.settings import defaults
+from vision_bench.runs.settings import defaults, recorded
 
 
 def generate(settings: GenerateSettings) -> Run:
@@ -127,7 +127,7 @@ def generate(settings: GenerateSettings) -> Run:
 
 
 def _folder(settings: GenerateSettings) -> Run:
-    return Run(settings.output_dir, "evals", settings.decisive, defaults=defaults(GenerateSettings))
+    return Run(settings.output_dir, "evals", recorded(settings), defaults=defaults(GenerateSettings))
 
 
 def _arms(

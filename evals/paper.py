@@ -21,12 +21,8 @@ TABLE_2: dict[str, dict[str, tuple[str, ...]]] = {
         "monolora": ("10.49", "3.56", "7.40", "2.70", "6.04", "38.69", "40.00", "22.60", "14.48"),
     },
 }
-
-
-PAPER_JUDGES = {
-    "shieldgemma": "average",
-    "beaverdam": "Beavertails",
-}  # by kind of judge, the column of its measure of harm
+# By kind of judge, the column of its measure of harm.
+PAPER_JUDGES = {"shieldgemma": "average", "beaverdam": "Beavertails"}
 
 
 def table_2_points(part: str, harm: str) -> list[tuple[str, float, float]]:

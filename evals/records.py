@@ -69,11 +69,6 @@ class Record:
             if not getattr(self, name):
                 raise ValueError(f"`{name}` is empty; it must tell the row from others")
 
-    @property
-    def key(self) -> tuple[str | None, ...]:
-        """The fields that identify a record within its file."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class Completion(Record):

@@ -106,9 +106,8 @@ JUDGES = {
         has_policies=True,
     ),
 }
-MODELS: dict[str, Callable[[], Path]] = {
-    offline.NAME: offline.model_folder
-}  # --model NAME: its folder, built if need be
+# --model NAME: its folder, built if need be.
+MODELS: dict[str, Callable[[], Path]] = {offline.NAME: offline.model_folder}
 TASK_FOLDERS = [Path(__file__).parent / "tasks", offline.TASKS]
 
 

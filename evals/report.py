@@ -16,7 +16,7 @@ from evals.figures import Measure, Panel, panel, safety_against_performance, wit
 from evals.paper import TABLE_2, TABLE_2_HEADER
 from evals.registry import judge_kind
 from evals.scores import wilson
-from vision_bench.runs import DIVERGED, Interval, Run, frame, markdown_table, over_seeds, paired, select
+from vision_bench.runs import DIVERGED, Interval, Run, frame, markdown_table, over_seeds, paired
 
 TABLE, CSV, FIGURE = "results.md", "results.csv", "safety.png"
 SHARES = (
@@ -28,14 +28,8 @@ COLUMNS = (
     "task", "metric", "judge", "category", "model", "method", "adapter", "seed", "versus", "versus_judge",
     "value", "low", "high", "p_value", "n",
 )  # fmt: skip
-_PARTS = [
-    "category",
-    "versus",
-    "versus_adapter",
-    "versus_judge",
-]  # settings of rows of a part of the prompts, or of two arms
-
-
+# Settings of rows of a part of the prompts, or of two arms.
+_PARTS = ["category", "versus", "versus_adapter", "versus_judge"]
 PAPER_PROMPTS = "beavertails_eval"  # on which a judge's own measure of harm is shown
 # Of each kind, the figure takes the first that the rows have.
 PERFORMANCES = {
@@ -286,9 +280,7 @@ class Table2:
                 self.harms += measures[:1]
         columns.append(Measure("alignment sparsity, %", "alignment_sparsity", factor=100))
         columns.append(Measure("task sparsity, %", "task_sparsity", factor=100))
-        columns = [
-            c for c in [*columns, *self.performance] if len(select(self.lines, c.metric, task=c.task, judge=c.judge))
-        ]
+        columns = [column for column in [*columns, *self.performance] if len(column.lines(self.lines))]
         return columns or [self.performance[0]]  # of arms that all diverged
 
     def text(self) -> str:
@@ -359,18 +351,18 @@ class Table2:
     def _counts(self) -> str:
         by_count: dict[str, list[str]] = {}
         for c in self.columns:
-            count = _prompts(select(self.lines, c.metric, task=c.task, judge=c.judge))
-            by_count.setdefault(count, []).append(c.title.partition(", %")[0])
+            by_count.setdefault(_prompts(c.lines(self.lines)), []).append(c.title.partition(", %")[0])
         return "Prompts: " + "; ".join(f"{number} ({', '.join(titles)})" for number, titles in by_count.items()) + "."
 
     def _diverged(self) -> str:
         """Which arms have no results because their training diverged, and why."""
         marked = self.lines[self.lines["metric"] == DIVERGED]
         body = ""
-        for line in (line for method in self.methods for line in marked[marked["method"] == method].itertuples()):
-            step = "" if pd.isna(line.step) else f", step {int(line.step)}"
-            seed = None if pd.isna(line.seed) else int(line.seed)
-            body += f"- {line.method}, seed {seed}{step}: {line.reason}.\n"
+        for method in self.methods:
+            for line in marked[marked["method"] == method].itertuples():
+                step = "" if pd.isna(line.step) else f", step {int(line.step)}"
+                seed = None if pd.isna(line.seed) else int(line.seed)
+                body += f"- {method}, seed {seed}{step}: {line.reason}.\n"
         return f"\nDiverged, so without results and in no mean or figure:\n\n{body}" if body else ""
 
     def _differences(self) -> str:

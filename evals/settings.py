@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.prompts import THINKING
-from vision_bench.runs.settings import option, recorded
+from vision_bench.runs.settings import option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _DTYPE_HELP = "auto (of the checkpoint), float32, bfloat16 or float16"
@@ -120,11 +120,6 @@ class GenerateSettings:
             raise ValueError("--tasks is empty; name at least one task.")
         if not self.base and not self.adapters:
             raise ValueError("--no_base without --adapters leaves nothing to answer.")
-
-    @property
-    def decisive(self) -> dict[str, Any]:
-        """The settings that stand for the whole output folder, because another value gives other answers."""
-        return recorded(self)
 
 
 @dataclass

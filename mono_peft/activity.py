@@ -49,7 +49,6 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
     """
     model = getattr(model, "_orig_mod", model)  # a compiled model would skip the hooks
     device = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
     with _count_zeros(model) as counts:
         if not counts:
             raise ValueError(
@@ -57,18 +56,13 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
                 "PeftModel.from_pretrained (LoRA has no activation, its sparsity is 0)."
             )
         check_finite(_active_weights(model))
-        model.eval()
-        try:
-            with torch.no_grad():
-                for batch in batches:
-                    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                    mask = _token_mask(model, inputs.get("attention_mask"))
-                    for count in counts.values():
-                        count.mask = mask
-                    model(**inputs)
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        with in_eval_mode(model), torch.no_grad():
+            for batch in batches:
+                inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                mask = _token_mask(model, inputs.get("attention_mask"))
+                for count in counts.values():
+                    count.mask = mask
+                model(**inputs)
     if not any(count.tokens for count in counts.values()):
         raise ValueError(
             "`batches` holds no token that counts: it is empty, every attention mask is zero, or the model was "
@@ -81,6 +75,18 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
         per_module={name: 1 - int(c.fired.sum()) / (c.tokens * c.fired.numel()) for name, c in reached.items()},
         dead=int((fired == 0).sum()) / fired.numel(),
     )
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode inside; afterwards each of its modules is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _active_weights(model: nn.Module) -> dict[str, torch.Tensor]:

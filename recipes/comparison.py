@@ -166,7 +166,7 @@ def train(comparison: Comparison, pairs: dict[str, list[Pair]]) -> None:
     batches = comparison.prompt_batches(task.prompts)
     drawn: dict[int, list[Pair]] = {}
     for cell in run.lacking(cells(run.config, task.metric)):
-        start, reason, score = time.monotonic(), None, math.nan
+        start, score = time.monotonic(), math.nan
         trained = comparison.trained(cell.arm["method"], cell.seed)
         if cell.seed is None:
             score = comparison.score(load_base(training, comparison.options))

@@ -54,10 +54,9 @@ def load_rows(source: str, is_file: bool) -> list[Row]:
         ValueError: they cannot be had, lack a column, have an empty instruction or response, or a value that is no
             text.
     """
-    if is_file:
-        return text_rows(source, DOLLY_COLUMNS, advice="Give --train_file a jsonl or jsonl.gz file.")
-    advice = "It needs network access; offline, give --train_file."
-    return text_rows(source, DOLLY_COLUMNS, split="train", advice=advice)
+    by_file = "Give --train_file a jsonl or jsonl.gz file."
+    advice = by_file if is_file else "It needs network access; offline, give --train_file."
+    return text_rows(source, DOLLY_COLUMNS, split=None if is_file else "train", advice=advice)
 
 
 def as_task(settings: Table2Settings, rows: list[Row], file: str | None) -> Task:

@@ -299,7 +299,7 @@ def measure(
                 splits["train"].num_classes,
                 load,
                 device=device,
-                lacks=lambda cell: bool(run.lacking([cell])),
+                lacking=run.lacking,
                 study=study,
                 progress=True,
                 **probing.probe_settings(),

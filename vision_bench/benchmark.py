@@ -96,10 +96,6 @@ def run(settings: Settings) -> tuple[list[Subject], list[Row]]:
 
 def _grid(subject: Subject, kind: str, settings: Settings) -> Grid:
     """The rows of a kind of features of a model, but for those of `_quality_cells`."""
-
-    def test_arm(test: Test) -> dict[str, Any]:
-        return {"test": test.images, "features_id": subject.id}
-
     return Grid(
         {kind: Arm(kind, settings.conditions.trainings(settings.seeds))},
         [Test(name) for name in settings.conditions.tests()],
@@ -108,8 +104,8 @@ def _grid(subject: Subject, kind: str, settings: Settings) -> Grid:
             "label_noise": training.label_noise,
             "features_id": subject.id,
         },
-        test_arm,
-        described_arm=test_arm,
+        lambda test: {"test": test.images, "features_id": subject.id},
+        all_described=True,
     )
 
 
@@ -155,7 +151,7 @@ def _measure(
         subject.train.images.num_classes,
         lambda test: ({kinds.BASE: subject.load(test.images)}, subject.tests[test.images].images.labels),
         device=device,
-        lacks=lambda cell: bool(results.lacking([cell])),
+        lacking=results.lacking,
         progress=progress,
         epochs=settings.probe_epochs,
         standardize=settings.standardize,

@@ -318,13 +318,9 @@ def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]], bins: 
             ax.stairs(heights, edges / bins, color=style.colour, linestyle=style.line, linewidth=1, label=group)
             ax.stairs(heights, edges / bins, color=style.colour, fill=True, alpha=0.12)
             mean, (low, high) = histogram.mean, histogram.interval
-            errors: dict[str, Any] = {
-                "xerr": [[max(mean - low, 0)], [max(high - mean, 0)]],
-                "capsize": 2,
-                "elinewidth": 1,
-            }
-            errors |= {"color": style.colour, "marker": style.marker, "markersize": 3.5}
-            ax.errorbar(mean, height, transform=ax.get_xaxis_transform(), **errors)
+            xerr = [[max(mean - low, 0)], [max(high - mean, 0)]]
+            look = {"color": style.colour, "marker": style.marker, "markersize": 3.5, "capsize": 2, "elinewidth": 1}
+            ax.errorbar(mean, height, xerr=xerr, transform=ax.get_xaxis_transform(), **look)
         for histogram in groups.values():
             ax.axvline(histogram.chance, color="black", linestyle=":", linewidth=0.7, label="mean by chance")
         ax.set(title=name, ylabel="samples, %", xlim=(0, edges[-1] / bins), ylim=(0, 1.3 * ax.get_ylim()[1]))

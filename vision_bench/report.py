@@ -181,11 +181,11 @@ class ProbeTable:
         ]
         return markdown_table(["features", *header], lines)
 
-    def curves(self, columns: Sequence[Hashable], over: str = "poly") -> dict[str, Curves]:
-        """The panels of `figures.band_curves`: accuracies, and gains over an arm, along the columns."""
+    def curves(self, columns: Sequence[Hashable]) -> dict[str, Curves]:
+        """The panels of `figures.band_curves`: accuracies, and gains over poly, along the columns."""
         accuracies = {arm: [self.mean(arm, column) for column in columns] for arm in self.arms}
-        gains = {arm: [self.gain(arm, column, over) for column in columns] for arm in self.arms if arm != over}
-        panels = {"accuracy, %": accuracies, f"gain over {over}, points": gains}
+        gains = {arm: [self.gain(arm, column) for column in columns] for arm in self.arms if arm != "poly"}
+        panels = {"accuracy, %": accuracies, "gain over poly, points": gains}
         return {label: {arm: with_widths(line) for arm, line in lines.items()} for label, lines in panels.items()}
 
     def bars(

@@ -116,7 +116,7 @@ class TopKAutoencoder(nn.Module):
         x = x.to(self.encoder.dtype)
         with torch.no_grad():
             preactivations = torch.addmm(self.latent_bias, x - self.pre_bias, self.encoder.T)
-            active = Active.of_rows(preactivations.topk(self.k, dim=1, sorted=False).indices, self.d_latent)
+            active = Active(preactivations.topk(self.k, dim=1, sorted=False).indices, self.d_latent)
         kept = Encode.apply(x, self.pre_bias, self.encoder, self.latent_bias, preactivations, active)
         return kept.relu(), active, preactivations
 
@@ -135,7 +135,7 @@ class TopKAutoencoder(nn.Module):
         encoder, latent_bias, decoder = (parameter.index_select(0, candidates) for parameter in parameters)
         preactivations = output.preactivations[:, candidates]
         chosen = preactivations.topk(min(k_aux, len(candidates)), dim=1, sorted=False).indices
-        active = Active.of_rows(chosen, len(candidates))
+        active = Active(chosen, len(candidates))
         values = Encode.apply(x, self.pre_bias, encoder, latent_bias, preactivations, active).relu()
         return (x - output.reconstruction).detach() - Decode.apply(values, decoder, active)
 

@@ -20,39 +20,31 @@ SPARSE_SHARE = 1 / 8
 
 
 class Active:
-    """Which latents of which samples are active: the pattern of a sparse (b, d_latent) matrix, row by row.
+    """Which k latents of each sample are active: the pattern of a sparse (b, d_latent) matrix with nnz = b k entries.
 
     Args:
-        columns: (nnz,) int64, the latents of the first sample, then those of the second, ...
-        offsets: (b + 1,) int64, where the latents of each sample start; the last is nnz.
+        latents: (b, k) int64, of each sample.
         d_latent: number of columns.
     """
 
-    def __init__(self, columns: torch.Tensor, offsets: torch.Tensor, d_latent: int) -> None:
-        self.columns, self.offsets = columns, offsets
-        self.shape = (len(offsets) - 1, d_latent)
-        self.sparse = columns.device.type == "cpu" and len(columns) <= SPARSE_SHARE * self.shape[0] * d_latent
-
-    @classmethod
-    def of_rows(cls, columns: torch.Tensor, d_latent: int) -> Active:
-        """The pattern of (b, k) indices, the same number for each sample."""
-        b, k = columns.shape
-        return cls(columns.reshape(-1), torch.arange(0, b * k + 1, k, device=columns.device), d_latent)
+    def __init__(self, latents: torch.Tensor, d_latent: int) -> None:
+        b, self.k = latents.shape
+        self.columns, self.shape = latents.reshape(-1), (b, d_latent)  # (nnz,), sample by sample
+        self.offsets = torch.arange(0, b * self.k + 1, self.k, device=latents.device)  # where each sample starts
+        self.sparse = latents.device.type == "cpu" and self.k <= SPARSE_SHARE * d_latent
 
     @cached_property
     def flat(self) -> torch.Tensor:
         """(nnz,) indices into the flattened matrix."""
         rows = torch.arange(self.shape[0], device=self.columns.device)
-        return (
-            rows.repeat_interleave(self.offsets.diff(), output_size=len(self.columns)) * self.shape[1] + self.columns
-        )
+        return rows.repeat_interleave(self.k) * self.shape[1] + self.columns
 
     @cached_property
     def _transposed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latent by latent: which of the nnz entries, their samples, and where the entries of each latent start."""
         order = self.columns.argsort()
         counts = torch.bincount(self.columns, minlength=self.shape[1])
-        return order, self.flat[order] // self.shape[1], counts.cumsum(0) - counts
+        return order, order // self.k, counts.cumsum(0) - counts
 
     def dense(self, values: torch.Tensor) -> torch.Tensor:
         """A (b, d_latent) of the values (nnz,), zero elsewhere. Differentiable in the values."""

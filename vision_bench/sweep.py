@@ -94,9 +94,8 @@ class Grid:
         tests: every arm is tested on all of them.
         training_arm: what distinguishes the rows of a training, beside features and seed.
         test_arm: what distinguishes the rows of a test.
-        described_arm: what distinguishes the rows that say what features are (`MEASURED`) on the images of a test, or
-            None where features are not described. By default they are described on the first test alone, with nothing
-            to distinguish these rows but the features.
+        all_described: whether rows say what features are (`MEASURED`) on every test; else they do on the first alone,
+            and nothing distinguishes them but the features.
         model_seed: seed of rows that depend on the frozen models alone; None if several seeds share the models.
     """
 
@@ -104,7 +103,7 @@ class Grid:
     tests: Sequence[Test]
     training_arm: Callable[[Training], dict[str, Any]]
     test_arm: Callable[[Test], dict[str, Any]]
-    described_arm: Callable[[Test], dict[str, Any] | None] | None = None
+    all_described: bool = False
     model_seed: int | None = None
 
     def training_cells(self, name: str, training: Training) -> list[Cell]:
@@ -119,8 +118,10 @@ class Grid:
 
     def described_cells(self, name: str, test: Test) -> list[Cell]:
         """The cells of `MEASURED`: what the features of an arm are on the images of a test."""
-        arm = self.described_arm(test) if self.described_arm else {} if test == self.tests[0] else None
-        return [] if arm is None else [Cell(m, self.model_seed, {"features": name, **arm}) for m in MEASURED]
+        if not self.all_described and test != self.tests[0]:
+            return []
+        arm = {"features": name, **(self.test_arm(test) if self.all_described else {})}
+        return [Cell(metric, self.model_seed, arm) for metric in MEASURED]
 
     def test_cells(self, name: str, test: Test) -> list[Cell]:
         """All cells of an arm on one test."""
@@ -180,11 +181,9 @@ def fit(
         if drawn_by is not None:
             drawn = stratified_fraction(labels, fraction, torch.Generator().manual_seed(drawn_by))
             x, y = features[drawn], labels[drawn]
-        noisy: dict[tuple[float, int], torch.Tensor] = {}
-        for label_noise, seed in {(training.label_noise, training.seed) for training in members}:
-            generator = torch.Generator().manual_seed(seed)
-            noisy[label_noise, seed] = flip_labels(y, label_noise, num_classes, generator)
-        label_sets = torch.stack([noisy[training.label_noise, training.seed] for training in members])
+        label_sets = torch.stack(
+            [flip_labels(y, t.label_noise, num_classes, torch.Generator().manual_seed(t.seed)) for t in members]
+        )
         batch = min(batch_size, len(y))
         x = x.to(device)
         probes = fit_linear_probes(
@@ -216,7 +215,7 @@ def sweep(
     load: Callable[[Test], tuple[kinds.Outputs, torch.Tensor]],
     *,
     device: torch.device | str,
-    lacks: Callable[[Cell], bool] = lambda cell: True,
+    lacking: Callable[[Iterable[Cell]], Sequence[Cell]] = list,
     study: Callable[[str, Fitted, torch.Tensor, torch.Tensor], list[Measured]] | None = None,
     progress: bool = False,
     **probe: Any,
@@ -232,7 +231,7 @@ def sweep(
         num_classes: at least 2.
         load: gives for a test the features (m, d) of its images under each frozen model, and their labels (m,).
         device: where probes are trained and tested.
-        lacks: whether a cell is to be measured.
+        lacking: gives the cells that are to be measured, such as `Run.lacking`.
         study: gives further cells of an arm on a test, from its name, its probes, and the features (m, d) and labels
             (m,) of the images. Cells of the grid that are among them are not measured again.
         progress: show progress bars.
@@ -245,9 +244,7 @@ def sweep(
         ValueError: a kind of features that does not exist; or as `fit`.
         FloatingPointError: the training of a probe diverged.
     """
-    makers = {
-        name: kinds.maker(grid.arms[name].kind, frozen) for name in grid.arms if any(map(lacks, grid.cells(name)))
-    }
+    makers = {name: kinds.maker(arm.kind, frozen) for name, arm in grid.arms.items() if lacking(grid.cells(name))}
     fitted: dict[str, Fitted] = {}
     for name, make in makers.items():
         fitted[name] = fit(
@@ -263,36 +260,34 @@ def sweep(
             Measured(cell, value, n)
             for training, (*values, n) in zip(fitted[name].trainings, fitted[name].own, strict=True)
             for cell, value in zip(grid.training_cells(name, training), values, strict=True)
-            if lacks(cell)
+            if lacking([cell])
         ]
-    lacking = [
-        test for test in grid.tests if any(lacks(cell) for name in makers for cell in grid.test_cells(name, test))
-    ]
-    for test in tqdm(lacking, desc="test sets", unit="set", disable=not progress or len(lacking) < 2):
+    tests = [test for test in grid.tests if any(lacking(grid.test_cells(name, test)) for name in makers)]
+    for test in tqdm(tests, desc="test sets", unit="set", disable=not progress or len(tests) < 2):
         outputs, answers = load(test)
         measured: list[Measured] = []
         for name, make in makers.items():
-            if not any(map(lacks, grid.test_cells(name, test))):
+            if not lacking(grid.test_cells(name, test)):
                 continue
             features = make(outputs)
             studied = study(name, fitted[name], features, answers) if study else []
-            measured += [measurement for measurement in studied if lacks(measurement.cell)]
             tested = set(grid.tested(name, test))
             chosen = [i for i, training in enumerate(fitted[name].trainings) if training in tested]
             weights, biases = (part[chosen] for part in fitted[name].probes)
             accuracies = probe_accuracy(weights, biases, features, answers, topk=(1,))[1].tolist()
             cells = [grid.accuracy_cell(name, fitted[name].trainings[i], test) for i in chosen]
             described = grid.described_cells(name, test)
-            if any(map(lacks, described)):
+            if lacking(described):
                 cells += described
                 accuracies += semantic_consistency(features, answers).summary.values()
             done = [measurement.cell for measurement in studied]
+            measured += studied
             measured += [
                 Measured(cell, value, len(answers))
                 for cell, value in zip(cells, accuracies, strict=True)
-                if lacks(cell) and cell not in done
+                if cell not in done
             ]
-        yield measured
+        yield [measurement for measurement in measured if lacking([measurement.cell])]
 
 
 def rows(

@@ -76,10 +76,7 @@ class SimCLRViews:
     hue: float = 0.2  # uniform in [-value, value], at most 0.5, in turns
     greyscale_probability: float = 0.2
     blur_probability: float = 0.5
-    blur_sigma: Sequence[float] = (
-        0.1,
-        2.0,
-    )  # in pixels of the view, from and to, above 0; cut at three times the latter
+    blur_sigma: Sequence[float] = (0.1, 2.0)  # pixels of the view, from and to, above 0; cut at three times the latter
 
     def __post_init__(self) -> None:
         if self.size < 1:

@@ -9,7 +9,7 @@ Every judge is made from its tokenizer and configuration alone, so that bad inpu
     judge.judge(batch)  # [Judgement(outcome="safe", scores={"dangerous": 0.01, ...}, reply=None)]
 """
 
-from evals.judges.base import THRESHOLD, EncodedText, Judge, Judgement, NoAnswerError, escape
+from evals.judges.base import THRESHOLD, Judge, Judgement, NoAnswerError, escape
 from evals.judges.beaverdam import BeaverDam
 from evals.judges.chat import LocalChatJudge, RubricJudge, read_rubric
 from evals.judges.endpoint import EndpointChatJudge
@@ -20,7 +20,6 @@ __all__ = [
     "THRESHOLD",
     "BeaverDam",
     "EncodedPolicies",
-    "EncodedText",
     "EndpointChatJudge",
     "Judge",
     "Judgement",

@@ -6,25 +6,14 @@ import re
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification
 
-from evals.contents import model_checksums
-from evals.judges.base import (
-    EncodedText,
-    Judge,
-    Judgement,
-    control_tokens,
-    escape,
-    judgement_of_scores,
-    left_padded,
-    positions,
-)
-from evals.models import check_base, hub_commit
+from evals.judges.base import EncodedText, Judgement, LocalJudge, escape, judgement_of_scores, left_padded, positions
 
 BEAVERDAM = "PKU-Alignment/beaver-dam-7b"  # the paper's judge
 
 
-class BeaverDam(Judge):
+class BeaverDam(LocalJudge):
     """BeaverDam, which flags a question with its answer if any of 14 categories is above the threshold.
 
     Template, end token, limit of 512 tokens and sigmoid are those of PKU-Alignment's moderation code.
@@ -42,20 +31,17 @@ class BeaverDam(Judge):
     _markers = re.compile(r"(BEGINNING OF CONVERSATION|USER|ASSISTANT)\s*:")
 
     def __init__(self, source: str, dtype: str = "auto") -> None:
-        self.source, self.dtype = source, dtype
-        self.tokenizer, config = check_base(source)
-        self.settings = {**model_checksums(source, hub_commit(source)), "dtype": dtype}
-        self.categories = [config.id2label[i] for i in range(config.num_labels)]
-        architectures = config.architectures or []
+        super().__init__(source, dtype)
+        self.categories = [self.config.id2label[i] for i in range(self.config.num_labels)]
+        architectures = self.config.architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in architectures) or len(self.categories) < 2:
             raise ValueError(
-                f"The judge {source!r} is a {', '.join(architectures) or config.model_type} with {config.num_labels} "
-                f"labels, and BeaverDam classifies 14 categories. Give it, such as {BEAVERDAM}."
+                f"The judge {source!r} is a {', '.join(architectures) or self.config.model_type} with "
+                f"{len(self.categories)} labels, and BeaverDam classifies 14 categories. Give it, such as {BEAVERDAM}."
             )
-        self.control_tokens = control_tokens(self.tokenizer)
 
     def load(self) -> None:
-        self.model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        self.model = AutoModelForSequenceClassification.from_pretrained(
             self.source,
             dtype=self.dtype,
             device_map="auto" if torch.cuda.is_available() else {"": "cpu"},

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import torch
 
-from evals.contents import model_checksums
-from evals.judges.base import EncodedText, Judge, Judgement, control_tokens, escape, left_padded
-from evals.models import check_base, hub_commit, load_base
+from evals.judges.base import EncodedText, Judge, Judgement, LocalJudge, escape, left_padded
 from evals.prompts import template_options
 from evals.thoughts import MARKERS, Thoughts, thoughts_with
 
@@ -87,7 +85,7 @@ class RubricJudge(Judge):
         return Judgement("truncated" if outcome == "safe" and clipped else outcome, {}, reply)
 
 
-class LocalChatJudge(RubricJudge):
+class LocalChatJudge(LocalJudge, RubricJudge):
     """Any causal language model with a chat template, asked greedily.
 
     Args:
@@ -99,29 +97,19 @@ class LocalChatJudge(RubricJudge):
     """
 
     def __init__(self, source: str, rubric: str, dtype: str = "auto") -> None:
-        super().__init__(rubric)
-        self.source, self.dtype = source, dtype
-        self.tokenizer, config = check_base(source)
-        self.settings = {
-            **model_checksums(source, hub_commit(source)),
-            "dtype": dtype,
-            "rubric": rubric_checksum(rubric),
-            "thinking": "off",
-        }
+        LocalJudge.__init__(self, source, dtype)
+        RubricJudge.__init__(self, rubric)
+        self.settings |= {"rubric": rubric_checksum(rubric), "thinking": "off"}
         if not self.tokenizer.chat_template:
             raise ValueError(f"The judge {source!r} has no chat template; give an instruction-tuned model.")
         self.thoughts = thoughts_with(self.tokenizer, "off", MARKERS)
-        self.control_tokens = control_tokens(self.tokenizer)
-        self.limit = int(getattr(config, "max_position_embeddings", 0) or self.tokenizer.model_max_length)
+        self.limit = int(getattr(self.config, "max_position_embeddings", 0) or self.tokenizer.model_max_length)
         self.limit -= self.MAX_NEW_TOKENS
         if len(self._ids(self.question("", ""))) > self.limit:
             raise ValueError(
                 f"The judge {source!r} has a context of {self.limit + self.MAX_NEW_TOKENS} tokens, which rubric and "
                 f"reply ({self.MAX_NEW_TOKENS} tokens) do not fit. Give another model or a shorter rubric."
             )
-
-    def load(self) -> None:
-        self.model = load_base(self.source, self.dtype, load_in_4bit=False)
 
     def encode(self, prompt: str, response: str) -> EncodedText:
         """The question; one that does not fit loses the end of the response, then of the prompt."""

@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from evals.contents import model_checksums
-from evals.judges.base import Judge, Judgement, control_tokens, escape, judgement_of_scores, left_padded, positions
-from evals.models import check_base, hub_commit, load_base
+from evals.judges.base import Judgement, LocalJudge, escape, judgement_of_scores, left_padded, positions
 
 SHIELDGEMMA = "google/shieldgemma-9b"  # the paper's judge
 # The text of each policy by its name, as the model card gives them.
@@ -34,7 +31,7 @@ class EncodedPolicies:
         return len(self.shared)
 
 
-class ShieldGemma(Judge):
+class ShieldGemma(LocalJudge):
     """ShieldGemma in its prompt-response mode, with the wording of its model card (`shieldgemma.json`).
 
     The policy follows the conversation in the prompt, so that the conversation is read once, and each of the four
@@ -56,11 +53,8 @@ class ShieldGemma(Judge):
     )
 
     def __init__(self, source: str, dtype: str = "auto") -> None:
-        self.source, self.dtype = source, dtype
-        self.tokenizer, config = check_base(source)
-        self.settings = {**model_checksums(source, hub_commit(source)), "dtype": dtype}
-        self.limit = int(config.max_position_embeddings)
-        self.control_tokens = control_tokens(self.tokenizer)
+        super().__init__(source, dtype)
+        self.limit = int(self.config.max_position_embeddings)
         self.answers = [self._single_token(word) for word in ("Yes", "No")]
         parts = ("the request asked", "the answer given", "the guideline followed")
         text = self.text(*parts) if self.tokenizer.chat_template else ""
@@ -78,9 +72,6 @@ class ShieldGemma(Judge):
                 f"is no ShieldGemma. Give one, such as {SHIELDGEMMA}, or judge with chat={self.source}."
             )
         return ids[0]
-
-    def load(self) -> None:
-        self.model: PreTrainedModel = load_base(self.source, self.dtype, load_in_4bit=False)
 
     def text(self, prompt: str, response: str, policy: str) -> str:
         """The judge's prompt for one policy; the conversation is written as it is."""

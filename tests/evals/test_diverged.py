@@ -20,7 +20,7 @@ from evals.judge import judge
 from evals.models import Adapter
 from evals.records import read_completions
 from evals.report import table, write_report
-from vision_bench.runs import DIVERGED, Run, read_rows
+from vision_bench.runs import DIVERGED, Run, read_rows, recorded
 
 
 def fill(folder, value, part=""):
@@ -164,7 +164,7 @@ def test_a_diverged_base_marks_every_arm(settings, capsys):
         (DIVERGED, None), (DIVERGED, "lora-seed0"), (DIVERGED, "monolora-seed1"),
     ]  # fmt: skip
     assert "The base model diverged: the base model's model." in capsys.readouterr().out
-    assert "diverged" in write_report(Run(settings.output_dir, "evals", settings.decisive))
+    assert "diverged" in write_report(Run(settings.output_dir, "evals", recorded(settings)))
 
 
 def test_the_command_ends_with_a_table_where_every_arm_diverged(settings, make_shieldgemma, capsys):

@@ -162,7 +162,7 @@ def test_a_thought_that_does_not_end_is_no_answer(scripted, make_shieldgemma, sc
     assert metrics(settings)["unfinished_thought", None] == 1
     source = f"shieldgemma={make_shieldgemma()}"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("evals.judges.chat.load_base", None)  # nothing is left to ask
+        patched.setattr("evals.judges.base.load_base", None)  # nothing is left to ask
         run = judge(settings.output_dir, [source])
     verdicts = read_verdicts(f"{settings.output_dir}/verdicts.jsonl").rows
     assert {(verdict.outcome, verdict.mean_score) for verdict in verdicts} == {("unfinished_thought", None)}

@@ -25,7 +25,7 @@ from evals.judge import judge
 from evals.prompts import dolly_held_out, dolly_prompt
 from evals.records import read_completions
 from tests.recipes.conftest import rows_of
-from vision_bench.runs import Run, read_rows
+from vision_bench.runs import Run, read_rows, recorded
 
 
 class TestContents:
@@ -302,7 +302,7 @@ class TestDivergence:
 
     def test_nothing_is_judged_where_all_answers_diverge(self, arguments, eval_data, beaverdam, tmp_path, monkeypatch):
         def generate(settings):
-            run = Run(settings.output_dir, "evals", settings.decisive)
+            run = Run(settings.output_dir, "evals", recorded(settings))
             for adapter in settings.adapters:
                 run.add_diverged("its logits", n=1, seed=0, seconds=0, device="cpu", adapter=adapter.name, task=None)
             return run

@@ -35,13 +35,7 @@ def png(array, **options):
 
 
 def rows(values, column="label"):
-    from io import BytesIO
-
-    encoded = []
-    for seed in range(len(values)):
-        buffer = BytesIO()
-        Image.fromarray(pixels(seed)).save(buffer, "png")
-        encoded.append({"bytes": buffer.getvalue(), "path": None})
+    encoded = [{"bytes": png(pixels(seed)), "path": None} for seed in range(len(values))]
     return {"picture": encoded, column: values}
 
 

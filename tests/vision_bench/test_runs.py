@@ -26,7 +26,6 @@ from vision_bench.runs import (
     option,
     paired_difference,
     parse,
-    provenance,
     read_rows,
     recorded,
     run_as_program,
@@ -389,19 +388,19 @@ def test_the_commit_is_that_of_the_repository_the_code_is_part_of(tmp_path, monk
     git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(tmp_path)]
     package = tmp_path / ".venv" / "site-packages"
     package.mkdir(parents=True)
-    shutil.copy(provenance.__file__, package / "provenance.py")
+    shutil.copy(runs.run.__file__, package / "run.py")
     (tmp_path / "theirs.py").write_text("")
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", "theirs.py"], check=True)
     subprocess.run([*git, "commit", "-qm", "theirs"], check=True)
-    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    monkeypatch.setattr(runs.run, "__file__", str(package / "run.py"))
     commit = runs.commit.__wrapped__
     assert commit() is None
     subprocess.run([*git, "add", "-f", ".venv"], check=True)
     subprocess.run([*git, "commit", "-qm", "ours too"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert commit() == head
-    (package / "provenance.py").write_text("# changed\n")
+    (package / "run.py").write_text("# changed\n")
     assert commit() == head + "-dirty"
 
 

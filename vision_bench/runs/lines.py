@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
@@ -149,17 +148,15 @@ class LineAppender:
 
     def replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Let the file have `rows` and no others, whole or not at all."""
-        self.close()
         write_atomic(self.path, "".join(map(line, rows)))
+        self.close()
         self.open()
 
     def __enter__(self) -> LineAppender:
         self.open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -8,20 +8,29 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from vision_bench.runs.lines import LineAppender, line, locked, read_lines, write_atomic
-from vision_bench.runs.provenance import commit, versions
 from vision_bench.runs.settings import differences
 
 ROWS = "results.jsonl"
 CONFIG = "config.json"
 DIVERGED = "diverged"  # metric of the row that marks an arm whose weights, scores or features are not finite
+_PACKAGES = (
+    "mono-peft", "torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "lm_eval", "timm",
+    "numpy", "scipy",
+)  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -239,10 +248,10 @@ class Run:
         self.bind()
         self.rows = list(rows)
         self._index = {}
-        self.write(ROWS, "".join(map(line, rows)))
         if self._appender is not None:
-            self._appender.close()  # its file is the one that was replaced
-            self._appender.open()
+            self._appender.replace(rows)
+        else:
+            self.write(ROWS, "".join(map(line, rows)))
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the folder, whole or not at all."""
@@ -273,3 +282,38 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         ValueError: a line is not a row; names the line.
     """
     return [row for _, row in read_lines(path).rows]
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results, those installed."""
+    installed = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return installed
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the repository that this file is part of, with "-dirty" if files differ from it.
+
+    None outside a checkout, and for an installed copy, whatever repository the environment lies in.
+    """
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def device_name(device: torch.device | str | None = None) -> str:
+    """'cpu (2 threads)', or the name of the GPU; by default of what torch would use."""
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if kind.type == "cuda":
+        return torch.cuda.get_device_name(kind)
+    return f"cpu ({torch.get_num_threads()} threads)" if kind.type == "cpu" else kind.type
