@@ -24,8 +24,9 @@ SHARED = [*SMALL, "--noises", "gaussian", "--scales", "0.5", "--shared_pretraini
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, pretrained_models):
     path = tmp_path_factory.mktemp("input_noise")
+    shutil.copytree(pretrained_models, path / "models")
     main(["--output_dir", str(path), *SMALL, *NOISE])
     return path
 

@@ -21,8 +21,9 @@ SMALL = [*PROBING, "--sae_k", "8", "--samples", "4", "--dimensions", "1"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, pretrained_models):
     path = tmp_path_factory.mktemp("top")
+    shutil.copytree(pretrained_models, path / "models")
     main(["--output_dir", str(path), *SMALL])
     return path
 
