@@ -13,8 +13,9 @@ import torch
 
 from .endpoint import Completion, EndpointError, Served
 
-# Root mean square differences in nats: of bfloat16 with other kernels at most, and of a quantised model at most.
-_HALF_PRECISION, _LARGEST_ROUNDING = 0.1, 0.3
+# Root mean square differences in nats that rounding makes at most: in bfloat16 with other kernels (0.1 was seen with a
+# small language model), and in a quantised model.
+_HALF_PRECISION, _LARGEST_ROUNDING = 0.2, 0.3
 _NOT_APPLIED = "served model {} equals the base: the adapter is not applied"
 _OTHERS = "another adapter, scale or precision, or a part of the modules only"
 
@@ -72,7 +73,7 @@ def _problem(
             "a much lower precision"
         )
     near, far = sorted((to_ours, to_base))
-    # The server may round the adapter's weights too, which changes its effect by less than a hundredth.
+    # The server may round the adapter's weights too, which changes their effect by less than a hundredth.
     tolerance = effect / 4 if noise is None else max(effect / 50, 3 * noise)
     if effect > 0 and near <= tolerance and near <= far / 2:
         return None if to_ours < to_base else _NOT_APPLIED.format(served.name)
@@ -80,7 +81,7 @@ def _problem(
     if effect == 0 or (near <= rounding and near > far / 2):
         return (
             f"adapter and base are too alike on the prompts to tell which is served: {effect:.2g} nats between them, "
-            f"the served model {distances}"
+            f"the served model {distances}. Serve it in float32 for the check, and give --dtype float32 here"
         )
     nearer = "nearer to ours" if to_ours < to_base else "nearer to the base"
     return f"served model {served.name} equals neither the adapter nor the base ({nearer}: {distances}): {_OTHERS}"
