@@ -233,9 +233,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--port", default=8000, type=int)
     parser.add_argument("--trust-remote-code", action="store_true")
     known, _ = parser.parse_known_args(options)
-    signal.signal(signal.SIGTERM, _stop)
     before = Path.cwd()
     with TemporaryDirectory(prefix="mono-peft-serve-") as temporary:
+        _remove_at_sigterm(temporary)
         try:
             base = local_folder(base_name, ("*.safetensors", "*.json", "*.py", *TOKENIZER_FILES))
             adapter = local_folder(adapter_name, (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *TOKENIZER_FILES))
@@ -256,9 +256,15 @@ def main(arguments: list[str]) -> None:
             os.chdir(before)
 
 
-def _stop(number: int, frame: object) -> None:
-    """End the process by an exception, so that the temporary folder is removed."""
-    raise SystemExit(128 + number)
+def _remove_at_sigterm(folder: str) -> None:
+    """Remove `folder` when the process is told to end, which then ends at once, as without this."""
+
+    def end(number: int, frame: object) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 if __name__ == "__main__":
