@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from .layer import ACTIVATIONS
 from .names import peft_type
@@ -185,6 +186,12 @@ class MonoLoraConfig(PeftConfig):
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`: the indices of the layers to adapt.")
+
+    def rank_and_scale(self, module_name: str) -> tuple[int, float]:
+        """r and s = alpha / r (alpha / sqrt(r) with `use_rslora`) of a module, by its name in the base model."""
+        rank = self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), module_name), self.r)
+        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern.keys(), module_name), self.monolora_alpha)
+        return rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -85,10 +84,9 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         *,
         r: int,
-        alpha: float,
+        scaling: float,
         dropout: float,
         activation: str,
-        use_rslora: bool,
         init_weights: bool | str,
         inference_mode: bool,
     ) -> None:
@@ -96,15 +94,14 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
 
         Args:
             r: rank, a positive integer.
-            alpha: numerator of the scale s = alpha / r, or alpha / sqrt(r) with `use_rslora`.
+            scaling: the scale s, positive.
             dropout: probability in [0, 1) of zeroing an element of x before A.
             activation: a key of `ACTIVATIONS`.
             init_weights: see `MonoLoraConfig`.
             inference_mode: leave the adapter frozen.
         """
         self.r[adapter_name] = r
-        self.initial_scaling[adapter_name] = alpha / math.sqrt(r) if use_rslora else alpha / r
-        self.scaling[adapter_name] = self.initial_scaling[adapter_name]
+        self.initial_scaling[adapter_name] = self.scaling[adapter_name] = scaling
         self.monolora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.monolora_activation[adapter_name] = ACTIVATIONS[activation]()
         self.monolora_encoder[adapter_name] = self.new_encoder(r)

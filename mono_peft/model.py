@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .bypass import warn_of_idle_layers
@@ -138,13 +138,12 @@ class MonoLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
+        rank, scale = peft_config.rank_and_scale(current_key)
         options = {
-            "r": ranks.get(get_pattern_key(ranks.keys(), current_key), peft_config.r),
-            "alpha": alphas.get(get_pattern_key(alphas.keys(), current_key), peft_config.monolora_alpha),
+            "r": rank,
+            "scaling": scale,
             "dropout": peft_config.monolora_dropout,
             "activation": peft_config.activation,
-            "use_rslora": peft_config.use_rslora,
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
         }
