@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 from transformers.activations import ACT2FN
 
-from . import fused
+from . import direct, fused
 
 # sigma by name. All but `identity` are non-negative; `identity` is the linear control, equal to LoRA.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -153,10 +153,10 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
                 "__base__" for none. Inference only.
         """
         with_gradient = torch.is_grad_enabled()
-        if with_gradient and adapter_names is None and not (args or kwargs or self.disable_adapters):
-            fused_result = self.fused_forward(x)
-            if fused_result is not None:
-                return fused_result
+        if adapter_names is None and not (args or kwargs or self.disable_adapters):
+            faster = self.fused_forward(x) if with_gradient else direct.linear_forward(self, x)
+            if faster is not None:
+                return faster
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result

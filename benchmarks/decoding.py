@@ -1,0 +1,114 @@
+"""Speed of greedy generation with an adapter beside the base model, MonoLoRA and PEFT's LoRA (not merged).
+
+    OMP_NUM_THREADS=1 python benchmarks/decoding.py                # a random Llama of SmolLM2-135M's shape: 15 minutes
+    OMP_NUM_THREADS=1 python benchmarks/decoding.py --model FOLDER --ranks 8 --batches 1
+    OMP_NUM_THREADS=1 python benchmarks/decoding.py --compiled --ranks 8 --batches 1
+
+A MonoLoRA adapter cannot be merged, so that its cost for each token stays. All linear layers are adapted. The arms run
+one after another within each of `--rounds` rounds, in one process; a round is one call of `generate` with a prompt of
+16 tokens. On a CPU it is timed by the processor's time, so use one thread. The overhead of an arm is its time for a
+token of every sequence minus the base's; the last column has the ratio of the medians and, of the rounds' own ratios,
+the middle half. With `--compiled` the model's forward is compiled by `torch.compile` in one graph with a static cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from functools import partial
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from adapter_step import ARMS, with_adapters
+from measuring import in_turn, machine, options_of, ratios
+from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM
+
+PROMPT_TOKENS = 16
+
+
+def base_model(folder: str | None, dtype: torch.dtype) -> Any:
+    """The model in `folder`, or one of SmolLM2-135M's shape with random weights."""
+    if folder is not None:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def generated(model: Any, ids: torch.Tensor, new_tokens: int, **settings: Any) -> torch.Tensor:
+    """The tokens that greedy generation adds to `ids`: (sequences, new_tokens)."""
+    output: torch.Tensor = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+        do_sample=False, pad_token_id=0, **settings,
+    )  # fmt: skip
+    return output[:, ids.shape[1] :]
+
+
+def compiled_settings() -> dict[str, Any]:
+    """Options of `generate` that compile the model's forward, also on a CPU."""
+    compile_config = CompileConfig(fullgraph=True)
+    compile_config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": compile_config}
+
+
+def row(base: Any, r: int, batch: int, options: argparse.Namespace) -> str:
+    """A line of the table."""
+    models = with_adapters(base, target_modules="all-linear", r=r, task_type="CAUSAL_LM")
+    ids = torch.randint(0, base.config.vocab_size, (batch, PROMPT_TOKENS), device=base.device)
+    settings = compiled_settings() if options.compiled else {}
+    equal = []
+    for model in models.values():
+        model.eval()
+        if options.compiled:
+            plain = generated(model, ids, options.new_tokens)
+            equal.append((plain == generated(model, ids, options.new_tokens, **settings)).float().mean().item())
+    runs = {n: partial(generated, m, ids, options.new_tokens, **settings) for n, m in models.items()}
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    times = in_turn(runs, options.rounds, clock=clock)
+    step = {name: 1e3 * median(values) / options.new_tokens for name, values in times.items()}
+    over_base = {
+        name: [ours - theirs for ours, theirs in zip(times[name], times["base"], strict=True)] for name in ARMS[1:]
+    }
+    overheads = {name: step[name] - step["base"] for name in ARMS[1:]}
+    low, _, high = quantiles(ratios(over_base, "MonoLoRA", "LoRA"), n=4)
+    cells = [
+        f"r {r}, batch {batch}",
+        *(f"{1e3 * batch / step[name]:.1f}" for name in ARMS),
+        f"{step['base']:.2f}",
+        *(f"{overheads[name]:.2f}" for name in ARMS[1:]),
+        f"{overheads['MonoLoRA'] / overheads['LoRA']:.2f} ({low:.2f} to {high:.2f})",
+        *(["/".join(f"{100 * share:.0f}" for share in equal)] if equal else []),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Time and print a line after another."""
+    parser = options_of(__doc__)
+    parser.add_argument("--model", help="folder of a causal language model")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of all weights"
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--new_tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=15, help="rounds that count")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile with a static cache")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = base_model(options.model, getattr(torch, options.dtype)).to(device)
+    print(f"{machine('peft', 'transformers')}, {options.dtype}\n")
+    columns = ["all-linear", *(f"{arm}, tokens/s" for arm in ARMS), "base, ms", "LoRA's overhead, ms", "MonoLoRA's"]
+    columns += ["their ratio (middle half)", *(["equal to eager, %"] if options.compiled else [])]
+    print(f"| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
+    for r in options.ranks:
+        for batch in options.batches:
+            print(row(base, r, batch, options), flush=True)
+
+
+if __name__ == "__main__":
+    main()
