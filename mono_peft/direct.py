@@ -34,30 +34,30 @@ def linear_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     encoder = modules["monolora_encoder"]._modules.get(name)
     if encoder is None:
         return None
-    a, b = _plain_weight(encoder), _plain_weight(modules["monolora_decoder"]._modules[name])
+    encoding, decoding = _plain_parameters(encoder), _plain_parameters(modules["monolora_decoder"]._modules[name])
+    if encoding is None or decoding is None:
+        return None
     dropout = modules["monolora_dropout"]._modules[name]
-    if (
-        a is None
-        or b is None
-        or not (type(dropout) is nn.Identity or (_is_unhooked(dropout) and not dropout.training))
-    ):
+    if type(dropout) is not nn.Identity and (dropout.training or not _is_unhooked(dropout)):
         return None
     base, activation = modules["base_layer"], modules["monolora_activation"]._modules[name]
-    weight = _plain_weight(base)
-    result = base(x) if weight is None else functional.linear(x, weight, base._parameters["bias"])
-    latents = functional.linear(x if x.dtype == a.dtype else layer._cast_input_dtype(x, a.dtype), a)
+    weights = _plain_parameters(base)
+    result = base(x) if weights is None else functional.linear(x, *weights)
+    dtype = encoding[0].dtype
+    latents = functional.linear(x if x.dtype == dtype else layer._cast_input_dtype(x, dtype), *encoding)
     is_relu = type(activation) is nn.ReLU and _is_unhooked(activation)
-    unscaled = functional.linear(torch.relu(latents) if is_relu else activation(latents), b)
+    unscaled = functional.linear(torch.relu(latents) if is_relu else activation(latents), *decoding)
     if unscaled.dtype != result.dtype:  # a conversion that changes nothing takes time, too
         unscaled = unscaled.to(result.dtype)
     return torch.add(result, unscaled, alpha=layer.scaling[name])
 
 
-def _plain_weight(module: nn.Module) -> torch.Tensor | None:
-    """W, where calling `module` is `linear(x, W, b)` and nothing else; None also if somebody keeps W elsewhere."""
+def _plain_parameters(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """W and b, where calling `module` is `linear(x, W, b)` and nothing else; None also if they are kept elsewhere."""
     if type(module) is not nn.Linear or not _is_unhooked(module):
         return None
-    return module._parameters.get("weight")  # FSDP1 and pruning take it from there
+    parameters: Any = module._parameters  # FSDP1 takes them from there
+    return (parameters["weight"], parameters["bias"]) if len(parameters) == 2 else None
 
 
 def _is_unhooked(module: nn.Module) -> bool:

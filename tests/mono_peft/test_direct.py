@@ -226,6 +226,14 @@ class OwnForward(nn.Linear):
         return super().forward(x) + 1
 
 
+def test_adapters_that_were_given_a_bias_use_it():
+    _, layer = adapted()
+    layer.monolora_encoder.default, layer.monolora_decoder.default = nn.Linear(6, 3), nn.Linear(3, 5)
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), one_by_one(layer, x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("base", [OwnForward(6, 5), Conv1D(5, 6)])
 def test_a_base_that_is_not_plain_is_called(base):
     _, layer = adapted(base)
