@@ -174,6 +174,8 @@ class MonoLoraModel(BaseTuner):
             parent, target, target_name = _get_submodules(model, module_name)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._create_and_replace(peft_config, adapter_name, target, target_name, parent, name, parameter_name)
+        # PEFT before 0.21 looks for the names here, and not at what is returned.
+        self.targeted_parameter_names = sorted({*self.targeted_parameter_names, *names})
         return names
 
     def _default_targets(self, model: nn.Module) -> set[str]:

@@ -3,8 +3,10 @@
 import copy
 import math
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import (
@@ -215,6 +217,8 @@ def test_without_an_update_it_is_the_base_to_the_last_bit(family):
 @every_family
 def test_the_identity_equals_lora(family):
     """Float64 and the same weights; PEFT's LoRA adds s B_e A_e to the stacked weight."""
+    if Version(peft.__version__) < Version("0.20"):
+        pytest.skip("LoRA of older PEFT takes in for out where the stacked weight is not transposed")
     base = base_of(family, experts_implementation="eager").double()
     lora = get_peft_model(
         copy.deepcopy(base),
@@ -304,7 +308,7 @@ def test_dropout_acts_on_what_the_encoder_sees_in_training_only():
 
 
 @pytest.mark.parametrize("r", [1, 3, 4, 8])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 def test_every_rank_in_the_dtypes_of_the_kernel(r, dtype, tolerance):
     """torch's grouped product wants rows of whole 16 bytes, and r need not be; hidden states of 12 numbers are not."""
     found = {}
