@@ -64,7 +64,9 @@ def read_adapter(folder: Path, adapter_id: int, worker: WorkerLoRAManager) -> Lo
     _check_modules(adapter, manager, folder)
     for name, table in embeddings.items():
         name = name if mapper is None else mapper._map_name(name)
-        _check_embedding(name, table, manager.modules[name].base_layer, folder)
+        module = manager.model.get_submodule(name)
+        if not isinstance(module, PPMissingLayer):
+            _check_embedding(name, table, getattr(module, "base_layer", module), folder)
     return adapter
 
 

@@ -175,7 +175,7 @@ def prompts(count, seed=0, lengths=(7, 13, 40)):
     return [torch.randint(3, 300, (lengths[i],), generator=generator).tolist() for i in picked]
 
 
-def generate(llm, folder, batch, length, prompt_logs=False, seed=None):
+def generate(llm, folder, batch, length, prompt_logs=False, requests=None):
     """Greedy answers to pairs of an adapter and a prompt, all in one batch: tokens, and log-probabilities of each."""
     from vllm import SamplingParams
 
@@ -185,7 +185,7 @@ def generate(llm, folder, batch, length, prompt_logs=False, seed=None):
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for _, prompt in batch],
         sampling,
-        lora_request=[request(folder, name) for name, _ in batch],
+        lora_request=requests or [request(folder, name) for name, _ in batch],
         use_tqdm=False,
     )
     return [
