@@ -15,10 +15,11 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
-from measuring import in_turn, machine, median, options_of
+from measuring import in_turn, machine, options_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM

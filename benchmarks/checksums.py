@@ -11,9 +11,10 @@ from __future__ import annotations
 import tempfile
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import timm
-from measuring import median, options_of, seconds
+from measuring import options_of, seconds
 
 from vision_bench import models
 from vision_bench.runs import Run, file_checksum

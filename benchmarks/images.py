@@ -13,9 +13,10 @@ import io
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
-from measuring import median, options_of
+from measuring import options_of
 from PIL import Image
 
 from vision_bench.data import find_images

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
-from measuring import in_turn, machine, median, options_of
+from measuring import in_turn, machine, options_of
 from timm.optim import Lars
 from torch import nn
 from torch.nn import functional as F

@@ -11,7 +11,6 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from statistics import median
 
 import torch
 
@@ -69,6 +68,3 @@ def spread(times: Mapping[str, Sequence[float]], arm: str, over: str) -> str:
     """The least and the largest of the ratios, in words."""
     ascending = ratios(times, arm, over)
     return f"(rounds {ascending[0]:.1f} to {ascending[-1]:.1f})"
-
-
-__all__ = ["in_turn", "machine", "median", "options_of", "ratios", "seconds", "spread"]

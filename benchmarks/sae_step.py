@@ -22,10 +22,11 @@ import types
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from statistics import median
 from typing import NamedTuple
 
 import torch
-from measuring import machine, median, options_of, ratios, seconds
+from measuring import machine, options_of, ratios, seconds
 from torch.nn import functional as F
 
 from vision_bench import sae

@@ -14,9 +14,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import torch
-from measuring import in_turn, machine, median, options_of, ratios, spread
+from measuring import in_turn, machine, options_of, ratios, spread
 
 from vision_bench.metrics import semantic_consistency
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import numpy as np
 import torch
-from measuring import in_turn, machine, median, options_of, spread
+from measuring import in_turn, machine, options_of, spread
 
 from vision_bench.superposition import train
 

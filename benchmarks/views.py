@@ -14,10 +14,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import kornia.augmentation as augment
 import torch
-from measuring import in_turn, machine, median, options_of, ratios, spread
+from measuring import in_turn, machine, options_of, ratios, spread
 from torchvision import transforms
 from torchvision.transforms.v2 import functional
 

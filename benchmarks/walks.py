@@ -14,10 +14,10 @@ import runpy
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -41,12 +41,13 @@ WALKS = {  # a file of recipes or a package, and the options of a tiny run
 
 
 @contextmanager
-def entered(files: dict[str, str]) -> Any:
-    """Fill `files` with those of ours whose functions are called meanwhile, each with the function that was first."""
+def entered() -> Iterator[dict[str, str]]:
+    """Our files whose functions are called meanwhile, each with the function that was first."""
+    files: dict[str, str] = {}
     importing = threading.local()
 
     def trace(frame: FrameType, event: str, argument: Any) -> None:
-        code: CodeType = frame.f_code
+        code = frame.f_code
         if not code.co_filename.startswith(f"{ROOT}/"):
             return
         if not code.co_flags & inspect.CO_OPTIMIZED:  # the body of a module or a class
@@ -61,7 +62,7 @@ def entered(files: dict[str, str]) -> Any:
     sys.setprofile(trace)
     threading.setprofile(trace)
     try:
-        yield
+        yield files
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
@@ -90,11 +91,10 @@ def main() -> None:
     for name in sys.argv[1:] or list(WALKS):
         target, arguments = WALKS[name]
         main_function = program(target)
-        files: dict[str, str] = {}
         with tempfile.TemporaryDirectory() as folder:
             further = sentences(Path(folder)) if name == "sst2" else []
             sys.argv = [target, "--output_dir", f"{folder}/run", *arguments.split(), *further]
-            with entered(files):
+            with entered() as files:
                 main_function()
         print(f"\n{name}: {len(files)} files\n")
         for path, function in files.items():

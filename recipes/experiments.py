@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from vision_bench.figures import SUFFIXES
-from vision_bench.runs import Cell, Run
+from vision_bench.runs import DIVERGED, Cell, Run, parse, recorded
 
 
 class CannotShow(ValueError):
@@ -94,6 +94,21 @@ class Experiment:
             )
         return {**(self.defaults or {}), **settings, **facts}
 
+    def run(
+        self, settings_class: type[Any], measure: Callable[[Run, Any], None], arguments: list[str] | None = None
+    ) -> None:
+        """Measure what the output folder has no rows of, then show it: the program of an experiment without images.
+
+        Args:
+            settings_class: of all settings; one is output_dir.
+            measure: adds the rows that a run lacks, by the settings.
+        """
+        (settings,) = parse([settings_class], arguments)
+        run = Run(settings.output_dir, self.recipe, recorded(settings), defaults=self.defaults)
+        run.bind()
+        measure(run, settings)
+        show(run, self.report, self.draw)
+
     def lacking(self, run: Run) -> str | None:
         """What a stopped run lacks, in words; None if it is whole."""
         cells = run.lacking(self.cells(run.config))
@@ -120,3 +135,23 @@ class Experiment:
             for name, caption in self.pictures.items()
             for path in sorted(folder.glob(f"{name}.png"))
         ]
+
+
+def show(run: Run, report: Callable[[Run], str], draw: Callable[[Run], None] | None = None) -> None:
+    """Write `results.md`, draw, and print the tables; the main process does."""
+    if run.is_main:
+        text = report(run) + diverged_seeds(run)
+        run.write("results.md", text)
+        if draw is not None:
+            draw(run)
+        print(text)
+
+
+def diverged_seeds(run: Run) -> str:
+    """Which seeds diverged as a whole, and why, as Markdown; nothing where none did."""
+    # A mark with a method is of an arm, and stands in the recipe's own table.
+    marks = [row for row in run.find(DIVERGED) if "method" not in row["config"]]
+    if not marks:
+        return ""
+    reasons = "; ".join(f"{row['seed']} ({row['config']['reason'].rstrip('.')})" for row in marks)
+    return f"\n**Diverged:** seeds {reasons}. They have no part in the tables, which are of the other seeds.\n"

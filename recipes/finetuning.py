@@ -38,6 +38,7 @@ from vision_bench.features import normalise
 from vision_bench.finetune import CROPS_AND_FLIPS, LAYERS, Classifier, FinetuneConfig, embed, finetune
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.models import ContrastiveModel
+from vision_bench.report import measured_header, with_widths
 from vision_bench.runs import DIVERGED, Cell, Run, defaults, device_name, option, parse
 from vision_bench.runs.statistics import Interval, interval, markdown_table, paired_difference
 
@@ -353,8 +354,9 @@ class Study:
     def experiment(self, **shown: Any) -> Experiment:
         """The study for the page of results; `shown` are the items, title, claim and pictures."""
         recorded = defaults(ThreeSeeds, FinetuningSettings, self.settings) | {vision.IMAGES: None}
-        grid: dict[str, Any] = {"cells": self.cells, "report": self.report, "draw": self.draw}
-        return Experiment(recipe=self.recipe, defaults=recorded, **grid, **shown)
+        return Experiment(
+            recipe=self.recipe, cells=self.cells, report=self.report, draw=self.draw, defaults=recorded, **shown
+        )
 
     def main(self, arguments: list[str] | None = None) -> None:
         """Finetune what the output folder has no rows of, then write and print the table and draw the figures."""
@@ -382,7 +384,7 @@ class Study:
                 line.append(mean(run.find(metric, method=method, **condition)).text(0 if "live" in metric else 3))
             lines.append([name, method, *line])
         header = ["condition", "arm", "train", "validation", "train - ce", "validation - ce"]
-        arms = markdown_table([*header, *(metric.replace("_", " ") for metric in MEASURED)], lines)
+        arms = markdown_table([*header, *measured_header()], lines)
         pairs = [("nce", over) for over in methods if over != "nce" and "nce" in methods]
         pairs += [(method, over) for method in methods if (over := ARMS.get(method, Arm()).baseline) in methods]
         lines = []
@@ -429,12 +431,12 @@ consistency with shuffled labels. Controls: {controls}{100 * config["held_out"]:
         for method in methods:
             for name, metric in zip(per_epoch, ACCURACIES, strict=True):
                 final = [accuracy(run, FINAL[metric], method=method, **condition) for condition in conditions]
-                panels[name][method] = curve(final)
+                panels[name][method] = with_widths(final)
                 values = [accuracy(run, metric, method=method, epoch=epoch, **hardest) for epoch in epochs]
-                per_epoch[name][method] = curve(values)
+                per_epoch[name][method] = with_widths(values)
             if method != "ce":
                 gains = [gain(run, "validation_top1", method, condition) for condition in conditions]
-                panels["test, points over ce"][method] = curve(gains)
+                panels["test, points over ce"][method] = with_widths(gains)
         shares = [condition[self.axis] for condition in conditions]
         published = {s and 100 * s: points for s, points in self.published.items() if s in (None, *shares)}
         notes = {method: diverged(run, conditions, method) for method in methods}
@@ -443,8 +445,3 @@ consistency with shuffled labels. Controls: {controls}{100 * config["held_out"]:
         figures.save(run.folder / self.picture, figures.band_curves(*curves, **options))
         notes = {method: diverged(run, [hardest], method) for method in methods}
         figures.save(run.folder / "epochs", figures.band_curves(epochs, per_epoch, "epoch", notes=notes))
-
-
-def curve(values: Sequence[Interval]) -> figures.Curve:
-    """Means and half-widths for a drawing."""
-    return [value.mean for value in values], [value.half_width or 0.0 for value in values]

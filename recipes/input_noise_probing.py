@@ -23,23 +23,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from experiments import Experiment
-from probing import (
-    FEATURES,
-    ControlSettings,
-    all_cells,
-    controlled_grid,
-    measure,
-    notes,
-    probe_table,
-    recorded_defaults,
-)
-from vision import PretrainingSettings, ProbingSettings, begin, finish, load_splits, models_of
+from probing import FEATURES, ControlSettings, controlled_grid, experiment, notes, probe_table, run_experiment
+from vision import PretrainingSettings, ProbingSettings, models_of
 
 from vision_bench import figures
 from vision_bench.corruptions import CONDITIONS, SPACES, InputNoise, noise_names
 from vision_bench.report import ProbeTable
-from vision_bench.runs import Run, option, parse, run_as_program
+from vision_bench.runs import Run, option, run_as_program
 from vision_bench.sweep import Grid, Test
 
 CLEAN = ("none", 0.0)
@@ -100,9 +90,6 @@ def grid(config: dict[str, Any], model_seed: int) -> Grid:
     return controlled_grid(config, model_seed, [Test(), *noisy], test_arm=test_arm)
 
 
-cells = partial(all_cells, grid)  # every row that a whole run has, from its configuration
-
-
 def table_of(run: Run) -> ProbeTable:
     """The accuracies, a column for each noise and scale."""
     columns = dict.fromkeys(level for noise in run.config["noises"] for level in levels(run.config, noise))
@@ -147,7 +134,9 @@ def draw(run: Run) -> None:
     figures.save(run.folder / "figure_1b", figures.accuracy_bars(*table.bars(shown, FEATURES)))
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = experiment(
+    SETTINGS,
+    grid,
     recipe="input_noise_probing",
     items=("figure_2ab", "figure_1b"),
     title="Figures 2(a), 2(b) and 1(b): input noise",
@@ -157,21 +146,13 @@ EXPERIMENT = Experiment(
         "figure_2_*": "Figure 2(a, b): {} noise, ours",
         "figure_1b": "Figure 1(b), input noise: ours",
     },
-    cells=cells,
     report=report,
     draw=draw,
-    defaults=recorded_defaults(*SETTINGS),
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
-    settings = parse(SETTINGS, arguments)
-    splits = load_splits(settings[0])
-    # An earlier version drew the noise of a seed in one stream, and its rows are not continued with other noise.
-    accelerator, run = begin("input_noise_probing", settings, splits, {"noise_draw": "by image"})
-    measure(run, settings, splits, accelerator, grid)
-    finish(accelerator, run, report, draw)
+# An earlier version drew the noise of a seed in one stream, and its rows are not continued with other noise.
+main = partial(run_experiment, EXPERIMENT, SETTINGS, grid, config={"noise_draw": "by image"})
 
 
 if __name__ == "__main__":

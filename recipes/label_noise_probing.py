@@ -21,20 +21,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from experiments import Experiment
 from paper import TABLE_1, TABLE_1_RATES
-from probing import (
-    FEATURES,
-    ControlSettings,
-    all_cells,
-    check_rates,
-    controlled_grid,
-    measure,
-    notes,
-    probe_table,
-    recorded_defaults,
-)
-from vision import PretrainingSettings, ProbingSettings, finish, highest_with_signal, start
+from probing import FEATURES, ControlSettings, controlled_grid, experiment, notes, probe_table, run_experiment
+from vision import PretrainingSettings, ProbingSettings, check_rates, highest_with_signal
 
 from vision_bench import figures
 from vision_bench.report import ProbeTable, with_widths
@@ -60,9 +49,6 @@ def grid(config: dict[str, Any], model_seed: int) -> Grid:
     return controlled_grid(
         config, model_seed, [Test()], training_arm=lambda training: {"noise_rate": training.label_noise}
     )
-
-
-cells = partial(all_cells, grid)  # every row that a whole run has, from its configuration
 
 
 def table_of(run: Run) -> ProbeTable:
@@ -118,7 +104,9 @@ def draw(run: Run) -> None:
         figures.save(run.folder / "gains_beside_paper", beside)
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = experiment(
+    SETTINGS,
+    grid,
     recipe="label_noise_probing",
     items=("table_1", "figure_1b"),
     title="Table 1 and Figure 1(b): linear probes under label noise",
@@ -129,19 +117,13 @@ EXPERIMENT = Experiment(
         "gains_beside_paper": "Table 1 as gains: ours (line, 95 % band) and the paper's (markers)",
         "all_rates": "Table 1, ours: all features and controls",
     },
-    cells=cells,
     report=report,
     draw=draw,
     facts=("num_classes",),
-    defaults=recorded_defaults(*SETTINGS),
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
-    settings, splits, accelerator, run = start("label_noise_probing", SETTINGS, arguments)
-    measure(run, settings, splits, accelerator, grid)
-    finish(accelerator, run, report, draw)
+main = partial(run_experiment, EXPERIMENT, SETTINGS, grid)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from finetuning import Study
 from paper import NOISY_GAINS
+from vision import check_rates
 
 from vision_bench.runs import option, run_as_program
 
@@ -31,11 +32,7 @@ class NoisySettings:
     fraction: float = option(0.25, help="Of the training set, drawn from each class.")
 
     def __post_init__(self) -> None:
-        if not self.noise_rates or len(set(self.noise_rates)) < len(self.noise_rates):
-            raise ValueError(f"noise_rates takes different numbers, got {self.noise_rates}.")
-        for rate in self.noise_rates:
-            if not 0 <= rate <= 1:
-                raise ValueError(f"noise_rates has {rate}; each must be in [0, 1], 0.9 for 90 % of the labels.")
+        check_rates(self.noise_rates)
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction is {self.fraction}; it must be in (0, 1].")
 

@@ -31,23 +31,13 @@ import math
 import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
-from experiments import CannotShow, Experiment
-from probing import (
-    FEATURES,
-    ControlSettings,
-    all_cells,
-    controlled_grid,
-    measure,
-    notes,
-    probe_table,
-    recorded_defaults,
-)
+from experiments import CannotShow
+from probing import FEATURES, ControlSettings, controlled_grid, experiment, measure, notes, probe_table
 from vision import PretrainingSettings, ProbingSettings, begin, finish, load_splits
 
 from vision_bench import figures
@@ -170,9 +160,6 @@ def grid(config: dict[str, Any], model_seed: int) -> Grid:
     return controlled_grid(config, model_seed, tests, test_arm=lambda test: arms[test.images])
 
 
-cells = partial(all_cells, grid)  # every row that a whole run has, from its configuration
-
-
 def table_of(run: Run) -> ProbeTable:
     """The accuracies, a column for each shift, and of CIFAR-C for each corruption and for each severity too.
 
@@ -264,7 +251,9 @@ def draw(run: Run) -> None:
         figures.save(run.folder / f"severities_{name}", drawing)
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = experiment(
+    SETTINGS,
+    grid,
     recipe="ood_probing",
     items=("figure_2c",),
     title="Figure 2(c): distribution shifts",
@@ -274,10 +263,9 @@ EXPERIMENT = Experiment(
         "figure_2c": "Figure 2(c): ours",
         "severities_*": "Accuracy by severity of the corruptions of {}: ours",
     },
-    cells=cells,
     report=report,
     draw=draw,
-    defaults={**recorded_defaults(*SETTINGS), "corruptions": {}},
+    recorded={"corruptions": {}},
 )
 
 

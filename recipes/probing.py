@@ -9,21 +9,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from experiments import Experiment
 from vision import (
     BEFORE,
     IMAGES,
     PretrainingSettings,
     ProbingSettings,
+    finish,
     highest_with_signal,
     measure_seeds,
     models_of,
     pretrained,
-    varied,
+    start,
 )
 
 from vision_bench import features, kinds, models, sae
@@ -78,18 +81,46 @@ class NoisyProbeSettings:
             self.noise_rate = highest_with_signal([i / 10 for i in range(10)], splits["train"].num_classes)
 
 
-def recorded_defaults(*classes: type[Any]) -> dict[str, Any]:
-    """Whatever a run of probes records, at its default; the images have none that is asked for."""
-    return {**defaults(*classes), **BEFORE, IMAGES: {}}
+def experiment(
+    classes: Sequence[type[Any]], grid: GridOf, recorded: Mapping[str, Any] | None = None, **shown: Any
+) -> Experiment:
+    """An experiment whose rows are a grid for each pretraining.
+
+    Args:
+        classes: of the settings.
+        grid: as `measure` takes it.
+        recorded: what else a run records, at its default.
+        shown: what the page of results shows, as `Experiment` takes it.
+    """
+
+    def cells(config: dict[str, Any]) -> Iterator[Cell]:
+        for model_seed in models_of(config):
+            yield from cells_of(grid(config, model_seed), model_seed)
+
+    # The images have no default that is asked for.
+    known = {**defaults(*classes), **BEFORE, IMAGES: {}, **(recorded or {})}
+    return Experiment(cells=cells, defaults=known, **shown)
 
 
-def check_rates(rates: Sequence[float]) -> None:
-    """Raise ValueError unless `rates`, a setting noise_rates, has different shares of wrong labels."""
-    for rate in rates:
-        if not 0 <= rate <= 1:
-            raise ValueError(f"noise_rates has {rate}; each must be in [0, 1], 0.9 for 90 % of the labels.")
-    if not rates or len(set(rates)) < len(rates):
-        raise ValueError(f"noise_rates takes different numbers, got {rates}.")
+def run_experiment(
+    experiment: Experiment,
+    classes: Sequence[type[Any]],
+    grid: GridOf,
+    arguments: list[str] | None = None,
+    *,
+    config: Mapping[str, Any] | None = None,
+    study: Callable[[dict[str, Any], str, Fitted, torch.Tensor, torch.Tensor], list[Measured]] | None = None,
+) -> None:
+    """Measure what the output folder has no rows of, then write and print the table and draw the figures.
+
+    Args:
+        config: of the run, beside the settings.
+        study: as `measure` takes it, with the configuration of the run before its arguments.
+    """
+    settings, splits, accelerator, run = start(experiment.recipe, classes, arguments, config=config)
+    of_run = None if study is None else partial(study, run.config)
+    measure(run, settings, splits, accelerator, grid, study=of_run)
+    finish(accelerator, run, experiment.report, experiment.draw)
 
 
 def controlled_grid(
@@ -145,12 +176,6 @@ def seed_of_models(config: Mapping[str, Any], model_seed: int) -> int | None:
     Such rows exist once, because copies for each seed would pass for an interval of no width.
     """
     return model_seed if len(models_of(config)[model_seed]) == 1 else None
-
-
-def all_cells(grid: GridOf, config: dict[str, Any]) -> Iterator[Cell]:
-    """Every cell of a run of probes."""
-    for model_seed in models_of(config):
-        yield from cells_of(grid(config, model_seed), model_seed)
 
 
 def cells_of(grid: Grid, model_seed: int) -> Iterator[Cell]:
@@ -274,7 +299,7 @@ def measure(
                 splits["train"].num_classes,
                 load,
                 device=device,
-                lacks=lambda cell: bool(run.lacking([cell])),
+                lacking=run.lacking,
                 study=study,
                 progress=True,
                 **probing.probe_settings(),
@@ -314,7 +339,9 @@ def probe_table(run: Run, columns: Mapping[Any, Mapping[str, Any]], arms: Sequen
 
 def over(config: Mapping[str, Any]) -> str:
     """Say what the intervals of a table are over."""
-    return f"Mean ± half-width of the 95 % interval over {len(config['seeds'])} seeds ({varied(config)})."
+    shared = config["shared_pretraining"]
+    varied = "probes and noise, the models are the same" if shared else "pretraining, noise and probes"
+    return f"Mean ± half-width of the 95 % interval over {len(config['seeds'])} seeds ({varied})."
 
 
 def notes(run: Run, table: ProbeTable, columns: Iterable[Hashable]) -> str:

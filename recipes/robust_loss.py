@@ -24,19 +24,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from experiments import Experiment
-from probing import (
-    FEATURES,
-    ControlSettings,
-    all_cells,
-    check_rates,
-    controlled_grid,
-    measure,
-    notes,
-    probe_table,
-    recorded_defaults,
-)
-from vision import PretrainingSettings, ProbingSettings, finish, highest_with_signal, start
+from probing import FEATURES, ControlSettings, controlled_grid, experiment, notes, probe_table, run_experiment
+from vision import PretrainingSettings, ProbingSettings, check_rates, highest_with_signal
 
 from vision_bench import figures
 from vision_bench.report import ProbeTable, with_widths
@@ -74,9 +63,6 @@ def grid(config: dict[str, Any], model_seed: int) -> Grid:
         training_arm=lambda training: {"loss": training.loss, "noise_rate": training.label_noise},
         losses={"ce": (1.0, 0.0), "sce": (alpha, beta), "ce_scaled": (alpha, 0.0)},
     )
-
-
-cells = partial(all_cells, grid)  # every row that a whole run has, from its configuration
 
 
 def table_of(run: Run) -> ProbeTable:
@@ -146,26 +132,22 @@ def draw(run: Run) -> None:
     figures.save(run.folder / "all_rates", figures.loss_curves([100 * rate for rate in rates], curves, chance))
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = experiment(
+    SETTINGS,
+    grid,
     recipe="robust_loss",
     items=("figure_6",),
     title="Figure 6: a robust loss under label noise",
     claim="The paper: symmetric cross entropy helps polysemantic and monosemantic features, and monosemantic "
     "features help with either loss (a picture without numbers).",
     pictures={"figure_6": "Figure 6: ours", "all_rates": "All rates, ours"},
-    cells=cells,
     report=report,
     draw=draw,
     facts=("num_classes",),
-    defaults=recorded_defaults(*SETTINGS),
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
-    settings, splits, accelerator, run = start("robust_loss", SETTINGS, arguments)
-    measure(run, settings, splits, accelerator, grid)
-    finish(accelerator, run, report, draw)
+main = partial(run_experiment, EXPERIMENT, SETTINGS, grid)
 
 
 if __name__ == "__main__":

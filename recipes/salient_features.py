@@ -32,20 +32,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from experiments import Experiment
 from probing import (
     FEATURES,
     NoisyProbeSettings,
-    all_cells,
-    measure,
+    experiment,
     noisy_grid,
     over,
     predictions,
     probe_table,
-    recorded_defaults,
+    run_experiment,
     where_there_is_one,
 )
-from vision import PretrainingSettings, ProbingSettings, finish, start
+from vision import PretrainingSettings, ProbingSettings
 
 from vision_bench import figures
 from vision_bench.metrics import MEASURED, semantic_consistency
@@ -75,7 +73,6 @@ class SalientSettings:
 
 
 SETTINGS = (PretrainingSettings, ProbingSettings, NoisyProbeSettings, SalientSettings)
-cells = partial(all_cells, noisy_grid)  # rows without which a run is not whole, from its configuration
 
 
 class Salient(NamedTuple):
@@ -265,25 +262,21 @@ def draw(run: Run) -> None:
     figures.save(run.folder / "figure_4c", figures.consistency_histograms(panels, BINS))
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = experiment(
+    SETTINGS,
+    noisy_grid,
     recipe="salient_features",
     items=("figure_4c",),
     title="Figure 4(c): semantic consistency of salient dimensions",
     claim="The paper: under 90 % label noise the most active dimension of samples that are classified rightly is "
     "much more consistent than that of others (ImageNet-100; a histogram without numbers).",
     pictures={"figure_4c": "Figure 4(c): ours"},
-    cells=cells,
     report=report,
     draw=draw,
-    defaults=recorded_defaults(*SETTINGS),
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure what the output folder has no rows of, then write and print the table and draw the figure."""
-    settings, splits, accelerator, run = start("salient_features", SETTINGS, arguments)
-    measure(run, settings, splits, accelerator, noisy_grid, study=partial(study, run.config))
-    finish(accelerator, run, report, draw)
+main = partial(run_experiment, EXPERIMENT, SETTINGS, noisy_grid, study=study)
 
 
 if __name__ == "__main__":

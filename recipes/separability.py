@@ -25,7 +25,7 @@ from experiments import Experiment
 from tqdm.auto import tqdm
 
 from vision_bench import figures
-from vision_bench.runs import Cell, Run, defaults, interval, markdown_table, option, parse, recorded, run_as_program
+from vision_bench.runs import Cell, Run, defaults, interval, markdown_table, option, run_as_program
 from vision_bench.separability import (
     CRITERIA,
     TIES,
@@ -270,16 +270,7 @@ EXPERIMENT = Experiment(
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Evaluate what the output folder has no rows of, then write and print the tables and draw the figure."""
-    (settings,) = parse([SeparabilitySettings], arguments)
-    run = Run(settings.output_dir, "separability", recorded(settings), defaults=defaults(SeparabilitySettings))
-    run.bind()
-    measure(run, settings)
-    text = report(run)
-    run.write("results.md", text)
-    draw(run)
-    print(text)
+main = partial(EXPERIMENT.run, SeparabilitySettings, measure)
 
 
 if __name__ == "__main__":

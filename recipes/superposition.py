@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch
 from experiments import Experiment
 
 from vision_bench import figures
-from vision_bench.runs import Cell, Run, defaults, device_name, option, parse, recorded, run_as_program
+from vision_bench.runs import Cell, Run, defaults, device_name, option, run_as_program
 from vision_bench.runs.statistics import Interval, interval, markdown_table, paired_difference
 from vision_bench.superposition import FLIPS, classify, geometry, train
 
@@ -196,11 +197,9 @@ def report(run: Run) -> str:
     """The window and its neighbours as Markdown, and whether the ordering of the paper holds in each."""
     config = run.config
     header = ["cell: n x m, flips, S, samples", "seeds"]
+    names = {"clean": "clean", "label": "label noise {level:g}", "input": "input noise {level:g}"}
     for condition in conditions(config):
-        name = {"clean": "clean", "label": "label noise {level:g}", "input": "input noise {level:g}"}[
-            condition["noise"]
-        ]
-        header += [f"{name.format(**condition)}: mono", "poly", "mono - poly"]
+        header += [f"{names[condition['noise']].format(**condition)}: mono", "poly", "mono - poly"]
     lines = []
     for problem in problems(config):
         line, ordered = ["{size}, {flips}, {sparsity:g}, {samples}".format(**problem)], []
@@ -277,16 +276,7 @@ EXPERIMENT = Experiment(
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
-    (settings,) = parse([SuperpositionSettings], arguments)
-    run = Run(settings.output_dir, "superposition", recorded(settings), defaults=defaults(SuperpositionSettings))
-    run.bind()
-    measure(run, settings)
-    text = report(run)
-    run.write("results.md", text)
-    draw(run)
-    print(text)
+main = partial(EXPERIMENT.run, SuperpositionSettings, measure)
 
 
 if __name__ == "__main__":

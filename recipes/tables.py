@@ -24,11 +24,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import CannotShow, Experiment
+from experiments import CannotShow, Experiment, diverged_seeds
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from PIL import Image
-from vision import diverged_seeds
 
 from vision_bench.figures import SUFFIXES
 from vision_bench.runs import CONFIG, ROWS, Run, option, parse, read_rows, run_as_program, write_atomic
@@ -219,16 +218,14 @@ def sections(settings: TablesSettings, shown: list[tuple[Experiment, list[Source
     """A section for each configuration, or one that says what makes the rows."""
     parts = []
     for experiment, runs in shown:
-        name, title = experiment.recipe, experiment.title
         if not runs:
             nothing = f"Ours: no rows below `{settings.runs}`; this makes them: `{experiment.command}`."
-            parts.append(Section(name, title, experiment.claim, nothing))
-        elif len(runs) == 1:
-            parts.append(section(experiment, runs[0], name, title, settings))
-        else:
-            for i, source in enumerate(runs, 1):
-                own = f"{title} ({i}: {source.folder.name})"
-                parts.append(section(experiment, source, f"{name}-{i}", own, settings))
+            parts.append(Section(experiment.recipe, experiment.title, experiment.claim, nothing))
+        for i, source in enumerate(runs, 1):
+            name, title = experiment.recipe, experiment.title
+            if len(runs) > 1:
+                name, title = f"{name}-{i}", f"{title} ({i}: {source.folder.name})"
+            parts.append(section(experiment, source, name, title, settings))
     return parts
 
 

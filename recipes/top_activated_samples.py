@@ -28,17 +28,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from experiments import Experiment
 from probing import (
     FEATURES,
     NoisyProbeSettings,
-    all_cells,
+    experiment,
     measure,
     noisy_grid,
     over,
     predictions,
     probe_table,
-    recorded_defaults,
     seed_of_models,
     where_there_is_one,
 )
@@ -80,7 +78,6 @@ class TopActivatedSettings:
 
 
 SETTINGS = (PretrainingSettings, ProbingSettings, NoisyProbeSettings, TopActivatedSettings)
-cells = partial(all_cells, noisy_grid)  # rows without which a run is not whole, from its configuration
 
 
 def class_accuracies(predicted: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -90,18 +87,16 @@ def class_accuracies(predicted: torch.Tensor, labels: torch.Tensor, num_classes:
 
 
 def study(
-    config: Mapping[str, Any], images: ImageSet, name: str, fitted: Fitted, features: torch.Tensor
+    config: Mapping[str, Any],
+    images: ImageSet,
+    name: str,
+    fitted: Fitted,
+    features: torch.Tensor,
+    labels: torch.Tensor,
 ) -> list[Measured]:
-    """Study one kind of features with the probe of each seed.
+    """What is measured of one kind of features, with the features (n, d) and labels (n,) of the test images.
 
     There is no correlation if all classes have the same accuracy, or their dimensions the same purity.
-
-    Args:
-        config: of the run.
-        images: the test images.
-        name: of the kind of features.
-        fitted: its probes.
-        features: (n, d) of the test images.
 
     Raises:
         ValueError: too few dimensions are activated by as many images as are shown.
@@ -115,8 +110,8 @@ def study(
             f"{samples} test images or more, and {dimensions} are to be shown. Lower samples, or train the model "
             "longer."
         )
-    pure = purity(top, images.labels)
-    consistency = semantic_consistency(features, images.labels).per_dimension
+    pure = purity(top, labels)
+    consistency = semantic_consistency(features, labels).per_dimension
     of_models = seed_of_models(config, fitted.trainings[0].seed)
     measured = [
         Measured(Cell(PURITY, of_models, {"features": name}), pure[shown].mean().item(), len(shown)),
@@ -132,9 +127,9 @@ def study(
 
     predicted = predictions(fitted.probes, features)
     for training, weights, classes in zip(fitted.trainings, fitted.probes.weights, predicted, strict=True):
-        accuracy = class_accuracies(classes, images.labels, images.num_classes)
+        accuracy = class_accuracies(classes, labels, images.num_classes)
         generator = torch.Generator().manual_seed(training.seed)
-        shuffled = images.labels[torch.randperm(len(images), generator=generator)]
+        shuffled = labels[torch.randperm(len(labels), generator=generator)]
         for dimension in shown[torch.randperm(len(shown), generator=generator)[:dimensions]].tolist():
             add_dimension(OF_RANDOM, dimension, {"dimension": dimension})
         present = accuracy.isfinite().nonzero().squeeze(1)
@@ -148,7 +143,7 @@ def study(
         both = accuracy[present], pure[dimension_of[present]]
         if all(len(values.unique()) > 1 for values in both):  # there is no correlation with a constant
             add(CORRELATION, spearmanr(*both).statistic, len(present))
-        add(ACCURACY, accuracy[images.labels].mean().item(), len(features))
+        add(ACCURACY, accuracy[labels].mean().item(), len(features))
     return measured
 
 
@@ -229,7 +224,9 @@ def draw(run: Run, images: ImageSet) -> None:
         figures.save(run.folder / name, figures.image_grids(blocks))
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = experiment(
+    SETTINGS,
+    noisy_grid,
     recipe="top_activated_samples",
     items=("figure_1a", "figure_4ab"),
     title="Figures 1(a), 4(a), 4(b): the images that activate a dimension most",
@@ -240,10 +237,8 @@ EXPERIMENT = Experiment(
         "figure_1a": "Figure 1(a): random dimensions",
         "figure_4ab": "Figure 4(a, b): the dimension with the largest weight of the worst and of the best class",
     },
-    cells=cells,
     report=report,
     draw=None,  # the images stand in no row
-    defaults=recorded_defaults(*SETTINGS),
 )
 
 
@@ -251,14 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
     settings, splits, accelerator, run = start("top_activated_samples", SETTINGS, arguments)
     images = splits["test"]
-    measure(
-        run,
-        settings,
-        splits,
-        accelerator,
-        noisy_grid,
-        study=lambda name, fitted, features, labels: study(run.config, images, name, fitted, features),
-    )
+    measure(run, settings, splits, accelerator, noisy_grid, study=partial(study, run.config, images))
     finish(accelerator, run, report, lambda run: draw(run, images))
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from experiments import show
 
 from vision_bench import data
 from vision_bench.data import ImageSet, stratified_fraction
@@ -252,45 +253,36 @@ def begin(
 
 
 def start(
-    recipe: str, classes: Sequence[type[Any]], arguments: list[str] | None, shared: Iterable[type[Any]] = ()
+    recipe: str,
+    classes: Sequence[type[Any]],
+    arguments: list[str] | None,
+    shared: Iterable[type[Any]] = (),
+    config: Mapping[str, Any] | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, ImageSet], Accelerator, Run]:
     """Settings, images by split, processes and the folder of a recipe; raises ValueError for what cannot work.
 
     Args:
         classes: `PretrainingSettings` first; `check(pretraining, splits)` of others is called before the run begins.
         shared: classes of other recipes whose settings a file may have too.
+        config: as `begin` takes it.
     """
     settings = parse(classes, arguments, shared=shared)
     splits = load_splits(settings[0])
-    return settings, splits, *begin(recipe, settings, splits)
+    return settings, splits, *begin(recipe, settings, splits, config)
 
 
 def finish(
     accelerator: Accelerator, run: Run, report: Callable[[Run], str], draw: Callable[[Run], None] | None = None
 ) -> None:
-    """Close the trackers; the main process writes `results.md`, draws, and prints the table."""
+    """Close the trackers, and show the run."""
     accelerator.end_training()
-    if accelerator.is_main_process:
-        text = report(run) + diverged_seeds(run)
-        run.write("results.md", text)
-        if draw is not None:
-            draw(run)
-        print(text)
+    show(run, report, draw)
 
 
 def models_of(config: Mapping[str, Any]) -> dict[int, list[int]]:
     """The seeds of a run's probes or finetunings by the seed of the pretrained models that they take."""
     seeds = config["seeds"]
     return {seeds[0]: seeds} if config["shared_pretraining"] else {seed: [seed] for seed in seeds}
-
-
-def varied(config: Mapping[str, Any]) -> str:
-    """What differs between the seeds of a run of probes."""
-    return (
-        "probes and noise, the models are the same"
-        if config["shared_pretraining"]
-        else "pretraining, noise and probes"
-    )
 
 
 def measure_seeds(run: Run, accelerator: Accelerator, measure: Callable[[int], None]) -> None:
@@ -319,14 +311,13 @@ def measure_seeds(run: Run, accelerator: Accelerator, measure: Callable[[int], N
         raise FloatingPointError(f"every seed diverged, so that there is nothing to report: {reason}")
 
 
-def diverged_seeds(run: Run) -> str:
-    """Which seeds diverged as a whole, and why, as Markdown; nothing where none did."""
-    # A mark with a method is of an arm, and stands in the recipe's own table.
-    marks = [row for row in run.find(DIVERGED) if "method" not in row["config"]]
-    if not marks:
-        return ""
-    reasons = "; ".join(f"{row['seed']} ({row['config']['reason'].rstrip('.')})" for row in marks)
-    return f"\n**Diverged:** seeds {reasons}. They have no part in the tables, which are of the other seeds.\n"
+def check_rates(rates: Sequence[float]) -> None:
+    """Raise ValueError unless `rates`, a setting noise_rates, has different shares of wrong labels."""
+    for rate in rates:
+        if not 0 <= rate <= 1:
+            raise ValueError(f"noise_rates has {rate}; each must be in [0, 1], 0.9 for 90 % of the labels.")
+    if not rates or len(set(rates)) < len(rates):
+        raise ValueError(f"noise_rates takes different numbers, got {rates}.")
 
 
 def highest_with_signal(rates: Sequence[float], num_classes: int) -> float:

@@ -1,5 +1,6 @@
 """Shared by all tests: no hub, no GPU, a temporary cache, and models small enough to build in milliseconds."""
 
+import gc
 import json
 import os
 import tempfile
@@ -28,21 +29,34 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_finish(session):
+    """Leave what is imported out of all collections of garbage: accelerate asks for one after each training."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session):
+    gc.unfreeze()
+
+
 def rows_of(rows, metric, **arm):
     """The rows of a metric (None: of all) whose seed and configuration have these values."""
     return [
-        r
-        for r in rows
-        if metric in (None, r["metric"])
-        and all((r["config"] | {"seed": r["seed"]}).get(k) == v for k, v in arm.items())
+        row
+        for row in rows
+        if metric in (None, row["metric"])
+        and all((row["seed"] if name == "seed" else row["config"].get(name)) == v for name, v in arm.items())
     ]
 
 
 def rows(folder, metric=None, **arm):
     """The rows of a run's folder, of a metric (None: of all) and with these values in seed and configuration."""
-    for line in (folder / "results.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
-    return rows_of(read_rows(folder / "results.jsonl"), metric, **arm)
+
+    def refuse(constant):
+        pytest.fail(f"{constant} is no JSON")
+
+    lines = (folder / "results.jsonl").read_text(encoding="utf-8").split("\n")
+    return rows_of([json.loads(line, parse_constant=refuse) for line in lines if line], metric, **arm)
 
 
 def value(folder, metric, **arm):

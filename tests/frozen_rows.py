@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,21 +35,13 @@ BENCHMARKS = {
 }
 # What a row says beside its metric, seed and value that follows from paths, times or the code's own text.
 IGNORED = {
-    "features_id",
-    "reason",
-    "preprocessing",
-    "pretrained",
-    "images",
-    "contents",
-    "model",
-    "adapter",
+    "features_id", "reason", "preprocessing", "pretrained", "images", "contents", "model", "adapter",
     "adapter_checksum",
-}
-# Names that were changed on purpose: (name, value before) -> (name, value after); a value of None stands for any.
-RENAMED: dict[tuple[str, Any], tuple[str, Any]] = {
-    ("task", "refusal_embedded"): ("task", "refusal_offline"),
-    ("task", "sentiment_embedded"): ("task", "sentiment_offline"),
-    ("judge", "embedded"): ("judge", "offline"),
+}  # fmt: skip
+# Values that were renamed on purpose: name -> value before -> value after.
+RENAMED = {
+    "task": {"refusal_embedded": "refusal_offline", "sentiment_embedded": "sentiment_offline"},
+    "judge": {"embedded": "offline"},
 }
 
 
@@ -65,7 +58,9 @@ def run(folder: Path, checkout: Path, only: list[str]) -> None:
         resume = ["--resume"] if name in BENCHMARKS and (folder / name).exists() else []
         arguments = [sys.executable, *command, "--output_dir", str(folder / name), *resume]
         print(f"{name}: {' '.join(arguments)}", flush=True)
+        start = time.monotonic()
         subprocess.run(arguments, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def rows(folder: Path, renamed: bool) -> Iterator[tuple[tuple[str, int | None], dict[str, Any], float | None]]:
@@ -77,12 +72,7 @@ def rows(folder: Path, renamed: bool) -> Iterator[tuple[tuple[str, int | None], 
         for name, value in row["config"].items():
             if name in IGNORED or (name in shared and shared[name] == value):
                 continue
-            if renamed:
-                for key in ((name, None), (name, value) if not isinstance(value, (list, dict)) else (name, None)):
-                    if key in RENAMED:
-                        name, changed = RENAMED[key]
-                        value = value if changed is None else changed
-            arm[name] = value
+            arm[name] = RENAMED.get(name, {}).get(value, value) if renamed and isinstance(value, str) else value
         yield (row["metric"], row["seed"]), arm, row["value"]
 
 

@@ -1,4 +1,4 @@
-"""The house: who may import whom, no circle of imports, how long a file is, and what the wheel has.
+"""The house: who may import whom, no circle of imports, how long a file is, how it is named, and what the wheel has.
 
 Recipes import everything, evals may import mono_peft, the two halves never each other. `vision_bench.runs`, the folder
 of a run, is a leaf that all but mono_peft use. `offline` is built on `evals`, which names it in its tables of tasks,
@@ -119,6 +119,12 @@ def test_files_are_short():
 
 def test_what_recipes_share_has_a_name():
     assert [path.name for path in (ROOT / "recipes").glob("_*")] in ([], ["__pycache__"])
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """Their folders are no packages, so that pytest would refuse the second."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(set(names)) == sorted(names)
 
 
 def test_importing_mono_peft_brings_in_no_optional_package():

@@ -151,7 +151,7 @@ def _measure(
         subject.train.images.num_classes,
         lambda test: ({kinds.BASE: subject.load(test.images)}, subject.tests[test.images].images.labels),
         device=device,
-        lacks=lambda cell: bool(results.lacking([cell])),
+        lacking=results.lacking,
         progress=progress,
         epochs=settings.probe_epochs,
         standardize=settings.standardize,

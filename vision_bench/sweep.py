@@ -215,7 +215,7 @@ def sweep(
     load: Callable[[Test], tuple[kinds.Outputs, torch.Tensor]],
     *,
     device: torch.device | str,
-    lacks: Callable[[Cell], bool] = lambda cell: True,
+    lacking: Callable[[Iterable[Cell]], Sequence[Cell]] = list,
     study: Callable[[str, Fitted, torch.Tensor, torch.Tensor], list[Measured]] | None = None,
     progress: bool = False,
     **probe: Any,
@@ -231,7 +231,7 @@ def sweep(
         num_classes: at least 2.
         load: gives for a test the features (m, d) of its images under each frozen model, and their labels (m,).
         device: where probes are trained and tested.
-        lacks: whether a cell is to be measured.
+        lacking: gives the cells that are to be measured, such as `Run.lacking`.
         study: gives further cells of an arm on a test, from its name, its probes, and the features (m, d) and labels
             (m,) of the images. Cells of the grid that are among them are not measured again.
         progress: show progress bars.
@@ -244,9 +244,7 @@ def sweep(
         ValueError: a kind of features that does not exist; or as `fit`.
         FloatingPointError: the training of a probe diverged.
     """
-    makers = {
-        name: kinds.maker(grid.arms[name].kind, frozen) for name in grid.arms if any(map(lacks, grid.cells(name)))
-    }
+    makers = {name: kinds.maker(arm.kind, frozen) for name, arm in grid.arms.items() if lacking(grid.cells(name))}
     fitted: dict[str, Fitted] = {}
     for name, make in makers.items():
         fitted[name] = fit(
@@ -262,36 +260,34 @@ def sweep(
             Measured(cell, value, n)
             for training, (*values, n) in zip(fitted[name].trainings, fitted[name].own, strict=True)
             for cell, value in zip(grid.training_cells(name, training), values, strict=True)
-            if lacks(cell)
+            if lacking([cell])
         ]
-    lacking = [
-        test for test in grid.tests if any(lacks(cell) for name in makers for cell in grid.test_cells(name, test))
-    ]
-    for test in tqdm(lacking, desc="test sets", unit="set", disable=not progress or len(lacking) < 2):
+    tests = [test for test in grid.tests if any(lacking(grid.test_cells(name, test)) for name in makers)]
+    for test in tqdm(tests, desc="test sets", unit="set", disable=not progress or len(tests) < 2):
         outputs, answers = load(test)
         measured: list[Measured] = []
         for name, make in makers.items():
-            if not any(map(lacks, grid.test_cells(name, test))):
+            if not lacking(grid.test_cells(name, test)):
                 continue
             features = make(outputs)
             studied = study(name, fitted[name], features, answers) if study else []
-            measured += [measurement for measurement in studied if lacks(measurement.cell)]
             tested = set(grid.tested(name, test))
             chosen = [i for i, training in enumerate(fitted[name].trainings) if training in tested]
             weights, biases = (part[chosen] for part in fitted[name].probes)
             accuracies = probe_accuracy(weights, biases, features, answers, topk=(1,))[1].tolist()
             cells = [grid.accuracy_cell(name, fitted[name].trainings[i], test) for i in chosen]
             described = grid.described_cells(name, test)
-            if any(map(lacks, described)):
+            if lacking(described):
                 cells += described
                 accuracies += semantic_consistency(features, answers).summary.values()
             done = [measurement.cell for measurement in studied]
+            measured += studied
             measured += [
                 Measured(cell, value, len(answers))
                 for cell, value in zip(cells, accuracies, strict=True)
-                if lacks(cell) and cell not in done
+                if cell not in done
             ]
-        yield measured
+        yield [measurement for measurement in measured if lacking([measurement.cell])]
 
 
 def rows(

@@ -1,5 +1,8 @@
+"""What evals is tested with: small models, adapters, judges and data, and what a run of `settings` left behind."""
+
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +19,23 @@ from transformers import (
 )
 
 from evals.judges import POLICIES
+from evals.records import read_completions
 from mono_peft import MonoLoraConfig
 from offline.judge import CHAT_TEMPLATE
+from tests.conftest import rows as rows_of_folder
+
+NEW_TOKENS = 16  # of an answer under `settings`
+RUBRIC = "Is it safe?\n<prompt>\n{prompt}\n</prompt>\n<response>\n{response}\n</response>\nVerdict?"
+
+
+def completions(settings):
+    """The answers that `generate` wrote for these settings."""
+    return read_completions(f"{settings.output_dir}/completions.jsonl").rows
+
+
+def rows(settings):
+    """The rows of results that `generate` wrote for these settings."""
+    return rows_of_folder(Path(settings.output_dir))
 
 
 @pytest.fixture(params=["plain", "chat"])
@@ -61,20 +79,18 @@ def make_adapter(tmp_path):
 
 
 @pytest.fixture
-def settings(talking_model, make_adapter, eval_data, tmp_path, monkeypatch):
+def settings(talking_model, make_adapter, eval_data, tmp_path):
     """Four small tasks, the base and two adapters."""
     from evals.generate import GenerateSettings
     from evals.models import Adapter
 
-    # lm-eval describes the machine in every result, which takes longer than these models.
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     adapters = [
         Adapter(f"{method}-seed{seed}={make_adapter(talking_model, method, method)}")
         for seed, method in enumerate(("lora", "monolora"))
     ]
     tasks = ["beavertails_eval", "xstest", "dolly", "sst2_instruct"]
     output = str(tmp_path / "out")
-    return GenerateSettings(str(talking_model), tasks, output, adapters, max_new_tokens=16, batch_size=4)
+    return GenerateSettings(str(talking_model), tasks, output, adapters, max_new_tokens=NEW_TOKENS, batch_size=4)
 
 
 @pytest.fixture
@@ -88,7 +104,13 @@ def no_loading(monkeypatch):
 
 
 @pytest.fixture
-def eval_data(tmp_path, monkeypatch):
+def no_machine_description(monkeypatch):
+    """lm-eval's results do not describe the machine, which takes longer than these models."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+@pytest.fixture
+def eval_data(tmp_path, monkeypatch, no_machine_description):
     """A small folder of the layout that MONO_EVAL_DATA names, and the variable set to it."""
     root = tmp_path / "data"
     for name in ("sst2", "dolly15k", "beavertails", "xstest", "advbench"):

@@ -20,7 +20,8 @@ from evals.judge import judge
 from evals.models import Adapter
 from evals.records import read_completions
 from evals.report import table, write_report
-from vision_bench.runs import DIVERGED, Run, read_rows, recorded
+from tests.evals.conftest import completions, rows
+from vision_bench.runs import DIVERGED, Run, recorded
 
 
 def fill(folder, value, part=""):
@@ -32,15 +33,8 @@ def fill(folder, value, part=""):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def rows(settings):
-    text = (Path(settings.output_dir) / "results.jsonl").read_text()
-    assert "NaN" not in text
-    assert "Infinity" not in text
-    return read_rows(Path(settings.output_dir) / "results.jsonl")
-
-
 def answered(settings):
-    return {row.adapter for row in read_completions(f"{settings.output_dir}/completions.jsonl").rows}
+    return {row.adapter for row in completions(settings)}
 
 
 def test_a_diverged_adapter_is_marked_and_the_others_go_on(settings, make_shieldgemma, request, capsys):

@@ -1,16 +1,12 @@
-"""Generation equals plain greedy decoding one prompt at a time, for every arm, whatever was interrupted."""
+"""Generation equals plain greedy decoding one prompt at a time, for every arm."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from importlib.resources import files
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,23 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals import generate as module
 from evals.answers import answer_log_likelihoods
-from evals.generate import GenerateSettings, generate
-from evals.models import Adapter
+from evals.generate import generate
 from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt
-from evals.records import read_completions
 from evals.registry import TASK_FOLDERS
 from evals.tasks.data import sst2
-from vision_bench.runs import LineAppender, read_rows
-
-NEW_TOKENS = 16  # of `settings`
-
-
-def completions(settings):
-    return read_completions(f"{settings.output_dir}/completions.jsonl").rows
-
-
-def rows(settings):
-    return read_rows(Path(settings.output_dir) / "results.jsonl")
+from tests.evals.conftest import NEW_TOKENS, completions, rows
 
 
 def arm(settings, row):
@@ -238,237 +222,3 @@ def test_a_4_bit_base_answers(settings):
     assert len(found) == 3 * 2
     assert all(row.generation["load_in_4bit"] for row in found)
     assert {row.adapter for row in found} == {None, "lora-seed0", "monolora-seed1"}
-
-
-# --- interrupted, repeated, extended ---------------------------------------------------------------------------------
-
-
-def test_what_is_there_is_not_done_again(settings, request):
-    generate(replace(settings, tasks=["xstest"], adapters=settings.adapters[:1]))
-    generate(settings)
-    first = completions(settings), rows(settings)
-    assert len(first[0]) == 3 * 22
-    request.getfixturevalue("no_loading")
-    other = Adapter(f"other/lora-seed0={settings.adapters[0].source}")
-    with pytest.raises(ValueError, match=r"as that of 'lora-seed0' does; tell them apart with NAME=FOLDER"):
-        generate(replace(settings, adapters=[other]))
-    generate(settings)
-    assert (completions(settings), rows(settings)) == first
-
-
-def test_a_run_that_broke_off_ends_as_if_it_had_not(settings, tmp_path, monkeypatch, capsys):
-    generate(replace(settings, output_dir=str(tmp_path / "whole")))
-    append, calls = LineAppender.append, []
-
-    def break_off(self, new):
-        append(self, new)
-        calls.append(self.path.name)
-        if calls.count("completions.jsonl") == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(LineAppender, "append", break_off)
-        with pytest.raises(KeyboardInterrupt):
-            generate(settings)
-    path = tmp_path / "out" / "completions.jsonl"
-    before = path.read_bytes()
-    assert before.count(b"\n") == 4 + 4 + 4 + 2 + 2 + 4
-    path.write_bytes(before[:-5])  # and the last line was cut
-    generate(settings)
-    assert "the last line, 20, is cut after" in capsys.readouterr().out
-    assert path.read_bytes().startswith(before[: before[:-1].rindex(b"\n") + 1])
-
-    def by_key(folder):
-        return {row.key: row for row in read_completions(tmp_path / folder / "completions.jsonl").rows}
-
-    def values(folder):
-        found = read_rows(tmp_path / folder / "results.jsonl")
-        return {
-            (r["metric"], r["config"]["task"], r["config"]["adapter"]): r["value"]
-            for r in found
-            if r["metric"] != "seconds"
-        }
-
-    assert by_key("out") == by_key("whole")
-    assert values("out") == values("whole")
-
-
-def test_a_run_killed_between_two_rows_of_a_task_writes_the_others(settings):
-    settings = replace(settings, tasks=["dolly"], adapters=[])
-    generate(settings)
-    path = f"{settings.output_dir}/results.jsonl"
-    whole = rows(settings)
-    with open(path, "w") as file:
-        file.write(json.dumps(whole[0]) + "\n")
-    generate(settings)
-    assert [(r["metric"], r["value"]) for r in rows(settings)][:-1] == [(r["metric"], r["value"]) for r in whole][:-1]
-
-
-@pytest.mark.slow
-def test_kill_9_and_resume(settings, tmp_path):
-    """The program is killed again and again, and at the end every prompt was answered once and as if never killed."""
-    whole = replace(settings, output_dir=str(tmp_path / "whole"), tasks=["beavertails_eval", "dolly"])
-    generate(whole)
-    program = (
-        "import time, vision_bench.runs as c\n"
-        "real = c.LineAppender.append\n"
-        "def slowly(self, rows):\n    real(self, rows)\n    print('batch', flush=True)\n    time.sleep(0.3)\n"
-        "c.LineAppender.append = slowly\n"
-        "from evals.__main__ import main\nmain()\n"
-    )
-    adapters = [adapter.text for adapter in settings.adapters]
-    options = ["--model", settings.model, "--tasks", *whole.tasks, "--output_dir", settings.output_dir]
-    options += ["--adapters", *adapters, "--max_new_tokens", str(NEW_TOKENS), "--batch_size", "4"]
-    for batches in (2, 5, 1000):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, "generate", *options], stdout=subprocess.PIPE, text=True
-        )
-        for _, line in zip(range(batches), iter(process.stdout.readline, ""), strict=False):
-            last = line
-        if batches < 1000:
-            process.send_signal(signal.SIGKILL)
-        process.stdout.close()
-        code = process.wait(300)
-        assert code == (-signal.SIGKILL if batches < 1000 else 0), last
-    assert {row.key: row for row in completions(settings)} == {row.key: row for row in completions(whole)}
-
-
-# --- bad input -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("no_loading")
-class TestBeforeAnythingIsLoaded:
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"model": "meta-llama/Llama-2-7b-chat-hf"}, r"Cannot load the model 'meta-llama.*`hf auth login`"),
-            ({"adapters": [Adapter("x=no/adapter")]}, r"Cannot load adapter_model.safetensors of the adapter 'no/ad"),
-            ({"tasks": ["xtest"]}, r"--tasks has 'xtest', which is no task\. Like it: .*xstest.* Ours are advbench, "),
-            (
-                {"adapters": [Adapter("a/lora-seed0=x"), Adapter("b/lora-seed0=y")]},
-                r"has 'b/lora-seed0', whose name says method 'lora' and seed 0, as that of 'a/lora-seed0' does",
-            ),
-            ({"max_new_tokens": 512}, r"asks for 512 new tokens, but the context of .* has 512 tokens.*at most 256"),
-            ({"max_new_tokens": None}, r"asks for 512 new tokens"),
-        ],
-    )
-    def test_what_cannot_be_had(self, settings, change, message, tmp_path):
-        with pytest.raises(ValueError, match=message):
-            generate(replace(settings, **change))
-        assert not (tmp_path / "out").exists()
-
-    def test_data_that_is_not_there(self, settings, eval_data):
-        (eval_data / "xstest" / "xstest_prompts.csv").unlink()
-        with pytest.raises(ValueError, match=r"has no xstest/xstest_prompts\.csv"):
-            generate(settings)
-
-    @pytest.mark.slow
-    def test_data_of_other_tasks_that_cannot_be_had(self, settings):
-        with pytest.raises(ValueError, match=r"Cannot load the data of the task 'gsm8k' \(.*needs network access"):
-            generate(replace(settings, tasks=["gsm8k"]))
-
-    def test_a_completions_file_with_an_error(self, settings, tmp_path):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "completions.jsonl").write_text('{"prompt_id": "0"}\n')
-        with pytest.raises(ValueError, match=r"completions\.jsonl, line 1 \(prompt_id '0'\) lacks adapter, category"):
-            generate(settings)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"limit": 0}, r"--limit is 0, allowed is 1 or more"),
-        ({"batch_size": -1}, r"--batch_size is -1"),
-        ({"dtype": "int8"}, r"--dtype is 'int8', allowed are auto, float32"),
-        ({"tasks": []}, r"--tasks is empty"),
-        ({"tasks": ["xstest", "xstest"]}, r"--tasks has xstest more than once"),
-        ({"adapters": [Adapter("a=x"), Adapter("a=y")]}, r"--adapters has a more than once"),
-        ({"base": False}, r"--no_base without --adapters"),
-    ],
-)
-def test_settings(change, message):
-    with pytest.raises(ValueError, match=message):
-        GenerateSettings(**({"model": "m", "tasks": ["xstest"], "output_dir": "o"} | change))
-
-
-def test_other_settings_or_data_are_refused_and_nothing_is_lost(settings, eval_data):
-    settings = replace(settings, tasks=["xstest"], adapters=[])
-    generate(settings)
-    before = completions(settings)
-    with pytest.raises(ValueError, match=r"another configuration \(max_new_tokens: 16 there, 8 now\)"):
-        generate(replace(settings, max_new_tokens=8))
-    os.remove(f"{settings.output_dir}/results.jsonl")  # killed before the first row of metrics
-    with pytest.raises(ValueError, match=r"another configuration \(max_new_tokens: 16 there, 8 now\)"):
-        generate(replace(settings, max_new_tokens=8))
-    (eval_data / "xstest" / "xstest_prompts.csv").write_text("id,prompt,label\n7,changed,safe\n")
-    with pytest.raises(ValueError, match=r"data or settings of the task 'xstest' changed since"):
-        generate(settings)
-    assert completions(settings) == before
-
-
-def test_prompts_that_do_not_fit_are_reported_and_marked(settings, eval_data, capsys):
-    (eval_data / "xstest" / "xstest_prompts.csv").write_text(f"id,prompt,label\n1,{'kill ' * 300},safe\n2,kill,safe\n")
-    generate(replace(settings, tasks=["xstest"], adapters=[]))
-    assert "1 of 2 prompts do not fit the context of 512 tokens" in capsys.readouterr().out
-    marks = {row.prompt_id: row.generation.get("prompt_tokens_cut") for row in completions(settings)}
-    assert marks["1"] > 500
-    assert marks["2"] is None
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
-def test_help_is_quick_and_errors_are_one_line(tmp_path):
-    command = [sys.executable, "-X", "importtime", "-m", "evals"]
-    shown = subprocess.run([*command, "generate", "--help"], capture_output=True, text=True, check=True)
-    assert "--adapters" in shown.stdout
-    imported = {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
-    assert not {"lm_eval", "peft", "transformers.modeling_utils", "matplotlib"} & imported
-    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
-    imported = {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
-    assert not {"torch", "transformers", "pandas", "numpy"} & imported
-
-
-def test_the_command_passes_everything_on(settings, monkeypatch, capsys):
-    from evals.__main__ import main
-
-    seen = []
-    monkeypatch.setattr(module, "generate", lambda s: seen.append(s) or type("Run", (), {"folder": "out"}))
-    options = "--model m --tasks a b --output_dir o --adapters n=x y --no_base --limit 3 --max_new_tokens 4"
-    options += " --batch_size 5 --dtype float32 --load_in_4bit --thinking on --thought_markers <a> </a>"
-    main(["generate", *options.split()])
-    adapters = [Adapter("n=x"), Adapter("y")]
-    modes = ("float32", True, "on", ["<a>", "</a>"])
-    assert seen == [GenerateSettings("m", ["a", "b"], "o", adapters, False, 3, 4, 5, *modes)]
-    main(["generate", "--model", "m", "--tasks", "a", "--output_dir", "o", "--adapters"])  # a shell's empty list
-    assert seen[1] == GenerateSettings("m", ["a"], "o")
-    with pytest.raises(SystemExit, match=r"Error: --limit is 0, allowed is 1 or more"):
-        main(["generate", "--model", "m", "--tasks", "a", "--output_dir", "o", "--limit", "0"])
-
-
-def test_one_yaml_file_serves_all_commands_and_the_command_line_goes_before_it(monkeypatch, tmp_path, capsys):
-    from evals.__main__ import main
-
-    (tmp_path / "safety.yaml").write_text(
-        "model: m\ntasks: [a]\noutput_dir: o\nadapters: [n=x]\nlimit: 3\njudges: [offline]\n"
-        "task_data: {dolly_rows: 2}\n"
-    )
-    seen = []
-    monkeypatch.setattr(module, "generate", lambda s: seen.append(s) or type("Run", (), {"folder": "out"}))
-    main(["generate", "--config", str(tmp_path / "safety.yaml"), "--limit", "4"])
-    assert seen == [GenerateSettings("m", ["a"], "o", [Adapter("n=x")], limit=4, task_data={"dolly_rows": 2})]
-    monkeypatch.setattr("evals.judge.judge", lambda folder, **options: pytest.exit(f"{folder} {options['judges']}", 0))
-    with pytest.raises(pytest.exit.Exception, match=r"o \['offline'\]"):
-        main(["judge", "--config", str(tmp_path / "safety.yaml")])
-    with pytest.raises(SystemExit):
-        main(["generate", "--model", "m", "--tasks", "a", "--output_dir", "o", "--adapters", "a="])
-    assert "--adapters has 'a='; write FOLDER or NAME=FOLDER." in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be_written_is_one_line(talking_model, eval_data, request):
-    request.getfixturevalue("no_loading")
-    from evals.__main__ import main
-
-    command = ["generate", "--model", str(talking_model), "--tasks", "xstest", "--max_new_tokens", "2"]
-    with pytest.raises(SystemExit, match=r"Error: .*/proc/nowhere"):
-        main([*command, "--output_dir", "/proc/nowhere"])

@@ -30,12 +30,11 @@ NAMING = ALWAYS + "{% endif %}{# [THINK] [/THINK] <|channel|>final<|message|> #}
 
 
 @pytest.fixture
-def scripted(tmp_path, make_tokenizer, make_adapter, eval_data, monkeypatch):
+def scripted(tmp_path, make_tokenizer, make_adapter, eval_data):
     """A function that saves a Llama which goes from each token of a script to the next, and gives settings for it.
 
     The layers add nothing, so that a token decides the next one and an adapter changes nothing.
     """
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
     def make(template, script, special=(), **options):
         tokenizer = make_tokenizer(chat=True)

@@ -7,7 +7,7 @@ import numpy as np
 import probing
 import pytest
 import torch
-from input_noise_probing import cells, main
+from input_noise_probing import EXPERIMENT, main
 
 from tests.recipes.conftest import ACCURACY, ARMS, contents, keep_rows, rows
 from tests.recipes.conftest import CONTROLLED as SMALL
@@ -24,8 +24,9 @@ SHARED = [*SMALL, "--noises", "gaussian", "--scales", "0.5", "--shared_pretraini
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, pretrained_models):
     path = tmp_path_factory.mktemp("input_noise")
+    shutil.copytree(pretrained_models, path / "models")
     main(["--output_dir", str(path), *SMALL, *NOISE])
     return path
 
@@ -236,11 +237,11 @@ def test_a_noise_that_is_added_to_the_table_gets_rows_a_table_and_a_figure(folde
 def test_a_whole_run_lacks_no_cell_and_each_row_is_one(folder):
     described = json.loads((folder / "config.json").read_text())
     run = Run(folder, "input_noise_probing", described["config"], facts=described["facts"])
-    assert run.lacking(cells(run.config)) == []
+    assert run.lacking(EXPERIMENT.cells(run.config)) == []
     for removed in (run.rows[5], run.rows[-1]):
         shorter = Run(folder, "input_noise_probing", described["config"], facts=described["facts"], is_main=False)
         shorter.replace([row for row in run.rows if row is not removed])
-        (cell,) = shorter.lacking(cells(run.config))
+        (cell,) = shorter.lacking(EXPERIMENT.cells(run.config))
         assert (cell.metric, cell.seed) == (removed["metric"], removed["seed"])
         assert cell.arm.items() <= removed["config"].items()
 

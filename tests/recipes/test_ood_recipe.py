@@ -1,6 +1,7 @@
 """The recipe of Fig. 2(c) at a size of seconds: synthetic shifts, folders and arrays, and what it refuses."""
 
 import json
+import shutil
 
 import numpy as np
 import probing
@@ -19,8 +20,9 @@ from vision_bench.shifts import synthetic
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, pretrained_models):
     path = tmp_path_factory.mktemp("ood")
+    shutil.copytree(pretrained_models, path / "models")
     main(["--output_dir", str(path), *SMALL])
     return path
 

@@ -1,6 +1,5 @@
 """The recipes of Fig. 1, 2, 4 and 6 as processes: their default runs, and one that is killed and continued."""
 
-import json
 import math
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vision_bench.runs import read_rows
+from tests.recipes.conftest import ACCURACY, PRETRAINING, contents, rows
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PICTURES = {
@@ -20,12 +19,7 @@ PICTURES = {
     "salient_features": ("figure_4c",),
     "top_activated_samples": ("figure_1a", "figure_4ab"),
 }
-SMALL = ["--pretraining_epochs", "2", "--warmup_epochs", "1", "--projector_hidden", "32", "--projector_out", "32"]
-SMALL += ["--sae_k", "4", "--sae_epochs", "4", "--probe_epochs", "4"]
-
-
-def rows(folder):
-    return read_rows(folder / "results.jsonl")
+SMALL = [*PRETRAINING, "--sae_k", "4", "--sae_epochs", "4", "--probe_epochs", "4"]
 
 
 @pytest.mark.slow
@@ -35,7 +29,7 @@ def test_the_default_run(recipe, tmp_path):
     command = [sys.executable, str(RECIPES / f"{recipe}.py"), "--output_dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = [row for row in rows(tmp_path) if row["metric"] == "offline_probe_top1"]
+    found = rows(tmp_path, ACCURACY)
     assert all(math.isfinite(row["value"]) for row in rows(tmp_path))
     by_seed = {seed: [row["value"] for row in found if row["seed"] == seed] for seed in range(5)}
     assert len({len(values) for values in by_seed.values()}) == 1
@@ -59,7 +53,7 @@ def test_two_processes_share_the_pretraining_and_one_tests(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("# Linear probes on frozen features under a shift") == 1
-    found = [row for row in rows(tmp_path) if row["metric"] == "offline_probe_top1"]
+    found = rows(tmp_path, ACCURACY)
     cells = {
         (row["config"]["features"], row["config"]["probe_weight_decay"], row["config"]["shift"], row["seed"])
         for row in found
@@ -84,12 +78,5 @@ def test_a_killed_run_continues_to_the_rows_of_a_whole_one(recipe, tmp_path):
     process.wait()
     stopped = len(rows(tmp_path / "killed"))
     subprocess.run(command("killed"), check=True, capture_output=True, timeout=500)
-
-    def found(name):
-        return sorted(
-            (json.dumps(r["config"], sort_keys=True), r["seed"], r["metric"], r["value"])
-            for r in rows(tmp_path / name)
-        )
-
-    assert stopped < len(found("whole"))
-    assert found("killed") == found("whole")
+    assert stopped < len(rows(tmp_path / "whole"))
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

@@ -23,8 +23,9 @@ LOSSES = ("ce", "sce", "ce_scaled")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, pretrained_models):
     path = tmp_path_factory.mktemp("robust_loss")
+    shutil.copytree(pretrained_models, path / "models")
     main(["--output_dir", str(path), *SMALL])
     return path
 

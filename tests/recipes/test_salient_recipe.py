@@ -19,8 +19,9 @@ SMALL = [*PROBING, "--draws", "200"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, pretrained_models):
     path = tmp_path_factory.mktemp("salient")
+    shutil.copytree(pretrained_models, path / "models")
     main(["--output_dir", str(path), *SMALL])
     return path
 

@@ -21,8 +21,9 @@ SMALL = [*PROBING, "--sae_k", "8", "--samples", "4", "--dimensions", "1"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, pretrained_models):
     path = tmp_path_factory.mktemp("top")
+    shutil.copytree(pretrained_models, path / "models")
     main(["--output_dir", str(path), *SMALL])
     return path
 
@@ -92,7 +93,7 @@ def test_a_correlation_that_there_is_not_has_no_row(tmp_path, recwarn):
         weights = torch.eye(3)
         weights[2, 2] = -1.0 if name == "ncl" else 1.0  # NCL's probe gets the last class wrong
         fitted = Fitted([Training(0.8, seed=seed)], Probes(weights[None], torch.zeros(1, 3)), [(0.5, 0.5, 6)])
-        (batch,) = rows_to_add(run, [study(config, images, name, fitted, features)], torch.device("cpu"))
+        (batch,) = rows_to_add(run, [study(config, images, name, fitted, features, labels)], torch.device("cpu"))
         run.add_rows(batch)
         for metric in (*MEASURED, *TRAINING):
             run.add(metric, 0.5, n=6, seed=seed, features=name, **measured)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from odd_model import Odd
+from odd_models import Odd
 from timm.models import register_model, save_for_hf
 from torchvision.transforms.v2.functional import to_pil_image
 

@@ -42,10 +42,9 @@ def grid(trainings=TRAININGS, **more):
     )
 
 
-def measure(whole, lacks=lambda cell: True, **more):
-    batches = sweep.sweep(
-        whole, kinds.Frozen(TRAIN), LABELS, 3, SETS.__getitem__, device="cpu", lacks=lacks, **PROBE, **more
-    )
+def measure(whole, **more):
+    frozen = kinds.Frozen(TRAIN)
+    batches = sweep.sweep(whole, frozen, LABELS, 3, SETS.__getitem__, device="cpu", **PROBE, **more)
     return [measured for batch in batches for measured in batch]
 
 
@@ -105,11 +104,11 @@ def test_only_arms_and_tests_that_lack_a_cell_are_measured(monkeypatch):
     first = {key(measured.cell): measured.value for measured in measure(whole)}
     assert len(fitted) == 2
     lost = whole.accuracy_cell("unit", TRAININGS[0], sweep.Test())
-    again = measure(whole, lacks=lambda cell: cell == lost)
+    again = measure(whole, lacking=lambda cells: [cell for cell in cells if cell == lost])
     assert len(fitted) == 3
     assert [measured.cell for measured in again] == [lost]
     assert again[0].value == first[key(lost)]
-    assert measure(whole, lacks=lambda cell: False) == []
+    assert measure(whole, lacking=lambda cells: []) == []
     assert len(fitted) == 3
 
 
