@@ -18,13 +18,9 @@ from lm_eval.api.task import Task
 from safetensors import safe_open
 
 from evals.records import Completion
+from mono_peft.serve import TOKENIZER_FILES
 from vision_bench.runs import Run, file_checksum
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tekken.json", "*.model", "*.tiktoken", "chat_template.jinja", "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)  # fmt: skip
 _MODEL_PARTS = {
     "model weights": ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"),
     "model config": ("config.json",),

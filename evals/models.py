@@ -28,8 +28,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import extract_commit_hash
 
 import mono_peft  # noqa: F401 - registers MonoLoRA with PEFT
-from evals.contents import TOKENIZER_FILES
 from evals.settings import Adapter
+from mono_peft.serve import TOKENIZER_FILES
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 

@@ -26,8 +26,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 MERGE_ERROR = (
     "MonoLoRA cannot merge: its update s B sigma(A x) is not linear in x, so no weight matrix equals it. Keep the "
     "adapter beside the base model (`save_pretrained`, `PeftModel.from_pretrained`), or call `unload()` to get the "
-    "base model back. If you need one mergeable matrix, train PEFT's LoraConfig, or MonoLoraConfig("
-    'activation="identity") as its equal.'
+    "base model back. If you need one mergeable matrix, train PEFT's LoraConfig. TRL's trainers merge where "
+    "`use_vllm=True`, to send vLLM the weights: train with `use_vllm=False` there."
 )
 
 

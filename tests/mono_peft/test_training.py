@@ -2,12 +2,13 @@
 
 import copy
 import math
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     DataCollatorForLanguageModeling,
     LlamaConfig,
@@ -28,6 +29,7 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.generation.vllm_generation import VLLMGeneration
 
 from mono_peft import MonoLoraConfig, monolora_plus_param_groups
 
@@ -225,6 +227,24 @@ def test_grpo_without_vllm(base, make_tokenizer, tmp_path):
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = torch.randint(0, 400, (2, 8))
     assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("mode", ["server", "colocate"])
+def test_trl_sends_no_weights_of_ours_to_vllm(base, make_tokenizer, mode):
+    class Generation(VLLMGeneration):
+        def _init_vllm(self):  # in place of a vLLM, which is not installed
+            self.vllm_client = self.llm = MagicMock()
+
+    for config in (LoraConfig(r=4), MonoLoraConfig(r=4)):
+        model = get_peft_model(copy.deepcopy(base), config)
+        generation = Generation(model, Accelerator(cpu=True), make_tokenizer(), mode=mode)
+        if isinstance(config, LoraConfig):
+            generation.sync_weights()
+            assert generation.llm.mock_calls != []
+        else:
+            with pytest.raises(NotImplementedError, match=r"train with `use_vllm=False`"):
+                generation.sync_weights()
+            assert generation.llm.mock_calls == []
 
 
 def test_the_plain_trainer(base, make_tokenizer, tmp_path):
