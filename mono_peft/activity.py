@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from .experts import MonoLoraExpertsProjection, Routing
 from .layer import MonoLoraLayer
 from .model import DivergedError, check_finite
 
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 
 
 class ActivationSparsity(NamedTuple):
-    """How sparse the latents sigma(A x) of a model's active MonoLoRA adapters are."""
+    """How sparse the latents sigma(A x) of a model's active MonoLoRA adapters are.
+
+    Under fused experts each expert has units of its own. They are measured on the tokens that were routed to the
+    expert; those of an expert that no token reached do not count.
+    """
 
     # share of exact zeros over all modules, tokens (pixels) and units, in [0, 1] ("sparsity" in Table 2)
     overall: float
@@ -69,10 +74,10 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
             "compiled in place, which skips the counting (measure before `model.compile()`)."
         )
     reached = {name: count for name, count in counts.items() if count.tokens}
-    fired = torch.cat([count.fired for count in reached.values()])
+    fired = torch.cat([count.fired_of_each_unit() for count in reached.values()])
     return ActivationSparsity(
-        overall=1 - int(fired.sum()) / sum(count.tokens * count.fired.numel() for count in reached.values()),
-        per_module={name: 1 - int(c.fired.sum()) / (c.tokens * c.fired.numel()) for name, c in reached.items()},
+        overall=1 - int(fired.sum()) / sum(count.tokens * count.r for count in reached.values()),
+        per_module={name: 1 - int(c.fired.sum()) / (c.tokens * c.r) for name, c in reached.items()},
         dead=int((fired == 0).sum()) / fired.numel(),
     )
 
@@ -125,6 +130,7 @@ class _ZeroCount:
 
     def __init__(self, name: str, r: int, units_dim: int) -> None:
         self.name = name
+        self.r = r
         self.units_dim = units_dim
         self.mask: torch.Tensor | None = None
         self.tokens = 0
@@ -132,21 +138,63 @@ class _ZeroCount:
 
     def __call__(self, module: nn.Module, args: Any, latents: torch.Tensor) -> None:
         rows = latents.movedim(self.units_dim, -1).reshape(-1, latents.shape[self.units_dim])
-        if self.mask is not None:
-            if self.mask.numel() != len(rows):
-                raise ValueError(
-                    f"the attention mask has {self.mask.numel()} positions, but the input of {self.name} has "
-                    f"{len(rows)}: padding cannot be told apart there. Measure without padding: one row per batch, "
-                    "and no attention_mask."
-                )
-            rows = rows[self.mask.reshape(-1).to(rows.device).bool()]
-        if not torch.isfinite(rows).all():
+        kept = self.kept_tokens(len(rows), rows.device)
+        rows = rows if kept is None else rows[kept]
+        self.check_finite(rows)
+        self.tokens += len(rows)
+        self.fired += (rows != 0).sum(0).cpu()
+
+    def kept_tokens(self, tokens: int, device: torch.device) -> torch.Tensor | None:
+        """Bool of shape (tokens,), which of them count; None if all do."""
+        if self.mask is None:
+            return None
+        if self.mask.numel() != tokens:
+            raise ValueError(
+                f"the attention mask has {self.mask.numel()} positions, but the input of {self.name} has "
+                f"{tokens}: padding cannot be told apart there. Measure without padding: one row per batch, "
+                "and no attention_mask."
+            )
+        return self.mask.reshape(-1).to(device).bool()
+
+    def check_finite(self, latents: torch.Tensor) -> None:
+        """Raise DivergedError unless the latents are numbers."""
+        if not torch.isfinite(latents).all():
             raise DivergedError(
                 f"The latents of {self.name} hold NaN or infinity, so that they have no sparsity: the model's inputs "
                 "or its base weights do, or its dtype overflowed."
             )
-        self.tokens += len(rows)
-        self.fired += (rows != 0).sum(0).cpu()
+
+    def fired_of_each_unit(self) -> torch.Tensor:
+        """For each unit that saw a token, the tokens on which it fired."""
+        return self.fired
+
+
+class _RoutedZeroCount(_ZeroCount):
+    """The same under fused experts, for each expert; `note_routing` is a hook of the layer, called before this one."""
+
+    routing: Routing
+
+    def __init__(self, name: str, r: int, num_experts: int) -> None:
+        super().__init__(name, r, -1)
+        self.fired = torch.zeros(num_experts, r, dtype=torch.int64)
+        self.tokens_of_experts = torch.zeros(num_experts, dtype=torch.int64)
+
+    def note_routing(self, module: nn.Module, args: Any) -> None:
+        _, self.routing = args
+
+    def __call__(self, module: nn.Module, args: Any, latents: torch.Tensor) -> None:
+        tokens, experts = self.routing.tokens, self.routing.experts
+        kept = self.kept_tokens(self.routing.num_tokens, latents.device)
+        if kept is not None:
+            latents, experts = latents[kept[tokens]], experts[kept[tokens]]
+        self.check_finite(latents)
+        self.tokens += len(latents)
+        experts = experts.cpu()
+        self.tokens_of_experts += torch.bincount(experts, minlength=len(self.tokens_of_experts))
+        self.fired.index_add_(0, experts, (latents != 0).long().cpu())
+
+    def fired_of_each_unit(self) -> torch.Tensor:
+        return self.fired[self.tokens_of_experts > 0].flatten()
 
 
 @contextmanager
@@ -157,7 +205,11 @@ def _count_zeros(model: nn.Module) -> Iterator[dict[str, _ZeroCount]]:
     adapters = Counter(name for name, _, _ in active)
     for name, module, adapter in active:
         key = name if adapters[name] == 1 else f"{name} ({adapter})"
-        counts[key] = _ZeroCount(key, module.r[adapter], module.units_dim)
+        if isinstance(module, MonoLoraExpertsProjection):
+            routed = counts[key] = _RoutedZeroCount(key, module.r[adapter], module.num_experts)
+            handles.append(module.register_forward_pre_hook(routed.note_routing))
+        else:
+            counts[key] = _ZeroCount(key, module.r[adapter], module.units_dim)
         handles.append(module.monolora_activation[adapter].register_forward_hook(counts[key]))
     try:
         yield counts

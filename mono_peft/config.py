@@ -40,7 +40,6 @@ _LORA_ONLY = {
     "lora_bias": "it serves to merge a bias into the base, and MonoLoRA cannot merge",
     "layer_replication": "replicated layers are not implemented for MonoLoRA",
     "megatron_config": "Megatron's parallel layers split x or the output, and sigma needs the whole of A x",
-    "target_parameters": "MonoLoRA needs the layer's input, and a bare nn.Parameter has none; use `target_modules`",
     "ensure_weight_tying": "MonoLoRA does not adapt tied embeddings",
     "runtime_config": "ephemeral GPU offload serves DoRA and merging",
 }
@@ -85,6 +84,9 @@ class MonoLoraConfig(PeftConfig):
         r: rank, the number of latents per adapted layer; positive.
         target_modules: names (or suffixes) of the modules to adapt, a regular expression, or "all-linear"; None
             takes PEFT's LoRA default of the model type (q_proj and v_proj on Llama).
+        target_parameters: names (or suffixes) of the stacked weights of fused experts to adapt, such as
+            "mlp.experts.gate_up_proj" and "mlp.experts.down_proj"; every expert gets an A and a B of rank r. As with
+            LoRA, `target_modules=None` adapts the model type's default modules too, and [] none.
         exclude_modules: names, suffixes or a regular expression of modules to leave out.
         monolora_alpha: numerator of the scale s = monolora_alpha / r; positive.
         monolora_dropout: probability in [0, 1) of zeroing an element of x before A, in training.
@@ -112,6 +114,9 @@ class MonoLoraConfig(PeftConfig):
     r: int = field(default=8, metadata={"help": "Rank: latents per adapted layer, positive."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to adapt: names, a regular expression, or 'all-linear'."}
+    )
+    target_parameters: list[str] | set[str] | None = field(
+        default=None, metadata={"help": "Stacked weights of fused experts to adapt: names."}
     )
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to leave out: names or a regular expression."}
@@ -149,7 +154,7 @@ class MonoLoraConfig(PeftConfig):
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._check_ranges()
         self._check_layer_selection()
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "target_parameters", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))  # PEFT compares and saves them as sets
 
@@ -184,6 +189,15 @@ class MonoLoraConfig(PeftConfig):
                     f"`{name}` needs `target_modules` as a list of names, got the string {self.target_modules!r}; "
                     "write the layers into the regular expression, or pass a list."
                 )
+        if isinstance(self.target_parameters, str):
+            raise ValueError(
+                f"`target_parameters` must be a list of names, got the string {self.target_parameters!r}."
+            )
+        if self.target_parameters and self.layers_to_transform is not None:
+            raise ValueError(
+                "`layers_to_transform` chooses among `target_modules` only. Name the layer in each of "
+                "`target_parameters`, as in 'layers.0.mlp.experts.down_proj'."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`: the indices of the layers to adapt.")
 

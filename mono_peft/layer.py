@@ -53,11 +53,7 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, **adapter_options: Any) -> None:
         super().__init__()
         self.base_layer: Any = base_layer
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
-        if in_features is None or out_features is None:
-            raise TypeError(f"MonoLoRA cannot read the sizes of a {type(base_layer).__name__}.")
-        self.in_features: int = in_features
-        self.out_features: int = out_features
+        self.in_features, self.out_features = self.base_sizes()
         self.r: dict[str, int] = {}
         self.initial_scaling: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -70,6 +66,13 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True  # switched by peft.helpers.disable_input_dtype_casting
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, **adapter_options)
+
+    def base_sizes(self) -> tuple[int, int]:
+        """in_features and out_features of the base layer."""
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        if in_features is None or out_features is None:
+            raise TypeError(f"MonoLoRA cannot read the sizes of a {type(self.base_layer).__name__}.")
+        return in_features, out_features
 
     def new_encoder(self, r: int) -> nn.Module:
         """A, which maps the layer's input to r latents at each position."""

@@ -6,7 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,20 +18,25 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import nn
 
 from .bypass import warn_of_idle_layers
 from .config import MonoLoraConfig
+from .experts import MonoLoraExperts, MonoLoraExpertsProjection
 from .layer import MERGE_ERROR, MonoLoraLayer
 from .names import PREFIX
 from .targets import (
     INSIDE_LAYER,
     adaptable_names,
+    adaptable_parameters,
     check_no_bare_parameters,
+    check_parameters_supported,
     check_supported,
     layer_class,
     listed,
+    matched_parameters,
     warn_of_other_paths,
 )
 
@@ -63,10 +68,28 @@ class MonoLoraModel(BaseTuner):
         # With a state dict its keys name the modules, and `target_modules` may match nothing.
         self._watched_modes: set[tuple[bool, bool]] = set()  # of passes: training or evaluation, with gradients or not
         self._targets_come_from_config = kwargs.get("state_dict") is None
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with warnings.catch_warnings():
+            # PEFT looks for them among modules only, and not among target parameters.
+            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match")
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._warn_of_unmatched_patterns(model, adapter_name)
         # Model cards, PEFT's and the trainers', take their tags from here.
         tags = getattr(model, "model_tags", None) or []
         setattr(model, "model_tags", sorted({*tags, MODEL_TAG}))  # noqa: B010, mypy reads it as a submodule
+
+    def _warn_of_unmatched_patterns(self, model: nn.Module, adapter_name: str) -> None:
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, MonoLoraLayer)}
+        names = [name for name, layer in layers.items() if adapter_name in layer.monolora_encoder]
+        config = self.peft_config[adapter_name]
+        for option in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(config, option)
+            unmatched = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)]
+            if unmatched:
+                warnings.warn(
+                    f"These keys of `{option}` match no adapted module or parameter and are ignored: "
+                    f"{listed(unmatched)}",
+                    stacklevel=2,
+                )
 
     def unload(self) -> nn.Module:
         """The base model without adapters, and without their tag.
@@ -81,6 +104,10 @@ class MonoLoraModel(BaseTuner):
         """Check every target before the first one is replaced, so that a refusal leaves the model as it was."""
         targets = peft_config.target_modules
         if not self._targets_come_from_config or targets == DUMMY_TARGET_MODULES:
+            return
+        if peft_config.target_parameters:
+            self._check_target_parameters(peft_config, model)
+        if not targets and peft_config.target_parameters:
             return
         expanded = _maybe_include_all_linear_layers(copy.copy(peft_config), model)  # "all-linear" by names
         matched: list[str] = []
@@ -113,6 +140,41 @@ class MonoLoraModel(BaseTuner):
                     f"model has: {listed(adaptable_names(model))}.",
                     stacklevel=2,
                 )
+
+    def _check_target_parameters(self, peft_config: MonoLoraConfig, model: nn.Module) -> None:
+        check_parameters_supported(model, self._matched_parameters(peft_config, model))
+        unmatched = [t for t in peft_config.target_parameters or () if not matched_parameters(model, [t])]
+        if unmatched:
+            raise ValueError(
+                f"Target parameters {listed(unmatched)} not found in the base model. This model has: "
+                f"{listed(adaptable_parameters(model)) or 'none that MonoLoRA can adapt'}."
+            )
+
+    def _matched_parameters(self, peft_config: MonoLoraConfig, model: nn.Module) -> list[str]:
+        names = matched_parameters(model, peft_config.target_parameters or ())
+        excluded = {n for n in names for key in (n, n.rpartition(".")[0]) if self._is_excluded(peft_config, key)}
+        return [name for name in names if name not in excluded]
+
+    def _is_excluded(self, peft_config: MonoLoraConfig, key: str) -> bool:
+        return isinstance(self._check_target_module_exists(peft_config, key), _ExcludedModule)
+
+    def _prepare_adapter_config(self, peft_config: MonoLoraConfig, model_config: dict[str, Any]) -> MonoLoraConfig:
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            peft_config.target_modules = set(self.target_module_mapping.get(model_config.get("model_type"), ()))
+        config: MonoLoraConfig = super()._prepare_adapter_config(peft_config, model_config)
+        return config
+
+    def _inject_parameters(
+        self, peft_config: MonoLoraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Adapt the stacked weights that `target_parameters` names; PEFT's own way would wrap one in another."""
+        names = self._matched_parameters(peft_config, model)
+        for name in names:
+            module_name, _, parameter_name = name.rpartition(".")
+            parent, target, target_name = _get_submodules(model, module_name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(peft_config, adapter_name, target, target_name, parent, name, parameter_name)
+        return names
 
     def _default_targets(self, model: nn.Module) -> set[str]:
         return set(self.target_module_mapping.get(self.get_model_config(model).get("model_type"), ()))
@@ -147,6 +209,14 @@ class MonoLoraModel(BaseTuner):
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
         }
+        if parameter_name is not None:
+            if not isinstance(target, MonoLoraExperts):
+                target = MonoLoraExperts(target)
+                self._replace_module(parent, target_name, target, target.get_base_layer())
+            projection = target.adapt(parameter_name, adapter_name, **options)
+            if adapter_name not in self.active_adapters:
+                projection.set_adapter(self.active_adapters)
+            return
         if isinstance(target, MonoLoraLayer):
             target.update_layer(adapter_name, **options)
             return
@@ -204,6 +274,12 @@ class MonoLoraModel(BaseTuner):
     def _check_adapter_names(self, adapter_names: list[str]) -> None:
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call model.eval().")
+        if any(isinstance(module, MonoLoraExpertsProjection) for module in self.modules()):
+            raise ValueError(
+                "Cannot pass `adapter_names`: this model has adapters on fused experts, which get the tokens of all "
+                "rows in one list and do not know which row a token is of. Run each adapter's rows by themselves, "
+                "after `set_adapter`."
+            )
         unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
         if unknown:
             raise ValueError(

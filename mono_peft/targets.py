@@ -14,10 +14,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .bypass import weight_read
+from .experts import experts_obstacle
 from .layer import MonoLoraConv2d, MonoLoraEmbedding, MonoLoraLayer, MonoLoraLinear
 from .names import PREFIX
 
 INSIDE_LAYER = re.compile(rf"\.(base_layer|{PREFIX}\w+)(\.|$)")  # in the names of the modules of a MonoLoRA layer
+_PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original\d*$")  # where torch keeps a parametrised weight
 
 
 def layer_class(module: nn.Module) -> type[MonoLoraLayer] | None:
@@ -88,13 +90,52 @@ def check_no_bare_parameters(model: nn.Module, targets: Iterable[str], matched: 
     for target in targets:
         if any(name == target or name.endswith(f".{target}") for name in matched):
             continue
-        for name, _ in model.named_parameters():
-            if name.endswith(f".{target}") and not INSIDE_LAYER.search(name):
+        for name in parameter_names(model):
+            if name.endswith(f".{target}"):
                 raise ValueError(
-                    f"`target_modules` has {target!r}, which is a bare nn.Parameter ('{name}'): it is multiplied "
-                    "inside its module, where MonoLoRA cannot see its input. Experts that are separate Linear modules "
-                    f"can be adapted, fused ones cannot. This model has: {listed(adaptable_names(model))}."
+                    f"`target_modules` has {target!r}, which is a bare nn.Parameter ('{name}') and no module. The "
+                    f"stacked weights of fused experts are named in `target_parameters`; this model has: "
+                    f"{listed(adaptable_parameters(model)) or 'none'}. Modules: {listed(adaptable_names(model))}."
                 )
+
+
+def parameter_names(model: nn.Module) -> list[str]:
+    """The names of the base model's parameters as they are without adapters."""
+    names = (name for name, _ in model.named_parameters() if f".{PREFIX}" not in name)
+    return [_PARAMETRIZED.sub(r"\1", name.replace(".base_layer.", ".")) for name in names]
+
+
+def matched_parameters(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    """The names among `parameter_names` that are a target, or end with one."""
+    targets = list(targets)
+    return [n for n in parameter_names(model) if any(n == t or n.endswith(f".{t}") for t in targets)]
+
+
+def adaptable_parameters(model: nn.Module) -> set[str]:
+    """Last two components of the names of the stacked weights that MonoLoRA can adapt, or has."""
+    return {
+        ".".join(name.split(".")[-2:]) for name in parameter_names(model) if _parameter_obstacle(model, name) is None
+    }
+
+
+def check_parameters_supported(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise TypeError unless MonoLoRA can adapt all parameters of `model` with these `names`."""
+    for name in names:
+        if (obstacle := _parameter_obstacle(model, name)) is not None:
+            raise TypeError(
+                f"MonoLoRA cannot adapt the target parameter '{name}': {obstacle}. Parameters of this model that can "
+                f"be adapted: {listed(adaptable_parameters(model)) or 'none'}."
+            )
+
+
+def _parameter_obstacle(model: nn.Module, name: str) -> str | None:
+    module_name, _, parameter_name = name.rpartition(".")
+    if not module_name:
+        return "it lies in the model itself and in no module inside"
+    module = model.get_submodule(module_name)
+    if isinstance(module, MonoLoraLayer) or (layer_class(module) is not None and parameter_name == "weight"):
+        return f"it belongs to a layer; name '{module_name.rpartition('.')[2]}' in `target_modules`"
+    return experts_obstacle(module, parameter_name)
 
 
 def adaptable_names(model: nn.Module) -> set[str]:

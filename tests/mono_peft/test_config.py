@@ -62,7 +62,6 @@ LORA_ONLY = {
     "lora_bias": True,
     "layer_replication": [(0, 4), (2, 5)],
     "megatron_config": {"x": 1},
-    "target_parameters": ["experts.weight"],
     "ensure_weight_tying": True,
 }
 

@@ -25,8 +25,12 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -101,6 +105,18 @@ def t5():
     )
 
 
+EXPERTS = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+EXPERTS |= {"vocab_size": 50, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def mixtral():
+    return MixtralForCausalLM(MixtralConfig(**EXPERTS))
+
+
+def gpt_oss():
+    return GptOssForCausalLM(GptOssConfig(**EXPERTS, head_dim=8))
+
+
 class Row(NamedTuple):
     base: type | object
     options: dict
@@ -125,6 +141,26 @@ ROWS = {
     "gpt2": Row(gpt2, {"task_type": "CAUSAL_LM"}),
     "bert": Row(bert, {"task_type": "SEQ_CLS"}),
     "t5": Row(t5, {"task_type": "SEQ_2_SEQ_LM"}),
+    "mixtral experts": Row(
+        mixtral, {"target_modules": [], "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]}
+    ),
+    "mixtral one weight a layer, dropout": Row(
+        mixtral,
+        {
+            "target_modules": [],
+            "target_parameters": ["0.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"],
+            "lora_dropout": 0.1,
+        },
+    ),
+    "gpt-oss experts, modules and head": Row(
+        gpt_oss,
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "target_parameters": ["mlp.experts.down_proj", "experts.gate_up_proj"],
+            "rank_pattern": {"experts.gate_up_proj": 3},
+            "modules_to_save": ["lm_head"],
+        },
+    ),
     "mlp": Row(MLP, {"target_modules": ["below", "above"], "modules_to_save": ["head"]}),
     "convnet": Row(ConvNet, {"target_modules": ["stem", "grouped"]}),
     "tokens": Row(Tokens, {"target_modules": ["table", "head"]}),
@@ -139,7 +175,7 @@ if Version("0.21") > PEFT:
     del ROWS["t5"]  # encoder-decoder models of older PEFT do not work with this transformers at all
 every_row = pytest.mark.parametrize("name", ROWS)
 every_plain_row = pytest.mark.parametrize(
-    "name", [n for n, row in ROWS.items() if "modules_to_save" not in row.options]
+    "name", [n for n, row in ROWS.items() if not {"modules_to_save", "target_parameters"} & row.options.keys()]
 )
 
 
@@ -398,7 +434,7 @@ def test_saved_modules_per_row():
     torch.testing.assert_close(found[2], output(base_of("mlp"), "mlp")[2])
 
 
-@pytest.mark.parametrize("name", ["llama all-linear, dropout", "gpt2", "mlp", "convnet", "tokens"])
+@pytest.mark.parametrize("name", ["llama all-linear, dropout", "gpt2", "mlp", "convnet", "tokens", "mixtral experts"])
 def test_compiled_without_graph_breaks_it_is_equal(name):
     model = adapted(name)
     expected = output(model, name)
@@ -434,7 +470,9 @@ def test_low_precision_bases_and_autocast(name, dtype):
         torch.testing.assert_close(output(model, name).float(), expected, **close)
 
 
-@pytest.mark.parametrize("name", [n for n in ("llama", "llama all-linear, dropout", "gpt2", "t5") if n in ROWS])
+@pytest.mark.parametrize(
+    "name", [n for n in ("llama", "llama all-linear, dropout", "gpt2", "t5", "mixtral experts") if n in ROWS]
+)
 def test_generating_with_the_cache_equals_without(name):
     model = adapted(name)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -443,7 +481,9 @@ def test_generating_with_the_cache_equals_without(name):
     assert not torch.equal(with_cache, base_of(name).generate(input_ids=IDS, **options))
 
 
-@pytest.mark.parametrize("name", [n for n in ("llama all-linear, dropout", "gpt2", "bert", "t5") if n in ROWS])
+@pytest.mark.parametrize(
+    "name", [n for n in ("llama all-linear, dropout", "gpt2", "bert", "t5", "mixtral experts") if n in ROWS]
+)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_gives_the_same_gradients(name, use_reentrant):
     gradients = []
