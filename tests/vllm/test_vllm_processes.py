@@ -80,6 +80,23 @@ def test_the_server(server, folder, reference):
     assert complete(server, "relu", prompt) == reference.answer("relu", prompt, 8)[0]
 
 
+@pytest.mark.parametrize(
+    ("adapter", "served", "code", "said"),
+    [
+        ("lora", "lora", 0, "served model lora equals ours"),
+        ("relu", "relu", 0, "served model relu equals ours"),
+        ("relu", "base", 1, "served model base equals the base: the adapter is not applied"),
+        ("relu", "lora", 1, "served model lora equals neither"),
+    ],
+)
+def test_the_check_of_what_is_served(server, folder, capsys, adapter, served, code, said):
+    from mono_peft.check import main
+
+    found = main([str(folder / "base"), str(folder / adapter), "--endpoint", server, "--served-name", served])
+    assert said in capsys.readouterr().out.splitlines()[-1]
+    assert found == code
+
+
 def test_what_a_client_is_told_of_an_adapter_that_is_refused(server, folder, tmp_path):
     changed = tmp_path / "changed"
     changed.mkdir()
