@@ -41,6 +41,8 @@ class SigmaMixin:
     )
     _token_lora_indices: torch.Tensor  # int64, the slot of each token or -1, and unused places after the last token
     _sampler_indices: torch.Tensor  # the same of each request
+    sampler_indices: torch.Tensor  # those in use
+    _slot_of_all: int | None = None  # the slot that all rows of logits are of, while that is so
     prompt_mapping_meta: Any  # what the kernels know of `_sampler_indices`
     add_lora_linear: Callable[..., None]
 
@@ -75,23 +77,25 @@ class SigmaMixin:
         self, y: torch.Tensor, x: torch.Tensor, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, **kwargs: Any
     ) -> None:
         """The output head as a linear layer whose rows are requests; vLLM's own does not come by `add_expand`."""
+        x, sizes = x.view(-1, x.shape[-1]), (lora_b_stacked.shape[-2],)
+        if self._slot_of_all is not None:
+            self._set_requests(torch.full((len(x),), self._slot_of_all, device=x.device))
         with self._requests_as_tokens():
-            x, sizes = x.view(-1, x.shape[-1]), (lora_b_stacked.shape[-2],)
             self.add_lora_linear(y.view(-1, y.shape[-1]), x, (lora_a_stacked,), (lora_b_stacked,), scale, sizes)
 
     @contextmanager
     def all_requests_of(self, slot: int) -> Iterator[None]:
         """Inside, all rows of logits are of the adapter in a slot, or of none for -1."""
-        kept = self._sampler_indices.clone()
-        self._set_requests(torch.full_like(kept, slot))
+        kept, self._slot_of_all = self.sampler_indices.clone(), slot
         try:
             yield
         finally:
+            self._slot_of_all = None
             self._set_requests(kept)
 
     def _set_requests(self, indices: torch.Tensor) -> None:
-        self._sampler_indices.copy_(indices)
-        self.prompt_mapping_meta.prepare_tensors(indices)
+        self._sampler_indices[: len(indices)].copy_(indices)
+        self.prompt_mapping_meta.prepare_tensors(indices)  # as many as rows, as kernels go by their number
 
     @contextmanager
     def _requests_as_tokens(self) -> Iterator[None]:
@@ -113,7 +117,6 @@ class PerSlotMixin(SigmaMixin):
 
     of_tokens_and_requests = (("_token_rows", "_request_rows"),)
     token_lora_indices: torch.Tensor
-    sampler_indices: torch.Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
