@@ -147,8 +147,8 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         """The base's output plus the updates of the active adapters, in the base output's dtype.
 
         Args:
-            x: what the base layer takes: (..., in_features) of any float dtype; (batch, in_channels, height, width)
-                under a convolution, also without batch; integer ids (...) under an embedding.
+            x: what the base layer takes: (..., in_features) of any float dtype; (batch, in_channels, *lengths) under a
+                convolution, also without batch; integer ids (...) under an embedding.
             adapter_names: for each row of x (its first dimension) the one adapter that applies to it, or
                 "__base__" for none. Inference only.
         """
@@ -251,20 +251,28 @@ class MonoLoraLinear(MonoLoraLayer):
         return fused.relu_update(x, self.base_layer, dropout, encoder, decoder, self.scaling[name])
 
 
-class MonoLoraConv2d(MonoLoraLayer):
-    """MonoLoRA on `nn.Conv2d`: A is a convolution to r channels with the base's kernel, stride, padding and dilation,
-    (r, in, *kernel), B a 1x1 convolution, (out, r, 1, 1). Both see all channels, also where the base has groups."""
+class MonoLoraConvolution(MonoLoraLayer):
+    """MonoLoRA on a convolution of 1, 2 or 3 dimensions: A is a convolution to r channels with the base's kernel,
+    stride, padding and dilation, (r, in, *kernel), B one with a kernel of 1, (out, r, 1, ...). Both see all channels,
+    also where the base has groups."""
 
-    units_dim = -3
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **adapter_options: Any) -> None:
+        super().__init__(base_layer, adapter_name, **adapter_options)
+        self.units_dim = -1 - len(self.get_base_layer().kernel_size)
 
     def new_encoder(self, r: int) -> nn.Module:
         base = self.get_base_layer()
-        return nn.Conv2d(
+        return convolution_kind(base)(
             self.in_features, r, base.kernel_size, base.stride, base.padding, dilation=base.dilation, bias=False
         )
 
     def new_decoder(self, r: int) -> nn.Module:
-        return nn.Conv2d(r, self.out_features, 1, bias=False)
+        return convolution_kind(self.get_base_layer())(r, self.out_features, 1, bias=False)
+
+
+def convolution_kind(module: nn.Module) -> Any:
+    """Which of torch's classes of convolutions `module` is of; None if it is none."""
+    return next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind)), None)
 
 
 class MonoLoraEmbedding(MonoLoraLayer):

@@ -107,8 +107,10 @@ class TestInjection:
     @pytest.mark.parametrize(
         ("layer", "reason"),
         [
-            (nn.Conv1d(3, 4, 3), "it is a Conv1d"),
+            (nn.ConvTranspose2d(3, 4, 3), "it is a ConvTranspose2d"),
+            (nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular"), "it pads with padding_mode='circular'"),
             (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "it pads with padding_mode='reflect'"),
+            (nn.Conv3d(3, 4, 3, padding=1, padding_mode="replicate"), "it pads with padding_mode='replicate'"),
             (Conv2dSame(3, 4, 3), "Conv2dSame has a forward of its own"),
         ],
     )
@@ -119,6 +121,13 @@ class TestInjection:
     def test_separate_experts(self):
         model = nn.ModuleDict({"experts": nn.ModuleList(nn.ModuleDict({"w1": nn.Linear(4, 4)}) for _ in range(2))})
         assert adapted_names(inject_adapter_in_model(MonoLoraConfig(target_modules=["w1"]), model)) == {"w1"}
+
+    def test_multihead_attention_cannot_be_adapted(self):
+        model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+        with pytest.raises(
+            TypeError, match="'attention': it gives its weights to a fused function, which LoRA merges"
+        ):
+            get_peft_model(model, MonoLoraConfig(target_modules=["attention"]))
 
     def test_multihead_attention_bypasses_its_projection(self):
         model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})

@@ -61,6 +61,16 @@ class ConvNet(nn.Module):
         return self.head(torch.tanh(self.grouped(torch.relu(self.stem(x)))).mean((2, 3)))
 
 
+class Signals(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.signal, self.volume = nn.Conv1d(3, 8, 3, padding=2, dilation=2), nn.Conv3d(8, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.volume(torch.relu(self.signal(x))[..., None, None]).mean((2, 3, 4)))
+
+
 class Tokens(nn.Module):
     def __init__(self):
         super().__init__()
@@ -163,6 +173,7 @@ ROWS = {
     ),
     "mlp": Row(MLP, {"target_modules": ["below", "above"], "modules_to_save": ["head"]}),
     "convnet": Row(ConvNet, {"target_modules": ["stem", "grouped"]}),
+    "signals": Row(Signals, {"target_modules": ["signal", "volume"]}),
     "tokens": Row(Tokens, {"target_modules": ["table", "head"]}),
     **{
         f"mlp {name}": Row(MLP, {"target_modules": ["below", "above"], "activation": name})
@@ -197,6 +208,8 @@ def adapted(name, **more):
 def inputs(name):
     if name == "convnet":
         return {"x": torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    if name == "signals":
+        return {"x": torch.randn(4, 3, 12, generator=torch.Generator().manual_seed(0))}
     if name == "tokens":
         return {"x": IDS}
     if name.startswith("mlp"):
@@ -434,7 +447,9 @@ def test_saved_modules_per_row():
     torch.testing.assert_close(found[2], output(base_of("mlp"), "mlp")[2])
 
 
-@pytest.mark.parametrize("name", ["llama all-linear, dropout", "gpt2", "mlp", "convnet", "tokens", "mixtral experts"])
+@pytest.mark.parametrize(
+    "name", ["llama all-linear, dropout", "gpt2", "mlp", "convnet", "signals", "tokens", "mixtral experts"]
+)
 def test_compiled_without_graph_breaks_it_is_equal(name):
     model = adapted(name)
     expected = output(model, name)
