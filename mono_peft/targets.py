@@ -70,6 +70,17 @@ def check_supported(model: nn.Module, names: Iterable[str]) -> None:
     )
 
 
+def check_activatable(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise TypeError if a module of `model` among `names` does not compute each token by itself."""
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, MonoLoraConvolution) or convolution_kind(module) is not None:
+            raise TypeError(
+                f"An activated MonoLoRA adapter (`alora_invocation_tokens`) cannot adapt '{name}', a convolution: it "
+                f"has no tokens. Leave it out with `exclude_modules=[{name.rpartition('.')[2]!r}]`."
+            )
+
+
 def warn_of_other_paths(model: nn.Module, names: Iterable[str]) -> None:
     """Warn of those modules of `model` among `names` whose weight it reads on some paths, and calls on others."""
     readers: dict[str, set[str]] = {}
