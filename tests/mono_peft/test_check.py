@@ -251,6 +251,7 @@ class Server:
         self.tokenizer = tokenizer
         self.models = {}  # by name
         self.parents = {}  # name -> name of the base
+        self.lists = True  # whether it answers what models it has
         self.tells_log_probabilities = True
         self.answer = None  # status and body for every completion, in place of a model's
 
@@ -289,7 +290,7 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.reply(200, server.listed() if self.path == "/v1/models" else {})
+                self.reply(200 if server.lists else 500, server.listed() if self.path == "/v1/models" else {})
 
             def do_POST(self):
                 assert self.path == "/v1/completions"
@@ -412,6 +413,11 @@ class TestServedTexts:
         assert (result.code, result.last) == (0, f"{EQUALS} equals ours")
         assert result.table["served mine"].startswith("3 of 3 equal ours, ")
         assert result.table["served mine"].endswith(" (the server tells no log-probabilities: greedy texts)")
+
+    def test_a_server_that_fails_to_list_its_models(self, server, check_served):
+        server.lists = False
+        assert check_served().code == 0
+        assert check_served("relu").last.endswith("; it lists no models, and not relu")
 
     def test_the_base(self, check_served):
         result = check_served("base")
