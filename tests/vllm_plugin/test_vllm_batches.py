@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.vllm.conftest import ADAPTERS, assert_equal, engine, generate, prompts, request, save_adapter
+from tests.vllm_plugin.conftest import ADAPTERS, assert_equal, engine, generate, prompts, request, save_adapter
 
 IN_LAYERS = [name for name in ADAPTERS if "embedding" not in name and name != "head"]
 
@@ -83,7 +83,7 @@ def test_a_base_with_tied_embeddings(tmp_path, folder):
     """An adapter of the embedding leaves the output head alone, as in PEFT."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from tests.vllm.conftest import Reference
+    from tests.vllm_plugin.conftest import Reference
 
     config = LlamaConfig.from_pretrained(folder / "base", tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")

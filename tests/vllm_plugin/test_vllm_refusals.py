@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mono_peft import MonoLoraConfig
-from tests.vllm.conftest import assert_equal, engine, generate, prompts, request, save_adapter
+from tests.vllm_plugin.conftest import assert_equal, engine, generate, prompts, request, save_adapter
 
 
 @pytest.fixture(scope="module")
