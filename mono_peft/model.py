@@ -96,6 +96,9 @@ class MonoLoraModel(BaseTuner):
                     stacklevel=2,
                 )
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)  # before PEFT 0.21 hooks of the base, as ours of activated adapters, slept
+
     def unload(self) -> nn.Module:
         """The base model without adapters, and without their tag.
 

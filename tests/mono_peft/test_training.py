@@ -112,7 +112,7 @@ def test_sft_of_an_activated_adapter(base, rows, make_tokenizer, tmp_path):
     trainer = trainer_for(
         copy.deepcopy(base), rows, tokenizer, tmp_path, alora_invocation_tokens=tokenizer(" is").input_ids
     )
-    assert trainer.model.is_gradient_checkpointing
+    assert trainer.args.gradient_checkpointing
     check_training(trainer, tmp_path, base, dict(tokenizer("the snow is white", return_tensors="pt")))
 
 
