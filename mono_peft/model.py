@@ -97,7 +97,8 @@ class MonoLoraModel(BaseTuner):
                 )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)  # before PEFT 0.21 hooks of the base, as ours of activated adapters, slept
+        # PEFT before 0.21 calls `self.model.forward`, past the hook that shows activated adapters the token ids.
+        return self.model(*args, **kwargs)
 
     def unload(self) -> nn.Module:
         """The base model without adapters, and without their tag.

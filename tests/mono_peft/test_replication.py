@@ -153,3 +153,12 @@ def test_layers_are_chosen_among_the_replicated_ones(llama):
     names = {n: m.r["default"] for n, m in model.get_base_model().named_modules() if isinstance(m, MonoLoraLayer)}
     assert names == {"model.layers.3.self_attn.q_proj": 4, "model.layers.5.self_attn.q_proj": 2}
     assert isinstance(model.get_base_model(), LlamaForCausalLM)
+
+
+@torch.no_grad()
+def test_transformers_own_loading(llama, tmp_path):
+    """As `transformers serve` does it."""
+    model = adapted(llama)
+    model.save_pretrained(tmp_path)
+    llama.load_adapter(str(tmp_path))
+    assert torch.equal(llama(IDS).logits, model(IDS).logits)
