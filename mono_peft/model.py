@@ -57,6 +57,7 @@ class MonoLoraModel(BaseTuner):
         ValueError: nothing matches `target_modules`, or the configuration conflicts with another adapter's.
     """
 
+    targeted_parameter_names: list[str]  # PEFT's, declared because mypy does not follow PEFT
     prefix = PREFIX
     tuner_layer_cls = MonoLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -200,6 +201,8 @@ class MonoLoraModel(BaseTuner):
             parent, target, target_name = _get_submodules(model, module_name)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._create_and_replace(peft_config, adapter_name, target, target_name, parent, name, parameter_name)
+        # PEFT before 0.21 looks for the names here, and not at what is returned.
+        self.targeted_parameter_names += [n for n in names if n not in self.targeted_parameter_names]
         return names
 
     def _default_targets(self, model: nn.Module) -> set[str]:
