@@ -41,6 +41,7 @@ from .targets import (
     listed,
     matched_parameters,
     warn_of_other_paths,
+    warn_of_unmatched_patterns,
 )
 
 MODEL_TAG = "monolora"
@@ -78,24 +79,10 @@ class MonoLoraModel(BaseTuner):
             # PEFT looks for them among modules only, and not among target parameters.
             warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match")
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._warn_of_unmatched_patterns(model, adapter_name)
+        warn_of_unmatched_patterns(model, adapter_name, self.peft_config[adapter_name])
         # Model cards, PEFT's and the trainers', take their tags from here.
         tags = getattr(model, "model_tags", None) or []
         setattr(model, "model_tags", sorted({*tags, MODEL_TAG}))  # noqa: B010, mypy reads it as a submodule
-
-    def _warn_of_unmatched_patterns(self, model: nn.Module, adapter_name: str) -> None:
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, MonoLoraLayer)}
-        names = [name for name, layer in layers.items() if adapter_name in layer.monolora_encoder]
-        config = self.peft_config[adapter_name]
-        for option in ("rank_pattern", "alpha_pattern"):
-            patterns = getattr(config, option)
-            unmatched = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)]
-            if unmatched:
-                warnings.warn(
-                    f"These keys of `{option}` match no adapted module or parameter and are ignored: "
-                    f"{listed(unmatched)}",
-                    stacklevel=2,
-                )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT before 0.21 calls `self.model.forward`, past the hook that shows activated adapters the token ids.

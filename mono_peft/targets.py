@@ -96,6 +96,20 @@ def warn_of_other_paths(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
+def warn_of_unmatched_patterns(model: nn.Module, adapter_name: str, config: Any) -> None:
+    """Warn of the keys of `rank_pattern` and `alpha_pattern` that name no layer which has the adapter."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, MonoLoraLayer)}
+    names = [name for name, layer in layers.items() if adapter_name in layer.monolora_encoder]
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, option)
+        unmatched = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)]
+        if unmatched:
+            warnings.warn(
+                f"These keys of `{option}` match no adapted module or parameter and are ignored: {listed(unmatched)}",
+                stacklevel=2,
+            )
+
+
 def check_no_bare_parameters(model: nn.Module, targets: Iterable[str], matched: Iterable[str]) -> None:
     """Raise ValueError for a target that names no module but parameters, as the fused experts of MoE models are."""
     for target in targets:
