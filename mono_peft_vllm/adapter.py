@@ -76,7 +76,12 @@ def read_adapter(folder: Path, adapter_id: int, worker: WorkerLoRAManager) -> Lo
 
 
 def _check_options(config: MonoLoraConfig, folder: Path) -> None:
-    for option in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+    if config.alora_invocation_tokens:
+        raise ValueError(
+            f"{folder}: vLLM cannot serve an activated MonoLoRA adapter (`alora_invocation_tokens`). Generate with "
+            "PeftModel, or train the adapter without them."
+        )
+    for option in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"):
         if value := getattr(config, option, None):
             raise ValueError(f"{folder}: vLLM cannot serve a MonoLoRA adapter with `{option}={value!r}`. {_WITHOUT}")
     if config.bias != "none":

@@ -38,6 +38,16 @@ class ConvNet(nn.Module):
         return self.head(torch.tanh(self.grouped(torch.relu(self.stem(x)))).mean((2, 3)))
 
 
+class Signals(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.signal, self.volume = nn.Conv1d(3, 8, 3, padding=2, dilation=2), nn.Conv3d(8, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.volume(torch.relu(self.signal(x))[..., None, None]).mean((2, 3, 4)))
+
+
 class Tokens(nn.Module):
     def __init__(self):
         super().__init__()

@@ -19,7 +19,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
-from small_bases import MLP, ConvNet, Tokens, bert, gpt2, gpt_oss, llama, mixtral, t5, tied_llama
+from small_bases import MLP, ConvNet, Signals, Tokens, bert, gpt2, gpt_oss, llama, mixtral, t5, tied_llama
 from torch import nn
 
 from mono_peft import MonoLoraConfig
@@ -74,6 +74,7 @@ ROWS = {
     ),
     "mlp": Row(MLP, {"target_modules": ["below", "above"], "modules_to_save": ["head"]}),
     "convnet": Row(ConvNet, {"target_modules": ["stem", "grouped"]}),
+    "signals": Row(Signals, {"target_modules": ["signal", "volume"]}),
     "tokens": Row(Tokens, {"target_modules": ["table", "head"]}),
     **{
         f"mlp {name}": Row(MLP, {"target_modules": ["below", "above"], "activation": name})
@@ -108,6 +109,8 @@ def adapted(name, **more):
 def inputs(name):
     if name == "convnet":
         return {"x": torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    if name == "signals":
+        return {"x": torch.randn(4, 3, 12, generator=torch.Generator().manual_seed(0))}
     if name == "tokens":
         return {"x": IDS}
     if name.startswith("mlp"):
@@ -345,7 +348,9 @@ def test_saved_modules_per_row():
     torch.testing.assert_close(found[2], output(base_of("mlp"), "mlp")[2])
 
 
-@pytest.mark.parametrize("name", ["llama all-linear, dropout", "gpt2", "mlp", "convnet", "tokens", "mixtral experts"])
+@pytest.mark.parametrize(
+    "name", ["llama all-linear, dropout", "gpt2", "mlp", "convnet", "signals", "tokens", "mixtral experts"]
+)
 def test_compiled_without_graph_breaks_it_is_equal(name):
     model = adapted(name)
     expected = output(model, name)

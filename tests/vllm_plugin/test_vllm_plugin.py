@@ -84,7 +84,7 @@ print(LoRAConfig(max_lora_rank=8).compute_hash())
 def test_without_it_vllm_refuses_monolora(folder):
     program = f"""
 import pathlib
-from tests.vllm.conftest import engine, request
+from tests.vllm_plugin.conftest import engine, request
 folder = pathlib.Path({str(folder)!r})
 with engine(folder) as llm:
     assert llm.llm_engine.add_lora(request(folder, "lora"))

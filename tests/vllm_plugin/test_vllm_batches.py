@@ -5,7 +5,16 @@ import random
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tests.vllm.conftest import ADAPTERS, Reference, assert_equal, engine, generate, prompts, request, save_adapter
+from tests.vllm_plugin.conftest import (
+    ADAPTERS,
+    Reference,
+    assert_equal,
+    engine,
+    generate,
+    prompts,
+    request,
+    save_adapter,
+)
 
 IN_LAYERS = [name for name in ADAPTERS if "embedding" not in name and name != "head"]
 

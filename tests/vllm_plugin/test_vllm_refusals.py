@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mono_peft import MonoLoraConfig
-from tests.vllm.conftest import assert_equal, engine, generate, prompts, request, save_adapter
+from tests.vllm_plugin.conftest import assert_equal, engine, generate, prompts, request, save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,8 @@ def change_tensors(adapter, change):
     [
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}, "cannot serve an activated MonoLoRA adapter"),
         ({"bias": "all"}, "bias='all'"),
         ({"format_version": 9}, "Upgrade mono-peft"),
         ({"activation": "tanh"}, "must be one of relu"),
