@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -155,11 +157,19 @@ def test_modules_that_the_server_was_told_to_leave_alone(folder):
 
 
 def test_embeddings_on_transformers_own_models(folder):
-    """There vLLM gives all tokens the A of the first token's adapter."""
-    with engine(folder, model_impl="transformers") as llm:
-        with pytest.raises(ValueError, match="--model-impl transformers"):
-            llm.llm_engine.add_lora(request(folder, "embedding"))
-        assert llm.llm_engine.add_lora(request(folder, "relu"))
+    """There vLLM gives all tokens the A of the first token's adapter. It changes its own models, hence a process."""
+    program = f"""
+import pathlib
+import pytest
+from tests.vllm_plugin.conftest import engine, request
+folder = pathlib.Path({str(folder)!r})
+with engine(folder, model_impl="transformers") as llm:
+    with pytest.raises(ValueError, match="--model-impl transformers"):
+        llm.llm_engine.add_lora(request(folder, "embedding"))
+    assert llm.llm_engine.add_lora(request(folder, "relu"))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_projection_that_attention_absorbs(tmp_path, folder):
