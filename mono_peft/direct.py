@@ -22,9 +22,9 @@ def linear_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         x: (..., in_features).
 
     Returns:
-        (..., out_features) in the dtype of the base's output. None with several or no active adapters, an encoder or
-        decoder that is not linear, hooks on these or on all modules, dropout that acts, and in torch.compile, which
-        has no such costs.
+        (..., out_features) in the dtype of the base's output. None with several or no active adapters, an activated
+        one, an encoder or decoder that is not linear, hooks on these or on all modules, dropout that acts, and in
+        torch.compile, which has no such costs.
     """
     active = layer._active_adapter  # a list; half of the time here is look-ups, so that these are short
     if torch.compiler.is_compiling() or len(active) != 1 or _global_forward_hooks or _global_forward_pre_hooks:
@@ -32,7 +32,7 @@ def linear_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     (name,) = active
     modules = layer._modules
     encoder = modules["monolora_encoder"]._modules.get(name)
-    if encoder is None:
+    if encoder is None or name in layer.monolora_invocations:
         return None
     encoding, decoding = _plain_parameters(encoder), _plain_parameters(modules["monolora_decoder"]._modules[name])
     if encoding is None or decoding is None:

@@ -25,6 +25,10 @@ class EndpointError(RuntimeError):
     """A server is not reached, refuses a request, or answers with what no model is known by."""
 
 
+class _RefusedError(EndpointError):
+    """A server answers a request with the status of an error."""
+
+
 class Completion(NamedTuple):
     """What a server generated after a prompt."""
 
@@ -84,7 +88,10 @@ def ask(endpoint: str, name: str, prompts: Sequence[str], prompt_lengths: list[i
 
 def _models(url: str) -> dict[str, str | None]:
     """Names of the models that a server lists, with those of which they are adapters."""
-    answer = _request(f"{url}/models")
+    try:
+        answer = _request(f"{url}/models")
+    except _RefusedError:  # `transformers serve` does, on a machine without a cache of models
+        return {}
     try:
         return {card["id"]: card.get("parent") for card in answer["data"]}
     except (KeyError, TypeError, AttributeError):
@@ -135,7 +142,7 @@ def _request(url: str, body: dict[str, Any] | None = None) -> Any:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
             answer = response.read()
     except urllib.error.HTTPError as error:
-        raise EndpointError(
+        raise _RefusedError(
             f"the server answers {error.code} {error.reason} to {url}: {_detail(error.read())}"
         ) from None
     except (OSError, ValueError, http.client.HTTPException) as error:

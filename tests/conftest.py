@@ -1,6 +1,7 @@
 """Shared by all tests: no hub, no GPU, a temporary cache, and models small enough to build in milliseconds."""
 
 import gc
+import importlib.util
 import json
 import os
 import tempfile
@@ -15,6 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vision_bench.runs import read_rows
+
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["vllm"]  # `make test-vllm` has an environment for these
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ ' ' + m['content'] }}"

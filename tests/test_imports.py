@@ -18,13 +18,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "mono_peft": set(),
+    "mono_peft_vllm": {"mono_peft"},
     "vision_bench": set(),
     "vision_bench/runs": set(),
     "evals": {"mono_peft", "vision_bench.runs", "offline"},
     "offline": {"evals"},
 }
-OURS = {"mono_peft", "vision_bench", "vision_bench.runs", "evals", "offline", "recipes"}
-PRODUCT = ("mono_peft", "vision_bench", "evals", "offline", "recipes")
+OURS = {"mono_peft", "mono_peft_vllm", "vision_bench", "vision_bench.runs", "evals", "offline", "recipes"}
+PRODUCT = ("mono_peft", "mono_peft_vllm", "vision_bench", "evals", "offline", "recipes")
 
 
 def name_of(path, root):
@@ -157,7 +158,11 @@ def test_the_wheel_has_what_others_import_and_no_more(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     tracked = subprocess.run(
-        ["git", "ls-files", "mono_peft", "vision_bench"], cwd=ROOT, check=True, capture_output=True, text=True
+        ["git", "ls-files", "mono_peft", "mono_peft_vllm", "vision_bench"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.split()
     assert packed == set(tracked)
     assert {"mono_peft/py.typed", "vision_bench/py.typed", "vision_bench/runs/run.py"} <= packed

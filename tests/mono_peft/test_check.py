@@ -98,6 +98,16 @@ def test_embeddings_and_a_base_of_lower_precision(check, small_model, tmp_path, 
     assert (result.code, result.table["tensors"]) == (0, "7 in the file, 7 of them equal in the model"), result.last
 
 
+@pytest.mark.parametrize("config", [MonoLoraConfig, LoraConfig])
+def test_an_activated_adapter_is_invoked(check, small_model, tmp_path, config):
+    adapter = save_adapter(
+        small_model, tmp_path / "adapter", config, task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]
+    )
+    assert check(adapter).code == 0
+    served = check(adapter, "--endpoint", "http://localhost:1", "--served-name", "mine")
+    assert served.last.endswith("is an activated adapter, and those are checked without a server only")
+
+
 def test_dead_units_are_counted(check, adapter):
     def kill_half(tensors):
         for name, tensor in tensors.items():
@@ -251,6 +261,7 @@ class Server:
         self.tokenizer = tokenizer
         self.models = {}  # by name
         self.parents = {}  # name -> name of the base
+        self.lists = True  # whether it answers what models it has
         self.tells_log_probabilities = True
         self.answer = None  # status and body for every completion, in place of a model's
 
@@ -289,7 +300,7 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.reply(200, server.listed() if self.path == "/v1/models" else {})
+                self.reply(200 if server.lists else 500, server.listed() if self.path == "/v1/models" else {})
 
             def do_POST(self):
                 assert self.path == "/v1/completions"
@@ -412,6 +423,11 @@ class TestServedTexts:
         assert (result.code, result.last) == (0, f"{EQUALS} equals ours")
         assert result.table["served mine"].startswith("3 of 3 equal ours, ")
         assert result.table["served mine"].endswith(" (the server tells no log-probabilities: greedy texts)")
+
+    def test_a_server_that_fails_to_list_its_models(self, server, check_served):
+        server.lists = False
+        assert check_served().code == 0
+        assert check_served("relu").last.endswith("; it lists no models, and not relu")
 
     def test_the_base(self, check_served):
         result = check_served("base")

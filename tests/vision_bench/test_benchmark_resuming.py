@@ -115,7 +115,7 @@ with runs.locked(pathlib.Path(sys.argv[1])):
 def test_a_run_waits_for_an_autoencoder_that_another_one_trains_in_the_same_cache(tmp_path):
     command = [*SMALL, "--features", "sae", "--corruptions", *QUICK, "--cache_dir", str(tmp_path / "cache")]
     main([*command, "--output_dir", str(tmp_path / "first")])
-    (checkpoint,) = (tmp_path / "cache").glob("sae-*/checkpoint.safetensors")
+    (checkpoint,) = (tmp_path / "cache").glob("sae-*/autoencoder.safetensors")
     checkpoint.unlink()
     script = [sys.executable, "-c", HOLD, str(checkpoint.parent)]
     with subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as other:
