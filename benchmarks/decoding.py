@@ -7,23 +7,30 @@
 A MonoLoRA adapter cannot be merged, so that its cost for each token stays. All linear layers are adapted. The arms run
 one after another within each of `--rounds` rounds, in one process; a round is one call of `generate` with a prompt of
 16 tokens. On a CPU it is timed by the processor's time, so use one thread. The overhead of an arm is its time for a
-token of every sequence minus the base's; the last column has the ratio of the medians and, of the rounds' own ratios,
-the middle half. With `--compiled` the model's forward is compiled by `torch.compile` in one graph with a static cache.
+token of every sequence minus the base's; beside the ratio of the medians stands the middle half of the rounds' ratios.
+"Bare operations" is MonoLoRA by its five operations in each layer with no check at all, the least it can cost. With `--compiled` the model's forward is compiled by `torch.compile` in one graph with a static cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from functools import partial
 from statistics import median, quantiles
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from adapter_step import ARMS, with_adapters
 from measuring import in_turn, machine, options_of, ratios
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM
+from torch.nn import functional
 
+from mono_peft import MonoLoraConfig
+from mono_peft.layer import MonoLoraLinear
+
+ARMS = ("base", "LoRA", "MonoLoRA")
 PROMPT_TOKENS = 16
 
 
@@ -39,6 +46,18 @@ def base_model(folder: str | None, dtype: torch.dtype) -> Any:
     return LlamaForCausalLM(config).to(dtype)
 
 
+def arms(base: Any, r: int) -> dict[str, Any]:
+    """The base, and it with either adapter; B is not zero. All read the same weights, from the same memory."""
+    models = {"base": base}
+    for name, config in (
+        ("LoRA", LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)),
+        ("MonoLoRA", MonoLoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM", init_weights=False)),
+    ):
+        of_base = {id(parameter): parameter for parameter in base.parameters()}
+        models[name] = get_peft_model(copy.deepcopy(base, of_base), config, autocast_adapter_dtype=False)
+    return {name: model.eval() for name, model in models.items()}
+
+
 def generated(model: Any, ids: torch.Tensor, new_tokens: int, **settings: Any) -> torch.Tensor:
     """The tokens that greedy generation adds to `ids`: (sequences, new_tokens)."""
     output: torch.Tensor = model.generate(
@@ -46,6 +65,21 @@ def generated(model: Any, ids: torch.Tensor, new_tokens: int, **settings: Any) -
         do_sample=False, pad_token_id=0, **settings,
     )  # fmt: skip
     return output[:, ids.shape[1] :]
+
+
+def bare_forward(layer: MonoLoraLinear, x: torch.Tensor) -> torch.Tensor:
+    """The operations of a MonoLoRA layer, and nothing looked at."""
+    modules: Any = layer._modules
+    encoder, decoder = (modules[f"monolora_{part}"]._modules["default"] for part in ("encoder", "decoder"))
+    result = functional.linear(x, modules["base_layer"]._parameters["weight"])
+    latents = torch.relu(functional.linear(x, encoder._parameters["weight"]))
+    return torch.add(result, functional.linear(latents, decoder._parameters["weight"]), alpha=layer.scaling["default"])
+
+
+@patch.object(MonoLoraLinear, "forward", bare_forward)
+def generated_bare(model: Any, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """The same as `generated` of a MonoLoRA model, by its bare operations."""
+    return generated(model, ids, new_tokens)
 
 
 def compiled_settings() -> dict[str, Any]:
@@ -57,29 +91,33 @@ def compiled_settings() -> dict[str, Any]:
 
 def row(base: Any, r: int, batch: int, options: argparse.Namespace) -> str:
     """A line of the table."""
-    models = with_adapters(base, target_modules="all-linear", r=r, task_type="CAUSAL_LM")
+    torch.compiler.reset()
+    models = arms(base, r)
     ids = torch.randint(0, base.config.vocab_size, (batch, PROMPT_TOKENS), device=base.device)
     settings = compiled_settings() if options.compiled else {}
     equal = []
-    for model in models.values():
-        model.eval()
-        if options.compiled:
+    if options.compiled:
+        for model in models.values():
             plain = generated(model, ids, options.new_tokens)
             equal.append((plain == generated(model, ids, options.new_tokens, **settings)).float().mean().item())
     runs = {n: partial(generated, m, ids, options.new_tokens, **settings) for n, m in models.items()}
+    if not options.compiled:
+        runs["operations"] = partial(generated_bare, models["MonoLoRA"], ids, options.new_tokens)
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     times = in_turn(runs, options.rounds, clock=clock)
     step = {name: 1e3 * median(values) / options.new_tokens for name, values in times.items()}
     over_base = {
-        name: [ours - theirs for ours, theirs in zip(times[name], times["base"], strict=True)] for name in ARMS[1:]
+        name: [ours - theirs for ours, theirs in zip(values, times["base"], strict=True)]
+        for name, values in times.items()
+        if name != "base"
     }
-    overheads = {name: step[name] - step["base"] for name in ARMS[1:]}
+    overheads = {name: step[name] - step["base"] for name in over_base}
     low, _, high = quantiles(ratios(over_base, "MonoLoRA", "LoRA"), n=4)
     cells = [
         f"r {r}, batch {batch}",
         *(f"{1e3 * batch / step[name]:.1f}" for name in ARMS),
         f"{step['base']:.2f}",
-        *(f"{overheads[name]:.2f}" for name in ARMS[1:]),
+        *(f"{overhead:.2f}" for overhead in overheads.values()),
         f"{overheads['MonoLoRA'] / overheads['LoRA']:.2f} ({low:.2f} to {high:.2f})",
         *(["/".join(f"{100 * share:.0f}" for share in equal)] if equal else []),
     ]
@@ -103,7 +141,8 @@ def main() -> None:
     base = base_model(options.model, getattr(torch, options.dtype)).to(device)
     print(f"{machine('peft', 'transformers')}, {options.dtype}\n")
     columns = ["all-linear", *(f"{arm}, tokens/s" for arm in ARMS), "base, ms", "LoRA's overhead, ms", "MonoLoRA's"]
-    columns += ["their ratio (middle half)", *(["equal to eager, %"] if options.compiled else [])]
+    columns += [] if options.compiled else ["bare operations'"]
+    columns += ["MonoLoRA's to LoRA's (middle half)", *(["equal to eager, %"] if options.compiled else [])]
     print(f"| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
     for r in options.ranks:
         for batch in options.batches:
