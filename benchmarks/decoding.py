@@ -8,7 +8,8 @@ A MonoLoRA adapter cannot be merged, so that its cost for each token stays. All 
 one after another within each of `--rounds` rounds, in one process; a round is one call of `generate` with a prompt of
 16 tokens. On a CPU it is timed by the processor's time, so use one thread. The overhead of an arm is its time for a
 token of every sequence minus the base's; beside the ratio of the medians stands the middle half of the rounds' ratios.
-"Bare operations" is MonoLoRA by its five operations in each layer with no check at all, the least it can cost. With `--compiled` the model's forward is compiled by `torch.compile` in one graph with a static cache.
+"Bare operations" is MonoLoRA by its five operations in each layer with no check at all, the least it can cost in eager
+mode. With `--compiled` the model's forward is compiled by `torch.compile` in one graph with a static cache.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from unittest.mock import patch
 import torch
 from measuring import in_turn, machine, options_of, ratios
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM
 from torch.nn import functional
+from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from mono_peft import MonoLoraConfig
 from mono_peft.layer import MonoLoraLinear
