@@ -36,7 +36,7 @@ def draw_tokens(model: nn.Module, batches: Iterable[Mapping[str, Any]], budget: 
     inputs, counted = [], []
     for number, batch in enumerate(batches):
         inputs.append({key: value for key, value in batch.items() if key != "silent_mask"})
-        counted.append(_counted_tokens(batch, number, len(embeddings.weight)))
+        counted.append(counted_tokens(batch, number, len(embeddings.weight)).flatten().nonzero().flatten().cpu())
     total = sum(len(positions) for positions in counted)
     if total == 0:
         raise ValueError("`batches` has no token that counts: it is empty, or its masks are zero everywhere.")
@@ -50,8 +50,8 @@ def draw_tokens(model: nn.Module, batches: Iterable[Mapping[str, Any]], budget: 
     return tokens
 
 
-def _counted_tokens(batch: Mapping[str, Any], number: int, vocabulary: int) -> torch.Tensor:
-    """Positions, in the flattened batch, of the tokens that count."""
+def counted_tokens(batch: Mapping[str, Any], number: int, vocabulary: int) -> torch.Tensor:
+    """Which tokens count: bool of shape (batch, tokens)."""
     ids = batch.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
         raise ValueError(f"batch {number} has no `input_ids` of shape (batch, tokens), as a tokenizer returns them.")
@@ -69,7 +69,7 @@ def _counted_tokens(batch: Mapping[str, Any], number: int, vocabulary: int) -> t
             shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise ValueError(f"`{name}` of batch {number} must have the shape {tuple(ids.shape)}, got {shape}.")
         counts &= mask.to(ids.device).bool()
-    return counts.flatten().nonzero().flatten().cpu()
+    return counts
 
 
 def digest_of(tokens: list[Tokens], options: object) -> str:
@@ -81,7 +81,7 @@ def digest_of(tokens: list[Tokens], options: object) -> str:
 
 
 @contextmanager
-def _disabled(layers: Iterable[MonoLoraLayer]) -> Iterator[None]:
+def without_adapters(layers: Iterable[MonoLoraLayer]) -> Iterator[None]:
     """Disable the adapters inside. PEFT's own way would also change what requires gradients."""
     layers = list(layers)
     try:
@@ -119,7 +119,7 @@ def base_inputs(
     ]
     device = next(model.parameters()).device
     try:
-        with _disabled(layer for _, layer, _ in layers), in_eval_mode(model), torch.no_grad():
+        with without_adapters(layer for _, layer, _ in layers), in_eval_mode(model), torch.no_grad():
             for batch in tokens:
                 model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.inputs.items()})
                 last.clear()
