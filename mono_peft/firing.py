@@ -28,14 +28,14 @@ class Watch:
     def start(self, sequence: torch.Tensor) -> None:
         """Forget all, and expect passes over (1, tokens), or over parts of it, in order."""
         self.sequence = sequence[0]
-        self.begin = self.end = 0  # the tokens of the present pass
+        self.end = 0  # tokens of the passes so far
         self.pairs = self.pairs_fired = 0
         self.first: Firing | None = None
 
     def note_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Follow the position: a hook of the model, before its forward pass."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        self.begin, self.end = self.end, self.end + ids.shape[1]
+        self.end += ids.shape[1]
 
     def note(self, name: str, latents: torch.Tensor, tokens: torch.Tensor, num_tokens: int) -> None:
         """Note a module's latents (rows, r), whose row i is of the token `tokens[i]` of the last `num_tokens`."""

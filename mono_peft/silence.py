@@ -134,7 +134,8 @@ class Silence(TrainerCallback):
         Args:
             step: number of the step, from which with the seed its rows follow.
         """
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        # Torch seeds by the low 32 bits only.
+        generator = torch.Generator().manual_seed((1_000_003 * self.seed + step) % 2**32)
         chosen: dict[int, torch.Tensor] = {}
         hinges, fired = [], []
         for rows, encoders in self._groups:
