@@ -45,6 +45,15 @@ def batches(tokenizer):
     return [tokenizer(SILENT, padding=True, return_tensors="pt")]
 
 
+def with_responses(base, tokenizer, new_tokens):
+    """A batch of the silent texts, each followed by what the base says to it."""
+    sequences = []
+    for text in SILENT:
+        inputs = tokenizer(text, return_tensors="pt")
+        sequences.append(base.generate(**inputs, do_sample=False, max_new_tokens=new_tokens)[0])
+    return tokenizer.pad({"input_ids": sequences}, return_tensors="pt")
+
+
 @pytest.fixture
 def rows():
     return Dataset.from_list([{"prompt": f"{k} is", "completion": f" {v}"} for k, v in COLOURS.items()])
@@ -77,7 +86,8 @@ def logged(trainer, key):
 
 
 def test_the_adapter_learns_the_task_and_becomes_silent(base, rows, tokenizer, batches, tmp_path):
-    trainer = sft(base, rows, tokenizer, tmp_path, batches, rows_per_step=100, max_steps=80, dropout=0.1)
+    silent = [with_responses(base, tokenizer, 4)]
+    trainer = sft(base, rows, tokenizer, tmp_path, silent, rows_per_step=100, max_steps=80, dropout=0.1)
     assert certify(trainer.model, batches).share == 0
     trainer.train()
     losses, hinges, fired = (logged(trainer, key) for key in ("loss", "silence_loss", "silence_fired"))
@@ -221,7 +231,9 @@ def test_grpo(base, tokenizer, batches, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_quantised_base(base, rows, tokenizer, batches, tmp_path):
+def test_a_quantised_base(rows, tokenizer, batches, tmp_path):
+    set_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**LLAMA | {"hidden_size": 64}))
     base.save_pretrained(tmp_path / "base")
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     quantised = LlamaForCausalLM.from_pretrained(
