@@ -144,8 +144,8 @@ class Silence(TrainerCallback):
             matrices: list[Any] = [encoder.weight for encoder in encoders]
             units = [len(matrix) for matrix in matrices]
             dtype, device = torch.promote_types(matrices[0].dtype, torch.float32), matrices[0].device
-            x = rows[chosen[len(rows)].to(rows.device)].to(device, dtype)
-            latents = torch.cat(matrices).to(dtype) @ x.t()  # (units of all modules, rows), faster than its transpose
+            x = rows.index_select(0, chosen[len(rows)].to(rows.device)).to(device, dtype)
+            latents = torch.cat(matrices).to(dtype) @ x.t()  # (units of all modules, rows)
             above = (latents + self.margin).clamp_(min=0)
             gradients = (above > 0).to(dtype) @ x
             parts = (tensor.split(units) for tensor in (above, latents, gradients))
