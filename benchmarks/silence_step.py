@@ -4,8 +4,8 @@
     python benchmarks/silence_step.py --dims 1024 --rows 256 1024
 
 A step is forward, backward and AdamW of a Llama with one layer, whose vocabulary of 1,024 makes it a cheap one. The
-two run one after another within each round; on the CPU in processor time. The table has medians, and the median and the
-range of their ratio.
+two run one after another within each round; on the CPU in processor time. The table has medians, and the median and
+the range of their ratio.
 """
 
 from __future__ import annotations
