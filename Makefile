@@ -16,7 +16,7 @@ test-slow: $(INSTALLED)  ## several processes, kill and resume, long ones
 	$(BIN)/python -m pytest -m slow
 
 test-vllm: .venv-vllm/.installed  ## MonoLoRA in vLLM, in an environment of its own (3.4 GB)
-	.venv-vllm/bin/python -m pytest --confcutdir=tests/vllm tests/vllm
+	.venv-vllm/bin/python -m pytest --confcutdir=tests/vllm_plugin tests/vllm_plugin
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

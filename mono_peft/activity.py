@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -70,8 +71,9 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
                 model(**inputs)
     if not any(count.tokens for count in counts.values()):
         raise ValueError(
-            "`batches` holds no token that counts: it is empty, every attention mask is zero, or the model was "
-            "compiled in place, which skips the counting (measure before `model.compile()`)."
+            "`batches` holds no token that counts: it is empty, every attention mask is zero, no row has the "
+            "invocation tokens of an activated adapter, or the model was compiled in place, which skips the counting "
+            "(measure before `model.compile()`)."
         )
     reached = {name: count for name, count in counts.items() if count.tokens}
     fired = torch.cat([count.fired_of_each_unit() for count in reached.values()])
@@ -128,8 +130,9 @@ def _token_mask(model: nn.Module, mask: Any) -> torch.Tensor | None:
 class _ZeroCount:
     """Forward hook of one activation module: counts, per unit, the tokens on which it is not exactly zero."""
 
-    def __init__(self, name: str, r: int, units_dim: int) -> None:
+    def __init__(self, name: str, r: int, units_dim: int, acting: Callable[..., torch.Tensor] | None = None) -> None:
         self.name = name
+        self.acting = acting  # of an activated adapter: on which positions of the latents it acts
         self.r = r
         self.units_dim = units_dim
         self.mask: torch.Tensor | None = None
@@ -139,6 +142,9 @@ class _ZeroCount:
     def __call__(self, module: nn.Module, args: Any, latents: torch.Tensor) -> None:
         rows = latents.movedim(self.units_dim, -1).reshape(-1, latents.shape[self.units_dim])
         kept = self.kept_tokens(len(rows), rows.device)
+        if self.acting is not None:
+            acting = self.acting(latents).reshape(-1)
+            kept = acting if kept is None else kept & acting
         rows = rows if kept is None else rows[kept]
         self.check_finite(rows)
         self.tokens += len(rows)
@@ -209,7 +215,9 @@ def _count_zeros(model: nn.Module) -> Iterator[dict[str, _ZeroCount]]:
             routed = counts[key] = _RoutedZeroCount(key, module.r[adapter], module.num_experts)
             handles.append(module.register_forward_pre_hook(routed.note_routing))
         else:
-            counts[key] = _ZeroCount(key, module.r[adapter], module.units_dim)
+            invocations = module.monolora_invocations.get(adapter)
+            acting = None if invocations is None else partial(invocations.acting, adapter)
+            counts[key] = _ZeroCount(key, module.r[adapter], module.units_dim, acting)
         handles.append(module.monolora_activation[adapter].register_forward_hook(counts[key]))
     try:
         yield counts

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .activity import in_eval_mode
 from .firing import Firing, Watch, watched
-from .layer import MonoLoraConv2d, MonoLoraLayer
+from .layer import MonoLoraConvolution, MonoLoraLayer
 from .loading import LoadError, adapter_config, adapter_tensors, add_arguments, base_model, tokenizer_of, with_adapter
 from .model import DivergedError, check_finite
 from .names import peft_type
@@ -166,7 +166,7 @@ def _check_what_is_trained(model: Any, layers: list[tuple[str, MonoLoraLayer, st
                     "is silent, the model is not the base all the same."
                 )
     for name, layer, adapter in layers:
-        if isinstance(layer, MonoLoraConv2d):
+        if isinstance(layer, MonoLoraConvolution):
             raise ValueError(f"{name} is a convolution, whose positions are no tokens: it cannot be certified.")
         parts = {part: getattr(layer, part)[adapter].weight for part in layer.adapter_layer_names}
         check_finite({f"{name}.{part}": weight for part, weight in parts.items()})

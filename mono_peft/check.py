@@ -97,7 +97,11 @@ def _check(options: argparse.Namespace) -> list[str]:
     _row("adapter", f"{config.peft_type.value} of rank {config.r}, saved for {config.base_model_name_or_path}")
     check_finite(tensors)
     tokenizer = tokenizer_of(options.base)
-    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    # An activated adapter acts from its invocation tokens on.
+    invocation = getattr(config, "alora_invocation_tokens", None) or []
+    if invocation and options.endpoint:
+        raise CheckError(f"{options.adapter} is an activated adapter, and those are checked without a server only")
+    prompts = [tokenizer(prompt).input_ids + invocation for prompt in PROMPTS]
     lengths = [len(ids) for ids in prompts]
     served = ask(options.endpoint, options.served_name, PROMPTS, lengths) if options.endpoint else None
 

@@ -36,11 +36,10 @@ _LORA_ONLY = {
     "velora_config": "VeLoRA compresses the input for a linear backward pass",
     "monteclora_config": "MonteCLoRA samples around a linear update",
     "arrow_config": "Arrow routes by the singular vectors of B A, which describe a linear update only",
-    "alora_invocation_tokens": "activated LoRA is not implemented for MonoLoRA",
     "lora_bias": "it serves to merge a bias into the base, and MonoLoRA cannot merge",
-    "layer_replication": "replicated layers are not implemented for MonoLoRA",
     "megatron_config": "Megatron's parallel layers split x or the output, and sigma needs the whole of A x",
-    "ensure_weight_tying": "MonoLoRA does not adapt tied embeddings",
+    "ensure_weight_tying": "the update of tokens, sigma(A) B^T, and that of the head which LoRA would tie to it, its "
+    "transpose with sigma elsewhere, are not of one matrix; adapt one of the two layers",
     "runtime_config": "ephemeral GPU offload serves DoRA and merging",
 }
 
@@ -101,6 +100,10 @@ class MonoLoraConfig(PeftConfig):
         rank_pattern: regular expression of module names -> r, where it differs.
         alpha_pattern: regular expression of module names -> monolora_alpha, where it differs.
         trainable_token_indices: token ids whose embeddings train, as in `LoraConfig`.
+        layer_replication: ranges (first, last + 1) of the base's layers, which are put one after another in the place
+            of its layers, as in `LoraConfig`; they share the base's weights, and each has an adapter of its own.
+        alora_invocation_tokens: token ids that make an activated adapter of it (arXiv:2504.12397), which acts from
+            their last occurrence in a row on. Before them the model is the base, whose key-value cache can be used.
         format_version: of the saved adapter; set by the package.
 
     Example:
@@ -141,6 +144,12 @@ class MonoLoraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token ids whose embeddings train."}
     )
+    layer_replication: list[list[int]] | None = field(
+        default=None, metadata={"help": "Ranges of layers to put in the place of the base's."}
+    )
+    alora_invocation_tokens: list[int] | None = field(
+        default=None, metadata={"help": "Token ids from which on the adapter acts."}
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of the saved adapter."})
 
     def __post_init__(self) -> None:
@@ -154,6 +163,7 @@ class MonoLoraConfig(PeftConfig):
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._check_ranges()
         self._check_layer_selection()
+        self._check_invocation()
         for name in ("target_modules", "target_parameters", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))  # PEFT compares and saves them as sets
@@ -201,6 +211,36 @@ class MonoLoraConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`: the indices of the layers to adapt.")
 
+        if self.layer_replication is not None:
+            self.layer_replication = [list(part) for part in self.layer_replication]  # as JSON has them
+            if not self.layer_replication or not all(_is_range(part) for part in self.layer_replication):
+                raise ValueError(
+                    "`layer_replication` must be a list of ranges of layers [first, last + 1], such as [[0, 4], "
+                    f"[2, 5]], got {self.layer_replication!r}."
+                )
+
+    def _check_invocation(self) -> None:
+        tokens = self.alora_invocation_tokens
+        if tokens is None:
+            return
+        if not isinstance(tokens, (list, tuple)) or not tokens or not all(_is_index(token) for token in tokens):
+            raise ValueError(f"`alora_invocation_tokens` must be a list of token ids, got {tokens!r}.")
+        self.alora_invocation_tokens = list(tokens)
+        if self.task_type != "CAUSAL_LM":
+            raise ValueError(
+                f"`alora_invocation_tokens` needs `task_type='CAUSAL_LM'`, got {self.task_type!r}: other models do "
+                "not look for the tokens, so that the adapter would never act."
+            )
+        if self.bias != "none":
+            raise ValueError(
+                f"`bias={self.bias!r}` with `alora_invocation_tokens`: trained biases would act before the tokens too."
+            )
+        if self.target_parameters:
+            raise ValueError(
+                "`target_parameters` with `alora_invocation_tokens`: fused experts get the tokens of all rows in one "
+                "list and do not know which come after the invocation. Use `target_modules`."
+            )
+
     def rank_and_scale(self, module_name: str) -> tuple[int, float]:
         """r and s = alpha / r (alpha / sqrt(r) with `use_rslora`) of a module, by its name in the base model."""
         rank = self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), module_name), self.r)
@@ -217,6 +257,14 @@ class MonoLoraConfig(PeftConfig):
                 "`PeftConfig.from_pretrained` or `PeftModel.from_pretrained`, which pick the class by themselves."
             )
         return super().check_kwargs(**kwargs)
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def _is_range(part: list[Any]) -> bool:
+    return len(part) == 2 and all(_is_index(index) for index in part) and part[0] < part[1]
 
 
 def _is_number(value: Any) -> bool:

@@ -63,7 +63,7 @@ def watched(model: Any, layers: list[tuple[str, MonoLoraLayer, str]]) -> Iterato
             hook, note_routing = _routed_hook(watch, name)
             handles.append(layer.register_forward_pre_hook(note_routing))
         else:
-            hook = _row_hook(watch, name)
+            hook = _row_hook(watch, name, layer, adapter)
         handles.append(activation.register_forward_hook(hook))
     try:
         yield watch
@@ -72,8 +72,12 @@ def watched(model: Any, layers: list[tuple[str, MonoLoraLayer, str]]) -> Iterato
             handle.remove()
 
 
-def _row_hook(watch: Watch, name: str) -> Callable[..., None]:
+def _row_hook(watch: Watch, name: str, layer: MonoLoraLayer, adapter: str) -> Callable[..., None]:
+    invocations = layer.monolora_invocations.get(adapter)
+
     def hook(module: nn.Module, args: Any, latents: torch.Tensor) -> None:
+        if invocations is not None:  # an activated adapter, which adds nothing before its invocation tokens
+            latents = invocations.masked(adapter, latents)
         rows = latents.flatten(0, -2)
         watch.note(name, rows, torch.arange(len(rows), device=rows.device), len(rows))
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from . import fused
+from .invocation import Invocations
 
 # sigma by name. All but `identity` are non-negative; `identity` is the linear control, equal to LoRA.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -40,7 +41,14 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("monolora_encoder", "monolora_decoder")
     # Every other dict keyed by adapter; PEFT deletes and moves adapters by this list.
-    other_param_names = ("r", "initial_scaling", "scaling", "monolora_dropout", "monolora_activation")
+    other_param_names = (
+        "r",
+        "initial_scaling",
+        "scaling",
+        "monolora_dropout",
+        "monolora_activation",
+        "monolora_invocations",
+    )
     weight_is_read: bool | None = None  # while bypass.py watches a pass: whether somebody has read `weight`
     units_dim = -1  # dimension of the latents that counts the r units
     # PEFT's, declared because mypy does not follow PEFT.
@@ -59,6 +67,7 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.monolora_dropout = nn.ModuleDict()
         self.monolora_activation = nn.ModuleDict()
+        self.monolora_invocations: dict[str, Invocations] = {}  # of the activated adapters
         self.monolora_encoder = nn.ModuleDict()
         self.monolora_decoder = nn.ModuleDict()
         self._disable_adapters = False
@@ -92,6 +101,7 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         activation: str,
         init_weights: bool | str,
         inference_mode: bool,
+        invocations: Invocations | None = None,
     ) -> None:
         """Add the adapter `adapter_name`.
 
@@ -102,11 +112,14 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
             activation: a key of `ACTIVATIONS`.
             init_weights: see `MonoLoraConfig`.
             inference_mode: leave the adapter frozen.
+            invocations: of the model, where the adapter acts from its invocation tokens on only.
         """
         self.r[adapter_name] = r
         self.initial_scaling[adapter_name] = self.scaling[adapter_name] = scaling
         self.monolora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.monolora_activation[adapter_name] = ACTIVATIONS[activation]()
+        if invocations is not None:
+            self.monolora_invocations[adapter_name] = invocations
         self.monolora_encoder[adapter_name] = self.new_encoder(r)
         self.monolora_decoder[adapter_name] = self.new_decoder(r)
         self.reset_parameters(adapter_name, init_weights)
@@ -126,20 +139,27 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         else:
             nn.init.zeros_(decoder.weight)
 
-    def latents(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """sigma(A dropout(x)) of one adapter: r numbers for each position of x."""
+    def latents(self, adapter_name: str, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """sigma(A dropout(x)) of one adapter: r numbers for each position of x, zeros where it does not act.
+
+        `rows` tells which rows of the model's input x is of; None: of all.
+        """
         encoder: Any = self.monolora_encoder[adapter_name]
         dropout = self.monolora_dropout[adapter_name]
         x = self._cast_input_dtype(x, encoder.weight.dtype)
         x = x if type(dropout) is nn.Identity else dropout(x)  # without dropout one call less for each token
-        return self.monolora_activation[adapter_name](encoder(x))
+        return self._where_it_acts(adapter_name, self.monolora_activation[adapter_name](encoder(x)), rows)
 
-    def update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def _where_it_acts(self, adapter_name: str, latents: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        invocations = self.monolora_invocations.get(adapter_name)
+        return latents if invocations is None else invocations.masked(adapter_name, latents, rows)
+
+    def update(self, adapter_name: str, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """s B sigma(A dropout(x)) of one adapter, of the shape of the base layer's output for x.
 
         The scale multiplies the latents, r numbers a position in place of out_features.
         """
-        return self.monolora_decoder[adapter_name](self.latents(adapter_name, x) * self.scaling[adapter_name])
+        return self.monolora_decoder[adapter_name](self.latents(adapter_name, x, rows) * self.scaling[adapter_name])
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -147,8 +167,8 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         """The base's output plus the updates of the active adapters, in the base output's dtype.
 
         Args:
-            x: what the base layer takes: (..., in_features) of any float dtype; (batch, in_channels, height, width)
-                under a convolution, also without batch; integer ids (...) under an embedding.
+            x: what the base layer takes: (..., in_features) of any float dtype; (batch, in_channels, *lengths) under a
+                convolution, also without batch; integer ids (...) under an embedding.
             adapter_names: for each row of x (its first dimension) the one adapter that applies to it, or
                 "__base__" for none. Inference only.
         """
@@ -185,7 +205,7 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
             )
         for adapter_name in sorted(set(adapter_names) & self.monolora_encoder.keys()):
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter_name], device=x.device)
-            result = result.index_add(0, rows, self.update(adapter_name, x[rows]).to(result.dtype))
+            result = result.index_add(0, rows, self.update(adapter_name, x[rows], rows).to(result.dtype))
         return result
 
     @property
@@ -241,7 +261,7 @@ class MonoLoraLinear(MonoLoraLayer):
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor | None:
         active = [name for name in self.active_adapters if name in self.monolora_encoder]
-        if len(active) != 1:
+        if len(active) != 1 or active[0] in self.monolora_invocations:
             return None
         (name,) = active
         dropout, encoder = self.monolora_dropout[name], self.monolora_encoder[name]
@@ -251,20 +271,28 @@ class MonoLoraLinear(MonoLoraLayer):
         return fused.relu_update(x, self.base_layer, dropout, encoder, decoder, self.scaling[name])
 
 
-class MonoLoraConv2d(MonoLoraLayer):
-    """MonoLoRA on `nn.Conv2d`: A is a convolution to r channels with the base's kernel, stride, padding and dilation,
-    (r, in, *kernel), B a 1x1 convolution, (out, r, 1, 1). Both see all channels, also where the base has groups."""
+class MonoLoraConvolution(MonoLoraLayer):
+    """MonoLoRA on a convolution of 1, 2 or 3 dimensions: A is a convolution to r channels with the base's kernel,
+    stride, padding and dilation, (r, in, *kernel), B one with a kernel of 1, (out, r, 1, ...). Both see all channels,
+    also where the base has groups."""
 
-    units_dim = -3
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **adapter_options: Any) -> None:
+        super().__init__(base_layer, adapter_name, **adapter_options)
+        self.units_dim = -1 - len(self.get_base_layer().kernel_size)
 
     def new_encoder(self, r: int) -> nn.Module:
         base = self.get_base_layer()
-        return nn.Conv2d(
+        return convolution_kind(base)(
             self.in_features, r, base.kernel_size, base.stride, base.padding, dilation=base.dilation, bias=False
         )
 
     def new_decoder(self, r: int) -> nn.Module:
-        return nn.Conv2d(r, self.out_features, 1, bias=False)
+        return convolution_kind(self.get_base_layer())(r, self.out_features, 1, bias=False)
+
+
+def convolution_kind(module: nn.Module) -> Any:
+    """Which of torch's classes of convolutions `module` is of; None if it is none."""
+    return next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind)), None)
 
 
 class MonoLoraEmbedding(MonoLoraLayer):
@@ -282,6 +310,7 @@ class MonoLoraEmbedding(MonoLoraLayer):
     def new_decoder(self, r: int) -> nn.Module:
         return nn.Linear(r, self.out_features, bias=False)
 
-    def latents(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def latents(self, adapter_name: str, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         latents = self.monolora_activation[adapter_name](self.monolora_encoder[adapter_name](x))
+        latents = self._where_it_acts(adapter_name, latents, rows)
         return latents * getattr(self.get_base_layer(), "embed_scale", 1)

@@ -25,12 +25,15 @@ from torch import nn
 from .bypass import warn_of_idle_layers
 from .config import MonoLoraConfig
 from .experts import MonoLoraExperts, MonoLoraExpertsProjection
+from .invocation import Invocations
 from .layer import MERGE_ERROR, MonoLoraLayer
 from .names import PREFIX
+from .replication import Replication
 from .targets import (
     INSIDE_LAYER,
     adaptable_names,
     adaptable_parameters,
+    check_activatable,
     check_no_bare_parameters,
     check_parameters_supported,
     check_supported,
@@ -38,6 +41,7 @@ from .targets import (
     listed,
     matched_parameters,
     warn_of_other_paths,
+    warn_of_unmatched_patterns,
 )
 
 MODEL_TAG = "monolora"
@@ -54,6 +58,7 @@ class MonoLoraModel(BaseTuner):
         ValueError: nothing matches `target_modules`, or the configuration conflicts with another adapter's.
     """
 
+    targeted_parameter_names: list[str]  # PEFT's, declared because mypy does not follow PEFT
     prefix = PREFIX
     tuner_layer_cls = MonoLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -66,30 +71,22 @@ class MonoLoraModel(BaseTuner):
                 "the old one with `delete_adapter` first."
             )
         # With a state dict its keys name the modules, and `target_modules` may match nothing.
+        self._invocations: Invocations = getattr(self, "_invocations", None) or Invocations()
+        self._replication: Replication | None = getattr(self, "_replication", None)
         self._watched_modes: set[tuple[bool, bool]] = set()  # of passes: training or evaluation, with gradients or not
         self._targets_come_from_config = kwargs.get("state_dict") is None
         with warnings.catch_warnings():
             # PEFT looks for them among modules only, and not among target parameters.
             warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match")
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._warn_of_unmatched_patterns(model, adapter_name)
+        warn_of_unmatched_patterns(model, adapter_name, self.peft_config[adapter_name])
         # Model cards, PEFT's and the trainers', take their tags from here.
         tags = getattr(model, "model_tags", None) or []
         setattr(model, "model_tags", sorted({*tags, MODEL_TAG}))  # noqa: B010, mypy reads it as a submodule
 
-    def _warn_of_unmatched_patterns(self, model: nn.Module, adapter_name: str) -> None:
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, MonoLoraLayer)}
-        names = [name for name, layer in layers.items() if adapter_name in layer.monolora_encoder]
-        config = self.peft_config[adapter_name]
-        for option in ("rank_pattern", "alpha_pattern"):
-            patterns = getattr(config, option)
-            unmatched = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)]
-            if unmatched:
-                warnings.warn(
-                    f"These keys of `{option}` match no adapted module or parameter and are ignored: "
-                    f"{listed(unmatched)}",
-                    stacklevel=2,
-                )
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # PEFT before 0.21 calls `self.model.forward`, past the hook that shows activated adapters the token ids.
+        return self.model(*args, **kwargs)
 
     def unload(self) -> nn.Module:
         """The base model without adapters, and without their tag.
@@ -97,10 +94,25 @@ class MonoLoraModel(BaseTuner):
         As with every method of PEFT, the trained copies of `modules_to_save` and trained biases stay in it.
         """
         model = super().unload()
+        if self._replication is not None:
+            self._replication.undo()
+            self._replication = None
         model.model_tags = [tag for tag in model.model_tags or [] if tag != MODEL_TAG] or None
         return model
 
     def _prepare_model(self, peft_config: MonoLoraConfig, model: nn.Module) -> None:
+        if not peft_config.layer_replication or any(isinstance(module, MonoLoraLayer) for module in model.modules()):
+            self._check_targets(peft_config, model)
+            return
+        replication = Replication(model, peft_config.layer_replication)
+        try:
+            self._check_targets(peft_config, model)
+        except Exception:
+            replication.undo()
+            raise
+        self._replication = replication
+
+    def _check_targets(self, peft_config: MonoLoraConfig, model: nn.Module) -> None:
         """Check every target before the first one is replaced, so that a refusal leaves the model as it was."""
         targets = peft_config.target_modules
         if not self._targets_come_from_config or targets == DUMMY_TARGET_MODULES:
@@ -122,6 +134,8 @@ class MonoLoraModel(BaseTuner):
                 matched.append(name)
         new = [name for name in matched if not isinstance(model.get_submodule(name), MonoLoraLayer)]
         check_supported(model, new)
+        if peft_config.alora_invocation_tokens:
+            check_activatable(model, matched)
         warn_of_other_paths(model, new)
         if isinstance(targets, (set, list)):
             check_no_bare_parameters(model, targets, matched)
@@ -174,6 +188,8 @@ class MonoLoraModel(BaseTuner):
             parent, target, target_name = _get_submodules(model, module_name)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._create_and_replace(peft_config, adapter_name, target, target_name, parent, name, parameter_name)
+        # PEFT before 0.21 looks for the names here, and not at what is returned.
+        self.targeted_parameter_names += [n for n in names if n not in self.targeted_parameter_names]
         return names
 
     def _default_targets(self, model: nn.Module) -> set[str]:
@@ -184,6 +200,12 @@ class MonoLoraModel(BaseTuner):
         if config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise ValueError(
                 f"`bias={config.bias!r}` needs peft >= 0.21: older versions would train the biases and not save them."
+            )
+
+        if any(other.layer_replication != config.layer_replication for other in self.peft_config.values()):
+            raise ValueError(
+                "`layer_replication` differs from that of the model's other adapters, and adapters of one model act "
+                "on the same layers. Load them on models of their own."
             )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -208,6 +230,7 @@ class MonoLoraModel(BaseTuner):
             "activation": peft_config.activation,
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
+            "invocations": self._invocations if peft_config.alora_invocation_tokens else None,
         }
         if parameter_name is not None:
             if not isinstance(target, MonoLoraExperts):
@@ -234,15 +257,20 @@ class MonoLoraModel(BaseTuner):
 
         Around the first pass in each mode the layers are watched, and those that are not called are warned of.
         """
-        if kwargs.get("alora_offsets") is not None:
-            raise ValueError("`alora_offsets` belongs to activated LoRA, which MonoLoRA does not implement.")
-        adapter_names = kwargs.get("adapter_names")
+        activated = any(config.alora_invocation_tokens for config in self.peft_config.values())
+        if not activated and kwargs.get("alora_offsets") is not None:
+            raise ValueError("`alora_offsets` is for activated adapters (`alora_invocation_tokens`); there is none.")
+        watched = self._invocations.watched(self.model, self.peft_config, args, kwargs) if activated else nullcontext()
+        with watched, self._rows_adapted(kwargs.get("adapter_names"), kwargs.get("num_beams") or 1):
+            yield
+
+    @contextmanager
+    def _rows_adapted(self, adapter_names: list[str] | None, beams: int) -> Iterator[None]:
         if adapter_names is None:
             with self._watched():
                 yield
             return
         self._check_adapter_names(adapter_names)
-        beams = kwargs.get("num_beams") or 1
         repeated = [name for name in adapter_names for _ in range(beams)]  # beam search repeats each row in place
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
         encoder_modules = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()

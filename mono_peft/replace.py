@@ -21,6 +21,8 @@ _FUNCTION = (
     "rank_pattern",
     "alpha_pattern",
     "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
 )
 
 

@@ -92,7 +92,8 @@ def check_adapter(adapter: Path, base_name: str) -> None:
     """Check the files of an adapter by themselves; warn where it was trained on a base of another name.
 
     Raises:
-        ValueError: it lacks its configuration or safetensors, or one of them cannot be read or holds NaN.
+        ValueError: it lacks its configuration or safetensors, or one of them cannot be read or holds NaN, or it is an
+            activated adapter.
     """
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise ValueError(f"The adapter folder {adapter} has no {ADAPTER_CONFIG}, so it holds no adapter of PEFT.")
@@ -105,6 +106,11 @@ def check_adapter(adapter: Path, base_name: str) -> None:
         config = PeftConfig.from_pretrained(str(adapter))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"PEFT cannot read {adapter / ADAPTER_CONFIG}: {error!r}.") from None
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            f"{adapter} is an activated adapter (`alora_invocation_tokens`), and `transformers serve` does not look "
+            "for its tokens, so that it would never act. Generate with PeftModel."
+        )
     try:
         check_finite(load_file(adapter / ADAPTER_WEIGHTS))
     except SafetensorError as error:

@@ -267,6 +267,11 @@ def _trainable_layers(model: nn.Module) -> list[tuple[str, MonoLoraLayer, nn.Lin
                 f"the adapter {adapter} of {name} is frozen, so that nothing could make it silent. Load it with "
                 "`is_trainable=True`, or make the adapter that is trained the only active one."
             )
+        if adapter in layer.monolora_invocations:
+            raise ValueError(
+                f"the adapter {adapter} is an activated one, which is silent before its invocation tokens anyway, and "
+                "Silence does not tell these tokens apart. Train without `alora_invocation_tokens`."
+            )
         layers.append((name, layer, encoder))
     return layers
 

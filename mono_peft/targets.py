@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .bypass import weight_read
 from .experts import experts_obstacle
-from .layer import MonoLoraConv2d, MonoLoraEmbedding, MonoLoraLayer, MonoLoraLinear
+from .layer import MonoLoraConvolution, MonoLoraEmbedding, MonoLoraLayer, MonoLoraLinear, convolution_kind
 from .names import PREFIX
 
 INSIDE_LAYER = re.compile(rf"\.(base_layer|{PREFIX}\w+)(\.|$)")  # in the names of the modules of a MonoLoRA layer
@@ -26,8 +26,8 @@ def layer_class(module: nn.Module) -> type[MonoLoraLayer] | None:
     """Return the layer class that adapts `module`, or None if no class does."""
     if isinstance(module, nn.Embedding):
         return MonoLoraEmbedding
-    if isinstance(module, nn.Conv2d):
-        return MonoLoraConv2d
+    if convolution_kind(module) is not None:
+        return MonoLoraConvolution
     if isinstance(module, (nn.Linear, Conv1D)) or _is_quantized_linear(module):
         return MonoLoraLinear
     return None
@@ -70,6 +70,17 @@ def check_supported(model: nn.Module, names: Iterable[str]) -> None:
     )
 
 
+def check_activatable(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise TypeError if a module of `model` among `names` does not compute each token by itself."""
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, MonoLoraConvolution) or convolution_kind(module) is not None:
+            raise TypeError(
+                f"An activated MonoLoRA adapter (`alora_invocation_tokens`) cannot adapt '{name}', a convolution: it "
+                f"has no tokens. Leave it out with `exclude_modules=[{name.rpartition('.')[2]!r}]`."
+            )
+
+
 def warn_of_other_paths(model: nn.Module, names: Iterable[str]) -> None:
     """Warn of those modules of `model` among `names` whose weight it reads on some paths, and calls on others."""
     readers: dict[str, set[str]] = {}
@@ -83,6 +94,20 @@ def warn_of_other_paths(model: nn.Module, names: Iterable[str]) -> None:
             "leaves the module out.",
             stacklevel=2,
         )
+
+
+def warn_of_unmatched_patterns(model: nn.Module, adapter_name: str, config: Any) -> None:
+    """Warn of the keys of `rank_pattern` and `alpha_pattern` that name no layer which has the adapter."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, MonoLoraLayer)}
+    names = [name for name, layer in layers.items() if adapter_name in layer.monolora_encoder]
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, option)
+        unmatched = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)]
+        if unmatched:
+            warnings.warn(
+                f"These keys of `{option}` match no adapted module or parameter and are ignored: {listed(unmatched)}",
+                stacklevel=2,
+            )
 
 
 def check_no_bare_parameters(model: nn.Module, targets: Iterable[str], matched: Iterable[str]) -> None:
@@ -152,17 +177,19 @@ def adaptable_names(model: nn.Module) -> set[str]:
 def _obstacle(model: nn.Module, name: str) -> str | None:
     """Why MonoLoRA cannot adapt the module `name` of `model`, None if it can."""
     module = model.get_submodule(name)
+    if isinstance(module, nn.MultiheadAttention):
+        return "it gives its weights to a fused function, which LoRA merges into, and no matrix equals s B sigma(A x)"
     if layer_class(module) is None:
         return (
-            f"it is a {type(module).__name__}, and MonoLoRA adapts torch.nn.Linear, Conv2d and Embedding, "
-            "transformers' Conv1D, and the quantised linear layers that PEFT knows"
+            f"it is a {type(module).__name__}, and MonoLoRA adapts torch.nn.Linear, Embedding, Conv1d, "
+            "Conv2d and Conv3d, transformers' Conv1D, and the quantised linear layers that PEFT knows"
         )
     if getattr(module, "_hf_tp_plan", None) is not None:
         return "it is sharded by tensor parallelism, and sigma needs the whole of A x; use data parallelism or FSDP"
-    if isinstance(module, nn.Conv2d):
+    if (convolution := convolution_kind(module)) is not None:
         if module.padding_mode != "zeros":
             return f"it pads with padding_mode={module.padding_mode!r}, and MonoLoRA's A pads with zeros"
-        if type(module).forward is not nn.Conv2d.forward:
+        if type(module).forward is not convolution.forward:
             return f"{type(module).__name__} has a forward of its own, and A is a plain convolution"
     read = weight_read(model, name)
     if read is not None and not read.called_too:

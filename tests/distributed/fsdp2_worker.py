@@ -1,8 +1,9 @@
 """What test_fsdp2.py launches: trains an adapter for 6 steps, on the whole batch or on this rank's share of it.
 
-    torchrun --nproc_per_node 2 fsdp2_worker.py FOLDER [--resume]
+    torchrun --nproc_per_node 2 fsdp2_worker.py FOLDER [--resume] [--experts]
 
-Writes FOLDER/adapter, and FOLDER/checkpoint after step 3; --resume starts from there.
+Writes FOLDER/adapter, and FOLDER/checkpoint after step 3; --resume starts from there. With --experts the model is a
+mixture of experts, and the adapter is on these too.
 """
 
 import os
@@ -22,21 +23,26 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from mono_peft import MonoLoraConfig
 
 STEPS, SAVED_AT = 6, 3
 
 
-def main(folder: Path, resume: bool) -> None:
+def main(folder: Path, resume: bool, experts: bool) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     torch.manual_seed(0)
-    base = LlamaForCausalLM(
-        LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4}
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if experts else None
+    base = (
+        MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=4, num_local_experts=4))
+        if experts
+        else LlamaForCausalLM(LlamaConfig(**sizes))
     )
-    config = MonoLoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = MonoLoraConfig(r=4, target_modules="all-linear", target_parameters=targets, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     if world > 1:
         dist.init_process_group("gloo")
@@ -45,7 +51,7 @@ def main(folder: Path, resume: bool) -> None:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         weights = [p for n, p in model.named_parameters() if "monolora_" in n]
-        assert len(weights) == 2 * 7 * 2
+        assert len(weights) == 2 * (6 if experts else 7) * 2
         assert all(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in weights)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
@@ -73,4 +79,4 @@ def main(folder: Path, resume: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "--resume" in sys.argv)
+    main(Path(sys.argv[1]), "--resume" in sys.argv, "--experts" in sys.argv)

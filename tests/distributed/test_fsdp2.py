@@ -24,17 +24,18 @@ def adapter(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_two_processes_train_and_resume_the_adapter_of_one(tmp_path):
-    run(sys.executable, WORKER, tmp_path / "one")
-    run(*TORCHRUN, WORKER, tmp_path / "two")
+@pytest.mark.parametrize(("options", "layers"), [([], 7), (["--experts"], 6)], ids=["dense", "experts"])
+def test_two_processes_train_and_resume_the_adapter_of_one(tmp_path, options, layers):
+    run(sys.executable, WORKER, tmp_path / "one", *options)
+    run(*TORCHRUN, WORKER, tmp_path / "two", *options)
     expected, found = adapter(tmp_path / "one" / "adapter"), adapter(tmp_path / "two" / "adapter")
     assert found.keys() == expected.keys()
-    assert len(found) == 2 * 7 * 2
+    assert len(found) == 2 * layers * 2
     for name in expected:
         assert found[name].shape == expected[name].shape
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-5)
     assert all(found[name].abs().max() > 0 for name in found)
 
-    run(*TORCHRUN, WORKER, tmp_path / "two", "--resume")
+    run(*TORCHRUN, WORKER, tmp_path / "two", "--resume", *options)
     resumed = adapter(tmp_path / "two" / "resumed")
     assert all(torch.equal(resumed[name], found[name]) for name in found)

@@ -220,6 +220,11 @@ class Kernel(Net):
         return self.proj(x)
 
 
+def test_the_convolution_of_mamba_is_refused():
+    with pytest.raises(TypeError, match=r"mixer\.conv1d': MambaMixer\.forward reads its weight and never calls it"):
+        adapted(AutoModel.from_config(MODELS["mamba"][0]), target_modules=["conv1d"])
+
+
 @pytest.mark.parametrize(
     "net", [ByHand, Transposed, Inherited, Read, Outer, Indexed, Kernel, nn.TransformerEncoderLayer]
 )

@@ -151,6 +151,15 @@ def test_fused_experts(random_adapter, input_ids):
     assert (certificate.share, certificate.compared) == (1, 3)
 
 
+def test_an_activated_adapter_is_silent_without_its_invocation_and_fires_from_it_on(llama, random_adapter):
+    model = random_adapter(llama, target_modules="all-linear", alora_invocation_tokens=[5, 6])
+    ids = torch.tensor([[10, 11, 12, 13, 14], [10, 11, 5, 6, 14]])
+    certificate = certify(model, [{"input_ids": ids}], response_tokens=2)
+    assert [prompt.silent for prompt in certificate.prompts] == [True, False]
+    assert certificate.compared == 1
+    assert certificate.prompts[1].first.token in (2, 3)
+
+
 def test_the_model_is_as_before(model, input_ids):
     model.train()
     required = {n: p.requires_grad for n, p in model.named_parameters()}

@@ -98,6 +98,16 @@ def test_embeddings_and_a_base_of_lower_precision(check, small_model, tmp_path, 
     assert (result.code, result.table["tensors"]) == (0, "7 in the file, 7 of them equal in the model"), result.last
 
 
+@pytest.mark.parametrize("config", [MonoLoraConfig, LoraConfig])
+def test_an_activated_adapter_is_invoked(check, small_model, tmp_path, config):
+    adapter = save_adapter(
+        small_model, tmp_path / "adapter", config, task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]
+    )
+    assert check(adapter).code == 0
+    served = check(adapter, "--endpoint", "http://localhost:1", "--served-name", "mine")
+    assert served.last.endswith("is an activated adapter, and those are checked without a server only")
+
+
 def test_dead_units_are_counted(check, adapter):
     def kill_half(tensors):
         for name, tensor in tensors.items():

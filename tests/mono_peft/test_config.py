@@ -58,9 +58,7 @@ LORA_ONLY = {
     "velora_config": {"x": 1},
     "monteclora_config": object(),
     "arrow_config": object(),
-    "alora_invocation_tokens": [1, 2],
     "lora_bias": True,
-    "layer_replication": [(0, 4), (2, 5)],
     "megatron_config": {"x": 1},
     "ensure_weight_tying": True,
 }
@@ -146,6 +144,13 @@ def test_saved_configurations_load_equal(tmp_path_factory, r, alpha, dropout, ac
         loaded = cls.from_pretrained(folder)
         assert type(loaded) is MonoLoraConfig
         assert loaded == config
+
+
+def test_options_of_other_shapes_load_equal(tmp_path):
+    config = MonoLoraConfig(layer_replication=[(0, 4), (2, 5)], alora_invocation_tokens=(1, 2), task_type="CAUSAL_LM")
+    config.save_pretrained(tmp_path)
+    assert MonoLoraConfig.from_pretrained(tmp_path) == config
+    assert config.layer_replication == [[0, 4], [2, 5]]
 
 
 def test_numbers_of_numpy_and_empty_patterns():

@@ -1,6 +1,7 @@
 """The arithmetic of a layer against five obvious lines, and against PEFT's LoRA."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mono_peft import MonoLoraConfig
+from mono_peft import MonoLoraConfig, activation_sparsity
 from mono_peft.layer import ACTIVATIONS
 
 REFERENCE = {
@@ -176,9 +177,25 @@ def test_initialisation_is_that_of_lora():
     assert torch.equal(layer.monolora_decoder.default.weight, torch.zeros(10, 8))
 
 
-@settings(max_examples=25, deadline=None)
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def patches(x, kernel, stride, padding, dilation):
+    """What each position of a convolution sees of x (batch, channels, *lengths): (batch, positions, numbers)."""
+    x = F.pad(x, [padding] * 2 * len(kernel))
+    places = [
+        range(0, length - dilation * (size - 1), stride) for length, size in zip(x.shape[2:], kernel, strict=True)
+    ]
+    seen = []
+    for corner in itertools.product(*places):
+        window = [slice(c, c + dilation * (size - 1) + 1, dilation) for c, size in zip(corner, kernel, strict=True)]
+        seen.append(x[(..., *window)].flatten(1))
+    return torch.stack(seen, 1)
+
+
+@settings(max_examples=40, deadline=None)
 @given(
-    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    kernel=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     stride=st.integers(1, 2),
     padding=st.integers(0, 2),
     dilation=st.integers(1, 2),
@@ -186,16 +203,26 @@ def test_initialisation_is_that_of_lora():
 )
 def test_a_convolution_equals_a_linear_layer_on_patches(kernel, stride, padding, dilation, groups):
     torch.manual_seed(0)
-    shape = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
-    base = nn.Conv2d(4, 6, **shape, groups=groups).double()
+    shape = {"kernel_size": tuple(kernel), "stride": stride, "padding": padding, "dilation": dilation}
+    base = CONVOLUTIONS[len(kernel)](4, 6, **shape, groups=groups).double()
     model, layer = adapted(base, r=3, lora_alpha=5, init_weights=False)
-    x = torch.randn(2, 4, 7, 8, dtype=torch.float64)
+    x = torch.randn(2, 4, *(7, 6, 5)[: len(kernel)], dtype=torch.float64)
+    assert layer.monolora_encoder.default.weight.shape == (3, 4, *kernel)
     A = layer.monolora_encoder.default.weight.reshape(3, -1)
     B = layer.monolora_decoder.default.weight.reshape(6, 3)
-    patches = F.unfold(x, **shape).transpose(1, 2)  # (batch, positions, in * kernel)
-    update = 5 / 3 * (patches @ A.T).clamp(min=0) @ B.T
+    update = 5 / 3 * (patches(x, kernel, stride, padding, dilation) @ A.T).clamp(min=0) @ B.T
     result, plain = model(x), base(x)
     torch.testing.assert_close(result - plain, update.transpose(1, 2).reshape(plain.shape), rtol=0, atol=1e-10)
+    torch.testing.assert_close(model(x[0]), result[0])  # without a batch
+
+
+@pytest.mark.parametrize("dimensions", CONVOLUTIONS)
+def test_the_units_of_a_convolution_are_its_channels(dimensions):
+    model, layer = adapted(CONVOLUTIONS[dimensions](3, 5, 2), r=4, init_weights=False)
+    layer.monolora_encoder.default.weight.data[1] = -1  # of positive inputs no unit but this one never fires
+    layer.monolora_encoder.default.weight.data[[0, 2, 3]] = 1
+    measured = activation_sparsity(model, [{"input": torch.rand(2, 3, *[6] * dimensions)}])
+    assert (measured.overall, measured.dead) == (0.25, 0.25)
 
 
 @pytest.mark.parametrize("activation", REFERENCE)
@@ -212,16 +239,18 @@ def test_an_embedding_equals_the_reference(activation, embed_scale):
     torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["convolution", "embedding"])
+@pytest.mark.parametrize("kind", [*CONVOLUTIONS, "embedding"])
 def test_identity_equals_lora_on_other_layers(kind):
     torch.manual_seed(0)
-    base = nn.Conv2d(3, 5, 3, stride=2, padding=1) if kind == "convolution" else nn.Embedding(20, 6)
-    x = torch.randn(2, 3, 8, 8) if kind == "convolution" else torch.randint(0, 20, (2, 5))
+    if kind == "embedding":
+        base, x = nn.Embedding(20, 6), torch.randint(0, 20, (2, 5))
+    else:
+        base, x = CONVOLUTIONS[kind](3, 5, 3, stride=2, padding=1), torch.randn(2, 3, *[8] * kind)
     options = {"target_modules": ["0"], "r": 4, "lora_alpha": 6}
     lora = get_peft_model(nn.Sequential(copy.deepcopy(base)), LoraConfig(init_lora_weights=False, **options))
     mono = get_peft_model(nn.Sequential(base), MonoLoraConfig(activation="identity", init_weights=False, **options))
     theirs, ours = lora.base_model.model[0], mono.base_model.model[0]
-    if kind == "convolution":
+    if kind != "embedding":
         A, B = theirs.lora_A.default.weight, theirs.lora_B.default.weight
     else:
         A, B = theirs.lora_embedding_A.default.T, theirs.lora_embedding_B.default

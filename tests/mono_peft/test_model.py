@@ -107,8 +107,10 @@ class TestInjection:
     @pytest.mark.parametrize(
         ("layer", "reason"),
         [
-            (nn.Conv1d(3, 4, 3), "it is a Conv1d"),
+            (nn.ConvTranspose2d(3, 4, 3), "it is a ConvTranspose2d"),
+            (nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular"), "it pads with padding_mode='circular'"),
             (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "it pads with padding_mode='reflect'"),
+            (nn.Conv3d(3, 4, 3, padding=1, padding_mode="replicate"), "it pads with padding_mode='replicate'"),
             (Conv2dSame(3, 4, 3), "Conv2dSame has a forward of its own"),
         ],
     )
@@ -119,6 +121,13 @@ class TestInjection:
     def test_separate_experts(self):
         model = nn.ModuleDict({"experts": nn.ModuleList(nn.ModuleDict({"w1": nn.Linear(4, 4)}) for _ in range(2))})
         assert adapted_names(inject_adapter_in_model(MonoLoraConfig(target_modules=["w1"]), model)) == {"w1"}
+
+    def test_multihead_attention_cannot_be_adapted(self):
+        model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+        with pytest.raises(
+            TypeError, match="'attention': it gives its weights to a fused function, which LoRA merges"
+        ):
+            get_peft_model(model, MonoLoraConfig(target_modules=["attention"]))
 
     def test_multihead_attention_bypasses_its_projection(self):
         model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
@@ -175,8 +184,8 @@ class TestSeveralAdapters:
         model.add_adapter("second", MonoLoraConfig(target_modules=r".*proj.*"))
         assert len([n for n, _ in model.named_parameters() if ".second." in n]) == 2 * 7 * 2
 
-    def test_offsets_of_activated_lora(self, two, input_ids):
-        with pytest.raises(ValueError, match="`alora_offsets` belongs to activated LoRA"):
+    def test_offsets_without_an_activated_adapter(self, two, input_ids):
+        with pytest.raises(ValueError, match="`alora_offsets` is for activated adapters"):
             two(input_ids, alora_offsets=[1, 2, 3])
 
     def test_switching_and_disabling(self, two, llama, input_ids):
@@ -214,7 +223,7 @@ class TestSeveralAdapters:
         assert not [name for name in second.state_dict() if ".first." in name]
         layer = second.base_model.model.model.layers[0].self_attn.q_proj
         for attribute in layer.adapter_layer_names + layer.other_param_names:
-            assert list(getattr(layer, attribute)) == ["second"]
+            assert list(getattr(layer, attribute)) == ([] if attribute == "monolora_invocations" else ["second"])
         assert torch.equal(second(input_ids).logits, expected)
 
     def test_two_adapters_of_one_name(self, two):

@@ -19,102 +19,13 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
+from small_bases import MLP, ConvNet, Signals, Tokens, bert, gpt2, gpt_oss, llama, mixtral, t5, tied_llama
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GptOssConfig,
-    GptOssForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from mono_peft import MonoLoraConfig
 from mono_peft.layer import ACTIVATIONS, MonoLoraLayer
 
 PEFT = Version(peft.__version__)
-
-
-class MLP(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.below, self.above, self.head = nn.Linear(10, 20), nn.Linear(20, 20), nn.Linear(20, 3)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.above(torch.relu(self.below(x)))))
-
-
-class ConvNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.grouped = nn.Conv2d(8, 8, (2, 1), dilation=2, groups=4, bias=False)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.grouped(torch.relu(self.stem(x)))).mean((2, 3)))
-
-
-class Tokens(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table, self.head = nn.Embedding(50, 10), nn.Linear(10, 3)
-
-    def forward(self, x):
-        return self.head(self.table(x))
-
-
-def llama(**options):
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, **options
-        )
-    )  # fmt: skip
-
-
-def tied_llama():
-    return llama(tie_word_embeddings=True)
-
-
-def gpt2():
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32))
-
-
-def bert():
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=50,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_labels=3,
-        )
-    )
-
-
-def t5():
-    return T5ForConditionalGeneration(
-        T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    )
-
-
-EXPERTS = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-EXPERTS |= {"vocab_size": 50, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
-
-
-def mixtral():
-    return MixtralForCausalLM(MixtralConfig(**EXPERTS))
-
-
-def gpt_oss():
-    return GptOssForCausalLM(GptOssConfig(**EXPERTS, head_dim=8))
 
 
 class Row(NamedTuple):
@@ -163,6 +74,7 @@ ROWS = {
     ),
     "mlp": Row(MLP, {"target_modules": ["below", "above"], "modules_to_save": ["head"]}),
     "convnet": Row(ConvNet, {"target_modules": ["stem", "grouped"]}),
+    "signals": Row(Signals, {"target_modules": ["signal", "volume"]}),
     "tokens": Row(Tokens, {"target_modules": ["table", "head"]}),
     **{
         f"mlp {name}": Row(MLP, {"target_modules": ["below", "above"], "activation": name})
@@ -197,6 +109,8 @@ def adapted(name, **more):
 def inputs(name):
     if name == "convnet":
         return {"x": torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    if name == "signals":
+        return {"x": torch.randn(4, 3, 12, generator=torch.Generator().manual_seed(0))}
     if name == "tokens":
         return {"x": IDS}
     if name.startswith("mlp"):
@@ -434,7 +348,9 @@ def test_saved_modules_per_row():
     torch.testing.assert_close(found[2], output(base_of("mlp"), "mlp")[2])
 
 
-@pytest.mark.parametrize("name", ["llama all-linear, dropout", "gpt2", "mlp", "convnet", "tokens", "mixtral experts"])
+@pytest.mark.parametrize(
+    "name", ["llama all-linear, dropout", "gpt2", "mlp", "convnet", "signals", "tokens", "mixtral experts"]
+)
 def test_compiled_without_graph_breaks_it_is_equal(name):
     model = adapted(name)
     expected = output(model, name)

@@ -230,6 +230,9 @@ REFUSALS = {
     "saved in format 99; this mono_peft reads": lambda base, adapter: change_json(
         adapter / "adapter_config.json", format_version=99
     ),
+    "is an activated adapter .* would never act": lambda base, adapter: change_json(
+        adapter / "adapter_config.json", alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM"
+    ),
     "adapter_model.safetensors cannot be read": lambda base, adapter: (
         adapter / "adapter_model.safetensors"
     ).write_bytes((adapter / "adapter_model.safetensors").read_bytes()[:-8]),

@@ -232,6 +232,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"default of .*q_proj is frozen.*`is_trainable=True`"):
             Silence(model, batches)
 
+    def test_activated_adapters(self, llama, batches, random_adapter):
+        with pytest.raises(ValueError, match=r"is an activated one, which is silent before its invocation tokens"):
+            Silence(random_adapter(llama, alora_invocation_tokens=[5, 6], **ALL), batches)
+
     def test_more_that_is_trained_than_the_adapter(self, llama, batches, random_adapter):
         model = random_adapter(llama, target_modules=["q_proj"], modules_to_save=["norm"])
         with pytest.raises(ValueError, match=r"more than the adapters is trained, .*norm.*base's inputs change"):

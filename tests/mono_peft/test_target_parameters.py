@@ -2,9 +2,11 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from accelerate import cpu_offload
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -28,6 +30,7 @@ from mono_peft import (
 )
 from mono_peft.layer import MonoLoraLayer
 
+PEFT = Version(peft.__version__)
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = torch.randint(1, 50, (3, 7), generator=torch.Generator().manual_seed(0))
 
@@ -166,6 +169,8 @@ class TestConfiguration:
 class TestAdapters:
     def test_of_different_weights(self, mixtral, tmp_path):
         """On its own, together, loaded in the other order, and one deleted; LoRA wants the same weights in all."""
+        if Version("0.20") > PEFT:
+            pytest.skip("older PEFT saves the tensors of all adapters in the file of one")
         model = adapted(mixtral, BOTH[:1])
         torch.manual_seed(2)
         model.add_adapter("second", config(BOTH[1:], r=2, activation="softplus"))
@@ -237,6 +242,8 @@ class TestAdapters:
         assert type(model.unload().model.layers[0].mlp.experts.config) is MixtralConfig
 
     def test_transformers_own_adapters(self, mixtral, tmp_path):
+        if Version("0.19") > PEFT:
+            pytest.skip("transformers 5.23 loads no adapters of mixtures of experts with PEFT 0.18")
         adapted(copy.deepcopy(mixtral)).save_pretrained(tmp_path / "adapter")
         expected = PeftModel.from_pretrained(copy.deepcopy(mixtral), tmp_path / "adapter").eval()(IDS).logits
         mixtral.load_adapter(str(tmp_path / "adapter"))
@@ -280,6 +287,8 @@ class TestSaved:
         }
 
     def test_a_file_that_does_not_fit(self, mixtral, tmp_path):
+        if Version("0.21") > PEFT:
+            pytest.skip("older PEFT warns of a file that does not fit")
         adapted(copy.deepcopy(mixtral)).save_pretrained(tmp_path)
         file = tmp_path / "adapter_model.safetensors"
         tensors = load_file(file)
@@ -351,6 +360,8 @@ class TestSparsity:
 
 
 def test_a_model_saved_with_its_base_name_loads_by_itself(mixtral, tmp_path):
+    if Version("0.19") > PEFT:
+        pytest.skip("transformers 5.23 loads no adapters of mixtures of experts with PEFT 0.18")
     mixtral.save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = adapted(base)

@@ -50,7 +50,9 @@ def rows():
     return Dataset.from_list([{"prompt": f"{k} is", "completion": f" {v}"} for k, v in colours.items()])
 
 
-def trainer_for(base, rows, tokenizer, folder, callbacks=None, lora_dropout=0.1, **options):
+def trainer_for(
+    base, rows, tokenizer, folder, callbacks=None, lora_dropout=0.1, alora_invocation_tokens=None, **options
+):
     options = {"max_steps": 60, "learning_rate": 2e-2, "save_strategy": "no"} | options
     arguments = SFTConfig(
         str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, seed=3,
@@ -58,6 +60,7 @@ def trainer_for(base, rows, tokenizer, folder, callbacks=None, lora_dropout=0.1,
     )  # fmt: skip
     config = MonoLoraConfig(
         r=4, lora_alpha=8, lora_dropout=lora_dropout, task_type="CAUSAL_LM", target_modules="all-linear",
+        alora_invocation_tokens=alora_invocation_tokens,
     )  # fmt: skip
     return SFTTrainer(
         base, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=config, callbacks=callbacks
@@ -101,6 +104,16 @@ def test_sft_on_prompts_and_completions(base, rows, make_tokenizer, tmp_path):
     trainer = trainer_for(copy.deepcopy(base), rows, make_tokenizer(), tmp_path)
     assert len(adapter_weights(trainer.model)) == 2 * 7 * 2
     check_training(trainer, tmp_path, base, {"input_ids": torch.randint(0, 400, (2, 8))})
+
+
+def test_sft_of_an_activated_adapter(base, rows, make_tokenizer, tmp_path):
+    """The answer follows " is", which invokes it; activation checkpointing is on by default."""
+    tokenizer = make_tokenizer()
+    trainer = trainer_for(
+        copy.deepcopy(base), rows, tokenizer, tmp_path, alora_invocation_tokens=tokenizer(" is").input_ids
+    )
+    assert trainer.args.gradient_checkpointing
+    check_training(trainer, tmp_path, base, dict(tokenizer("the snow is white", return_tensors="pt")))
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(base, rows, make_tokenizer, tmp_path):

@@ -1,4 +1,4 @@
-"""What the plugin for vLLM has of sigma, as far as it needs no vLLM; `tests/vllm` has the rest."""
+"""What the plugin for vLLM has of sigma, as far as it needs no vLLM; `tests/vllm_plugin` has the rest."""
 
 import subprocess
 import sys

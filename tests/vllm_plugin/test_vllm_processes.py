@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 
-from tests.vllm.conftest import ADAPTERS, assert_equal, engine, generate, prompts, request
+from tests.vllm_plugin.conftest import ADAPTERS, assert_equal, engine, generate, prompts, request
 
 
 def post(url, body):
