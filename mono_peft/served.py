@@ -73,12 +73,13 @@ def _problem(
             "a much lower precision"
         )
     near, far = sorted((to_ours, to_base))
-    # The server may round the adapter's weights too, which changes their effect by less than a hundredth.
-    tolerance = effect / 4 if noise is None else max(effect / 50, 3 * noise)
+    # The server may round the adapter's weights too, which changes their effect by less than a hundredth. More, and a
+    # wrong scale would pass.
+    tolerance = effect / 50 if noise is None else max(effect / 100, 1.5 * noise)
     if effect > 0 and near <= tolerance and near <= far / 2:
         return None if to_ours < to_base else _NOT_APPLIED.format(served.name)
-    rounding = _HALF_PRECISION if noise is None else 3 * noise
-    if effect == 0 or (near <= rounding and near > far / 2):
+    rounding = _HALF_PRECISION if noise is None else 1.5 * noise
+    if effect == 0 or near <= rounding:
         return (
             f"adapter and base are too alike on the prompts to tell which is served: {effect:.2g} nats between them, "
             f"the served model {distances}. Serve it in float32 for the check, and give --dtype float32 here"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 TESTED_VLLM = ("0.32", "0.33")  # from, below
 
@@ -22,8 +22,7 @@ def register() -> None:
     """
     import vllm
 
-    lowest, below = TESTED_VLLM
-    if not Version(lowest) <= Version(Version(vllm.__version__).base_version) < Version(below):
+    if not _is_tested(vllm.__version__):
         logging.getLogger("vllm.mono_peft").warning(
             "mono_peft serves MonoLoRA adapters with vllm >= %s, < %s, and found %s: they will be refused. Install "
             'a tested version, or a mono-peft that knows this one: pip install --upgrade "mono-peft".',
@@ -34,3 +33,11 @@ def register() -> None:
     from .patches import install
 
     install()
+
+
+def _is_tested(version: str) -> bool:
+    lowest, below = TESTED_VLLM
+    try:
+        return Version(lowest) <= Version(Version(version).base_version) < Version(below)
+    except InvalidVersion:  # "dev", of a build from source without its history
+        return False

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from vllm.lora.layers import (
     LogitsProcessorWithLoRA,
@@ -20,10 +21,13 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.models.transformers.base import Base as TransformersBackend
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from mono_peft import MonoLoraConfig
+from mono_peft.model import check_finite
 
 from .sigma import SIGMAS
 
@@ -62,9 +66,10 @@ def read_adapter(folder: Path, adapter_id: int, worker: WorkerLoRAManager) -> Lo
     )
     adapter.monolora_activation = config.activation
     _check_modules(adapter, manager, folder)
+    modules = dict(manager.model.named_modules())
     for name, table in embeddings.items():
         name = name if mapper is None else mapper._map_name(name)
-        module = manager.model.get_submodule(name)
+        module = modules.get(name, modules.get(f"model.{name}"))  # pooling models have the latter
         if not isinstance(module, PPMissingLayer):
             _check_embedding(name, table, getattr(module, "base_layer", module), folder)
     return adapter
@@ -92,15 +97,18 @@ def _vllm_tensors(folder: Path, config: MonoLoraConfig) -> tuple[dict[str, torch
         raise ValueError(f"{folder} has no adapter_model.safetensors; other files of weights are not read.")
     modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     embeddings = {}
-    for name, tensor in load_file(path).items():
+    try:
+        saved = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}): copy the file again.") from None
+    check_finite(saved)
+    for name, tensor in saved.items():
         if match := _TENSOR.fullmatch(name):
             modules[match["module"]][match["part"]] = tensor
         elif match := _BASE_TENSOR.fullmatch(name):
             embeddings[match["module"]] = tensor
         else:
             raise ValueError(f"{path}: {name} is no tensor of a MonoLoRA adapter that vLLM can serve.")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {name} holds NaN or infinity: the training diverged.")
     tensors: dict[str, torch.Tensor] = {}
     for module, parts in modules.items():
         if parts.keys() != {"encoder", "decoder"}:
@@ -146,12 +154,23 @@ def _check_modules(adapter: LoRAModel, manager: LoRAModelManager, folder: Path) 
         raise ValueError(
             f"{folder}: the served model has no module {unknown[0]} that vLLM can adapt ({len(unknown)} of "
             f"{len(adapter.loras)} modules of the adapter), and would leave it out. The adapter belongs to another "
-            "base model, or `--lora-target-modules` excludes it."
+            "base model, `--lora-target-modules` excludes it, or vLLM adapts no embeddings in this architecture."
         )
+    absorbed = {id(module.kv_b_proj) for module in manager.model.modules() if isinstance(module, MLAAttention)}
     for name, weights in adapter.loras.items():
         if name not in served:
             continue
         module, part = served[name]
+        if id(module.base_layer) in absorbed or id(module) in absorbed:
+            raise ValueError(
+                f"{folder}: vLLM computes {name} inside its attention (MLA) and would leave the adapter out, LoRA's "
+                f"too. {_WITHOUT}"
+            )
+        if isinstance(module, VocabParallelEmbeddingWithLoRA) and isinstance(manager.model, TransformersBackend):
+            raise ValueError(
+                f"{folder}: with `--model-impl transformers` vLLM gives all tokens the {name} of the first one's "
+                f"adapter, LoRA's too. {_WITHOUT}"
+            )
         inputs, outputs = _sizes(module, part)
         got = (weights.lora_a.shape[1], weights.lora_b.shape[0])
         if got != (inputs, got[1] if outputs is None else outputs):
@@ -187,9 +206,14 @@ def _sizes(module: Any, part: int | None) -> tuple[int, int | None]:
 
 def _check_embedding(name: str, table: torch.Tensor, base: Any, folder: Path) -> None:
     """Refuse an embedding table in the file that is not the server's: vLLM would go on with its own."""
+    if not hasattr(base, "shard_indices") or not hasattr(base, "weight"):
+        raise ValueError(f"{folder} brings a table of {name}, and the served model has none to compare it with.")
     start, end = base.shard_indices.org_vocab_start_index, base.shard_indices.org_vocab_end_index
-    own = base.weight[: end - start].cpu()
-    if table.shape[1:] != own.shape[1:] or not torch.equal(table[start:end].to(own.dtype), own):
+    own, saved = base.weight[: end - start].cpu(), table[start:end]
+    # Either may be rounded to the other's dtype.
+    if saved.shape != own.shape or not (
+        torch.equal(saved.to(own.dtype), own) or torch.equal(own.to(saved.dtype), saved)
+    ):
         raise ValueError(
             f"{folder} brings its own table of the base's {name}, which is not the served model's. Save the base that "
             "the adapter was trained on, and serve that."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from . import sigma
 
-HEADS = ("lm_head", "score", "classifier")  # modules whose adapters act on logits
+_HEADS = ("lm_head", "score", "classifier")  # modules whose adapters act on logits
 
 
 def install() -> None:
@@ -27,6 +29,7 @@ def install() -> None:
     _wrap_kernels()
     _read_adapters()
     _fill_slots()
+    _give_prompts_their_adapter()
     _mark_compiled_graphs()
 
 
@@ -47,8 +50,7 @@ def _read_adapters() -> None:
     @functools.wraps(original)
     def _load_adapter(self: WorkerLoRAManager, lora_request: Any) -> Any:
         folder = Path(get_adapter_absolute_path(lora_request.lora_path))
-        config = folder / "adapter_config.json"
-        if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("peft_type") != "MONOLORA":
+        if not _is_monolora(folder):
             return original(self, lora_request)
         from .adapter import read_adapter  # needs PEFT
 
@@ -56,6 +58,12 @@ def _read_adapters() -> None:
 
     _load_adapter.serves_monolora = True  # type: ignore[attr-defined]
     WorkerLoRAManager._load_adapter = _load_adapter
+
+
+def _is_monolora(folder: Path) -> bool:
+    config = folder / "adapter_config.json"
+    options = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
+    return isinstance(options, dict) and options.get("peft_type") == "MONOLORA"
 
 
 def _fill_slots() -> None:
@@ -66,7 +74,7 @@ def _fill_slots() -> None:
         activated = original(self, lora_id)
         adapter = self._registered_adapters[lora_id]
         activation = getattr(adapter, "monolora_activation", "identity")
-        adapts_logits = any(name.endswith(HEADS) for name in adapter.loras)
+        adapts_logits = any(name.endswith(_HEADS) for name in adapter.loras)
         slot = self.lora_index_to_id.index(lora_id)
         for wrapper in self.punica_wrapper_mapping.values():
             if isinstance(wrapper, sigma.SigmaMixin):
@@ -76,6 +84,40 @@ def _fill_slots() -> None:
         return activated
 
     LoRAModelManager.activate_adapter = activate_adapter
+
+
+def _give_prompts_their_adapter() -> None:
+    """Compute the log-probabilities of a prompt with its own adapter of the output head.
+
+    vLLM takes the prompt's tokens, which it passes to the head one request after another, for the batch's requests.
+    """
+    original = GPUModelRunner._get_prompt_logprobs_dict
+
+    @functools.wraps(original)
+    def _get_prompt_logprobs_dict(self: Any, hidden_states: Any, num_scheduled_tokens: Any) -> dict[str, Any]:
+        if not self.lora_config or not self.num_prompt_logprobs:
+            return original(self, hidden_states, num_scheduled_tokens)
+        manager = self.lora_manager._adapter_manager
+        asked = self.num_prompt_logprobs  # by request; vLLM removes those that are done
+        answers: dict[str, Any] = {}
+        try:
+            for request, count in list(asked.items()):
+                place = self.input_batch.req_id_to_index.get(request)
+                adapter = 0 if place is None else int(self.input_batch.request_lora_mapping[place])
+                slot = manager.lora_index_to_id.index(adapter) if adapter else -1
+                self.num_prompt_logprobs = {request: count}
+                with ExitStack() as stack:
+                    for wrapper in manager.punica_wrapper_mapping.values():
+                        if isinstance(wrapper, sigma.SigmaMixin):
+                            stack.enter_context(wrapper.all_requests_of(slot))
+                    answers |= original(self, hidden_states, num_scheduled_tokens)
+                if not self.num_prompt_logprobs:
+                    del asked[request]
+        finally:
+            self.num_prompt_logprobs = asked
+        return answers
+
+    GPUModelRunner._get_prompt_logprobs_dict = _get_prompt_logprobs_dict
 
 
 def _mark_compiled_graphs() -> None:

@@ -40,6 +40,10 @@ class SigmaMixin:
         ("token_mapping_meta", "prompt_mapping_meta"),
     )
     _token_lora_indices: torch.Tensor  # int64, the slot of each token or -1, and unused places after the last token
+    _sampler_indices: torch.Tensor  # the same of each request
+    sampler_indices: torch.Tensor  # those in use
+    _slot_of_all: int | None = None  # the slot that all rows of logits are of, while that is so
+    prompt_mapping_meta: Any  # what the kernels know of `_sampler_indices`
     add_lora_linear: Callable[..., None]
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: Any, **kwargs: Any) -> None:
@@ -73,9 +77,25 @@ class SigmaMixin:
         self, y: torch.Tensor, x: torch.Tensor, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, **kwargs: Any
     ) -> None:
         """The output head as a linear layer whose rows are requests; vLLM's own does not come by `add_expand`."""
+        x, sizes = x.view(-1, x.shape[-1]), (lora_b_stacked.shape[-2],)
+        if self._slot_of_all is not None:
+            self._set_requests(torch.full((len(x),), self._slot_of_all, device=x.device))
         with self._requests_as_tokens():
-            x, sizes = x.view(-1, x.shape[-1]), (lora_b_stacked.shape[-2],)
             self.add_lora_linear(y.view(-1, y.shape[-1]), x, (lora_a_stacked,), (lora_b_stacked,), scale, sizes)
+
+    @contextmanager
+    def all_requests_of(self, slot: int) -> Iterator[None]:
+        """Inside, all rows of logits are of the adapter in a slot, or of none for -1."""
+        kept, self._slot_of_all = self.sampler_indices.clone(), slot
+        try:
+            yield
+        finally:
+            self._slot_of_all = None
+            self._set_requests(kept)
+
+    def _set_requests(self, indices: torch.Tensor) -> None:
+        self._sampler_indices[: len(indices)].copy_(indices)
+        self.prompt_mapping_meta.prepare_tensors(indices)  # as many as rows, as kernels go by their number
 
     @contextmanager
     def _requests_as_tokens(self) -> Iterator[None]:
@@ -97,7 +117,6 @@ class PerSlotMixin(SigmaMixin):
 
     of_tokens_and_requests = (("_token_rows", "_request_rows"),)
     token_lora_indices: torch.Tensor
-    sampler_indices: torch.Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -145,17 +164,17 @@ class PerSlotMixin(SigmaMixin):
         self._apply_expand(y, self._sigma(x), lora_b_stacked, 0, lora_b_stacked.shape[-2], add_inputs)
 
     def add_lora_logits(self, y: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        slots = {slot for slot, _ in self._request_rows}
-        if not slots & self._adapting_logits:
-            return
-        requests = len(self.sampler_indices)
-        if len(x) != requests and not all(isinstance(rows, slice) for _, rows in self._request_rows):
-            raise NotImplementedError(
-                f"vLLM asks for the logits of {len(x)} tokens and says the adapters of {requests} requests: it cannot "
-                "give log-probabilities of prompts (`prompt_logprobs`, `echo`) while adapters of the output head and "
-                "others share a batch."
-            )
-        super().add_lora_logits(y, x, *args, **kwargs)
+        if {slot for slot, _ in self._request_rows} & self._adapting_logits:
+            super().add_lora_logits(y, x, *args, **kwargs)
+
+    @contextmanager
+    def all_requests_of(self, slot: int) -> Iterator[None]:
+        kept = self._request_rows
+        self._request_rows = [(slot, slice(None))] if slot >= 0 else []
+        try:
+            yield
+        finally:
+            self._request_rows = kept
 
 
 def rows_of_slots(indices: torch.Tensor) -> list[tuple[int, Any]]:

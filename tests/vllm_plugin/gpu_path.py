@@ -98,6 +98,16 @@ def eager():
     wrapper.add_lora_logits(got, x, encoders[0], decoders[0], 1.0)
     assert_near(got, y[:, : OUTPUTS[0]].float() + updates(x, requests, activations)[:, : OUTPUTS[0]])
 
+    for slot in (2, -1):  # of one request, whatever the batch has
+        got = y[:, : OUTPUTS[0]].clone()
+        with wrapper.all_requests_of(slot):
+            wrapper.add_lora_logits(got, x, encoders[0], decoders[0], 1.0)
+        of_slot = updates(x, [ADAPTERS[slot] if slot >= 0 else 0] * len(x), activations)[:, : OUTPUTS[0]]
+        assert_near(got, y[:, : OUTPUTS[0]].float() + of_slot)
+    got = y[:, : OUTPUTS[0]].clone()
+    wrapper.add_lora_logits(got, x, encoders[0], decoders[0], 1.0)  # and the batch's again afterwards
+    assert_near(got, y[:, : OUTPUTS[0]].float() + updates(x, requests, activations)[:, : OUTPUTS[0]])
+
     looked_up = random(len(TOKENS), RANK).half()
     got = y[:, : OUTPUTS[0]].clone()
     wrapper.add_lora_embedding(got, looked_up, decoders[0])

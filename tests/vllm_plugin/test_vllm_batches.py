@@ -3,8 +3,18 @@
 import random
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tests.vllm_plugin.conftest import ADAPTERS, assert_equal, engine, generate, prompts, request, save_adapter
+from tests.vllm_plugin.conftest import (
+    ADAPTERS,
+    Reference,
+    assert_equal,
+    engine,
+    generate,
+    prompts,
+    request,
+    save_adapter,
+)
 
 IN_LAYERS = [name for name in ADAPTERS if "embedding" not in name and name != "head"]
 
@@ -29,10 +39,12 @@ def test_embeddings_and_the_output_head(llm, folder, reference):
     assert_equal(generate(llm, folder, batch, 12), batch, reference, 12)
 
 
-def test_prompts_under_one_adapter_of_the_output_head(llm, folder, reference):
-    """vLLM takes the rows of prompts for those of requests, which is right where one adapter has them all."""
-    batch = [("head", prompt) for prompt in prompts(1, seed=2)]
-    assert_equal(generate(llm, folder, batch, 4, prompt_logs=True), batch, reference, 4)
+@pytest.mark.parametrize("lengths", [(3,), (7, 13, 40)])
+def test_prompts_under_adapters_of_the_output_head(llm, folder, reference, lengths):
+    """vLLM takes the tokens of a prompt for the batch's requests, also silently where there are as many."""
+    batch = [(name, prompt) for name in ("head", "base", "relu") for prompt in prompts(1, seed=2, lengths=lengths)]
+    for ordered in (batch, batch[::-1]):
+        assert_equal(generate(llm, folder, ordered, 4, prompt_logs=True), ordered, reference, 4)
 
 
 def test_another_adapter_in_the_place_of_one_of_this_name(llm, folder, reference):
@@ -61,7 +73,7 @@ def test_no_row_is_wrong_in_a_thousand_random_batches(folder, reference):
     random.seed(5)
     some = [
         (name, prompt, reference.answer(name, prompt, 3))
-        for name in ("base", *IN_LAYERS, "embedding")
+        for name in ("base", *IN_LAYERS, "embedding", "head")
         for prompt in prompts(6, seed=6, lengths=(1, 2, 5, 17, 60))
     ]
     rows = 0
@@ -81,10 +93,6 @@ def test_no_row_is_wrong_in_a_thousand_random_batches(folder, reference):
 
 def test_a_base_with_tied_embeddings(tmp_path, folder):
     """An adapter of the embedding leaves the output head alone, as in PEFT."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from tests.vllm_plugin.conftest import Reference
-
     config = LlamaConfig.from_pretrained(folder / "base", tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(folder / "base").save_pretrained(tmp_path / "base")

@@ -34,19 +34,19 @@ def map_rows(wrapper, tokens, requests):
     wrapper.update_metadata(LoRAMapping(tuple(tokens), tuple(requests), is_prefill=True), [11, 22, 33], 4, 100)
 
 
-def test_logits_of_prompts_are_refused_where_their_adapters_are_not_known(wrapper):
-    """vLLM would take the adapters of the first requests for those of the prompt's tokens."""
+def test_logits_are_of_the_requests_adapters(wrapper):
     encoder, decoder = torch.randn(3, 1, 8, 16), torch.randn(3, 1, 20, 8)
-    hidden, logits = torch.randn(5, 16), torch.zeros(5, 20)
-    map_rows(wrapper, [11] * 5 + [22], [11, 22])
-    with pytest.raises(NotImplementedError, match="prompt_logprobs"):
-        wrapper.add_lora_logits(logits, hidden, encoder, decoder, 1.0)
-    map_rows(wrapper, [33] * 5 + [22], [33, 22])  # neither adapts the head
-    wrapper.add_lora_logits(logits, hidden, encoder, decoder, 1.0)
+    hidden = torch.randn(2, 16)
+    update = torch.relu(hidden @ encoder[0, 0].T) @ decoder[0, 0].T  # of slot 0, which alone adapts the head
+    map_rows(wrapper, [33] * 5 + [11], [33, 11])
+    logits = torch.zeros(2, 20)
+    wrapper.add_lora_logits(logits, hidden, encoder, decoder * torch.tensor([1, 0, 0]).view(3, 1, 1, 1), 1.0)
+    assert not logits[0].any()
+    assert torch.allclose(logits[1], update[1], atol=1e-5)
+    map_rows(wrapper, [33] * 5 + [22], [33, 22])
+    logits = torch.zeros(5, 20)
+    wrapper.add_lora_logits(logits, torch.randn(5, 16), encoder, decoder, 1.0)
     assert not logits.any()
-    map_rows(wrapper, [11] * 5, [11])
-    wrapper.add_lora_logits(logits, hidden, encoder, decoder, 1.0)
-    assert torch.allclose(logits, torch.relu(hidden @ encoder[0, 0].T) @ decoder[0, 0].T, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [[0, 0, 0], [22, 22, 22], [11, 0, 33, 33, 22, 11]])

@@ -11,6 +11,7 @@ from vllm.config.lora import LoRAConfig
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 import mono_peft_vllm
 
@@ -19,6 +20,7 @@ PATCHED = [
     (LoRAModelManager, "activate_adapter"),
     (LoRAConfig, "compute_hash"),
     (current_platform, "get_punica_wrapper"),
+    (GPUModelRunner, "_get_prompt_logprobs_dict"),
 ]
 
 
@@ -52,12 +54,12 @@ def test_called_again_it_changes_nothing():
     assert [getattr(owner, name) for owner, name in PATCHED] == patched
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0", "dev"])
 def test_other_versions_of_vllm_are_left_alone(monkeypatch, caplog, version):
     before = [getattr(owner, name) for owner, name in PATCHED]
     monkeypatch.setattr(vllm, "__version__", version)
     monkeypatch.setattr("mono_peft_vllm.patches.install", lambda: pytest.fail("changed"))
-    logging.getLogger("vllm").propagate = True
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         mono_peft_vllm.register()
     assert f"found {version}: they will be refused" in caplog.text

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mono_peft import MonoLoraConfig
 from tests.vllm_plugin.conftest import assert_equal, engine, generate, prompts, request, save_adapter
@@ -94,6 +96,13 @@ def test_other_files_of_weights(llm, folder, adapter):
         load(llm, folder)
 
 
+def test_a_file_that_is_cut(llm, folder, adapter):
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="copy the file again"):
+        load(llm, folder)
+
+
 @pytest.mark.parametrize("target", ["q_proj", "v_proj", "down_proj", "o_proj", "lm_head"])
 @pytest.mark.parametrize("wider", [True, False])
 def test_an_adapter_of_a_base_of_other_sizes(llm, folder, tmp_path, target, wider):
@@ -145,3 +154,52 @@ def test_modules_that_the_server_was_told_to_leave_alone(folder):
         pytest.raises(ValueError, match="lora-target-modules"),
     ):
         llm.llm_engine.add_lora(request(folder, "relu"))
+
+
+def test_embeddings_on_transformers_own_models(folder):
+    """There vLLM gives all tokens the A of the first token's adapter. It changes its own models, hence a process."""
+    program = f"""
+import pathlib
+import pytest
+from tests.vllm_plugin.conftest import engine, request
+folder = pathlib.Path({str(folder)!r})
+with engine(folder, model_impl="transformers") as llm:
+    with pytest.raises(ValueError, match="--model-impl transformers"):
+        llm.llm_engine.add_lora(request(folder, "embedding"))
+    assert llm.llm_engine.add_lora(request(folder, "relu"))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_projection_that_attention_absorbs(tmp_path, folder):
+    """vLLM's latent attention computes with `kv_b_proj`'s weight, and an adapter of it does nothing."""
+    config = DeepseekV2Config(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=320,
+        max_position_embeddings=512,
+        first_k_dense_replace=2,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=64,
+        v_head_dim=32,
+        n_routed_experts=4,
+        moe_intermediate_size=64,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+    )
+    DeepseekV2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(tmp_path / "base")
+    for name in ("kv_b_proj", "o_proj"):
+        save_adapter(tmp_path / "base", MonoLoraConfig(target_modules=[name]), tmp_path / name)
+    with engine(tmp_path, dtype="bfloat16") as llm:
+        with pytest.raises(ValueError, match="inside its attention"):
+            llm.llm_engine.add_lora(request(tmp_path, "kv_b_proj", number=1))
+        assert llm.llm_engine.add_lora(request(tmp_path, "o_proj", number=2))
