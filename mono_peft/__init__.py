@@ -11,6 +11,7 @@ refuse_lora_optimizers()
 from .activity import ActivationSparsity, SparsityCallback, activation_sparsity  # noqa: E402
 from .optimizers import monolora_plus_param_groups  # noqa: E402
 from .replace import replace_adapter  # noqa: E402
+from .silence import Silence  # noqa: E402
 
 __all__ = [
     "ActivationSparsity",
@@ -18,6 +19,7 @@ __all__ = [
     "MonoLoraConfig",
     "MonoLoraLayer",
     "MonoLoraModel",
+    "Silence",
     "SparsityCallback",
     "activation_sparsity",
     "monolora_plus_param_groups",

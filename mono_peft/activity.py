@@ -99,12 +99,12 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 def _active_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{part}.{adapter}": getattr(module, part)[adapter].weight
-        for name, module, adapter in _active_adapters(model)
+        for name, module, adapter in active_adapters(model)
         for part in module.adapter_layer_names
     }
 
 
-def _active_adapters(model: nn.Module) -> Iterator[tuple[str, MonoLoraLayer, str]]:
+def active_adapters(model: nn.Module) -> Iterator[tuple[str, MonoLoraLayer, str]]:
     """Name of the layer, the layer, and the adapter's name, of all that contribute to the model's output."""
     for name, module in model.named_modules():
         if isinstance(module, MonoLoraLayer) and not module.disable_adapters:
@@ -207,7 +207,7 @@ class _RoutedZeroCount(_ZeroCount):
 def _count_zeros(model: nn.Module) -> Iterator[dict[str, _ZeroCount]]:
     counts: dict[str, _ZeroCount] = {}
     handles = []
-    active = list(_active_adapters(model))
+    active = list(active_adapters(model))
     adapters = Counter(name for name, _, _ in active)
     for name, module, adapter in active:
         key = name if adapters[name] == 1 else f"{name} ({adapter})"

@@ -15,19 +15,24 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import PeftModel, get_peft_model_state_dict
 from torch.nn.functional import kl_div
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import PreTrainedTokenizerBase
 
 from .activity import activation_sparsity
 from .endpoint import NEW_TOKENS, Completion, EndpointError, Served, ask
+from .loading import (
+    LoadError,
+    adapter_config,
+    adapter_tensors,
+    add_arguments,
+    base_model,
+    tokenizer_of,
+    with_adapter,
+)
 from .model import DivergedError, check_finite
 from .names import peft_type
 from .served import LogProbabilities, compare_log_probabilities, compare_texts
@@ -48,7 +53,7 @@ _DECODER = re.compile(r"\.(monolora_decoder\.weight|lora_B\.weight|lora_embeddin
 
 
 class CheckError(ValueError):
-    """An adapter or its base cannot be read or do not fit one another."""
+    """An adapter and its base do not fit one another, or compute no numbers."""
 
 
 class _Outputs(NamedTuple):
@@ -67,20 +72,15 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m mono_peft.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("base", metavar="BASE", help="the base model's folder or name on the hub")
-    parser.add_argument("adapter", metavar="ADAPTER", help="the adapter's folder or name on the hub")
+    add_arguments(parser)
     parser.add_argument("--endpoint", metavar="URL", help="of a server such as vLLM's or `transformers serve`")
     parser.add_argument("--served-name", metavar="NAME", help="the adapter's name in the server's /v1/models")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the base here (default: its checkpoint's)")
-    device = "auto" if torch.accelerator.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="such as cpu or cuda:1 (default: all GPUs, or the CPU)")
     options = parser.parse_args(arguments)
     if (options.endpoint is None) != (options.served_name is None):
         parser.error("--endpoint and --served-name go together: a server has several models")
     try:
         problems = _check(options)
-    except (CheckError, DivergedError, EndpointError) as error:
+    except (CheckError, DivergedError, EndpointError, LoadError) as error:
         problems = [str(error)]
     if problems:
         print("; ".join(problems))
@@ -92,11 +92,11 @@ def main(arguments: list[str]) -> int:
 
 def _check(options: argparse.Namespace) -> list[str]:
     """Print the table, and return what is wrong."""
-    config = _config(options.adapter)
-    tensors = _tensors(options.adapter)
+    config = adapter_config(options.adapter)
+    tensors = adapter_tensors(options.adapter)
     _row("adapter", f"{config.peft_type.value} of rank {config.r}, saved for {config.base_model_name_or_path}")
     check_finite(tensors)
-    tokenizer = _tokenizer(options.base)
+    tokenizer = tokenizer_of(options.base)
     # An activated adapter acts from its invocation tokens on.
     invocation = getattr(config, "alora_invocation_tokens", None) or []
     if invocation and options.endpoint:
@@ -105,10 +105,11 @@ def _check(options: argparse.Namespace) -> list[str]:
     lengths = [len(ids) for ids in prompts]
     served = ask(options.endpoint, options.served_name, PROMPTS, lengths) if options.endpoint else None
 
-    model = _base(options)
+    model = base_model(options.base, options.dtype, options.device)
     base = _outputs(model, tokenizer, prompts, served)
     base_of_server = _log_probabilities(model, prompts, served.base_completions) if served and served.base_name else []
-    model = _with_adapter(model, options)
+    # Other shapes are for the table; without the option they would be an error.
+    model = with_adapter(model, options.adapter, ignore_mismatched_sizes=True)
     problems = _compare_tensors(tensors, model)
     ours = _outputs(model, tokenizer, prompts, served)
     problems += _compare_outputs(ours, base, lengths, tensors)
@@ -130,71 +131,6 @@ def _check(options: argparse.Namespace) -> list[str]:
 
 def _row(name: str, value: str) -> None:
     print(f"{name:<20} {value}", flush=True)
-
-
-def _config(adapter: str) -> PeftConfig:
-    _file(adapter, "adapter_config.json")
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckError(f"the adapter_config.json of {adapter} is not readable: {_first_line(error)}") from None
-    if config.peft_type not in (PeftType.LORA, peft_type()):
-        raise CheckError(f"{adapter} is a {config.peft_type.value} adapter: only LORA and MONOLORA are checked")
-    if config.task_type not in (None, "CAUSAL_LM"):
-        raise CheckError(f"{adapter} is for {config.task_type}: only adapters of causal language models are checked")
-    return config
-
-
-def _tensors(adapter: str) -> dict[str, torch.Tensor]:
-    """Return the adapter's tensors by their names in its file, on the CPU."""
-    try:
-        return load_file(_file(adapter, "adapter_model.safetensors"))
-    except SafetensorError as error:
-        raise CheckError(
-            f"the adapter_model.safetensors of {adapter} cannot be read ({error}): fetch it again"
-        ) from None
-
-
-def _file(adapter: str, name: str) -> str:
-    try:
-        return str(cached_file(adapter, name))
-    except (OSError, ValueError) as error:
-        if Path(adapter).is_dir():
-            raise CheckError(f"the folder {adapter} is no adapter that can be checked: it has no {name}") from None
-        raise CheckError(f"{adapter} is no folder, and no adapter on the hub: {_first_line(error)}") from None
-
-
-def _tokenizer(base: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise CheckError(f"the base {base} has no tokenizer that can be read: {_first_line(error)}") from None
-
-
-def _base(options: argparse.Namespace) -> PreTrainedModel:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            options.base, dtype=options.dtype, device_map=options.device, use_safetensors=True
-        ).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckError(f"the base {options.base} cannot be loaded: {_first_line(error)}") from None
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise CheckError(
-            f"the base {options.base} has an adapter_config.json, and transformers loads that adapter too"
-        )
-    return model
-
-
-def _with_adapter(base: PreTrainedModel, options: argparse.Namespace) -> PeftModel:
-    try:  # other shapes are for the table; without the option this would be an error
-        return PeftModel.from_pretrained(base, options.adapter, ignore_mismatched_sizes=True, use_safetensors=True)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise CheckError(f"the adapter cannot be loaded on {options.base}: {kind}{_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _compare_tensors(tensors: Mapping[str, torch.Tensor], model: PeftModel) -> list[str]:

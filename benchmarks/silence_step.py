@@ -1,0 +1,82 @@
+"""What Silence adds to a training step: the time of its hinge beside that of the step.
+
+    python benchmarks/silence_step.py                     # some minutes on two cores
+    python benchmarks/silence_step.py --dims 1024 --rows 256 1024
+
+A step is forward, backward and AdamW of a Llama with one layer, whose vocabulary of 1,024 makes it a cheap one. The
+two run one after another within each round; on the CPU in processor time. The table has medians, and the median and
+the range of their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator
+from statistics import median
+
+import torch
+from measuring import in_turn, machine, options_of, ratios
+from peft import get_peft_model
+from torch import nn
+from torch.optim import AdamW
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mono_peft import MonoLoraConfig, Silence
+
+TARGETS: dict[str, str | list[str]] = {"q, v": ["q_proj", "v_proj"], "all-linear": "all-linear"}
+
+
+def table_rows(options: argparse.Namespace, device: str) -> Iterator[str]:
+    """Lines of the table."""
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for d, (label, targets), rows in itertools.product(options.dims, TARGETS.items(), options.rows):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=1024, hidden_size=d, intermediate_size=4 * d, num_hidden_layers=1, num_attention_heads=d // 64,
+        )  # fmt: skip
+        base = LlamaForCausalLM(config).to(device, dtype)
+        adapter = MonoLoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM")
+        model = get_peft_model(base, adapter).train()
+        silent = torch.randint(0, 1024, (40, 16, 8), device=device)
+        silence = Silence(model, [{"input_ids": ids} for ids in silent], rows_per_step=rows)
+        optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
+        ids = torch.randint(0, 1024, (4, options.tokens // 4), device=device)
+
+        def step(model: nn.Module = model, ids: torch.Tensor = ids, optimizer: AdamW = optimizer) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+        steps = itertools.count()
+
+        def hinge(silence: Silence = silence, steps: Iterator[int] = steps) -> None:
+            silence.add_gradients(next(steps))
+
+        times = in_turn({"step": step, "hinge": hinge}, options.rounds, uncounted=2, clock=clock)
+        shares = ratios(times, "hinge", "step")
+        cells = [f"{1e3 * median(times[name]):.1f}" for name in ("step", "hinge")]
+        spread = f"{median(shares):.2%} ({shares[0]:.2%} to {shares[-1]:.2%})"
+        cache = f"{silence.cached_bytes / 2**20:.0f}"
+        yield f"| {d}, {label}, {options.tokens} tokens, {rows} rows | {' | '.join(cells)} | {spread} | {cache} |"
+
+
+def main() -> None:
+    """Time and print a line after another."""
+    parser = options_of(__doc__)
+    parser.add_argument("--dims", type=int, nargs="+", default=[1024, 2048])
+    parser.add_argument("--tokens", type=int, default=512, help="of a step, in four rows")
+    parser.add_argument("--rows", type=int, nargs="+", default=[256], help="that a module's hinge is computed on")
+    parser.add_argument("--rounds", type=int, default=11)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{machine('transformers', 'peft')}, r 8, median of {options.rounds} rounds\n")
+    print("| step | step, ms | hinge, ms | hinge / step | cache, MiB |\n|---|---:|---:|---:|---:|")
+    for line in table_rows(options, device):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

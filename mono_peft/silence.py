@@ -1,0 +1,348 @@
+"""Train an adapter that adds nothing on named texts: a hinge on A x beside any trainer's loss."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast, gather_object
+from torch import nn
+from transformers import TrainerCallback
+
+from .activity import active_adapters
+from .layer import MonoLoraLayer
+from .silent_inputs import Group, base_inputs, digest_of, draw_tokens
+from .targets import listed
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+_CHANGED = 0.05  # relative difference of the base's inputs from which on it counts as another base
+
+
+class NeverSilentError(ValueError):
+    """The model has no adapter, or one that has no half-space where it adds nothing."""
+
+
+class Silence(TrainerCallback):
+    """Keep the adapter of a model silent on texts: train A so that every A x <= 0 there, and sigma(A x) = 0 exactly.
+
+    Where no unit of any module fires, the adapted model is the base, to the last bit. While that is so, every module
+    sees the base's inputs x, which training does not change. They are computed once, here, and a hinge keeps them on
+    the silent side of each unit:
+
+        loss + weight * sum over modules of mean over rows x and units u of relu(a_u x + margin)
+
+    Its gradient, which needs A and the rows only, is added to A's before each step of the optimizer:
+
+        silence = Silence(trainer.model, [tokenizer(texts, padding=True, return_tensors="pt")])
+        silence.attach(trainer)
+
+    works with transformers' Trainer and TRL's (SFT, DPO, Reward, GRPO), one process or DDP, whatever accumulates the
+    gradients. Beside the loss are logged, of the rows of the last step, `silence_loss`, the hinge without its weight,
+    and `silence_fired`, the share of pairs of a module and a row on which a unit fires. In a loop of your own call
+    `add_gradients(step)` before each `optimizer.step()`, on gradients that are not scaled; there, with several
+    processes, all need the same batches. After training a warning tells what share of the cached rows still fires
+    (`fired_by_module`), if any does.
+
+    The hinge is what is trained; what holds afterwards, `mono_peft.certify` tells. Some rows may still fire, and then
+    later modules see other inputs than those that were constrained. Trainer clips the task's gradient before the
+    hinge's is added, which is never longer than weight / r times the rows' mean length for a unit.
+
+    Args:
+        model: with active, trainable MonoLoRA adapters on linear layers whose sigma is relu, relu2 or relu6; for a
+            trainer, its `trainer.model`.
+        batches: keyword arguments of the model's forward pass: `input_ids` of shape (batch, tokens), and what else it
+            takes. Only batches from which rows are drawn are run, in eval mode. Positions with a 0 in `attention_mask`
+            do not count, nor do those with a 0 in the further key `silent_mask`, both (batch, tokens). Use
+            `silent_mask` for tokens on which the adapter must act, such as a system prompt that the task shares. Then
+            the guarantee is lost for what follows them: an adapter that fires on a token changes that token's keys and
+            values, so that every later token that attends to it has other inputs than the base's, on which alone the
+            hinge acts. A certificate always speaks of all tokens.
+        weight: of the hinge, positive.
+        margin: how far A x is kept below zero, in units of A x, not negative. It absorbs what rounding, dropout, and
+            the difference between cached and true inputs do.
+        rows_per_step: rows that a module's hinge is computed on at each step; the same tokens in all modules.
+        rows_per_module: budget of the cache: so many tokens are drawn at random, without repetition, from all that
+            count, and the inputs of each module on them are kept, on the module's device. Modules with one input
+            (q, k and v) share it. `cached_bytes` says what it takes.
+        seed: of the draw of the cache, and with the step's number of the rows of a step, so that a resumed run
+            equals an uninterrupted one. 0 to 2^31 - 1.
+
+    Raises:
+        NeverSilentError: no adapter is active, or sigma is never exactly zero.
+        ValueError: an option is out of range, `batches` has no token that counts or tokens that the model does not
+            have, an adapter is frozen or not on a linear layer, something before it is trained too, or the base
+            computes NaN. In `on_train_begin`: the trainer trains another model or this one's base was changed, or it
+            works in a way in which the gradient could not be added (DeepSpeed, FSDP, float16's scaled gradients,
+            optimizers that step in the backward pass).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Any]],
+        *,
+        weight: float = 10.0,
+        margin: float = 0.1,
+        rows_per_step: int = 256,
+        rows_per_module: int = 4096,
+        seed: int = 0,
+    ) -> None:
+        _check_ranges(weight, margin, rows_per_step, rows_per_module, seed)
+        self.model: nn.Module = getattr(model, "_orig_mod", model)  # a compiled model would skip the hooks
+        self.weight, self.margin, self.rows_per_step, self.seed = weight, margin, rows_per_step, seed
+        self._layers = _trainable_layers(self.model)
+        _check_what_trains(self.model, self._layers)
+        tokens = draw_tokens(self.model, batches, rows_per_module, seed)
+        self._first = tokens[0]
+        self._digest = digest_of(tokens, (weight, margin, rows_per_step, seed))
+        self._groups = base_inputs(self.model, self._layers, tokens)
+        self._hinges: torch.Tensor | None = None
+        self._fired: torch.Tensor | None = None
+        logger.info("%d rows a module cached, %.1f MiB", len(self._groups[0].rows), self.cached_bytes / 2**20)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory of the cached inputs of all modules."""
+        return sum(group.rows.nbytes for group in self._groups)
+
+    @property
+    def loss(self) -> float:
+        """The hinge of the last step without its weight, summed over modules; NaN before the first step."""
+        return float("nan") if self._hinges is None else self._hinges.item()
+
+    @property
+    def fired(self) -> float:
+        """Share, of the pairs of a module and a row of the last step, on which a unit fires; NaN before the first."""
+        return float("nan") if self._fired is None else self._fired.item()
+
+    def attach(self, trainer: Trainer) -> None:
+        """Add this to the trainer's callbacks, ahead of its loggers, so that what it adds to a line reaches them."""
+        trainer.callback_handler.callbacks.insert(0, self)
+
+    @torch.no_grad()
+    def add_gradients(self, step: int) -> None:
+        """Add the gradient of the weighted hinge to `.grad` of each A.
+
+        Args:
+            step: number of the step, from which with the seed its rows follow.
+        """
+        # Torch seeds by the low 32 bits only.
+        generator = torch.Generator().manual_seed((1_000_003 * self.seed + step) % 2**32)
+        chosen: dict[int, torch.Tensor] = {}
+        hinges, fired = [], []
+        for rows, encoders in self._groups:
+            if len(rows) not in chosen:
+                chosen[len(rows)] = torch.randperm(len(rows), generator=generator)[: self.rows_per_step]
+            matrices: list[Any] = [encoder.weight for encoder in encoders.values()]
+            units = [len(matrix) for matrix in matrices]
+            dtype, device = torch.promote_types(matrices[0].dtype, torch.float32), matrices[0].device
+            x = rows.index_select(0, chosen[len(rows)].to(rows.device)).to(device, dtype)
+            latents = torch.cat(matrices).to(dtype) @ x.t()  # (units of all modules, rows)
+            above = (latents + self.margin).clamp_(min=0)
+            gradients = (above > 0).to(dtype) @ x
+            parts = (tensor.split(units) for tensor in (above, latents, gradients))
+            for matrix, hinge, latent, gradient in zip(matrices, *parts, strict=True):
+                hinges.append(hinge.mean())
+                fired.append((latent > 0).any(0).float().mean())
+                gradient *= self.weight / hinge.numel()
+                if matrix.grad is None:
+                    matrix.grad = gradient.to(matrix.dtype)
+                else:
+                    matrix.grad += gradient
+        home = hinges[0].device
+        self._hinges = torch.stack([value.to(home) for value in hinges]).sum()
+        self._fired = torch.stack([value.to(home) for value in fired]).mean()
+
+    @torch.no_grad()
+    def fired_by_module(self) -> dict[str, float]:
+        """By the module's name, the share of all its cached rows on which a unit fires, in [0, 1]."""
+        shares = {}
+        for rows, encoders in self._groups:
+            for name, encoder in encoders.items():
+                matrix: Any = encoder.weight
+                dtype = torch.promote_types(matrix.dtype, torch.float32)
+                parts = (part.to(matrix.device, dtype) for part in rows.split(1024))
+                shares[name] = sum(int((part @ matrix.to(dtype).t() > 0).any(1).sum()) for part in parts) / len(rows)
+        return shares
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_trainer(args)
+        trained = {id(parameter) for parameter in model.parameters()} if model is not None else set()
+        if not all(id(encoder.weight) in trained for group in self._groups for encoder in group.encoders.values()):
+            raise ValueError(
+                "the trainer trains another model than the one that Silence was built for: build it with "
+                "`trainer.model`, after the trainer, which may have added the adapter or copied the model."
+            )
+        self._check_base()
+        self._groups = [
+            Group(rows.to(next(iter(encoders.values())).weight.device), encoders) for rows, encoders in self._groups
+        ]
+        if AcceleratorState().num_processes > 1:
+            if len(set(gather_object([self._digest]))) > 1:
+                raise ValueError(
+                    "the processes have other batches, or options of Silence, than one another: every process needs "
+                    "the same, or their adapters would differ."
+                )
+            self._groups = [Group(broadcast(rows), encoders) for rows, encoders in self._groups]
+
+    def _check_base(self) -> None:
+        """Raise unless the base still computes what is cached."""
+        fresh = base_inputs(self.model, self._layers, [self._first])
+        for now, cached in zip(fresh, self._groups, strict=True):
+            before = cached.rows[: len(now.rows)].to(now.rows.device).float()
+            change = (now.rows.float() - before).norm() / before.norm()
+            if not change <= _CHANGED:
+                raise ValueError(
+                    f"the base model was changed after Silence was built: inputs of its modules differ by "
+                    f"{change:.0%} from the cached ones. Build Silence last, right before training."
+                )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.add_gradients(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        shares = self.fired_by_module()
+        if any(shares.values()):
+            most = max(shares, key=lambda name: shares[name])
+            warnings.warn(
+                f"the adapter is not silent on all that it should be: units fire on "
+                f"{sum(shares.values()) / len(shares):.2%} of the pairs of a module and a cached row, most in {most} "
+                f"({shares[most]:.2%} of its rows). Texts that the task shares tokens with cannot be silent on them; "
+                "else train longer, with a larger weight, or fewer modules. `mono_peft.certify` says which are.",
+                stacklevel=2,
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs or self._hinges is None:
+            return  # a line of an evaluation, or the closing summary
+        measured = {"silence_loss": self.loss, "silence_fired": self.fired}
+        logs.update(measured)
+        state.log_history[-1].update(measured)
+
+
+def silenceable_adapters(model: nn.Module) -> list[tuple[str, MonoLoraLayer, str]]:
+    """The active MonoLoRA adapters of a model, as names of layers, layers, and names of adapters.
+
+    Raises:
+        NeverSilentError: there is none, or a sigma is not exactly zero below zero.
+    """
+    adapters = list(active_adapters(model))
+    if not adapters:
+        raise NeverSilentError(
+            "the model has no active MonoLoRA adapter: only it has a half-space, A x <= 0, where it adds nothing. "
+            "LoRA adds s B A x, which is zero on a subspace only, so that it changes every text."
+        )
+    for name, layer, adapter in adapters:
+        sigma = layer.monolora_activation[adapter]
+        if sigma(torch.tensor([-1e4, -1.0, -1e-4, 0.0])).any():
+            raise NeverSilentError(
+                f"the sigma of {name} is {type(sigma).__name__}, which is not exactly zero where A x <= 0, so that "
+                "the adapter adds something to every text. Train with activation='relu', 'relu2' or 'relu6'."
+            )
+    return adapters
+
+
+def _check_ranges(weight: float, margin: float, rows_per_step: int, rows_per_module: int, seed: int) -> None:
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"`weight` must be a positive, finite number, got {weight!r}.")
+    if not 0 <= margin < float("inf"):
+        raise ValueError(f"`margin` must be a finite number that is not negative, got {margin!r}.")
+    for name, rows in {"rows_per_step": rows_per_step, "rows_per_module": rows_per_module}.items():
+        if not isinstance(rows, int) or rows < 1:
+            raise ValueError(f"`{name}` must be a positive integer, got {rows!r}.")
+    if not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise ValueError(f"`seed` must be an integer from 0 to 2^31 - 1, got {seed!r}.")
+
+
+def _trainable_layers(model: nn.Module) -> list[tuple[str, MonoLoraLayer, nn.Linear]]:
+    """Name, layer and A of the active adapters."""
+    layers = []
+    for name, layer, adapter in silenceable_adapters(model):
+        encoder = layer.monolora_encoder[adapter]
+        if not isinstance(encoder, nn.Linear):
+            raise ValueError(
+                f"Silence constrains adapters of linear layers, and {name} is a {type(layer).__name__}. Leave it out "
+                "of `target_modules` and `target_parameters`."
+            )
+        if not encoder.weight.requires_grad:
+            raise ValueError(
+                f"the adapter {adapter} of {name} is frozen, so that nothing could make it silent. Load it with "
+                "`is_trainable=True`, or make the adapter that is trained the only active one."
+            )
+        if adapter in layer.monolora_invocations:
+            raise ValueError(
+                f"the adapter {adapter} is an activated one, which is silent before its invocation tokens anyway, and "
+                "Silence does not tell these tokens apart. Train without `alora_invocation_tokens`."
+            )
+        layers.append((name, layer, encoder))
+    return layers
+
+
+def _check_what_trains(model: nn.Module, layers: list[tuple[str, MonoLoraLayer, nn.Linear]]) -> None:
+    """Raise if more is trained than adapters and what comes after all of them, the head; warn of the head."""
+    ours = {id(parameter) for _, layer, _ in layers for parameter in _adapter_parameters(layer)}
+    others = {id(p): name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    body: nn.Module = getattr(base, getattr(base, "base_model_prefix", ""), base)
+    inside = [others[id(parameter)] for parameter in body.parameters() if id(parameter) in others]
+    if inside:
+        raise ValueError(
+            f"more than the adapters is trained, {listed(inside, 3)}: then the base's inputs change in training, and "
+            "a silent adapter does not give the base back. Train without `bias`, `trainable_token_indices` and "
+            "`modules_to_save` but a head's."
+        )
+    if others:
+        warnings.warn(
+            f"{listed(others.values(), 3)} of the head are trained beside the adapter: where it is silent, the head's "
+            "inputs are the base's, the outputs are not.",
+            stacklevel=3,
+        )
+
+
+def _adapter_parameters(layer: MonoLoraLayer) -> Iterator[nn.Parameter]:
+    for part in layer.adapter_layer_names:
+        yield from getattr(layer, part).parameters()
+
+
+def _check_trainer(args: TrainingArguments) -> None:
+    """Raise where gradients are not in `.grad`, whole and unscaled, right before the optimizer's step."""
+    kind = AcceleratorState().distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"Silence works in one process and with DDP, and this is {kind.value}, where gradients are sharded or "
+            "used up before the callback could add to them. Train with DDP."
+        )
+    if args.fp16:
+        raise ValueError("Silence adds to gradients that are not scaled, and fp16 scales them: train with bf16=True.")
+    if any(word in str(args.optim) for word in ("lomo", "layerwise")):
+        raise ValueError(
+            f"the optimizer {args.optim} steps in the backward pass, so that nothing can be added to the gradients: "
+            "choose another `optim`."
+        )
