@@ -347,10 +347,9 @@ def _print(certificate: Certificate, tokenizer: PreTrainedTokenizerBase) -> None
         )
     if len(firings) > _MOST_LINES:
         print(f"{len(firings) - _MOST_LINES} more are not silent; --output writes all")
-    print(
-        f"{certificate.silent} of {number} prompts are silent: there the adapted model is the base. Outputs were "
-        f"compared on {certificate.compared} of them and are equal, bit for bit."
-    )
+    print(f"{certificate.silent} of {number} prompts are silent: there the adapted model is the base.")
+    if certificate.compared:
+        print(f"Outputs were compared with the base's on {certificate.compared} of these and are equal, bit for bit.")
     print(
         f"Of unseen prompts of the same kind at least {certificate.lower_bound:.1%} are silent ({CONFIDENCE:.0%} "
         "confidence, exact binomial), if these were drawn at random and not trained on."

@@ -49,7 +49,8 @@ class Silence(TrainerCallback):
     gradients. Beside the loss are logged, of the rows of the last step, `silence_loss`, the hinge without its weight,
     and `silence_fired`, the share of pairs of a module and a row on which a unit fires. In a loop of your own call
     `add_gradients(step)` before each `optimizer.step()`, on gradients that are not scaled; there, with several
-    processes, all need the same batches.
+    processes, all need the same batches. After training a warning tells what share of the cached rows still fires
+    (`fired_by_module`), if any does.
 
     The hinge is what is trained; what holds afterwards, `mono_peft.certify` tells. Some rows may still fire, and then
     later modules see other inputs than those that were constrained. Trainer clips the task's gradient before the
@@ -141,7 +142,7 @@ class Silence(TrainerCallback):
         for rows, encoders in self._groups:
             if len(rows) not in chosen:
                 chosen[len(rows)] = torch.randperm(len(rows), generator=generator)[: self.rows_per_step]
-            matrices: list[Any] = [encoder.weight for encoder in encoders]
+            matrices: list[Any] = [encoder.weight for encoder in encoders.values()]
             units = [len(matrix) for matrix in matrices]
             dtype, device = torch.promote_types(matrices[0].dtype, torch.float32), matrices[0].device
             x = rows.index_select(0, chosen[len(rows)].to(rows.device)).to(device, dtype)
@@ -161,6 +162,18 @@ class Silence(TrainerCallback):
         self._hinges = torch.stack([value.to(home) for value in hinges]).sum()
         self._fired = torch.stack([value.to(home) for value in fired]).mean()
 
+    @torch.no_grad()
+    def fired_by_module(self) -> dict[str, float]:
+        """By the module's name, the share of all its cached rows on which a unit fires, in [0, 1]."""
+        shares = {}
+        for rows, encoders in self._groups:
+            for name, encoder in encoders.items():
+                matrix: Any = encoder.weight
+                dtype = torch.promote_types(matrix.dtype, torch.float32)
+                parts = (part.to(matrix.device, dtype) for part in rows.split(1024))
+                shares[name] = sum(int((part @ matrix.to(dtype).t() > 0).any(1).sum()) for part in parts) / len(rows)
+        return shares
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -171,13 +184,15 @@ class Silence(TrainerCallback):
     ) -> None:
         _check_trainer(args)
         trained = {id(parameter) for parameter in model.parameters()} if model is not None else set()
-        if not all(id(encoder.weight) in trained for group in self._groups for encoder in group.encoders):
+        if not all(id(encoder.weight) in trained for group in self._groups for encoder in group.encoders.values()):
             raise ValueError(
                 "the trainer trains another model than the one that Silence was built for: build it with "
                 "`trainer.model`, after the trainer, which may have added the adapter or copied the model."
             )
         self._check_base()
-        self._groups = [Group(rows.to(encoders[0].weight.device), encoders) for rows, encoders in self._groups]
+        self._groups = [
+            Group(rows.to(next(iter(encoders.values())).weight.device), encoders) for rows, encoders in self._groups
+        ]
         if AcceleratorState().num_processes > 1:
             if len(set(gather_object([self._digest]))) > 1:
                 raise ValueError(
@@ -202,6 +217,20 @@ class Silence(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.add_gradients(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        shares = self.fired_by_module()
+        if any(shares.values()):
+            most = max(shares, key=lambda name: shares[name])
+            warnings.warn(
+                f"the adapter is not silent on all that it should be: units fire on "
+                f"{sum(shares.values()) / len(shares):.2%} of the pairs of a module and a cached row, most in {most} "
+                f"({shares[most]:.2%} of its rows). Texts that the task shares tokens with cannot be silent on them; "
+                "else train longer, with a larger weight, or fewer modules. `mono_peft.certify` says which are.",
+                stacklevel=2,
+            )
 
     def on_log(
         self,

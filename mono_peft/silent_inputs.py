@@ -25,7 +25,7 @@ class Group(NamedTuple):
     """Modules with the same input."""
 
     rows: torch.Tensor  # (rows, in_features), as the base computes them
-    encoders: list[nn.Linear]
+    encoders: dict[str, nn.Linear]  # A of each, by the module's name
 
 
 def draw_tokens(model: nn.Module, batches: Iterable[Mapping[str, Any]], budget: int, seed: int) -> list[Tokens]:
@@ -139,6 +139,6 @@ def _grouped(pieces: dict[str, list[torch.Tensor]], layers: list[tuple[str, Mono
             rows = torch.cat(pieces[name])
             if not torch.isfinite(rows).all():
                 raise ValueError(f"the base model computes NaN or infinity for {name} on the silent texts.")
-            groups[key] = Group(rows, [])
-        groups[key].encoders.append(encoder)
+            groups[key] = Group(rows, {})
+        groups[key].encoders[name] = encoder
     return list(groups.values())

@@ -271,8 +271,8 @@ class TestCommand:
         code, lines = run(save_adapter())
         assert code == 0
         assert lines == [
-            "3 of 3 prompts are silent: there the adapted model is the base. Outputs were compared on 3 of them and "
-            "are equal, bit for bit.",
+            "3 of 3 prompts are silent: there the adapted model is the base.",
+            "Outputs were compared with the base's on 3 of these and are equal, bit for bit.",
             "Of unseen prompts of the same kind at least 36.8% are silent (95% confidence, exact binomial), if these "
             "were drawn at random and not trained on.",
         ]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -89,7 +90,10 @@ def test_the_adapter_learns_the_task_and_becomes_silent(base, rows, tokenizer, b
     silent = [with_responses(base, tokenizer, 4)]
     trainer = sft(base, rows, tokenizer, tmp_path, silent, rows_per_step=100, max_steps=80, dropout=0.1)
     assert certify(trainer.model, batches).share == 0
-    trainer.train()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert [str(line.message) for line in told if "not silent" in str(line.message)] == []
     losses, hinges, fired = (logged(trainer, key) for key in ("loss", "silence_loss", "silence_fired"))
     assert len(losses) == len(hinges) == len(fired) == 80
     assert losses[-1] < 0.5 * losses[0]
@@ -173,6 +177,30 @@ def test_what_is_logged_reaches_loggers(base, rows, tokenizer, batches, tmp_path
     ]
     assert lines[0]["silence_loss"] == logged(trainer, "silence_loss")[0]
     assert 0 < lines[0]["silence_fired"] <= 1
+
+
+def test_texts_that_cannot_be_silent_are_told(base, rows, tokenizer, tmp_path):
+    """The task's own texts, with a weight that the task outweighs."""
+    batches = [tokenizer([f"{k} is {v}" for k, v in COLOURS.items()], padding=True, return_tensors="pt")]
+    trainer = sft(base, rows, tokenizer, tmp_path, None, max_steps=10)
+    silence = Silence(trainer.model, batches, weight=1e-6)
+    silence.attach(trainer)
+    with pytest.warns(UserWarning, match=r"units fire on [\d.]+% of the pairs of a module and a cached row, most in"):
+        trainer.train()
+    shares = silence.fired_by_module()
+    assert len(shares) == 14
+    model = trainer.model.eval()
+    for name in ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"):
+        name, found = f"base_model.model.model.{name}", []
+        layer = model.get_submodule(name)
+        handle = layer.register_forward_pre_hook(lambda m, args, found=found: found.append(args[0]))
+        with torch.no_grad(), model.disable_adapter():
+            model(**batches[0])
+        handle.remove()
+        x = found[0][batches[0]["attention_mask"].bool()]
+        fires = (layer.monolora_encoder["default"](x) > 0).any(1)
+        assert shares[name] == pytest.approx(fires.float().mean().item())
+        assert shares[name] > 0
 
 
 def test_bfloat16(base, rows, tokenizer, batches, tmp_path):
