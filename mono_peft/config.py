@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import get_pattern_key
 
 from .layer import ACTIVATIONS
@@ -38,8 +39,6 @@ _LORA_ONLY = {
     "arrow_config": "Arrow routes by the singular vectors of B A, which describe a linear update only",
     "lora_bias": "it serves to merge a bias into the base, and MonoLoRA cannot merge",
     "megatron_config": "Megatron's parallel layers split x or the output, and sigma needs the whole of A x",
-    "ensure_weight_tying": "the update of tokens, sigma(A) B^T, and that of the head which LoRA would tie to it, its "
-    "transpose with sigma elsewhere, are not of one matrix; adapt one of the two layers",
     "runtime_config": "ephemeral GPU offload serves DoRA and merging",
 }
 
@@ -104,6 +103,8 @@ class MonoLoraConfig(PeftConfig):
             of its layers, as in `LoraConfig`; they share the base's weights, and each has an adapter of its own.
         alora_invocation_tokens: token ids that make an activated adapter of it (arXiv:2504.12397), which acts from
             their last occurrence in a row on. Before them the model is the base, whose key-value cache can be used.
+        ensure_weight_tying: the trained copy of an embedding in `modules_to_save` is that of the head tied to it too,
+            and tied `trainable_token_indices` must be the same; as in `LoraConfig`, but not for adapted embeddings.
         format_version: of the saved adapter; set by the package.
 
     Example:
@@ -150,6 +151,9 @@ class MonoLoraConfig(PeftConfig):
     alora_invocation_tokens: list[int] | None = field(
         default=None, metadata={"help": "Token ids from which on the adapter acts."}
     )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Tie what is trained of tied embeddings, as the base's are."}
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of the saved adapter."})
 
     def __post_init__(self) -> None:
@@ -161,6 +165,8 @@ class MonoLoraConfig(PeftConfig):
                 f"{FORMAT_VERSION}. Upgrade mono-peft."
             )
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        if self.ensure_weight_tying and not hasattr(BaseTuner, "_add_targets_to_tie"):
+            raise ValueError("`ensure_weight_tying` needs peft >= 0.19: older versions would not tie anything.")
         self._check_ranges()
         self._check_layer_selection()
         self._check_invocation()

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     _ExcludedModule,
@@ -207,6 +208,16 @@ class MonoLoraModel(BaseTuner):
                 "`layer_replication` differs from that of the model's other adapters, and adapters of one model act "
                 "on the same layers. Load them on models of their own."
             )
+
+    # The trained copy of an embedding is that of its head too, with `ensure_weight_tying`.
+    _add_modules_to_save_to_tie = getattr(LoraModel, "_add_modules_to_save_to_tie", None)  # peft >= 0.19
+
+    def _add_targets_to_tie(self, peft_config: MonoLoraConfig, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            "`ensure_weight_tying` cannot tie an adapted embedding and its head: LoRA's head has the update of the "
+            "embedding transposed, and with sigma the two are no matrix and its transpose. Adapt one of them only, "
+            "without `ensure_weight_tying`, or train the embedding by `modules_to_save`."
+        )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT would also copy the child's weight, which of trainable tokens is no parameter but the trained table.

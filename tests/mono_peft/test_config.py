@@ -60,7 +60,6 @@ LORA_ONLY = {
     "arrow_config": object(),
     "lora_bias": True,
     "megatron_config": {"x": 1},
-    "ensure_weight_tying": True,
 }
 
 

@@ -119,6 +119,32 @@ class TestSavingAndLoading:
         model.save_pretrained(tmp_path, save_embedding_layers=False)
         assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(input_ids).logits, expected)
 
+    def test_the_head_is_tied_to_the_trained_embedding_if_wished(self, llama, input_ids, tmp_path):
+        if Version(peft.__version__) < Version("0.19"):
+            pytest.skip("older PEFT cannot tie them")
+        llama.config.tie_word_embeddings = True
+        llama.tie_weights()
+        base = copy.deepcopy(llama)
+        options = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+        model = get_peft_model(llama, MonoLoraConfig(task_type="CAUSAL_LM", **options))
+        inner = model.get_base_model()
+        embedding, head = (m.modules_to_save.default.weight for m in (inner.model.embed_tokens, inner.lm_head))
+        assert embedding is head
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model(input_ids, labels=input_ids).loss.backward()
+        optimizer.step()
+        expected = model.eval()(input_ids).logits
+        assert not torch.allclose(expected, base(input_ids).logits)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        assert torch.equal(loaded(input_ids).logits, expected)
+        inner = loaded.get_base_model()
+        embedding, head = (m.modules_to_save.default.weight for m in (inner.model.embed_tokens, inner.lm_head))
+        assert embedding is head
+        with pytest.raises(ValueError, match="cannot tie an adapted embedding and its head"):
+            get_peft_model(base, MonoLoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True))
+        assert type(base.model.embed_tokens) is torch.nn.Embedding
+
     def test_deep_copies_are_independent(self, random_adapter, llama, input_ids):
         model = random_adapter(llama)
         expected = model(input_ids).logits
