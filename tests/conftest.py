@@ -17,7 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from vision_bench.runs import read_rows
 
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["vllm_plugin"]  # `make test-vllm` has an environment for these
+# `make test-vllm` has an environment for these.
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["vllm_plugin"]
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ ' ' + m['content'] }}"
