@@ -53,7 +53,7 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
         DivergedError: a weight of an active adapter, or a latent of a token that counts, is NaN or infinite. Such a
             latent would count as one that fires, or ReLU would hide it.
     """
-    model = getattr(model, "_orig_mod", model)  # a compiled model would skip the hooks
+    model = uncompiled(model)
     device = next(model.parameters()).device
     with _count_zeros(model) as counts:
         if not counts:
@@ -71,9 +71,8 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
                 model(**inputs)
     if not any(count.tokens for count in counts.values()):
         raise ValueError(
-            "`batches` holds no token that counts: it is empty, every attention mask is zero, no row has the "
-            "invocation tokens of an activated adapter, or the model was compiled in place, which skips the counting "
-            "(measure before `model.compile()`)."
+            "`batches` holds no token that counts: it is empty, every attention mask is zero, or no row has the "
+            "invocation tokens of an activated adapter."
         )
     reached = {name: count for name, count in counts.items() if count.tokens}
     fired = torch.cat([count.fired_of_each_unit() for count in reached.values()])
@@ -82,6 +81,22 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
         per_module={name: 1 - int(c.fired.sum()) / (c.tokens * c.r) for name, c in reached.items()},
         dead=int((fired == 0).sum()) / fired.numel(),
     )
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` gave, whose modules call their hooks.
+
+    Raises:
+        ValueError: the model or a module of it was compiled in place, so that hooks would be skipped.
+    """
+    model = getattr(model, "_orig_mod", model)
+    compiled = [name for name, module in model.named_modules() if module._compiled_call_impl is not None]
+    if compiled:
+        raise ValueError(
+            f"{compiled[0] or 'the model'} was compiled in place (`compile()`), which skips the hooks that see its "
+            "latents. Do this before, or compile by `torch.compile(model)`."
+        )
+    return model
 
 
 @contextmanager

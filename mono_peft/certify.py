@@ -17,7 +17,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .activity import in_eval_mode
+from .activity import in_eval_mode, uncompiled
 from .firing import Firing, Watch, watched
 from .layer import MonoLoraConvolution, MonoLoraLayer
 from .loading import LoadError, adapter_config, adapter_tensors, add_arguments, base_model, tokenizer_of, with_adapter
@@ -140,7 +141,7 @@ def certify(
     for name, number in {"response_tokens": response_tokens, "compared_prompts": compared_prompts}.items():
         if number < 0:
             raise ValueError(f"`{name}` must not be negative, got {number}.")
-    model = getattr(model, "_orig_mod", model)  # a compiled model would skip the hooks
+    model = uncompiled(model)
     layers = silenceable_adapters(model)
     _check_what_is_trained(model, layers)
     device = next(model.parameters()).device
@@ -232,7 +233,14 @@ def _certify_prompt(
 
 def _greedy(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tensor:
     generated: torch.Tensor = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, max_new_tokens=tokens
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        max_new_tokens=tokens,
+        use_cache=True,
+        return_dict_in_generate=False,
     )
     return generated
 
@@ -265,8 +273,8 @@ def main(arguments: list[str]) -> int:
         parser.error("--min_silent is a share, from 0 to 1")
     if options.response_tokens < 0:
         parser.error("--response_tokens must not be negative")
-    if options.output is not None and not options.output.parent.is_dir():
-        parser.error(f"the folder of --output does not exist: {options.output.parent}")
+    if options.output is not None and (options.output.is_dir() or not options.output.parent.is_dir()):
+        parser.error(f"--output is a folder, or in one that does not exist: {options.output}")
     try:
         tokenizer, certificate = _certified(options)
     except NeverSilentError as error:
@@ -320,17 +328,27 @@ def _read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[i
         except (json.JSONDecodeError, KeyError, TypeError):
             raise LoadError(f'line {number} of {path} is no JSON object with a "prompt"') from None
         if isinstance(prompt, str):
-            prompts.append(tokenizer(prompt)["input_ids"])
+            prompts.append(_encoded(path, number, partial(tokenizer, prompt)))
         elif not isinstance(prompt, list) or not all(isinstance(m, dict) and "role" in m for m in prompt):
             raise LoadError(f"the prompt of line {number} of {path} is neither a text nor a list of messages")
         elif not tokenizer.chat_template:
             raise LoadError(f"line {number} of {path} has messages, and the base's tokenizer has no chat template")
         else:
-            encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-            prompts.append(encoded["input_ids"])
+            template = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
+            prompts.append(_encoded(path, number, partial(template, prompt)))
     if not prompts:
         raise LoadError(f"{path} has no prompt")
     return prompts
+
+
+def _encoded(path: Path, number: int, encode: Callable[[], Any]) -> list[int]:
+    try:
+        ids: list[int] = encode()["input_ids"]
+    except Exception as error:  # a template raises whatever it likes
+        raise LoadError(
+            f"the prompt of line {number} of {path} cannot be put in tokens: {type(error).__name__}: {error}"
+        ) from None
+    return ids
 
 
 def _as_dict(prompt: PromptCertificate) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .layer import MonoLoraLayer
+from .layer import REPLICATED, MonoLoraLayer
 
 try:
     from transformers.integrations.moe import ExpertsInterface, _grouped_mm
@@ -174,6 +174,8 @@ class MonoLoraExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What the experts compute; they call `adapted_experts_forward` if an adapter acts."""
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(f"MonoLoRA on fused experts does not work in nn.DataParallel, {REPLICATED}")
         result: torch.Tensor = self.base_layer(*args, **kwargs)
         return result
 

@@ -31,6 +31,8 @@ MERGE_ERROR = (
     "`use_vllm=True`, to send vLLM the weights: train with `use_vllm=False` there."
 )
 
+REPLICATED = "whose threads share what one pass knows. Start a process for each GPU: accelerate launch, torchrun."
+
 
 class MonoLoraLayer(nn.Module, BaseTunerLayer):
     """A base layer and its adapters: their weights, scales and activations, keyed by the adapter's name.
@@ -152,6 +154,8 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
 
     def _where_it_acts(self, adapter_name: str, latents: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         invocations = self.monolora_invocations.get(adapter_name)
+        if invocations is not None and getattr(self, "_is_replica", False):
+            raise RuntimeError(f"Activated MonoLoRA adapters do not work in nn.DataParallel, {REPLICATED}")
         return latents if invocations is None else invocations.masked(adapter_name, latents, rows)
 
     def update(self, adapter_name: str, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -174,7 +178,9 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         """
         with_gradient = torch.is_grad_enabled()
         if adapter_names is None and not (args or kwargs or self.disable_adapters):
-            faster = self.fused_forward(x) if with_gradient else direct.linear_forward(self, x)
+            # In training also without: reentrant checkpointing computes a pass twice, and both have to drop the same.
+            fuse = with_gradient or self.training
+            faster = self.fused_forward(x) if fuse else direct.linear_forward(self, x)
             if faster is not None:
                 return faster
         result = self.base_layer(x, *args, **kwargs)

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast, gather_object
 from torch import nn
 from transformers import TrainerCallback
 
-from .activity import active_adapters
+from .activity import active_adapters, uncompiled
 from .layer import MonoLoraLayer
 from .silent_inputs import Group, base_inputs, digest_of, draw_tokens
 from .targets import listed
@@ -97,10 +97,12 @@ class Silence(TrainerCallback):
         seed: int = 0,
     ) -> None:
         _check_ranges(weight, margin, rows_per_step, rows_per_module, seed)
-        self.model: nn.Module = getattr(model, "_orig_mod", model)  # a compiled model would skip the hooks
+        self.model = uncompiled(model)
         self.weight, self.margin, self.rows_per_step, self.seed = weight, margin, rows_per_step, seed
         self._layers = _trainable_layers(self.model)
         _check_what_trains(self.model, self._layers)
+        if isinstance(batches, Mapping):
+            raise ValueError("`batches` must be a list of batches, got one batch: put it in a list.")
         tokens = draw_tokens(self.model, batches, rows_per_module, seed)
         self._first = tokens[0]
         self._digest = digest_of(tokens, (weight, margin, rows_per_step, seed))
@@ -126,6 +128,8 @@ class Silence(TrainerCallback):
 
     def attach(self, trainer: Trainer) -> None:
         """Add this to the trainer's callbacks, ahead of its loggers, so that what it adds to a line reaches them."""
+        if self in trainer.callback_handler.callbacks:
+            raise ValueError("this Silence is attached already; twice it would add its gradient twice.")
         trainer.callback_handler.callbacks.insert(0, self)
 
     @torch.no_grad()
@@ -283,7 +287,7 @@ def _check_ranges(weight: float, margin: float, rows_per_step: int, rows_per_mod
 
 def _trainable_layers(model: nn.Module) -> list[tuple[str, MonoLoraLayer, nn.Linear]]:
     """Name, layer and A of the active adapters."""
-    layers = []
+    layers: list[tuple[str, MonoLoraLayer, nn.Linear]] = []
     for name, layer, adapter in silenceable_adapters(model):
         encoder = layer.monolora_encoder[adapter]
         if not isinstance(encoder, nn.Linear):
@@ -301,6 +305,8 @@ def _trainable_layers(model: nn.Module) -> list[tuple[str, MonoLoraLayer, nn.Lin
                 f"the adapter {adapter} is an activated one, which is silent before its invocation tokens anyway, and "
                 "Silence does not tell these tokens apart. Train without `alora_invocation_tokens`."
             )
+        if layers and layers[-1][0] == name:
+            raise ValueError(f"{name} has two active adapters: Silence keeps one silent. Set one active.")
         layers.append((name, layer, encoder))
     return layers
 

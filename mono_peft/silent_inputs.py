@@ -83,14 +83,14 @@ def digest_of(tokens: list[Tokens], options: object) -> str:
 @contextmanager
 def without_adapters(layers: Iterable[MonoLoraLayer]) -> Iterator[None]:
     """Disable the adapters inside. PEFT's own way would also change what requires gradients."""
-    layers = list(layers)
+    before = {layer: layer._disable_adapters for layer in layers}
     try:
-        for layer in layers:
+        for layer in before:
             layer._disable_adapters = True
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for layer, disabled in before.items():
+            layer._disable_adapters = disabled
 
 
 def base_inputs(

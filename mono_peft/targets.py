@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Iterable
@@ -71,7 +72,12 @@ def check_supported(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def check_activatable(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise TypeError if a module of `model` among `names` does not compute each token by itself."""
+    """Raise TypeError if `model` or one of its modules `names` does not compute as an activated adapter needs it."""
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise TypeError(
+            f"An activated MonoLoRA adapter (`alora_invocation_tokens`) cannot adapt {type(model).__name__}: while it "
+            "generates, the adapter finds its place by `past_key_values`, which this model does not take."
+        )
     for name in names:
         module = model.get_submodule(name)
         if isinstance(module, MonoLoraConvolution) or convolution_kind(module) is not None:
@@ -126,7 +132,10 @@ def check_no_bare_parameters(model: nn.Module, targets: Iterable[str], matched: 
 
 def parameter_names(model: nn.Module) -> list[str]:
     """The names of the base model's parameters as they are without adapters."""
-    names = (name for name, _ in model.named_parameters() if f".{PREFIX}" not in name)
+    every = model.named_parameters(
+        remove_duplicate=False
+    )  # layers that share their weights have adapters of their own
+    names = (name for name, _ in every if f".{PREFIX}" not in name)
     return [_PARAMETRIZED.sub(r"\1", name.replace(".base_layer.", ".")) for name in names]
 
 

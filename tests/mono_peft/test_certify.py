@@ -225,6 +225,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             certify(model, batches)
 
+    def test_layers_compiled_in_place(self, model, input_ids):
+        """Compiled code does not call the hooks that see what fires."""
+        model.base_model.model.model.layers[1].compile()
+        with pytest.raises(ValueError, match=r"layers\.1 was compiled in place"):
+            certify(model, [{"input_ids": input_ids}])
+
     @pytest.mark.parametrize("option", ["response_tokens", "compared_prompts"])
     def test_negative_numbers(self, model, input_ids, option):
         with pytest.raises(ValueError, match=rf"`{option}` must not be negative, got -1"):
@@ -317,6 +323,7 @@ class TestCommand:
             ("", r" has no prompt"),
             ('{"text": "a"}', 'line 1 of {} is no JSON object with a "prompt"'),
             ("a", 'line 1 of {} is no JSON object with a "prompt"'),
+            ('{"prompt": [{"role": "user"}]}', "the prompt of line 1 of {} cannot be put in tokens"),
             ('{"prompt": 3}', "the prompt of line 1 of {} is neither a text nor a list of messages"),
         ],
     )
@@ -340,7 +347,7 @@ class TestCommand:
         [
             (["--min_silent", "95"], "--min_silent is a share, from 0 to 1"),
             (["--response_tokens", "-1"], "--response_tokens must not be negative"),
-            (["--output", "none/a.jsonl"], "the folder of --output does not exist: none"),
+            (["--output", "none/a.jsonl"], "in one that does not exist: none"),
         ],
     )
     def test_options_out_of_range(self, run, tmp_path, capsys, options, message):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, set_seed
 
 from mono_peft import MonoLoraConfig, MonoLoraLayer, activation_sparsity
 
@@ -322,3 +322,10 @@ def test_layers_that_do_not_see_rows_of_tokens_are_refused(llama):
 def test_options_that_contradict_it(more, message):
     with pytest.raises(ValueError, match=message):
         MonoLoraConfig(**options(**more))
+
+
+def test_models_without_a_key_value_cache_are_refused():
+    """Mamba hands its state on under another name, so that the adapter would lose its place after the first token."""
+    config = MambaConfig(vocab_size=40, hidden_size=32, state_size=4, num_hidden_layers=1)
+    with pytest.raises(TypeError, match="finds its place by `past_key_values`"):
+        get_peft_model(MambaForCausalLM(config), MonoLoraConfig(**options(target_modules=["in_proj"])))

@@ -397,6 +397,26 @@ def test_generating_with_the_cache_equals_without(name):
     assert not torch.equal(with_cache, base_of(name).generate(input_ids=IDS, **options))
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_drops_the_same(use_reentrant):
+    """Reentrant checkpointing computes a pass without and again with gradients."""
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(
+            llama(), MonoLoraConfig(lora_dropout=0.3, init_weights=False, target_modules="all-linear")
+        ).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        torch.manual_seed(1)
+        model(input_ids=IDS).logits.square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for n, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][n], gradient, msg=n)
+        assert gradient.abs().max() > 0
+
+
 @pytest.mark.parametrize(
     "name", [n for n in ("llama all-linear, dropout", "gpt2", "bert", "t5", "mixtral experts") if n in ROWS]
 )

@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    set_seed,
+)
 
 from mono_peft import MonoLoraConfig, MonoLoraLayer, replace_adapter
 
@@ -162,3 +171,14 @@ def test_transformers_own_loading(llama, tmp_path):
     model.save_pretrained(tmp_path)
     llama.load_adapter(str(tmp_path))
     assert torch.equal(llama(IDS).logits, model(IDS).logits)
+
+
+def test_fused_experts_of_each_layer():
+    config = MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    parts = [[0, 2], [0, 2]]
+    model = adapted(MixtralForCausalLM(config), target_parameters=["mlp.experts.down_proj"], layer_replication=parts)
+    layers = {n.split("layers.")[1][0] for n, _ in model.named_parameters() if "down_proj.monolora_encoder" in n}
+    assert layers == {"0", "1", "2", "3"}

@@ -334,3 +334,32 @@ def test_rows_datasets_of_tokens_are_no_batches(llama, random_adapter):
     rows = Dataset.from_list([{"input_ids": [3, 4]}])
     with pytest.raises(ValueError, match=r"batch 0 has no `input_ids` of shape"):
         Silence(random_adapter(llama, **ALL), rows)
+
+
+def test_two_active_adapters_on_a_layer(llama, random_adapter, input_ids):
+    model = random_adapter(llama, **ALL)
+    model.add_adapter("second", MonoLoraConfig(**ALL))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="two active adapters"):
+        Silence(model, [{"input_ids": input_ids}])
+
+
+def test_attached_twice(llama, random_adapter, input_ids):
+    model = random_adapter(llama, **ALL)
+    trainer = Trainer(model, TrainingArguments(report_to="none"))
+    silence = Silence(model, [{"input_ids": input_ids}])
+    silence.attach(trainer)
+    with pytest.raises(ValueError, match="attached already"):
+        silence.attach(trainer)
+
+
+def test_one_batch_in_place_of_a_list(llama, random_adapter, input_ids):
+    with pytest.raises(ValueError, match="put it in a list"):
+        Silence(random_adapter(llama, **ALL), {"input_ids": input_ids})
+
+
+def test_layers_compiled_in_place(llama, random_adapter, input_ids):
+    model = random_adapter(llama, **ALL)
+    model.base_model.model.model.layers[1].compile()
+    with pytest.raises(ValueError, match=r"layers\.1 was compiled in place"):
+        Silence(model, [{"input_ids": input_ids}])
