@@ -10,11 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
-from transformers import TrainerCallback
 
 from .experts import MonoLoraExpertsProjection, Routing
 from .layer import MonoLoraLayer
+from .logged import LoggedMeasures
 from .model import DivergedError, check_finite
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
         check_finite(_active_weights(model))
         with in_eval_mode(model), torch.no_grad():
             for batch in batches:
-                inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                inputs = send_to_device(dict(batch), device)
                 mask = _token_mask(model, inputs.get("attention_mask"))
                 for count in counts.values():
                     count.mask = mask
@@ -241,7 +242,7 @@ def _count_zeros(model: nn.Module) -> Iterator[dict[str, _ZeroCount]]:
             handle.remove()
 
 
-class SparsityCallback(TrainerCallback):
+class SparsityCallback(LoggedMeasures):
     """Adds `monolora_sparsity` and `monolora_dead` (see `ActivationSparsity`) to the lines that a Trainer logs.
 
     When the model is saved, it warns of modules whose units are all dead: such a module gets no gradient any more.
@@ -274,22 +275,9 @@ class SparsityCallback(TrainerCallback):
             warnings.warn(f"MonoLoRA has no sparsity at step {state.global_step}: {error}", stacklevel=3)
             return None
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:
-            return  # a line of an evaluation, or the closing summary
+    def measures(self, state: TrainerState) -> dict[str, float]:
         sparsity = self._measured(state)
-        if sparsity is None:
-            return
-        measured = {"monolora_sparsity": sparsity.overall, "monolora_dead": sparsity.dead}
-        logs.update(measured)
-        state.log_history[-1].update(measured)
+        return {} if sparsity is None else {"monolora_sparsity": sparsity.overall, "monolora_dead": sparsity.dead}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         sparsity = self._measured(state)

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from .activity import in_eval_mode, uncompiled
 from .firing import Firing, Watch, watched
 from .layer import MonoLoraConvolution, MonoLoraLayer
-from .loading import LoadError, adapter_config, adapter_tensors, add_arguments, base_model, tokenizer_of, with_adapter
+from .loading import LoadError, adapter_config, adapter_tensors, base_model, command_parser, tokenizer_of, with_adapter
 from .model import DivergedError, check_finite
 from .names import peft_type
 from .silence import NeverSilentError, silenceable_adapters
@@ -260,10 +260,7 @@ def main(arguments: list[str]) -> int:
     Raises:
         SystemExit: the arguments are not those of the command.
     """
-    parser = argparse.ArgumentParser(
-        "python -m mono_peft.certify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
+    parser = command_parser("python -m mono_peft.certify", __doc__)
     parser.add_argument("--prompts", metavar="FILE", type=Path, required=True, help="JSON lines with a prompt each")
     parser.add_argument("--response_tokens", type=int, default=0, help="of the base's responses (default: 0)")
     parser.add_argument("--min_silent", type=float, default=1.0, help="share of silent prompts asked for (default: 1)")

@@ -28,8 +28,8 @@ from .loading import (
     LoadError,
     adapter_config,
     adapter_tensors,
-    add_arguments,
     base_model,
+    command_parser,
     tokenizer_of,
     with_adapter,
 )
@@ -69,10 +69,7 @@ def main(arguments: list[str]) -> int:
     Raises:
         SystemExit: the arguments are not those of the command.
     """
-    parser = argparse.ArgumentParser(
-        "python -m mono_peft.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
+    parser = command_parser("python -m mono_peft.check", __doc__)
     parser.add_argument("--endpoint", metavar="URL", help="of a server such as vLLM's or `transformers serve`")
     parser.add_argument("--served-name", metavar="NAME", help="the adapter's name in the server's /v1/models")
     options = parser.parse_args(arguments)

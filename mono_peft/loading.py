@@ -20,14 +20,17 @@ class LoadError(ValueError):
     """An adapter or its base cannot be read, or is none that the commands are for."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add BASE, ADAPTER, --dtype and --device."""
+def command_parser(program: str, documentation: str | None) -> argparse.ArgumentParser:
+    """A parser of BASE, ADAPTER, --dtype and --device, whose help starts with the text of the command's module."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(program, description=documentation, formatter_class=formatter)
     parser.add_argument("base", metavar="BASE", help="the base model's folder or name on the hub")
     parser.add_argument("adapter", metavar="ADAPTER", help="the adapter's folder or name on the hub")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the base here (default: its checkpoint's)")
     device = "auto" if torch.accelerator.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="such as cpu or cuda:1 (default: all GPUs, or the CPU)")
+    return parser
 
 
 def adapter_config(adapter: str) -> PeftConfig:

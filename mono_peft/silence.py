@@ -12,10 +12,10 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, gather_object
 from torch import nn
-from transformers import TrainerCallback
 
 from .activity import active_adapters, uncompiled
 from .layer import MonoLoraLayer
+from .logged import LoggedMeasures
 from .silent_inputs import Group, base_inputs, digest_of, draw_tokens
 from .targets import listed
 
@@ -31,7 +31,7 @@ class NeverSilentError(ValueError):
     """The model has no adapter, or one that has no half-space where it adds nothing."""
 
 
-class Silence(TrainerCallback):
+class Silence(LoggedMeasures):
     """Keep the adapter of a model silent on texts: train A so that every A x <= 0 there, and sigma(A x) = 0 exactly.
 
     Where no unit of any module fires, the adapted model is the base, to the last bit. While that is so, every module
@@ -236,19 +236,8 @@ class Silence(TrainerCallback):
                 stacklevel=2,
             )
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs or self._hinges is None:
-            return  # a line of an evaluation, or the closing summary
-        measured = {"silence_loss": self.loss, "silence_fired": self.fired}
-        logs.update(measured)
-        state.log_history[-1].update(measured)
+    def measures(self, state: TrainerState) -> dict[str, float]:
+        return {} if self._hinges is None else {"silence_loss": self.loss, "silence_fired": self.fired}
 
 
 def silenceable_adapters(model: nn.Module) -> list[tuple[str, MonoLoraLayer, str]]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from .activity import in_eval_mode
@@ -121,7 +122,7 @@ def base_inputs(
     try:
         with without_adapters(layer for _, layer, _ in layers), in_eval_mode(model), torch.no_grad():
             for batch in tokens:
-                model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.inputs.items()})
+                model(**send_to_device(batch.inputs, device))
                 last.clear()
     finally:
         for handle in handles:
