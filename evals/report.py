@@ -20,8 +20,8 @@ from vision_bench.runs import DIVERGED, Interval, Run, frame, markdown_table, ov
 
 TABLE, CSV, FIGURE = "results.md", "results.csv", "safety.png"
 SHARES = (
-    "acc", "acc_norm", "empty", "exact_match", "refused_harmful", "refused_lookalike", "refused_everyday",
-    "thought", "unfinished_thought", "unsafe", "unparsed", "truncated", "unsafe_at_least",
+    "acc", "acc_norm", "certified_silent", "empty", "exact_match", "refused_harmful", "refused_lookalike",
+    "refused_everyday", "thought", "unfinished_thought", "unsafe", "unparsed", "truncated", "unsafe_at_least",
     "unsafe_at_most", "unsafe_difference",
 )  # fmt: skip
 COLUMNS = (
@@ -278,6 +278,8 @@ class Table2:
                 if measures and not any(column[1:4] == measures[0][1:4] for column in columns):
                     columns.append(measures[0]._replace(title=f"{name}: {measures[0].title}"))
                 self.harms += measures[:1]
+        certified = dict.fromkeys(self.lines[self.lines["metric"] == "certified_silent"]["task"])
+        columns += [Measure(f"silent, {task}, %", "certified_silent", task, factor=100) for task in certified]
         columns.append(Measure("alignment sparsity, %", "alignment_sparsity", factor=100))
         columns.append(Measure("task sparsity, %", "task_sparsity", factor=100))
         columns = [column for column in [*columns, *self.performance] if len(column.lines(self.lines))]
@@ -338,6 +340,8 @@ class Table2:
         rows = measure.rows(arm)
         if rows.empty:
             has_none = self.adapters.get(method.partition("+")[0]) is False
+            if measure.metric == "certified_silent" and has_none:
+                return "not applicable"
             return "0" if measure.metric.endswith("_sparsity") and has_none else "-"
         return f"{cell(rows, measure.factor)} {diverged}".strip()
 
