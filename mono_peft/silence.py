@@ -12,6 +12,7 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, gather_object
 from torch import nn
+from torch.nn.functional import linear
 
 from .activity import active_adapters, uncompiled
 from .layer import MonoLoraLayer
@@ -41,7 +42,8 @@ class Silence(LoggedMeasures):
 
         loss + weight * sum over modules of mean over rows x and units u of relu(a_u x + margin)
 
-    Its gradient, which needs A and the rows only, is added to A's before each step of the optimizer:
+    With `encoder_bias`, A x + b takes the place of A x everywhere here, and b is trained as A is.
+    Its gradient, which needs A and the rows only, is added to that of A and b before each step of the optimizer:
 
         silence = Silence(trainer.model, [tokenizer(texts, padding=True, return_tensors="pt")])
         silence.attach(trainer)
@@ -55,7 +57,8 @@ class Silence(LoggedMeasures):
 
     The hinge is what is trained; what holds afterwards, `mono_peft.certify` tells. Some rows may still fire, and then
     later modules see other inputs than those that were constrained. Trainer clips the task's gradient before the
-    hinge's is added, which is never longer than weight / r times the rows' mean length for a unit.
+    hinge's is added, which is never longer than weight / r times the rows' mean length for a unit's row of A, and
+    than weight / r for its b.
 
     Args:
         model: with active, trainable MonoLoRA adapters on linear layers whose sigma is relu, relu2 or relu6; for a
@@ -147,7 +150,7 @@ class Silence(LoggedMeasures):
 
     @torch.no_grad()
     def add_gradients(self, step: int) -> None:
-        """Add the gradient of the weighted hinge to `.grad` of each A.
+        """Add the gradient of the weighted hinge to `.grad` of each A and b.
 
         Args:
             step: number of the step, from which with the seed its rows follow.
@@ -164,17 +167,19 @@ class Silence(LoggedMeasures):
             dtype, device = torch.promote_types(matrices[0].dtype, torch.float32), matrices[0].device
             x = rows.index_select(0, chosen[len(rows)].to(rows.device)).to(device, dtype)
             latents = torch.cat(matrices).to(dtype) @ x.t()  # (units of all modules, rows)
+            for encoder, latent in zip(encoders.values(), latents.split(units), strict=True):
+                if encoder.bias is not None:
+                    latent += encoder.bias.to(dtype)[:, None]
             above = (latents + self.margin).clamp_(min=0)
-            gradients = (above > 0).to(dtype) @ x
-            parts = (tensor.split(units) for tensor in (above, latents, gradients))
-            for matrix, hinge, latent, gradient in zip(matrices, *parts, strict=True):
+            counted = (above > 0).to(dtype)
+            parts = (tensor.split(units) for tensor in (above, latents, counted @ x, counted))
+            for encoder, hinge, latent, gradient, count in zip(encoders.values(), *parts, strict=True):
                 hinges.append(hinge.mean())
                 fired.append((latent > 0).any(0).float().mean())
-                gradient *= self.weight / hinge.numel()
-                if matrix.grad is None:
-                    matrix.grad = gradient.to(matrix.dtype)
-                else:
-                    matrix.grad += gradient
+                factor = self.weight / hinge.numel()
+                _add_gradient(encoder.weight, gradient.mul_(factor))
+                if encoder.bias is not None:
+                    _add_gradient(encoder.bias, count.sum(1).mul_(factor))
         home = hinges[0].device
         self._hinges = torch.stack([value.to(home) for value in hinges]).sum()
         self._fired = torch.stack([value.to(home) for value in fired]).mean()
@@ -185,10 +190,10 @@ class Silence(LoggedMeasures):
         shares = {}
         for rows, encoders, _ in self._groups:
             for name, encoder in encoders.items():
-                matrix: Any = encoder.weight
-                dtype = torch.promote_types(matrix.dtype, torch.float32)
-                parts = (part.to(matrix.device, dtype) for part in rows.split(1024))
-                shares[name] = sum(int((part @ matrix.to(dtype).t() > 0).any(1).sum()) for part in parts) / len(rows)
+                dtype = torch.promote_types(encoder.weight.dtype, torch.float32)
+                matrix, bias = encoder.weight.to(dtype), None if encoder.bias is None else encoder.bias.to(dtype)
+                latents = (linear(part.to(matrix.device, dtype), matrix, bias) for part in rows.split(1024))
+                shares[name] = sum(int((latent > 0).any(1).sum()) for latent in latents) / len(rows)
         return shares
 
     def on_train_begin(
@@ -336,6 +341,13 @@ def _check_what_trains(model: nn.Module, layers: list[tuple[str, MonoLoraLayer, 
             "inputs are the base's, the outputs are not.",
             stacklevel=3,
         )
+
+
+def _add_gradient(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    else:
+        parameter.grad += gradient
 
 
 def _adapter_parameters(layer: MonoLoraLayer) -> Iterator[nn.Parameter]:

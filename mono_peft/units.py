@@ -27,8 +27,8 @@ from .config import MonoLoraConfig
 from .experts import MonoLoraExpertsProjection
 from .layer import MonoLoraEmbedding, MonoLoraLayer
 from .loading import adapter_tensors
-from .model import check_finite
 from .names import PREFIX
+from .state_dicts import check_finite
 from .targets import listed
 
 _PEFT_PREFIX = "base_model.model."  # of the names in a PeftModel and in files; a unit may be named without it
@@ -124,7 +124,7 @@ def _changed(
         places = [(decoder.weight, of_decoder)]
         if also_encoder:
             bias = getattr(encoder, "bias", None)
-            places += [(encoder.weight, of_encoder)] + ([] if bias is None else [(bias, (torch.tensor(indices),))])
+            places += [(encoder.weight, of_encoder)] + ([] if bias is None else [(bias, of_encoder)])
         for parameter, place in places:
             _check_plain(name, parameter)
             parts.append((parameter, place, parameter.detach()[place].clone()))
@@ -294,6 +294,9 @@ def _take_out(
         new = max(least, *map(len, kept))
         encoder = torch.stack([_selected(part, 0, k, new) for part, k in zip(encoder, kept, strict=True)])
         decoder = torch.stack([_selected(part, 1, k, new) for part, k in zip(decoder, kept, strict=True)])
+        if (bias := tensors.get(key + _ENCODER_BIAS)) is not None:
+            parts = [_selected(part, 0, k, new) for part, k in zip(bias, kept, strict=True)]
+            tensors[key + _ENCODER_BIAS] = torch.stack(parts)
     else:
         left = [i for i in range(rank) if i not in indices]
         new = max(least, len(left))

@@ -22,6 +22,7 @@ BASES = {
         {"rank_pattern": {"layers.0.*v_proj": 3}, "alpha_pattern": {"q_proj": 30}, "use_rslora": True},
         {"input_ids": IDS},
     ),
+    "llama, bias of the encoder": (llama, {"encoder_bias": True}, {"input_ids": IDS}),
     "llama embedding": (llama, {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}, {"input_ids": IDS}),
     "gpt2": (gpt2, {}, {"input_ids": IDS}),
     "bert": (bert, {"task_type": "SEQ_CLS"}, {"input_ids": IDS}),
@@ -286,8 +287,9 @@ class TestPruned:
         assert ranks == [5, 4]
 
     @pytest.mark.parametrize("from_folder", [False, True])
-    def test_experts_with_unequal_numbers_of_units(self, from_folder, tmp_path):
-        model, inputs, name = mixture()
+    @pytest.mark.parametrize("encoder_bias", [False, True])
+    def test_experts_with_unequal_numbers_of_units(self, from_folder, encoder_bias, tmp_path):
+        model, inputs, name = mixture(encoder_bias=encoder_bias)
         units = [Unit(name, i) for i in (0, 2, 5, 8, 9, 10, 11, 13, 15)]  # 2, 1, 4 and 2 of the four experts
         with torch.no_grad(), ablated(model, units):
             expected = output(model, inputs)
