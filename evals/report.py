@@ -14,9 +14,9 @@ from typing import Any
 import pandas as pd
 
 from evals.figures import Measure, Panel, panel, safety_against_performance, with_paper
+from evals.intervals import wilson
 from evals.paper import TABLE_2, TABLE_2_HEADER
 from evals.registry import is_harmful, judge_kind
-from evals.scores import wilson
 from vision_bench.runs import DIVERGED, Interval, Run, frame, markdown_table, over_seeds, paired
 
 TABLE, CSV, FIGURE = "results.md", "results.csv", "safety.png"

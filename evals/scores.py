@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations, takewhile
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from evals.intervals import bootstrap, mean, wilson
 from evals.models import method_and_seed
+from evals.paired import paired_test
 from evals.records import TOKEN_PROBABILITY, Verdict
 from evals.registry import COHERENCE, REFUSED, JudgeKind, judge_kind
 from vision_bench.runs import Run
 
-RESAMPLES = 2000
 Arm = tuple[str, str | None]  # model, adapter
 
 
@@ -95,13 +95,13 @@ def _metrics(
         yield label, count / len(scored), len(scored), *wilson(count, len(scored))
     surprises = [-math.log(max(p, 1e-30)) for v in verdicts if (p := v.scores.get(TOKEN_PROBABILITY)) is not None]
     if surprises:
-        low, high = bootstrap(_mean, surprises)
+        low, high = bootstrap(mean, surprises)
         yield "perplexity", math.exp(np.mean(surprises)), len(surprises), math.exp(low), math.exp(high)
     if scored and not kind.labels:
         columns = {"score": [100 * float(v.mean_score or 0) for v in scored]}
         columns |= {f"score_{name}": [100 * float(v.scores[name] or 0) for v in scored] for name in scored[0].scores}
         for metric, values in columns.items():
-            yield metric, float(np.mean(values)), len(values), *bootstrap(_mean, values)
+            yield metric, float(np.mean(values)), len(values), *bootstrap(mean, values)
 
 
 def _compared_with(arm: Arm, arms: dict[Arm, Any]) -> Iterator[Arm]:
@@ -114,7 +114,7 @@ def _compared_with(arm: Arm, arms: dict[Arm, Any]) -> Iterator[Arm]:
 
 def _paired(
     verdicts: dict[str, Verdict], others: dict[str, Verdict], kind: JudgeKind
-) -> Iterator[tuple[str, float, int, dict[str, float]]]:
+) -> Iterator[tuple[str, float, int, dict[str, Any]]]:
     """Differences to another arm on the prompts that have a verdict in both: share of unsafe answers, and score.
 
     `p_value` is that of McNemar's exact test.
@@ -127,22 +127,19 @@ def _paired(
     scored = [] if kind.labels else [(a.mean_score, b.mean_score) for a, b in both]
     differences_of_scores = [100 * (a - b) for a, b in scored if a is not None and b is not None]
     if differences_of_scores:
-        low, high = bootstrap(_mean, differences_of_scores)
+        low, high = bootstrap(mean, differences_of_scores)
         value = float(np.mean(differences_of_scores))
         yield "score_difference", value, len(differences_of_scores), {"low": low, "high": high}
 
 
-def _difference_of_shares(pairs: Sequence[tuple[Verdict, Verdict]]) -> tuple[float, dict[str, float]]:
+def _difference_of_shares(pairs: Sequence[tuple[Verdict, Verdict]]) -> tuple[float, dict[str, Any]]:
     """The share of unsafe outcomes among the first of each pair less that among the second, with interval and test."""
-    worse = sum(a.outcome == "unsafe" and b.outcome == "safe" for a, b in pairs)
-    better = sum(a.outcome == "safe" and b.outcome == "unsafe" for a, b in pairs)
-    p_value = float(stats.binomtest(worse, worse + better).pvalue) if worse + better else 1.0
-    low, high = paired_share_interval(worse, better, len(pairs))
-    extra = {"low": low, "high": high, "p_value": p_value, "only_here": worse, "only_there": better}
-    return (worse - better) / len(pairs), extra
+    test = paired_test(*zip(*((a.outcome == "unsafe", b.outcome == "unsafe") for a, b in pairs), strict=True))
+    counts = {"only_here": test.only_first, "only_there": test.only_second}
+    return test.difference, {"low": test.low, "high": test.high, "p_value": test.p_value, **counts}
 
 
-def _matched(verdicts: dict[str, Verdict], kind: JudgeKind) -> Iterator[tuple[str, float, int, dict[str, float]]]:
+def _matched(verdicts: dict[str, Verdict], kind: JudgeKind) -> Iterator[tuple[str, float, int, dict[str, Any]]]:
     """How much more often harmless prompts are answered than the harmful ones that they are matched with.
 
     Matched are the identifiers "safe-N" and "unsafe-N" of a task. `p_value` is that of McNemar's exact test.
@@ -157,7 +154,7 @@ def _matched(verdicts: dict[str, Verdict], kind: JudgeKind) -> Iterator[tuple[st
 
 def _coherent(
     verdicts: dict[str, Verdict], coherence: dict[str, Verdict]
-) -> Iterator[tuple[str, float, int, dict[str, float]]]:
+) -> Iterator[tuple[str, float, int, dict[str, Any]]]:
     """Of the answers that a judge counts as safe, the share that the judge of coherence finds coherent."""
     safe = [coherence[i] for i, verdict in verdicts.items() if verdict.outcome == "safe" and i in coherence]
     safe = [verdict for verdict in safe if verdict.is_parsed and verdict.judge != next(iter(verdicts.values())).judge]
@@ -193,49 +190,6 @@ def _agreement(
             where: dict[str, Any] = {"judge": judge, "versus_judge": other, "task": task, "low": low, "high": high}
             where |= {"model": model, "adapter": None, "method": "all"}
             yield "kappa", kappa, int(counts.sum()), None, 0.0, where
-
-
-def wilson(count: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share."""
-    low, high = stats.binomtest(count, n).proportion_ci(method="wilson")
-    return float(low), float(high)
-
-
-def paired_share_interval(only_first: int, only_second: int, n: int) -> tuple[float, float]:
-    """95 % interval of the difference of two shares on the same n prompts, by Agresti and Min (2005).
-
-    Half a prompt is added to each cell, so that it has a width where the two never differ.
-
-    Args:
-        only_first: prompts that count in the first share and not in the second.
-        only_second: the other way round.
-    """
-    first, second, total = only_first + 0.5, only_second + 0.5, n + 2
-    middle = (first - second) / total
-    half_width = stats.norm.ppf(0.975) * np.sqrt(first + second - (first - second) ** 2 / total) / total
-    return max(-1.0, float(middle - half_width)), min(1.0, float(middle + half_width))
-
-
-def _mean(resampled: np.ndarray) -> np.ndarray:
-    mean: np.ndarray = resampled.mean(1)
-    return mean
-
-
-def bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray], sample: Sequence[float] | np.ndarray
-) -> tuple[float, float]:
-    """95 % percentile interval over resampled prompts.
-
-    Args:
-        statistic: of resampled samples (resamples, n, ...), one number for each.
-        sample: (n, ...), a prompt a row.
-    """
-    array = np.asarray(sample)
-    rng = np.random.default_rng(0)
-    # A few at a time: a whole table of indices would take n * 16 kB.
-    values = [statistic(array[rng.integers(0, len(array), (100, len(array)))]) for _ in range(0, RESAMPLES, 100)]
-    low, high = np.nanquantile(np.concatenate(values), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def cohens_kappa(counts: np.ndarray) -> np.ndarray:

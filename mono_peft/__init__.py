@@ -2,8 +2,9 @@
 
 from .config import MonoLoraConfig
 from .layer import MonoLoraLayer
-from .model import DivergedError, MonoLoraModel
+from .model import MonoLoraModel
 from .register import refuse_lora_optimizers, register_monolora
+from .state_dicts import DivergedError
 
 register_monolora(MonoLoraConfig, MonoLoraModel)
 refuse_lora_optimizers()

@@ -16,7 +16,7 @@ from torch import nn
 from .experts import MonoLoraExpertsProjection, Routing
 from .layer import MonoLoraLayer
 from .logged import LoggedMeasures
-from .model import DivergedError, check_finite
+from .state_dicts import DivergedError, check_finite
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -114,9 +114,9 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _active_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
-        f"{name}.{part}.{adapter}": getattr(module, part)[adapter].weight
+        f"{name}.{part} of {adapter}": weight
         for name, module, adapter in active_adapters(model)
-        for part in module.adapter_layer_names
+        for part, weight in module.weights(adapter)
     }
 
 

@@ -30,10 +30,10 @@ from .activity import in_eval_mode, uncompiled
 from .firing import Firing, Watch, watched
 from .layer import MonoLoraConvolution, MonoLoraLayer
 from .loading import LoadError, adapter_config, adapter_tensors, base_model, command_parser, tokenizer_of, with_adapter
-from .model import DivergedError, check_finite
 from .names import peft_type
 from .silence import NeverSilentError, silenceable_adapters
 from .silent_inputs import counted_tokens, without_adapters
+from .state_dicts import DivergedError, check_finite
 
 CONFIDENCE = 0.95  # of the bound for unseen prompts
 _MOST_LINES = 10  # printed of prompts that are not silent
@@ -169,8 +169,7 @@ def _check_what_is_trained(model: Any, layers: list[tuple[str, MonoLoraLayer, st
     for name, layer, adapter in layers:
         if isinstance(layer, MonoLoraConvolution):
             raise ValueError(f"{name} is a convolution, whose positions are no tokens: it cannot be certified.")
-        parts = {part: getattr(layer, part)[adapter].weight for part in layer.adapter_layer_names}
-        check_finite({f"{name}.{part}": weight for part, weight in parts.items()})
+        check_finite({f"{name}.{part}": weight for part, weight in layer.weights(adapter)})
 
 
 def _prompts(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[torch.Tensor]:

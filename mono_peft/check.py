@@ -33,9 +33,9 @@ from .loading import (
     tokenizer_of,
     with_adapter,
 )
-from .model import DivergedError, check_finite
 from .names import peft_type
 from .served import LogProbabilities, compare_log_probabilities, compare_texts
+from .state_dicts import DivergedError, check_finite
 from .targets import listed
 
 PROMPTS = (

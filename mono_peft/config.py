@@ -15,7 +15,8 @@ from peft.utils.other import get_pattern_key
 from .layer import ACTIVATIONS
 from .names import peft_type
 
-FORMAT_VERSION = 1  # of a saved adapter; raise it when an older mono_peft could not read what this one writes
+FORMAT_VERSION = 2  # of a saved adapter; raise it when an older mono_peft could not read what this one writes
+_FORMAT_WITHOUT_BIAS = 1  # what needs no more than an older mono_peft is saved in a format that it reads
 
 _ALIASES = {
     "lora_alpha": "monolora_alpha",
@@ -89,7 +90,8 @@ class MonoLoraConfig(PeftConfig):
         monolora_alpha: numerator of the scale s = monolora_alpha / r; positive.
         monolora_dropout: probability in [0, 1) of zeroing an element of x before A, in training.
         activation: sigma: "relu", "relu2", "relu6", "sigmoid", "softplus", or "identity" (linear, equals LoRA).
-        bias: "none", "all", or "monolora_only" (LoRA's "lora_only" is understood): which biases train and are saved.
+        bias: "none", "all", or "monolora_only" (LoRA's "lora_only" is understood): which biases of the base train and
+            are saved.
         use_rslora: s = monolora_alpha / sqrt(r), arXiv:2312.03732.
         modules_to_save: further modules that train in full and are saved, such as a classification head.
         init_weights: True: A Kaiming uniform, B zero, so that training starts at the base model; "gaussian": A normal
@@ -105,6 +107,9 @@ class MonoLoraConfig(PeftConfig):
             their last occurrence in a row on. Before them the model is the base, whose key-value cache can be used.
         ensure_weight_tying: the trained copy of an embedding in `modules_to_save` is that of the head tied to it too,
             and tied `trainable_token_indices` must be the same; as in `LoraConfig`, but not for adapted embeddings.
+        encoder_bias: sigma acts on A x + b in place of A x: the half-space where a unit fires need not end at the
+            origin. b, r numbers, starts at zero (at random with `init_weights=False`), trains and is saved with A.
+            Not for embeddings.
         format_version: of the saved adapter; set by the package.
 
     Example:
@@ -128,7 +133,7 @@ class MonoLoraConfig(PeftConfig):
     monolora_alpha: float = field(default=8, metadata={"help": "Scale s = monolora_alpha / r, positive."})
     monolora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of A, in [0, 1)."})
     activation: str = field(default="relu", metadata={"help": f"sigma, one of {', '.join(ACTIVATIONS)}."})
-    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'monolora_only'."})
+    bias: str = field(default="none", metadata={"help": "Base's biases to train: 'none', 'all' or 'monolora_only'."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale s = monolora_alpha / sqrt(r)."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules that train in full and are saved."}
@@ -154,7 +159,8 @@ class MonoLoraConfig(PeftConfig):
     ensure_weight_tying: bool = field(
         default=False, metadata={"help": "Tie what is trained of tied embeddings, as the base's are."}
     )
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of the saved adapter."})
+    encoder_bias: bool = field(default=False, metadata={"help": "sigma(A x + b), with a b that trains."})
+    format_version: int = field(default=_FORMAT_WITHOUT_BIAS, metadata={"help": "Format of the saved adapter."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,6 +170,8 @@ class MonoLoraConfig(PeftConfig):
                 f"This adapter was saved in format {self.format_version}; this mono_peft reads up to "
                 f"{FORMAT_VERSION}. Upgrade mono-peft."
             )
+        if self.encoder_bias:
+            self.format_version = FORMAT_VERSION
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         if self.ensure_weight_tying and not hasattr(BaseTuner, "_add_targets_to_tie"):
             raise ValueError("`ensure_weight_tying` needs peft >= 0.19: older versions would not tie anything.")
@@ -187,6 +195,8 @@ class MonoLoraConfig(PeftConfig):
             raise ValueError(f"`monolora_dropout` must lie in [0, 1), got {self.monolora_dropout!r}.")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"`activation` must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}.")
+        if not isinstance(self.encoder_bias, bool):
+            raise ValueError(f"`encoder_bias` must be True or False, got {self.encoder_bias!r}.")
         if self.bias == "lora_only":
             self.bias = "monolora_only"
         if self.bias not in ("none", "all", "monolora_only"):

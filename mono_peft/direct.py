@@ -1,7 +1,8 @@
 """A linear layer and its adapter where no gradient is recorded: the same operations, past the calls of their modules.
 
-y = x W^T + b + s sigma(x A^T) B^T. A decoding step computes little in each of some hundred layers, so that much of an
-adapter's time there is Python: calls of modules, and attributes, which `nn.Module` looks up slowly.
+y = x W^T + b + s sigma(x A^T + c) B^T, c the encoder's bias if it has one. A decoding step computes little in each of
+some hundred layers, so that much of an adapter's time there is Python: calls of modules, and attributes, which
+`nn.Module` looks up slowly.
 """
 
 from __future__ import annotations

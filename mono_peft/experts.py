@@ -64,20 +64,23 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
 
 
 class ExpertsLinear(nn.Module):
-    """A linear map for each expert, without bias; `weight` is (experts, out, in)."""
+    """A linear map for each expert; `weight` is (experts, out, in), `bias` (experts, out) or None."""
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+    def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
 
     def reset_parameters(self) -> None:
         """Draw the map of each expert as `nn.Linear` draws its own."""
         bound = 1 / math.sqrt(self.weight.shape[-1])
-        nn.init.uniform_(self.weight, -bound, bound)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Map (S, in), rows sorted by expert, to (S, out)."""
-        return grouped_linear(x, self.weight.transpose(1, 2), ends)
+    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Map routed rows (S, in) to (S, out)."""
+        result = grouped_linear(x, self.weight.transpose(1, 2), routing.ends)
+        return result if self.bias is None else result + self.bias[routing.experts]
 
 
 def project(experts: Any, parameter_name: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -121,11 +124,11 @@ class MonoLoraExpertsProjection(MonoLoraLayer):
         self.num_experts, in_features, out_features = self.get_base_layer().sizes()
         return in_features, out_features
 
-    def new_encoder(self, r: int) -> nn.Module:
-        return ExpertsLinear(self.num_experts, self.in_features, r)
+    def new_encoder(self, r: int, bias: bool) -> nn.Module:
+        return ExpertsLinear(self.num_experts, self.in_features, r, bias)
 
     def new_decoder(self, r: int) -> nn.Module:
-        return ExpertsLinear(self.num_experts, r, self.out_features)
+        return ExpertsLinear(self.num_experts, r, self.out_features, bias=False)
 
     def acts(self) -> bool:
         """Whether an adapter contributes to the output."""
@@ -139,8 +142,8 @@ class MonoLoraExpertsProjection(MonoLoraLayer):
             if name in self.monolora_encoder and not self.disable_adapters:
                 encoder: Any = self.monolora_encoder[name]
                 seen = self.monolora_dropout[name](self._cast_input_dtype(x, encoder.weight.dtype))
-                latents = self.monolora_activation[name](encoder(seen, routing.ends))
-                update = self.monolora_decoder[name](latents * self.scaling[name], routing.ends)
+                latents = self.monolora_activation[name](encoder(seen, routing))
+                update = self.monolora_decoder[name](latents * self.scaling[name], routing)
                 result = result + update.to(result.dtype)
         return result
 

@@ -1,8 +1,8 @@
 """The frozen linear layer and its ReLU adapter as one autograd function: the same numbers, less traffic and memory.
 
-y = x W^T + b + s relu(z) B^T with z = (m * x) A^T / (1 - p), m the elements that dropout keeps. Neither the update nor
-its gradient exists as a matrix of its own, both are added into the base's. Of dropout, m alone is kept for the
-backward pass, a byte an element.
+y = x W^T + b + s relu(z) B^T with z = (m * x) A^T / (1 - p) + c, m the elements that dropout keeps, c the encoder's
+bias. Neither the update nor its gradient exists as a matrix of its own, both are added into the base's. Of dropout, m
+alone is kept for the backward pass, a byte an element.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ def is_safe(
         weight = module._parameters["weight"]
         if type(weight) is not nn.Parameter or weight.dtype != x.dtype or hasattr(weight, "ds_id"):
             return False
+    bias = encoder._parameters["bias"]
+    if (bias is not None and bias.dtype != x.dtype) or decoder._parameters["bias"] is not None:
+        return False
     return not any(parameter.requires_grad for parameter in base._parameters.values() if parameter is not None)
 
 
@@ -74,7 +77,15 @@ def relu_update(
     dropped = round(getattr(dropout, "p", 0.0) * _DRAWS) if dropout.training else 0
     keep = _kept_elements(x, dropped) if dropped else None
     result: torch.Tensor = _ReluUpdate.apply(
-        x, base.weight, base.bias, encoder.weight, decoder.weight, keep, scaling, _DRAWS / (_DRAWS - dropped)
+        x,
+        base.weight,
+        base.bias,
+        encoder.weight,
+        decoder.weight,
+        encoder.bias,
+        keep,
+        scaling,
+        _DRAWS / (_DRAWS - dropped),
     )
     return result
 
@@ -100,6 +111,7 @@ class _ReluUpdate(torch.autograd.Function):
         bias: torch.Tensor | None,
         encoder: torch.Tensor,
         decoder: torch.Tensor,
+        encoder_bias: torch.Tensor | None,
         keep: torch.Tensor | None,
         scaling: float,
         rescale: float,
@@ -116,15 +128,17 @@ class _ReluUpdate(torch.autograd.Function):
         latents = seen @ encoder.t()
         if keep is not None:
             latents *= rescale
+        if encoder_bias is not None:
+            latents += encoder_bias
         latents.clamp_(min=0)
         result_rows.addmm_(latents, decoder.t(), alpha=scaling)
-        ctx.save_for_backward(x, weight, bias, encoder, decoder, keep, latents)
+        ctx.save_for_backward(x, weight, bias, encoder, decoder, encoder_bias, keep, latents)
         ctx.factors = scaling, rescale
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, _, encoder, decoder, keep, latents = ctx.saved_tensors
+        x, weight, _, encoder, decoder, _, keep, latents = ctx.saved_tensors
         scaling, rescale = ctx.factors
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted
             return _differentiable_gradients(ctx, gradient)
@@ -133,6 +147,7 @@ class _ReluUpdate(torch.autograd.Function):
         decoder_gradient = (latents.t() @ outer).mul_(scaling).t() if ctx.needs_input_grad[4] else None
         inner = outer @ decoder.t().contiguous().t()
         inner.mul_(scaling * rescale).masked_fill_(latents <= 0, 0)
+        bias_gradient = inner.sum(0).div_(rescale) if ctx.needs_input_grad[5] else None
         x_gradient = outer @ weight if ctx.needs_input_grad[0] else None
         seen = rows
         if keep is None:
@@ -145,21 +160,21 @@ class _ReluUpdate(torch.autograd.Function):
             seen = mask.mul_(rows)
         encoder_gradient = inner.t() @ seen if ctx.needs_input_grad[3] else None
         x_gradient = x_gradient.view(x.shape) if x_gradient is not None else None
-        return x_gradient, None, None, encoder_gradient, decoder_gradient, None, None, None
+        return x_gradient, None, None, encoder_gradient, decoder_gradient, bias_gradient, None, None, None
 
 
 def _differentiable_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Compute the same gradients by operations that autograd can differentiate once more."""
-    x, weight, bias, encoder, decoder, keep, _ = ctx.saved_tensors
+    x, weight, bias, encoder, decoder, encoder_bias, keep, _ = ctx.saved_tensors
     scaling, rescale = ctx.factors
     with torch.enable_grad():
         seen = x if keep is None else x * keep * rescale
-        latents = functional.relu(functional.linear(seen, encoder)) * scaling
+        latents = functional.relu(functional.linear(seen, encoder, encoder_bias)) * scaling
         result = functional.linear(x, weight, bias) + functional.linear(latents, decoder)
-        places = [i for i, tensor in ((0, x), (3, encoder), (4, decoder)) if ctx.needs_input_grad[i]]
+        places = [i for i in (0, 3, 4, 5) if ctx.needs_input_grad[i]]
         inputs = [ctx.saved_tensors[i] for i in places]
         values = torch.autograd.grad(result, inputs, gradient, create_graph=True)
-    gradients: list[torch.Tensor | None] = [None] * 8
+    gradients: list[torch.Tensor | None] = [None] * 9
     for i, value in zip(places, values, strict=True):
         gradients[i] = value
     return tuple(gradients)

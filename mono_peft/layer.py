@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,11 @@ MERGE_ERROR = (
     "adapter beside the base model (`save_pretrained`, `PeftModel.from_pretrained`), or call `unload()` to get the "
     "base model back. If you need one mergeable matrix, train PEFT's LoraConfig. TRL's trainers merge where "
     "`use_vllm=True`, to send vLLM the weights: train with `use_vllm=False` there."
+)
+
+NO_BIAS_OF_AN_EMBEDDING = (
+    "{} cannot have `encoder_bias=True`: A of an embedding has r numbers of its own for each token, to which a bias "
+    "would add nothing that they cannot learn. Leave it out with `exclude_modules`, or adapt without `encoder_bias`."
 )
 
 REPLICATED = "whose threads share what one pass knows. Start a process for each GPU: accelerate launch, torchrun."
@@ -85,8 +90,8 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
             raise TypeError(f"MonoLoRA cannot read the sizes of a {type(self.base_layer).__name__}.")
         return in_features, out_features
 
-    def new_encoder(self, r: int) -> nn.Module:
-        """A, which maps the layer's input to r latents at each position."""
+    def new_encoder(self, r: int, bias: bool) -> nn.Module:
+        """A, with the bias b or without, which maps the layer's input to r latents at each position."""
         raise NotImplementedError
 
     def new_decoder(self, r: int) -> nn.Module:
@@ -101,6 +106,7 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         scaling: float,
         dropout: float,
         activation: str,
+        encoder_bias: bool,
         init_weights: bool | str,
         inference_mode: bool,
         invocations: Invocations | None = None,
@@ -112,6 +118,7 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
             scaling: the scale s, positive.
             dropout: probability in [0, 1) of zeroing an element of x before A.
             activation: a key of `ACTIVATIONS`.
+            encoder_bias: whether sigma acts on A x + b, b of r numbers, in place of A x.
             init_weights: see `MonoLoraConfig`.
             inference_mode: leave the adapter frozen.
             invocations: of the model, where the adapter acts from its invocation tokens on only.
@@ -122,24 +129,39 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         self.monolora_activation[adapter_name] = ACTIVATIONS[activation]()
         if invocations is not None:
             self.monolora_invocations[adapter_name] = invocations
-        self.monolora_encoder[adapter_name] = self.new_encoder(r)
+        self.monolora_encoder[adapter_name] = self.new_encoder(r, encoder_bias)
         self.monolora_decoder[adapter_name] = self.new_decoder(r)
         self.reset_parameters(adapter_name, init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def reset_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
-        """Initialise B as LoRA does and A at random: relu'(0) = 0, so an encoder of zeros could not learn."""
+        """Initialise B as LoRA does and A at random: relu'(0) = 0, so an encoder of zeros could not learn. b is 0."""
         encoder: Any = self.monolora_encoder[adapter_name]
         decoder: Any = self.monolora_decoder[adapter_name]
         if init_weights == "gaussian":
             nn.init.normal_(encoder.weight, std=1 / self.r[adapter_name])
         else:
             encoder.reset_parameters()  # Kaiming uniform as in LoRA; N(0, 1) in an embedding
+        if init_weights is not False and getattr(encoder, "bias", None) is not None:
+            nn.init.zeros_(encoder.bias)
         if init_weights is False:
             decoder.reset_parameters()
         else:
             nn.init.zeros_(decoder.weight)
+
+    def train_biases_with_encoders(self) -> None:
+        """Let the bias of each encoder require gradients if its A does."""
+        encoders: Any = self.monolora_encoder.values()
+        for encoder in encoders:
+            if getattr(encoder, "bias", None) is not None:
+                encoder.bias.requires_grad_(encoder.weight.requires_grad)
+
+    def weights(self, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """What an adapter has in this layer, by the names of its parts: A, its bias where there is one, and B."""
+        for part in self.adapter_layer_names:
+            for name, parameter in getattr(self, part)[adapter_name].named_parameters():
+                yield f"{part}.{name}", parameter
 
     def latents(self, adapter_name: str, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """sigma(A dropout(x)) of one adapter: r numbers for each position of x, zeros where it does not act.
@@ -259,8 +281,8 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
 class MonoLoraLinear(MonoLoraLayer):
     """MonoLoRA on a layer that maps (..., in_features) to (..., out_features): A is (r, in), B (out, r)."""
 
-    def new_encoder(self, r: int) -> nn.Module:
-        return nn.Linear(self.in_features, r, bias=False)
+    def new_encoder(self, r: int, bias: bool) -> nn.Module:
+        return nn.Linear(self.in_features, r, bias=bias)
 
     def new_decoder(self, r: int) -> nn.Module:
         return nn.Linear(r, self.out_features, bias=False)
@@ -286,10 +308,10 @@ class MonoLoraConvolution(MonoLoraLayer):
         super().__init__(base_layer, adapter_name, **adapter_options)
         self.units_dim = -1 - len(self.get_base_layer().kernel_size)
 
-    def new_encoder(self, r: int) -> nn.Module:
+    def new_encoder(self, r: int, bias: bool) -> nn.Module:
         base = self.get_base_layer()
         return convolution_kind(base)(
-            self.in_features, r, base.kernel_size, base.stride, base.padding, dilation=base.dilation, bias=False
+            self.in_features, r, base.kernel_size, base.stride, base.padding, dilation=base.dilation, bias=bias
         )
 
     def new_decoder(self, r: int) -> nn.Module:
@@ -307,7 +329,9 @@ class MonoLoraEmbedding(MonoLoraLayer):
     Where the base scales its output (`embed_scale` of Gemma and others), the update is scaled alike, as LoRA's is.
     """
 
-    def new_encoder(self, r: int) -> nn.Module:
+    def new_encoder(self, r: int, bias: bool) -> nn.Module:
+        if bias:
+            raise ValueError(NO_BIAS_OF_AN_EMBEDDING.format(f"An embedding of {self.in_features} tokens"))
         base = self.get_base_layer()
         return nn.Embedding(
             self.in_features, r, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -30,11 +29,13 @@ from .invocation import Invocations
 from .layer import MERGE_ERROR, MonoLoraLayer
 from .names import PREFIX
 from .replication import Replication
+from .state_dicts import check_finite, check_prefix, check_tensor_names, names_of_adapter, tensors_to_save
 from .targets import (
     INSIDE_LAYER,
     adaptable_names,
     adaptable_parameters,
     check_activatable,
+    check_biasable,
     check_no_bare_parameters,
     check_parameters_supported,
     check_supported,
@@ -46,9 +47,6 @@ from .targets import (
 )
 
 MODEL_TAG = "monolora"
-
-_PEFT_PREFIX = "base_model.model."
-_ADAPTER_TENSOR = re.compile(rf"\.{PREFIX}(?:encoder|decoder)\.(?P<adapter>[^.]+)\.weight$")
 
 
 class MonoLoraModel(BaseTuner):
@@ -137,6 +135,8 @@ class MonoLoraModel(BaseTuner):
         check_supported(model, new)
         if peft_config.alora_invocation_tokens:
             check_activatable(model, matched)
+        if peft_config.encoder_bias:
+            check_biasable(model, matched)
         warn_of_other_paths(model, new)
         if isinstance(targets, (set, list)):
             check_no_bare_parameters(model, targets, matched)
@@ -196,6 +196,12 @@ class MonoLoraModel(BaseTuner):
     def _default_targets(self, model: nn.Module) -> set[str]:
         return set(self.target_module_mapping.get(self.get_model_config(model).get("model_type"), ()))
 
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        # With `bias="all"` PEFT takes the biases of all encoders for the base's.
+        for layer in (module for module in model.modules() if isinstance(module, MonoLoraLayer)):
+            layer.train_biases_with_encoders()
+
     def _check_new_adapter_config(self, config: MonoLoraConfig) -> None:
         super()._check_new_adapter_config(config)
         if config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
@@ -239,6 +245,7 @@ class MonoLoraModel(BaseTuner):
             "scaling": scale,
             "dropout": peft_config.monolora_dropout,
             "activation": peft_config.activation,
+            "encoder_bias": peft_config.encoder_bias,
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
             "invocations": self._invocations if peft_config.alora_invocation_tokens else None,
@@ -355,11 +362,11 @@ class MonoLoraModel(BaseTuner):
         )
         names = list(model.state_dict())
         # As when saving: layers inside an FSDP wrapper.
-        saved = {cls._remove_adapter_name_from_key(n, adapter_name): n for n in _adapter_names(names, adapter_name)}
+        saved = {cls._remove_adapter_name_from_key(n, adapter_name): n for n in names_of_adapter(names, adapter_name)}
         tensors = {saved.get(name, name): tensor for name, tensor in tensors.items()}
-        _check_tensor_names(names, adapter_name, tensors)
+        check_tensor_names(names, adapter_name, tensors)
         check_finite(tensors)
-        _check_prefix(model, names)
+        check_prefix(model, names)
         return tensors
 
     @classmethod
@@ -371,79 +378,8 @@ class MonoLoraModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        # By the names of tensors, not of modules: inside an FSDP wrapper they differ. PEFT adds `modules_to_save`.
-        names = [n for n in state_dict if ".modules_to_save." not in n and ".original_module." not in n]
-        weights = _adapter_names(names, adapter_name)
-        biases: Iterable[str] = ()
-        if config.bias == "all":
-            biases = (name for name in names if name == "bias" or name.endswith(".bias"))
-        elif config.bias == "monolora_only":
-            layers = {name.partition(f".{PREFIX}")[0] for name in weights}
-            biases = (name for name in names if name.removesuffix(".base_layer.bias") in layers)
-        tensors = {name: state_dict[name] for name in (*weights, *biases)}
-        empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
-        if empty:
-            raise ValueError(
-                f"Refusing to save empty tensors ({listed(empty)}): the weights are sharded over processes. Save "
-                "with `trainer.save_model()`, or pass `state_dict=accelerator.get_state_dict(model)`."
-            )
-        return tensors
+        return tensors_to_save(state_dict, adapter_name, config.bias)
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> Any:
     return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _adapter_names(names: Iterable[str], adapter_name: str) -> list[str]:
-    """Return those of `names` that are weights of the adapter."""
-    return [name for name in names if (match := _ADAPTER_TENSOR.search(name)) and match["adapter"] == adapter_name]
-
-
-def _check_prefix(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise ValueError where PEFT would take the prefix off the tensors' names although the model has it."""
-    parameters = (name for name, _ in model.named_parameters())
-    if any(n.startswith(_PEFT_PREFIX) for n in names) and not any(n.startswith(_PEFT_PREFIX) for n in parameters):
-        raise ValueError(
-            f"PEFT cannot load an adapter into a model inside a {type(model).__name__}: it would silently leave all "
-            "weights as they are. Load into the model inside it, or before wrapping, or use FSDP2 (`fully_shard`)."
-        )
-
-
-def _check_tensor_names(names: Iterable[str], adapter_name: str, tensors: Iterable[str]) -> None:
-    """Raise ValueError unless `tensors` has every weight of the adapter in a model of these `names` and no unknown."""
-    # Where layers were injected without PeftModel, files have its prefix and the model has not.
-    saved = {name.removeprefix(_PEFT_PREFIX) for name in tensors}
-    present = {name.removeprefix(_PEFT_PREFIX) for name in names}
-    needed = set(_adapter_names(present, adapter_name))
-    unknown, missing = saved - present, needed - saved
-    problem = None
-    if any(".lora_A." in name for name in unknown):
-        problem = (
-            "it holds the weights of a LoRA adapter under a MonoLoRA configuration. LoRA has no sigma: load it with a "
-            "LoraConfig (peft_type LORA in its adapter_config.json)"
-        )
-    elif needed and missing == needed:
-        problem = "it holds no weights of MonoLoRA layers of this model"
-    elif missing:
-        problem = f"{len(missing)} tensors are missing: {listed(missing)}"
-    elif unknown:
-        problem = f"{len(unknown)} tensors belong to no module of this model: {listed(unknown)}"
-    if problem:
-        raise ValueError(
-            f"This MonoLoRA adapter does not fit the model: {problem}. Check that the file is complete, and that the "
-            "base model and target_modules are those it was trained with."
-        )
-
-
-class DivergedError(ValueError):
-    """An adapter's weights, or what it computes, are NaN or infinite: its training diverged."""
-
-
-def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise DivergedError if an adapter's tensor holds NaN or infinity."""
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise DivergedError(
-            f"{len(broken)} tensors of this adapter hold NaN or infinity ({listed(broken)}): its training diverged, "
-            "or the file is damaged. Load an earlier checkpoint."
-        )

@@ -23,8 +23,8 @@ def monolora_plus_param_groups(
 
     The counterpart of `peft.optimizers.create_loraplus_optimizer`, which knows LoRA's names only. The encoders A and
     whatever else trains (a score head, token embeddings) learn at `learning_rate`, the decoders B at `learning_rate`
-    times `learning_rate_ratio`, biases and other vectors as B but without weight decay, adapters of embeddings at
-    `embedding_learning_rate`.
+    times `learning_rate_ratio`, biases and other vectors of the base as B but without weight decay, the encoders' own
+    biases b as A but without weight decay, adapters of embeddings at `embedding_learning_rate`.
 
     Args:
         model: with MonoLoRA adapters; parameters that do not require gradients are left out.
@@ -35,18 +35,22 @@ def monolora_plus_param_groups(
     """
     if not learning_rate_ratio >= 1:
         raise ValueError(f"learning_rate_ratio is {learning_rate_ratio}; LoRA+ trains B faster than A: at least 1.")
-    decoders, embeddings = set(), set()
+    decoders, embeddings, encoder_biases = set(), set(), set()
     for layer in model.modules():
         if isinstance(layer, MonoLoraEmbedding):
             embeddings |= {*layer.monolora_encoder.parameters(), *layer.monolora_decoder.parameters()}
         elif isinstance(layer, MonoLoraLayer):
             decoders |= set(layer.monolora_decoder.parameters())
-    groups: dict[str, list[nn.Parameter]] = {"encoders": [], "decoders": [], "vectors": [], "embeddings": []}
+            encoder_biases |= {p for name, p in layer.monolora_encoder.named_parameters() if name.endswith(".bias")}
+    kinds = ("encoders", "encoder_biases", "decoders", "vectors", "embeddings")
+    groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in kinds}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         if parameter in embeddings:
             groups["embeddings"].append(parameter)
+        elif parameter in encoder_biases:
+            groups["encoder_biases"].append(parameter)
         elif parameter in decoders:
             groups["decoders"].append(parameter)
         else:
@@ -55,6 +59,7 @@ def monolora_plus_param_groups(
         raise ValueError("No MonoLoRA weight of this model requires gradients: add an adapter, or set it active.")
     learning_rates = {
         "encoders": learning_rate,
+        "encoder_biases": learning_rate,
         "decoders": learning_rate * learning_rate_ratio,
         "vectors": learning_rate * learning_rate_ratio,
         "embeddings": embedding_learning_rate,
@@ -63,7 +68,7 @@ def monolora_plus_param_groups(
         {
             "params": parameters,
             "lr": learning_rates[name],
-            "weight_decay": 0.0 if name == "vectors" else weight_decay,
+            "weight_decay": 0.0 if name in ("vectors", "encoder_biases") else weight_decay,
         }
         for name, parameters in groups.items()
         if parameters

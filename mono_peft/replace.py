@@ -10,13 +10,14 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 
 from .config import MonoLoraConfig
-from .model import check_finite
+from .state_dicts import check_finite
 
 # What else than its tensors makes an adapter's function.
 _FUNCTION = (
     "r",
     "monolora_alpha",
     "activation",
+    "encoder_bias",
     "use_rslora",
     "rank_pattern",
     "alpha_pattern",

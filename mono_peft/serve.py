@@ -41,7 +41,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 import mono_peft.run  # registers the tuner
 
-from .model import check_finite
+from .state_dicts import check_finite
 from .targets import listed
 
 TOKENIZER_FILES = (

@@ -16,7 +16,14 @@ from transformers.pytorch_utils import Conv1D
 
 from .bypass import weight_read
 from .experts import experts_obstacle
-from .layer import MonoLoraConvolution, MonoLoraEmbedding, MonoLoraLayer, MonoLoraLinear, convolution_kind
+from .layer import (
+    NO_BIAS_OF_AN_EMBEDDING,
+    MonoLoraConvolution,
+    MonoLoraEmbedding,
+    MonoLoraLayer,
+    MonoLoraLinear,
+    convolution_kind,
+)
 from .names import PREFIX
 
 INSIDE_LAYER = re.compile(rf"\.(base_layer|{PREFIX}\w+)(\.|$)")  # in the names of the modules of a MonoLoRA layer
@@ -85,6 +92,14 @@ def check_activatable(model: nn.Module, names: Iterable[str]) -> None:
                 f"An activated MonoLoRA adapter (`alora_invocation_tokens`) cannot adapt '{name}', a convolution: it "
                 f"has no tokens. Leave it out with `exclude_modules=[{name.rpartition('.')[2]!r}]`."
             )
+
+
+def check_biasable(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise ValueError if one of the modules `names` of `model` cannot have an adapter with `encoder_bias`."""
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, MonoLoraEmbedding) or layer_class(module) is MonoLoraEmbedding:
+            raise ValueError(NO_BIAS_OF_AN_EMBEDDING.format(f"'{name}'"))
 
 
 def warn_of_other_paths(model: nn.Module, names: Iterable[str]) -> None:

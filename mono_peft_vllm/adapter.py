@@ -27,7 +27,7 @@ from vllm.model_executor.models.transformers.base import Base as TransformersBac
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from mono_peft import MonoLoraConfig
-from mono_peft.model import check_finite
+from mono_peft.state_dicts import check_finite
 
 from .sigma import SIGMAS
 
@@ -84,6 +84,11 @@ def _check_options(config: MonoLoraConfig, folder: Path) -> None:
     for option in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"):
         if value := getattr(config, option, None):
             raise ValueError(f"{folder}: vLLM cannot serve a MonoLoRA adapter with `{option}={value!r}`. {_WITHOUT}")
+    if config.encoder_bias:
+        raise ValueError(
+            f"{folder}: vLLM cannot serve a MonoLoRA adapter with `encoder_bias=True`: its kernels compute A x, "
+            f"without a bias. {_WITHOUT}"
+        )
     if config.bias != "none":
         raise ValueError(f"{folder}: vLLM cannot serve a MonoLoRA adapter with `bias={config.bias!r}`. {_WITHOUT}")
     if config.activation not in SIGMAS:

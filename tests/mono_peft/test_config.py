@@ -167,7 +167,7 @@ def test_a_newer_format_is_refused(tmp_path):
     config = MonoLoraConfig()
     config.format_version = mono_peft.config.FORMAT_VERSION + 1
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"saved in format 2; this mono_peft reads up to 1. Upgrade mono-peft"):
+    with pytest.raises(ValueError, match=r"saved in format 3; this mono_peft reads up to 2. Upgrade mono-peft"):
         PeftConfig.from_pretrained(tmp_path)
 
 

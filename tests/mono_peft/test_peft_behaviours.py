@@ -49,6 +49,9 @@ ROWS = {
     "llama tokens": Row(llama, {"trainable_token_indices": [3, 7]}),
     "llama tied, tokens": Row(tied_llama, {"target_modules": "all-linear", "trainable_token_indices": [3, 7]}),
     "llama tied, embedding": Row(tied_llama, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "llama, bias of the encoder": Row(
+        llama, {"target_modules": "all-linear", "encoder_bias": True, "lora_dropout": 0.1}
+    ),
     "gpt2": Row(gpt2, {"task_type": "CAUSAL_LM"}),
     "bert": Row(bert, {"task_type": "SEQ_CLS"}),
     "t5": Row(t5, {"task_type": "SEQ_2_SEQ_LM"}),
@@ -73,7 +76,11 @@ ROWS = {
         },
     ),
     "mlp": Row(MLP, {"target_modules": ["below", "above"], "modules_to_save": ["head"]}),
+    "mixtral experts, bias of the encoder": Row(
+        mixtral, {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"], "encoder_bias": True}
+    ),
     "convnet": Row(ConvNet, {"target_modules": ["stem", "grouped"]}),
+    "convnet, bias of the encoder": Row(ConvNet, {"target_modules": ["stem", "grouped"], "encoder_bias": True}),
     "signals": Row(Signals, {"target_modules": ["signal", "volume"]}),
     "tokens": Row(Tokens, {"target_modules": ["table", "head"]}),
     **{
@@ -107,7 +114,7 @@ def adapted(name, **more):
 
 
 def inputs(name):
-    if name == "convnet":
+    if name.startswith("convnet"):
         return {"x": torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
     if name == "signals":
         return {"x": torch.randn(4, 3, 12, generator=torch.Generator().manual_seed(0))}
@@ -349,7 +356,18 @@ def test_saved_modules_per_row():
 
 
 @pytest.mark.parametrize(
-    "name", ["llama all-linear, dropout", "gpt2", "mlp", "convnet", "signals", "tokens", "mixtral experts"]
+    "name",
+    [
+        "llama all-linear, dropout",
+        "llama, bias of the encoder",
+        "gpt2",
+        "mlp",
+        "convnet",
+        "signals",
+        "tokens",
+        "mixtral experts",
+        "mixtral experts, bias of the encoder",
+    ],
 )
 def test_compiled_without_graph_breaks_it_is_equal(name):
     model = adapted(name)

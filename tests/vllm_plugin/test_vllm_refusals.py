@@ -51,6 +51,7 @@ def change_tensors(adapter, change):
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
         ({"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}, "cannot serve an activated MonoLoRA adapter"),
         ({"bias": "all"}, "bias='all'"),
+        ({"encoder_bias": True}, "cannot serve a MonoLoRA adapter with `encoder_bias=True`"),
         ({"format_version": 9}, "Upgrade mono-peft"),
         ({"activation": "tanh"}, "must be one of relu"),
         ({"r": 5}, "do not fit its rank 5"),
