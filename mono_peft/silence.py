@@ -124,6 +124,7 @@ class Silence(LoggedMeasures):
         self._first = tokens[0]
         self._digest = digest_of(tokens, (weight, margin, rows_per_step, seed))
         self._groups = base_inputs(self.model, self._layers, tokens, RowStorage(memory_budget))
+        self._measured: list[Hinge] = []  # of the present step
         self._loss: torch.Tensor | None = None
         self._fired: torch.Tensor | None = None
         drawn = sum(len(batch.positions) for batch in tokens)
