@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import DistributedType
@@ -17,7 +17,8 @@ from torch.nn.functional import linear
 from .activity import active_adapters, uncompiled
 from .layer import MonoLoraLayer
 from .logged import LoggedMeasures
-from .silent_inputs import Group, base_inputs, digest_of, draw_tokens
+from .row_storage import RowStorage
+from .silent_inputs import base_inputs, digest_of, draw_tokens
 from .targets import listed
 
 if TYPE_CHECKING:
@@ -30,6 +31,14 @@ _CHANGED = 0.05  # relative difference of the base's inputs from which on it cou
 
 class NeverSilentError(ValueError):
     """The model has no adapter, or one that has no half-space where it adds nothing."""
+
+
+class Hinge(NamedTuple):
+    """The hinge of a module on the rows of a step."""
+
+    gradients: list[torch.Tensor]  # of the weighted hinge, for A (r, in) and, where there is one, b (r,)
+    mean: torch.Tensor  # over rows and units, without the weight
+    fired: torch.Tensor  # share of the rows on which a unit fires
 
 
 class Silence(LoggedMeasures):
@@ -74,8 +83,12 @@ class Silence(LoggedMeasures):
             the difference between cached and true inputs do.
         rows_per_step: rows that a module's hinge is computed on at each step; the same tokens in all modules.
         rows_per_module: budget of the cache: so many tokens are drawn at random, without repetition, from all that
-            count, and the inputs of each module on them are kept, on the module's device. Modules with one input
-            (q, k and v) share it. `cached_bytes` says what it takes.
+            count, and the inputs of each module on them are kept. Modules with one input (q, k and v) share it.
+            `batches` may be a generator of any length: it is gone through once, and at most twice as many batches are
+            held as rows are kept. `cached_bytes` says what the cache takes, `silent_tokens` of how many it is drawn.
+        memory_budget: bytes of the cache that are kept on the modules' device. The rows of the modules that do not fit
+            any more are memory-mapped from a temporary file (`mapped_bytes`), in the folder that the environment
+            variable TMPDIR names; it vanishes with this object, or the process. Each process has its own.
         seed: of the draw of the cache, and with the step's number of the rows of a step, so that a resumed run
             equals an uninterrupted one. 0 to 2^31 - 1.
 
@@ -97,32 +110,41 @@ class Silence(LoggedMeasures):
         margin: float = 0.1,
         rows_per_step: int = 256,
         rows_per_module: int = 4096,
+        memory_budget: int = 2**32,
         seed: int = 0,
     ) -> None:
-        _check_ranges(weight, margin, rows_per_step, rows_per_module, seed)
+        _check_ranges(weight, margin, rows_per_step, rows_per_module, memory_budget, seed)
         self.model = uncompiled(model)
         self.weight, self.margin, self.rows_per_step, self.seed = weight, margin, rows_per_step, seed
         self._layers = _trainable_layers(self.model)
         _check_what_trains(self.model, self._layers)
         if isinstance(batches, Mapping):
             raise ValueError("`batches` must be a list of batches, got one batch: put it in a list.")
-        tokens = draw_tokens(self.model, batches, rows_per_module, seed)
+        tokens, self.silent_tokens = draw_tokens(self.model, batches, rows_per_module, seed)
         self._first = tokens[0]
         self._digest = digest_of(tokens, (weight, margin, rows_per_step, seed))
-        self._groups = base_inputs(self.model, self._layers, tokens)
-        self._hinges: torch.Tensor | None = None
+        self._groups = base_inputs(self.model, self._layers, tokens, RowStorage(memory_budget))
+        self._measured: list[Hinge] = []  # of the present step
+        self._loss: torch.Tensor | None = None
         self._fired: torch.Tensor | None = None
-        logger.info("%d rows a module cached, %.1f MiB", len(self._groups[0].rows), self.cached_bytes / 2**20)
+        drawn = sum(len(batch.positions) for batch in tokens)
+        megabytes = self.cached_bytes / 2**20, self.mapped_bytes / 2**20
+        logger.info("cached %d of %d tokens, %.1f MiB, %.1f of them on disk", drawn, self.silent_tokens, *megabytes)
 
     @property
     def cached_bytes(self) -> int:
-        """Memory of the cached inputs of all modules."""
+        """Size of the cached inputs of all modules."""
         return sum(group.rows.nbytes for group in self._groups)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """The part of `cached_bytes` that is in a temporary file."""
+        return sum(group.rows.nbytes for group in self._groups if group.mapped)
 
     @property
     def loss(self) -> float:
         """The hinge of the last step without its weight, summed over modules; NaN before the first step."""
-        return float("nan") if self._hinges is None else self._hinges.item()
+        return float("nan") if self._loss is None else self._loss.item()
 
     @property
     def fired(self) -> float:
@@ -142,40 +164,56 @@ class Silence(LoggedMeasures):
         Args:
             step: number of the step, from which with the seed its rows follow.
         """
+        self._draw_rows(step)
+        for rows, encoders, _ in self._groups:
+            self._measured += (hinges := self._hinges_of(rows, list(encoders.values())))
+            for encoder, hinge in zip(encoders.values(), hinges, strict=True):
+                for parameter, gradient in zip(encoder.parameters(), hinge.gradients, strict=True):
+                    if parameter.grad is None:
+                        parameter.grad = gradient.to(parameter.dtype)
+                    else:
+                        parameter.grad += gradient
+        self._end_step()
+
+    def _draw_rows(self, step: int) -> None:
+        """Draw the rows of the step, by how many a module has; the measures of the step begin."""
         # Torch seeds by the low 32 bits only.
         generator = torch.Generator().manual_seed((1_000_003 * self.seed + step) % 2**32)
-        chosen: dict[int, torch.Tensor] = {}
-        hinges, fired = [], []
-        for rows, encoders in self._groups:
-            if len(rows) not in chosen:
-                chosen[len(rows)] = torch.randperm(len(rows), generator=generator)[: self.rows_per_step]
-            matrices: list[Any] = [encoder.weight for encoder in encoders.values()]
-            units = [len(matrix) for matrix in matrices]
-            dtype, device = torch.promote_types(matrices[0].dtype, torch.float32), matrices[0].device
-            x = rows.index_select(0, chosen[len(rows)].to(rows.device)).to(device, dtype)
-            latents = torch.cat(matrices).to(dtype) @ x.t()  # (units of all modules, rows)
-            for encoder, latent in zip(encoders.values(), latents.split(units), strict=True):
-                if encoder.bias is not None:
-                    latent += encoder.bias.to(dtype)[:, None]
-            above = (latents + self.margin).clamp_(min=0)
-            counted = (above > 0).to(dtype)
-            parts = (tensor.split(units) for tensor in (above, latents, counted @ x, counted))
-            for encoder, hinge, latent, gradient, count in zip(encoders.values(), *parts, strict=True):
-                hinges.append(hinge.mean())
-                fired.append((latent > 0).any(0).float().mean())
-                factor = self.weight / hinge.numel()
-                _add_gradient(encoder.weight, gradient.mul_(factor))
-                if encoder.bias is not None:
-                    _add_gradient(encoder.bias, count.sum(1).mul_(factor))
-        home = hinges[0].device
-        self._hinges = torch.stack([value.to(home) for value in hinges]).sum()
-        self._fired = torch.stack([value.to(home) for value in fired]).mean()
+        lengths = dict.fromkeys(len(group.rows) for group in self._groups)
+        self._drawn = {n: torch.randperm(n, generator=generator)[: self.rows_per_step] for n in lengths}
+        self._measured = []
+
+    def _hinges_of(self, rows: torch.Tensor, encoders: list[nn.Linear]) -> list[Hinge]:
+        """The hinges of modules with the same rows, on those of the step."""
+        matrices = [encoder.weight for encoder in encoders]
+        units = [len(matrix) for matrix in matrices]
+        dtype, device = torch.promote_types(matrices[0].dtype, torch.float32), matrices[0].device
+        x = rows.index_select(0, self._drawn[len(rows)].to(rows.device)).to(device, dtype)
+        latents = torch.cat(matrices).to(dtype) @ x.t()  # (units of all modules, rows)
+        for encoder, latent in zip(encoders, latents.split(units), strict=True):
+            if encoder.bias is not None:
+                latent += encoder.bias.to(dtype)[:, None]
+        above = (latents + self.margin).clamp_(min=0)
+        counted = (above > 0).to(dtype)
+        parts = (tensor.split(units) for tensor in (above, latents, counted @ x, counted))
+        hinges = []
+        for encoder, hinge, latent, gradient, count in zip(encoders, *parts, strict=True):
+            factor = self.weight / hinge.numel()
+            gradients = [gradient.mul_(factor)] + ([] if encoder.bias is None else [count.sum(1).mul_(factor)])
+            hinges.append(Hinge(gradients, hinge.mean(), (latent > 0).any(0).float().mean()))
+        return hinges
+
+    def _end_step(self) -> None:
+        """Note the measures of the step's rows over all modules."""
+        home = self._measured[0].mean.device
+        self._loss = torch.stack([hinge.mean.to(home) for hinge in self._measured]).sum()
+        self._fired = torch.stack([hinge.fired.to(home) for hinge in self._measured]).mean()
 
     @torch.no_grad()
     def fired_by_module(self) -> dict[str, float]:
         """By the module's name, the share of all its cached rows on which a unit fires, in [0, 1]."""
         shares = {}
-        for rows, encoders in self._groups:
+        for rows, encoders, _ in self._groups:
             for name, encoder in encoders.items():
                 dtype = torch.promote_types(encoder.weight.dtype, torch.float32)
                 matrix, bias = encoder.weight.to(dtype), None if encoder.bias is None else encoder.bias.to(dtype)
@@ -199,20 +237,20 @@ class Silence(LoggedMeasures):
                 "`trainer.model`, after the trainer, which may have added the adapter or copied the model."
             )
         self._check_base()
-        self._groups = [
-            Group(rows.to(next(iter(encoders.values())).weight.device), encoders) for rows, encoders in self._groups
-        ]
+        self._groups = [group if group.mapped else group.on_device() for group in self._groups]
         if AcceleratorState().num_processes > 1:
             if len(set(gather_object([self._digest]))) > 1:
                 raise ValueError(
                     "the processes have other batches, or options of Silence, than one another: every process needs "
                     "the same, or their adapters would differ."
                 )
-            self._groups = [Group(broadcast(rows), encoders) for rows, encoders in self._groups]
+            for group in self._groups:
+                for part in group.rows.split(1024):
+                    part.copy_(broadcast(part.to(group.device)))
 
     def _check_base(self) -> None:
         """Raise unless the base still computes what is cached."""
-        fresh = base_inputs(self.model, self._layers, [self._first])
+        fresh = base_inputs(self.model, self._layers, [self._first], RowStorage(float("inf")))
         for now, cached in zip(fresh, self._groups, strict=True):
             before = cached.rows[: len(now.rows)].to(now.rows.device).float()
             change = (now.rows.float() - before).norm() / before.norm()
@@ -242,7 +280,7 @@ class Silence(LoggedMeasures):
             )
 
     def measures(self, state: TrainerState) -> dict[str, float]:
-        return {} if self._hinges is None else {"silence_loss": self.loss, "silence_fired": self.fired}
+        return {} if self._loss is None else {"silence_loss": self.loss, "silence_fired": self.fired}
 
 
 def silenceable_adapters(model: nn.Module) -> list[tuple[str, MonoLoraLayer, str]]:
@@ -267,7 +305,9 @@ def silenceable_adapters(model: nn.Module) -> list[tuple[str, MonoLoraLayer, str
     return adapters
 
 
-def _check_ranges(weight: float, margin: float, rows_per_step: int, rows_per_module: int, seed: int) -> None:
+def _check_ranges(
+    weight: float, margin: float, rows_per_step: int, rows_per_module: int, memory_budget: int, seed: int
+) -> None:
     if not 0 < weight < float("inf"):
         raise ValueError(f"`weight` must be a positive, finite number, got {weight!r}.")
     if not 0 <= margin < float("inf"):
@@ -275,6 +315,8 @@ def _check_ranges(weight: float, margin: float, rows_per_step: int, rows_per_mod
     for name, rows in {"rows_per_step": rows_per_step, "rows_per_module": rows_per_module}.items():
         if not isinstance(rows, int) or rows < 1:
             raise ValueError(f"`{name}` must be a positive integer, got {rows!r}.")
+    if memory_budget < 0:
+        raise ValueError(f"`memory_budget` is a number of bytes and must not be negative, got {memory_budget!r}.")
     if not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise ValueError(f"`seed` must be an integer from 0 to 2^31 - 1, got {seed!r}.")
 
@@ -329,13 +371,6 @@ def _check_what_trains(model: nn.Module, layers: list[tuple[str, MonoLoraLayer, 
             "inputs are the base's, the outputs are not.",
             stacklevel=3,
         )
-
-
-def _add_gradient(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = gradient.to(parameter.dtype)
-    else:
-        parameter.grad += gradient
 
 
 def _adapter_parameters(layer: MonoLoraLayer) -> Iterator[nn.Parameter]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from .activity import in_eval_mode
 from .layer import MonoLoraLayer
+from .row_storage import RowStorage
 
 
 class Tokens(NamedTuple):
@@ -27,28 +28,71 @@ class Group(NamedTuple):
 
     rows: torch.Tensor  # (rows, in_features), as the base computes them
     encoders: dict[str, nn.Linear]  # A of each, by the module's name
+    mapped: bool  # whether the rows are in a file, and not on the modules' device
+
+    @property
+    def device(self) -> torch.device:
+        """Of the modules."""
+        return next(iter(self.encoders.values())).weight.device
+
+    def on_device(self) -> Group:
+        """The same with its rows on the modules' device."""
+        return self._replace(rows=self.rows.to(self.device))
 
 
-def draw_tokens(model: nn.Module, batches: Iterable[Mapping[str, Any]], budget: int, seed: int) -> list[Tokens]:
-    """Draw at most `budget` of the tokens that count; batches of which none is drawn are left out."""
+def draw_tokens(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], budget: int, seed: int
+) -> tuple[list[Tokens], int]:
+    """Draw at most `budget` of the tokens that count, without repetition, each with the same probability.
+
+    The batches are gone through once, and only those are kept of which a token may still be drawn: no more than twice
+    the budget, however many there are.
+
+    Returns:
+        The batches of which a token is drawn, in their order, and the number of all tokens that count.
+    """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError("an encoder-decoder model has two texts a row, and `input_ids` names one: not supported.")
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    inputs, counted = [], []
+    generator = torch.Generator().manual_seed(seed)
+    drawn: list[_Drawn] = []
+    total = held = 0
+    highest = 1.0  # no token with a number from here on can be among the lowest
     for number, batch in enumerate(batches):
-        inputs.append({key: value for key, value in batch.items() if key != "silent_mask"})
-        counted.append(counted_tokens(batch, number, len(embeddings.weight)).flatten().nonzero().flatten().cpu())
-    total = sum(len(positions) for positions in counted)
+        inputs = {key: value for key, value in batch.items() if key != "silent_mask"}
+        positions = counted_tokens(batch, number, len(embeddings.weight)).flatten().nonzero().flatten().cpu()
+        total += len(positions)
+        numbers = torch.rand(len(positions), dtype=torch.float64, generator=generator)
+        own = _Drawn(inputs, positions, numbers).below(highest)
+        if not len(own.positions):
+            continue
+        drawn.append(own)
+        held += len(own.positions)
+        if held > 2 * budget:
+            drawn, highest, held = *_lowest(drawn, budget), budget
     if total == 0:
         raise ValueError("`batches` has no token that counts: it is empty, or its masks are zero everywhere.")
-    drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:budget].sort().values
-    tokens, start = [], 0
-    for batch_inputs, positions in zip(inputs, counted, strict=True):
-        own = drawn[(drawn >= start) & (drawn < start + len(positions))] - start
-        if len(own):
-            tokens.append(Tokens(batch_inputs, positions[own]))
-        start += len(positions)
-    return tokens
+    if held > budget:
+        drawn, _ = _lowest(drawn, budget)
+    return [Tokens(own.inputs, own.positions) for own in drawn], total
+
+
+class _Drawn(NamedTuple):
+    """Tokens of a batch, each with a random number: those with the lowest numbers of all are drawn."""
+
+    inputs: dict[str, Any]
+    positions: torch.Tensor
+    numbers: torch.Tensor  # float64, in [0, 1)
+
+    def below(self, highest: float) -> _Drawn:
+        kept = self.numbers < highest
+        return _Drawn(self.inputs, self.positions[kept], self.numbers[kept])
+
+
+def _lowest(drawn: list[_Drawn], budget: int) -> tuple[list[_Drawn], float]:
+    """The tokens with the `budget` lowest numbers, of more than these, and the lowest number of the others."""
+    highest = float(torch.cat([own.numbers for own in drawn]).kthvalue(budget + 1).values)
+    return [kept for own in drawn if len((kept := own.below(highest)).positions)], highest
 
 
 def counted_tokens(batch: Mapping[str, Any], number: int, vocabulary: int) -> torch.Tensor:
@@ -95,10 +139,11 @@ def without_adapters(layers: Iterable[MonoLoraLayer]) -> Iterator[None]:
 
 
 def base_inputs(
-    model: nn.Module, layers: list[tuple[str, MonoLoraLayer, nn.Linear]], tokens: list[Tokens]
+    model: nn.Module, layers: list[tuple[str, MonoLoraLayer, nn.Linear]], tokens: list[Tokens], storage: RowStorage
 ) -> list[Group]:
     """The inputs of the layers on these tokens, without adapters. Layers that are called with one tensor share it."""
-    pieces: dict[str, list[torch.Tensor]] = {name: [] for name, _, _ in layers}
+    encoders = {name: encoder for name, _, encoder in layers}
+    pieces: dict[str, list[torch.Tensor]] = {}  # of the present batch, by call
     last: list[torch.Tensor] = []  # the input seen last, and its rows
     batch: Tokens
 
@@ -119,27 +164,40 @@ def base_inputs(
         for name, layer, _ in layers
     ]
     device = next(model.parameters()).device
+    total = sum(len(batch.positions) for batch in tokens)
+    groups: dict[tuple[str, ...], Group] = {}
+    filled = 0  # tokens whose rows are there
     try:
         with without_adapters(layer for _, layer, _ in layers), in_eval_mode(model), torch.no_grad():
             for batch in tokens:
+                pieces.update((name, []) for name in encoders)
                 model(**send_to_device(batch.inputs, device))
                 last.clear()
+                by_names = _by_names(pieces)
+                if not groups:
+                    for names, (calls, rows) in by_names.items():
+                        room, mapped = storage.new_rows(total * calls, rows.shape[1], rows.dtype, rows.device)
+                        groups[names] = Group(room, {name: encoders[name] for name in names}, mapped)
+                if groups.keys() != by_names.keys():
+                    raise ValueError("the layers with adapters share their inputs on some batches and not on others.")
+                for names, (calls, rows) in by_names.items():
+                    groups[names].rows[filled * calls :][: len(rows)] = rows
+                filled += len(batch.positions)
     finally:
         for handle in handles:
             handle.remove()
-    return _grouped(pieces, layers)
-
-
-def _grouped(pieces: dict[str, list[torch.Tensor]], layers: list[tuple[str, MonoLoraLayer, nn.Linear]]) -> list[Group]:
-    groups: dict[tuple[int, ...], Group] = {}
-    for name, _, encoder in layers:
-        if not pieces[name]:
-            raise ValueError(f"{name} is not called in the model's forward pass. Leave it out of `target_modules`.")
-        key = tuple(map(id, pieces[name]))
-        if key not in groups:
-            rows = torch.cat(pieces[name])
-            if not torch.isfinite(rows).all():
-                raise ValueError(f"the base model computes NaN or infinity for {name} on the silent texts.")
-            groups[key] = Group(rows, {})
-        groups[key].encoders[name] = encoder
     return list(groups.values())
+
+
+def _by_names(pieces: dict[str, list[torch.Tensor]]) -> dict[tuple[str, ...], tuple[int, torch.Tensor]]:
+    """By the names of the modules that share them, the number of calls in a pass, and the rows of these, in order."""
+    names: dict[tuple[int, ...], list[str]] = {}
+    for name, calls in pieces.items():
+        if not calls:
+            raise ValueError(f"{name} is not called in the model's forward pass. Leave it out of `target_modules`.")
+        names.setdefault(tuple(map(id, calls)), []).append(name)
+    shared = {tuple(group): pieces[group[0]] for group in names.values()}
+    for (name, *_), calls in shared.items():
+        if not all(torch.isfinite(rows).all() for rows in calls):
+            raise ValueError(f"the base model computes NaN or infinity for {name} on the silent texts.")
+    return {group: (len(calls), torch.cat(calls)) for group, calls in shared.items()}

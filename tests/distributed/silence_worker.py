@@ -2,7 +2,8 @@
 
     silence_worker.py FOLDER [--other_texts]
 
-Writes FOLDER/adapter and FOLDER/log.json. --other_texts gives each process silent texts of its own.
+Writes FOLDER/adapter and FOLDER/log.json. --other_texts gives each process silent texts of its own. With several
+processes a part of the cache is on disk.
 """
 
 import json
@@ -32,7 +33,10 @@ def main(folder: Path, other_texts: bool) -> None:
     rows = [{"input_ids": row, "labels": row} for row in ids]
     trainer = Trainer(model, arguments, train_dataset=rows, data_collator=default_data_collator)
     silent = torch.randint(0, 50, (4, 8), generator=torch.Generator().manual_seed(2 + other_texts * rank))
-    Silence(trainer.model, [{"input_ids": silent}], rows_per_step=10).attach(trainer)
+    budget = 2**20 if world == 1 else 10_000
+    silence = Silence(trainer.model, [{"input_ids": silent}], rows_per_step=10, memory_budget=budget)
+    assert (silence.mapped_bytes > 0) == (world > 1)
+    silence.attach(trainer)
     trainer.train()
     if trainer.is_world_process_zero():
         model.save_pretrained(folder / "adapter")
