@@ -5,6 +5,7 @@ Each is a callback of the trainer, so that all arms take the same steps on the s
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from evals.prompts import EncodedAnswer, encode_answer
 from mono_peft import Silence
+from mono_peft.row_storage import RowStorage
 from mono_peft.silent_inputs import base_inputs, draw_tokens, without_adapters
 
 _ROWS = 4096  # tokens whose inputs the null space is made of, as many as Silence keeps
@@ -210,16 +212,16 @@ class NullSpace(TrainerCallback):
         for name, layer in adapted_layers(model):
             encoders = getattr(layer, layer.adapter_layer_names[0])
             layers += [(name, layer, encoders[adapter]) for adapter in layer.active_adapters if adapter in encoders]
-        tokens = draw_tokens(model, batches, _ROWS, 0)
+        tokens, _ = draw_tokens(model, batches, _ROWS, 0)
         self.directions: list[tuple[torch.nn.Linear, torch.Tensor]] = []  # A, and orthonormal columns
-        for rows, encoders in base_inputs(model, layers, tokens):
-            basis = leading_directions(rows, energy)
+        for group in base_inputs(model, layers, tokens, RowStorage(math.inf)):
+            basis = leading_directions(group.rows, energy)
             if basis.shape[1] == basis.shape[0]:
                 raise ValueError(
                     f"+nullspace: {energy:g} of the energy takes all {len(basis)} directions of "
-                    f"{next(iter(encoders))}, and none is left to train. Lower --nullspace_energy."
+                    f"{next(iter(group.encoders))}, and none is left to train. Lower --nullspace_energy."
                 )
-            self.directions += [(encoder, basis) for encoder in encoders.values()]
+            self.directions += [(encoder, basis) for encoder in group.encoders.values()]
 
     @torch.no_grad()
     def project(self) -> None:
