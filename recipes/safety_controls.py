@@ -281,7 +281,10 @@ class SafeLora(TrainerCallback):
         other = AutoModelForCausalLM.from_pretrained(unaligned)
         base: Any = model.get_base_model()  # type: ignore[operator]
         for name, layer in adapted_layers(base):
-            change = layer.get_base_layer().weight.detach().float().cpu() - other.get_submodule(name).weight.float()
+            change = (
+                layer.get_base_layer().weight.detach().float().cpu()
+                - other.get_submodule(name).weight.detach().float()
+            )
             if not change.any():
                 raise ValueError(
                     f"--unaligned_model {unaligned} has the same {name} as the base, which tells nothing of alignment."
