@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftConfig
@@ -102,6 +102,7 @@ class Arm(NamedTuple):
     dropout: float
     weight_decay: float
     safety_share: float = 0.0  # of the training rows, in [0, 1]
+    encoder_bias: bool = False  # whether MonoLoRA's sigma acts on A x + b
     # What is done for the safety pairs beside; 0 where it is not.
     silence_weight: float = 0.0
     kl_weight: float = 0.0
@@ -118,13 +119,14 @@ class Control(NamedTuple):
     """What a control changes in an arm.
 
     Args:
-        setting: of ArmSettings, how strong the control is; a number behind its name goes before it.
+        setting: of ArmSettings, how strong the control is; a number behind its name goes before it. None: it has no
+            strength.
         change: the arm with the control, from the arm without and the strength.
         allowed: whether a strength is, and the words that say which are; None: what trains says it.
         methods: the adapters that can have it.
     """
 
-    setting: str
+    setting: str | None
     change: Callable[[Arm, Any], Arm]
     allowed: tuple[Callable[[float], bool], str] | None = None
     methods: tuple[str, ...] | None = None  # None: all
@@ -145,6 +147,7 @@ CONTROLS = {
     ),
     "dropout": Control("control_dropout", lambda arm, value: arm._replace(dropout=value)),
     "rank": Control("control_rank", _smaller),
+    "bias": Control(None, lambda arm, _: arm._replace(encoder_bias=True), methods=("monolora",)),
     # What keeps a model as it is on safety pairs (`safety_controls`).
     "safety": Control(
         "safety_share",
@@ -181,6 +184,10 @@ def _parts(name: str) -> tuple[str, list[tuple[str, float | None]]]:
     return method, parts
 
 
+def _strength(control: Control, number: float | None, settings: ArmSettings) -> Any:
+    return getattr(settings, control.setting) if number is None and control.setting is not None else number
+
+
 def trained_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig) -> dict[str, Arm]:
     """The arms that have an adapter, by name.
 
@@ -194,11 +201,10 @@ def trained_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfi
             continue
         arm = Arm(method, options.lora_r, options.lora_alpha, options.lora_dropout, training.weight_decay)
         for control, number in controls:
-            strength = getattr(settings, CONTROLS[control].setting) if number is None else number
-            arm = CONTROLS[control].change(arm, strength)
+            arm = CONTROLS[control].change(arm, _strength(CONTROLS[control], number, settings))
         same = next((other for other in arms if arms[other] == arm), None)
         if same is not None:
-            by_setting = ", ".join(f"--{control.setting}" for control in CONTROLS.values())
+            by_setting = ", ".join(f"--{control.setting}" for control in CONTROLS.values() if control.setting)
             raise ValueError(
                 f"--methods has {same} and {name}, which are the same arm ({arm}). Leave one out, or change how "
                 f"strong a control is: {by_setting}, or a number behind it, as in lora+safety0.3."
@@ -221,7 +227,8 @@ def adapter_config(arm: Arm, settings: ArmSettings, options: ModelConfig) -> Pef
         options.lora_target_modules = [targets]
     # PEFT's own adapters leave these unchecked; MonoLoRA's check of them serves all arms.
     MonoLoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout)
-    return ADAPTERS[arm.method].config(options, settings)
+    config = ADAPTERS[arm.method].config(options, settings)
+    return replace(config, encoder_bias=True) if arm.encoder_bias else config
 
 
 def check_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig) -> None:
@@ -243,7 +250,9 @@ def check_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig)
     for method, controls in parts:
         for name, number in controls:
             control = CONTROLS[name]
-            strength = getattr(settings, control.setting) if number is None else number
+            strength = _strength(control, number, settings)
+            if control.setting is None and number is not None:
+                raise ValueError(f"--methods has {name}{number:g}, and {name} has no strength: leave the number out.")
             if control.methods is not None and method not in control.methods:
                 raise ValueError(f"--methods has {method}+{name}, and {name} is for {', '.join(control.methods)}.")
             if control.allowed is not None and not control.allowed[0](strength):

@@ -301,8 +301,8 @@ class SafeLora(TrainerCallback):
         cosines: dict[str, float] = {}
         for name, (encoder, decoder, projection) in self.projections.items():
             safe[name] = projection.to(decoder.device) @ decoder.float()
-            updates = [(matrix @ encoder.float()).flatten() for matrix in (safe[name], decoder.float())]
-            cosines[name] = torch.nn.functional.cosine_similarity(*updates, dim=0).item()
+            ours, plain = ((matrix @ encoder.float()).flatten() for matrix in (safe[name], decoder.float()))
+            cosines[name] = torch.nn.functional.cosine_similarity(ours, plain, dim=0).item()
         for name in sorted(cosines, key=lambda name: cosines[name])[: max(round(self.share * len(cosines)), 1)]:
             self.projections[name][1].copy_(safe[name])
 

@@ -9,7 +9,7 @@ import pytest
 import sst2_monolora
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safety_controls import KlToBase, NullSpace, SafeLora, leading_directions, safety_batches
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 from trl import SFTConfig, SFTTrainer
@@ -166,7 +166,7 @@ def unaligned(base, tokenizer, tmp_path):
 @pytest.mark.usefixtures("no_machine_description")
 def test_all_arms_train_and_silence_is_certified(arguments, pairs_file, unaligned, tmp_path, small_model, request):
     methods = ["base", "lora", "lora+kl", "lora+nullspace0.5", "lora+safelora", "lora+safety0.25", "monolora"]
-    methods += ["monolora+silence1000", "monolora+silence2000"]
+    methods += ["monolora+silence1000", "monolora+bias+silence2000"]
     asked = ["--safety_tasks", "refusal_offline", "--refusal_prompts", "3"]
     asked += ["--max_new_tokens", "2", "--certified_tokens", "1"]
     extra = ["--methods", *methods, "--safety_file", pairs_file, "--unaligned_model", unaligned]
@@ -193,6 +193,8 @@ def test_all_arms_train_and_silence_is_certified(arguments, pairs_file, unaligne
     row = rows_of(rows, "certified_silent", method="monolora+silence1000")[0]
     assert (row["value"], row["n"], row["config"]["lower_bound"]) == (expected.share, 3, expected.lower_bound)
     assert row["config"]["fired"] == pytest.approx(sum(p.fired for p in expected.prompts) / 3)
+    config = PeftConfig.from_pretrained(out / "monolora+bias+silence2000-seed0" / "adapter")
+    assert (config.encoder_bias, model.peft_config["default"].encoder_bias) == (True, False)
     plain = rows_of(rows, "certified_silent", method="monolora")[0]
     assert row["config"]["fired"] < plain["config"]["fired"]
     # Again: nothing is trained.
@@ -221,6 +223,8 @@ class TestRefused:
                 r"has safety1.5, allowed is a share of the training rows",
             ),
             ("--methods lora+kl1 lora+kl --safety_file PAIRS", r"has lora\+kl1 and lora\+kl, which are the same arm"),
+            ("--methods monolora+bias2", r"has bias2, and bias has no strength: leave the number out"),
+            ("--methods lora+bias", r"has lora\+bias, and bias is for monolora"),
             ("--methods lora+rank2.5", r"`r` must be a positive integer, got 2.5"),
             ("--methods lora+safelora", r"lora\+safelora needs --unaligned_model"),
             ("--methods lora --unaligned_model nowhere", r"--unaligned_model is for arms with \+safelora"),
