@@ -13,6 +13,8 @@ from typing import Any
 import pandas as pd
 
 from evals.figures import Measure, Panel, panel, safety_against_performance, with_paper
+from evals.forgetting import KL, LOSS, LOSS_DIFFERENCE
+from evals.forgetting import TASK as FORGETTING
 from evals.intervals import wilson
 from evals.paper import TABLE_2, TABLE_2_HEADER
 from evals.registry import judge_kind
@@ -28,6 +30,7 @@ COLUMNS = (
     "task", "metric", "judge", "category", "model", "method", "adapter", "seed", "versus", "versus_judge",
     "value", "low", "high", "p_value", "n",
 )  # fmt: skip
+NATS = (KL, LOSS, LOSS_DIFFERENCE)  # per token, of which a hundredth is much
 # Settings of rows of a part of the prompts, or of two arms.
 _PARTS = ["category", "versus", "versus_adapter", "versus_judge"]
 PAPER_PROMPTS = "beavertails_eval"  # on which a judge's own measure of harm is shown
@@ -92,11 +95,12 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def cell(rows: pd.DataFrame, factor: int) -> str:
     """Mean and interval over seeds, or of one seed the interval over prompts in brackets; "-" without a value."""
     rows = rows[rows["value"].notna()]
-    text = over_seeds(rows["value"]).scaled(factor).text()
+    digits = _digits(str(rows["metric"].iloc[0])) if len(rows) else 2
+    text = over_seeds(rows["value"]).scaled(factor).text(digits)
     if len(rows) != 1 or rows["low"].isna().all():
         return text
     low, high = (factor * rows[name].iloc[0] for name in ("low", "high"))
-    return f"{text} [{low:.2f}, {high:.2f}]"
+    return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def seeds_and_diverged(arms: pd.DataFrame) -> tuple[int, int]:
@@ -155,6 +159,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _digits(metric: str) -> int:
+    return 4 if metric in NATS else 2
+
+
 def _factor(metric: str) -> int:
     return 100 if metric.partition(" (")[0] in SHARES else 1
 
@@ -176,7 +184,7 @@ def _arms_table(lines: pd.DataFrame) -> str:
             body[-1].append(f"{shown} {outcomes[method]}".strip() or "-")
         if is_paired:
             first, second = (by_method[method].set_index("seed")["value"] for method in ("monolora", "lora"))
-            body[-1].append(paired(first, second).scaled(_factor(metric)).text(sign=True))
+            body[-1].append(paired(first, second).scaled(_factor(metric)).text(_digits(metric), sign=True))
     header = ["task", "metric", "judge", "prompts", *methods, *(["monolora - lora"] if is_paired else [])]
     return markdown_table(header, body)
 
@@ -278,6 +286,8 @@ class Table2:
                 if measures and not any(column[1:4] == measures[0][1:4] for column in columns):
                     columns.append(measures[0]._replace(title=f"{name}: {measures[0].title}"))
                 self.harms += measures[:1]
+        columns.append(Measure("KL to the base on neutral text, nats", KL, FORGETTING))
+        columns.append(Measure("loss on neutral text, nats", LOSS, FORGETTING))
         columns.append(Measure("alignment sparsity, %", "alignment_sparsity", factor=100))
         columns.append(Measure("task sparsity, %", "task_sparsity", factor=100))
         columns = [column for column in [*columns, *self.performance] if len(column.lines(self.lines))]
@@ -378,7 +388,8 @@ class Table2:
                 body.append([f"{method} - {other}"])
                 for measure in measures:
                     is_lost = "diverged" in (self.cell(measure, method), self.cell(measure, other))
-                    scaled = self.difference(measure, method, other).scaled(measure.factor).text(sign=True)
+                    difference = self.difference(measure, method, other).scaled(measure.factor)
+                    scaled = difference.text(_digits(measure.metric), sign=True)
                     body[-1].append("diverged" if is_lost else scaled)
         if not body:
             return ""
