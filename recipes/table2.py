@@ -35,7 +35,8 @@ from evals.contents import checksum
 from evals.figures import Measure
 from evals.forgetting import neutral_texts, read_neutral_texts
 from evals.judge import check_judging
-from evals.report import Table2, short_name
+from evals.report import short_name
+from evals.table_2 import Table2
 from offline.finetuning import poison_pairs, safety_pairs
 from offline.judge import offline_judge
 from vision_bench.runs import Run, defaults
@@ -87,9 +88,7 @@ class Table2Settings(ArmSettings):
     )
     neutral_file: str | None = field(
         default=None,
-        metadata={
-            "help": "For KL to the base and loss: `text`, or `prompt` and `response`; None: texts of evals."
-        },
+        metadata={"help": "For KL to the base and loss: `text`, or `prompt` and `response`; None: texts of evals."},
     )
     eval_every: int | None = field(
         default=None, metadata={"help": "Keep and evaluate a checkpoint every so many training steps."}
