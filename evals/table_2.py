@@ -1,4 +1,4 @@
-"""A part of the paper's Table 2 from the rows of a recipe, with differences, training steps and the printed numbers."""
+"""A part of the paper's Table 2 from the rows of a recipe, with differences, training steps and what was printed."""
 
 from __future__ import annotations
 
