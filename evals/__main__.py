@@ -1,4 +1,4 @@
-"""`python -m evals generate | judge | run`: from a model and adapters to answers, verdicts and one table."""
+"""`python -m evals COMMAND`: from a model and adapters to answers, verdicts, one table, and what follows from it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evals.settings import FolderSettings, GenerateSettings, JudgeSettings
+    from evals.settings import CompareSettings, FolderSettings, ForgettingSettings, GenerateSettings, JudgeSettings
 
 COMMANDS = {
     "generate": "answers of models to prompts, and metrics of tasks",
     "judge": "verdicts on the answers of a folder",
     "run": "generate, judge, then one table and the figure",
+    "forgetting": "KL to the base and loss on neutral texts, per token",
+    "compare": "do two or more runs differ on the same prompts? ours, or lm-eval's",
 }
 
 
@@ -46,14 +48,32 @@ def _run(settings: GenerateSettings, judging: JudgeSettings) -> None:
     print(write_report(run))
 
 
+def _compare(settings: CompareSettings) -> None:
+    from evals.compare import check_output, compare
+
+    if settings.output is not None:
+        check_output(settings.output)
+    comparison = compare(settings.runs, categories=settings.categories, allow=settings.allow)
+    print(comparison.text())
+    if settings.output is not None:
+        comparison.write(settings.output)
+
+
+def _forgetting(settings: ForgettingSettings) -> None:
+    from evals.forgetting_rows import measure_forgetting
+    from evals.report import write_report
+
+    print(write_report(measure_forgetting(settings)))
+
+
 def _command(name: str, arguments: list[str]) -> None:
     """Run a sub-command; the heavy imports happen inside it."""
     from evals.registry import JUDGES
-    from evals.settings import FolderSettings, GenerateSettings, JudgeSettings
+    from evals.settings import CompareSettings, FolderSettings, ForgettingSettings, GenerateSettings, JudgeSettings
     from vision_bench.runs.settings import parse
 
     options: dict[str, Any] = {"prog": f"python -m evals {name}", "description": COMMANDS[name]}
-    if name != "generate":
+    if name in ("judge", "run"):
         width = max(len(kind.usage) for kind in JUDGES.values())
         lines = (f"  {kind.usage:{width}}  {kind.help}\n" for kind in JUDGES.values())
         options["epilog"] = "judges:\n" + "".join(lines)
@@ -62,6 +82,10 @@ def _command(name: str, arguments: list[str]) -> None:
         _generate(*parse([GenerateSettings], arguments, shared=[JudgeSettings], **options))
     elif name == "judge":
         _judge(*parse([FolderSettings, JudgeSettings], arguments, shared=[GenerateSettings], **options))
+    elif name == "forgetting":
+        _forgetting(*parse([ForgettingSettings], arguments, shared=[GenerateSettings, JudgeSettings], **options))
+    elif name == "compare":
+        _compare(*parse([CompareSettings], arguments, **options))
     else:
         _run(*parse([GenerateSettings, JudgeSettings], arguments, **options))
 
@@ -70,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, by default that of this process."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] not in COMMANDS:
-        lines = "".join(f"  {name:9} {text}\n" for name, text in COMMANDS.items())
+        lines = "".join(f"  {name:11} {text}\n" for name, text in COMMANDS.items())
         parser = argparse.ArgumentParser(
             prog="python -m evals", description=f"{__doc__}\n\n{lines}", formatter_class=argparse.RawTextHelpFormatter
         )
