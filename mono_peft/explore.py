@@ -5,8 +5,8 @@ one a line, and `index.html`, a page to look at them, which needs nothing else:
 
     python -m mono_peft.explore BASE ADAPTER --data task=sst2.jsonl harmful=requests.jsonl --output_dir units
 
-A file is jsonl or tsv (or one of these with .gz). A row has `prompt`, with `response` where there is one, `messages`,
-`text` or `sentence`. Several groups of texts show what a unit prefers. The exit code is 0, or 2 if nothing was written.
+A file is jsonl or tsv, or one of these with .gz. A row has `prompt`, with `response` where there is one, `messages`,
+`text` or `sentence`. Several groups of texts show what a unit prefers. Exit codes: 0, or 2 if nothing was written.
 """
 
 from __future__ import annotations
@@ -81,7 +81,6 @@ def _explore(options: argparse.Namespace) -> None:
             "MONOLORA adapters are explored"
         )
     check_finite(adapter_tensors(options.adapter))
-    provenance = _provenance(options.adapter)
     named = named_files(options.data)
     tokenizer = tokenizer_of(options.base)
     texts = read_texts(named, tokenizer, options.max_tokens)
@@ -98,13 +97,13 @@ def _explore(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise LoadError(str(error)) from None
     records = UnitRecords(model, statistics, texts, tokenizer, stream, unembedding)
-    records.provenance = provenance
     if options.ablate:
         chosen = records.most_selective(options.ablate)
-        progress = tqdm(chosen, desc="switched off", unit="unit")
-        records.effects = dict(zip(chosen, effects(model, texts, progress), strict=True))
+        measured = effects(model, texts, tqdm([None, *chosen], desc="switched off", unit="unit"))
+        records.without_adapter = next(measured)
+        records.effects = dict(zip(chosen, measured, strict=True))
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    page = UnitPage(_facts(options, config, texts, records, start), texts, records.threshold)
+    page = UnitPage(_facts(options, config, texts, records), texts, records.threshold)
     with _replaced(options.output_dir / "units.jsonl") as file:
         for record in tqdm(records, total=len(records), desc="written", unit="unit"):
             page.add(record)
@@ -114,26 +113,12 @@ def _explore(options: argparse.Namespace) -> None:
     _print(records, options.output_dir, time.monotonic() - start)
 
 
-def _provenance(adapter: str) -> dict[str, Any]:
-    """What `provenance.json` beside the adapter says of units, by "module.index"; empty where there is none."""
-    path = Path(adapter) / "provenance.json"
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise LoadError(f"{path} is no JSON object of units and their rows")
-    return found
-
-
 def _check_tokens(base: Any, texts: Texts) -> None:
     vocabulary = len(base.get_input_embeddings().weight)
     if texts.largest_id >= vocabulary:
         raise LoadError(
-            f"the base has {vocabulary} tokens, and its tokenizer gives the token {texts.largest_id}: they do not belong "
-            "together"
+            f"the base has {vocabulary} tokens, and its tokenizer gives the token {texts.largest_id}: they do not "
+            "belong together"
         )
     positions = getattr(base.config, "max_position_embeddings", None)
     longest = max(len(texts.ids(number)) for number in range(len(texts)))
@@ -148,17 +133,23 @@ def _with_progress(texts: Texts, batch_size: int) -> Iterator[Batch]:
             bar.update(len(batch.texts))
 
 
-def _facts(
-    options: argparse.Namespace, config: Any, texts: Texts, records: UnitRecords, start: float
-) -> dict[str, Any]:
+def _facts(options: argparse.Namespace, config: Any, texts: Texts, records: UnitRecords) -> dict[str, Any]:
     """What stands in the head and the foot of the page."""
+    adapter, base = (Path(n).resolve() if Path(n).is_dir() else Path(n) for n in (options.adapter, options.base))
     cut = f", {texts.cut:,} of them cut at {options.max_tokens} tokens" if texts.cut else ""
+    changes = ", ".join(
+        f"{group} {effect.mean:+.2g} [{effect.low:.2g}, {effect.high:.2g}]".replace("-", "−")
+        for group, effect in records.without_adapter.items()
+        if effect
+    )
     return {
-        "title": f"Units of {Path(options.adapter).resolve().name or options.adapter}",
-        "line": f"MonoLoRA, {config.activation}, r {config.r}, on {options.base}; {len(records):,} units in "
+        "title": f"Units of {'/'.join(adapter.parts[-2:])}",
+        "line": f"MonoLoRA, {config.activation}, r {config.r}, on {base.name}; {len(records):,} units in "
         f"{len(records.statistics)} layers; {len(texts):,} texts of {texts.tokens:,} tokens{cut}.",
+        "without": f"Without the whole adapter the loss changes, in nats a token: {changes}." if changes else "",
         "made": f"Made by python -m mono_peft.explore with torch {torch.__version__} on {time.strftime('%Y-%m-%d')}.",
         "threshold": records.threshold,
+        "groups": len(texts.groups),
     }
 
 

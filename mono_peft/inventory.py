@@ -1,7 +1,7 @@
 """What the units of an adapter do on texts, counted in one pass: how often, how strongly, where most, in which group.
 
-Everything that is kept has a fixed size for each unit (`BYTES_PER_UNIT`), however many texts there are. A unit fires on
-a token where its latent is not exactly zero; how strong it is there is the latent's absolute value. A text counts once
+Whatever is kept has a fixed size for each unit (`bytes_per_unit`), however many texts there are. A unit fires on a
+token where its latent is not exactly zero; how strong it is there is the latent's absolute value. A text counts once
 in each mean over texts, whatever its length, because the tokens of a text depend on one another.
 """
 
@@ -35,7 +35,9 @@ class Examples:
         self.positions = torch.zeros(count, r, dtype=torch.int32, device=device)  # of the strongest token
         self.latents = torch.zeros(count, r, self.window, device=device)
 
-    def update(self, scores: torch.Tensor, texts: torch.Tensor, positions: torch.Tensor, latents: torch.Tensor) -> None:
+    def update(
+        self, scores: torch.Tensor, texts: torch.Tensor, positions: torch.Tensor, latents: torch.Tensor
+    ) -> None:
         """Take the texts of a batch in where their scores are higher.
 
         Args:
@@ -62,8 +64,8 @@ class Examples:
 class Histogram:
     """How many tokens have a latent of which strength, in `BINS` equal bins from 0 to 2**exponent of each unit.
 
-    The exponent is the smallest that fits, as far as the texts have been seen. Where it grows, bins are merged, so that
-    no count is ever estimated.
+    The exponent is the smallest that fits, as far as the texts have been seen. Where it grows, bins are merged, so
+    that no count is ever estimated.
     """
 
     def __init__(self, r: int, device: torch.device) -> None:
@@ -94,7 +96,9 @@ class ModuleStatistics:
 
     def __init__(self, r: int, groups: int, device: torch.device) -> None:
         self.r = r
-        self.texts_fired = torch.zeros(groups, r, dtype=torch.int64, device=device)  # texts with a token where it fires
+        self.texts_fired = torch.zeros(
+            groups, r, dtype=torch.int64, device=device
+        )  # texts with a token where it fires
         # Sums over the texts of a group, and of squares: of the share of a text's tokens on which the unit fires, and
         # of its mean strength over a text's tokens.
         self.share, self.share_squared = (torch.zeros(groups, r, dtype=torch.float64, device=device) for _ in range(2))

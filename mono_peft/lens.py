@@ -1,13 +1,13 @@
 """What units write, read through the unembedding, and which units are alike.
 
 A unit whose layer writes to the residual stream adds s b l to it, l being its latent. Were nothing between, the logits
-would change by W (N(h + s b l) - N(h)), W the unembedding and N the final norm (the "logit lens", nostalgebraist 2020).
-N is taken as linear around a residual h of usual size: divided by that size, and by nothing that depends on b.
+would change by W (N(h + s b l) - N(h)), W the unembedding and N the final norm (the logit lens, nostalgebraist 2020).
+N is taken as linear around a residual h of usual size: it divides by that size, and by nothing that depends on b.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .layer import MonoLoraLayer
-from .stream import STREAM, Stream
+from .stream import Stream
 
 _LARGE = 1e4  # a length beside which a norm's epsilon is nothing
 _CELLS = 2**25  # numbers of one piece of a product, 128 MiB
@@ -108,11 +108,6 @@ class Unembedding:
             highest, lowest = logits.topk(tokens), logits.topk(tokens, largest=False)
             pieces.append((highest.indices, highest.values, lowest.indices, lowest.values))
         return LogitChanges(*(torch.cat(part).cpu() for part in zip(*pieces, strict=True)))
-
-
-def spaces(modules: list[str], members: Mapping[str, Any] | set[str]) -> list[str]:
-    """The space in which each layer's vectors lie: the residual stream for `members`, else one of its own."""
-    return [STREAM if module in members else module for module in modules]
 
 
 @torch.no_grad()

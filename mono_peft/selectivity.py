@@ -1,8 +1,8 @@
-"""Does a unit prefer a group of texts? Rates with intervals, what chance would give, and one number for its preference.
+"""Does a unit prefer a group of texts? Rates with intervals, what chance gives, and one number for its preference.
 
 Texts are what is drawn, and so each counts as one: tokens of a text depend on one another. If a unit took no notice of
-the groups, a group's mean over texts would be that of as many texts drawn from all: its expectation is the mean over all
-texts ("chance"), its variance (1 - m / n) / m times the variance over all n texts, for a group of m. These are exact;
+the groups, a group's mean would be that of as many texts drawn from all: it is expected to be the mean over all texts
+("chance"), with a variance of (1 - m / n) / m times the variance over all n texts, for a group of m. These are exact;
 that the mean is then normal is an approximation.
 """
 
@@ -53,7 +53,7 @@ def rates_of_texts(statistics: ModuleStatistics, texts: torch.Tensor) -> Rates:
 def rates_of_tokens(statistics: ModuleStatistics, texts: torch.Tensor) -> Rates:
     """The share of a text's tokens on which a unit fires, as a mean over texts with a normal interval.
 
-    Where it fires in no text, or on every token of all, the interval is Wilson's of such texts, which is never shorter.
+    Where it fires in no text, or on every token of all, the interval is Wilson's for such texts, which holds as well.
     """
     mean, error = _mean_and_error(statistics.share, statistics.share_squared, texts[:, None])
     low, high = (mean - _Z * error).clamp(min=0), (mean + _Z * error).clamp(max=1)

@@ -1,8 +1,8 @@
 """Which adapted layers read the residual stream, and which write to it: the stream is followed through one pass.
 
-It starts as the token embeddings; what is added to it is in it from then on. A layer writes to the stream if its output
-itself is added, and reads it if its input is the stream, or is the stream behind a norm. Names and shapes tell neither:
-an output of hidden size may be normalised before it is added, and o_proj may have inputs of hidden size, too.
+It starts as the token embeddings; what is added to it is in it from then on. A layer writes to the stream if its
+output itself is added, and reads it if its input is the stream, or the stream behind a norm. Names and shapes tell
+neither: an output of hidden size may be normalised before it is added, and o_proj may have inputs of hidden size, too.
 """
 
 from __future__ import annotations

@@ -124,9 +124,7 @@ def named_files(arguments: Sequence[str]) -> list[tuple[str, Path]]:
     return named
 
 
-def read_texts(
-    named: Sequence[tuple[str, Path]], tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> Texts:
+def read_texts(named: Sequence[tuple[str, Path]], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Texts:
     """Read files of rows and put each row in tokens.
 
     A row with `prompt` and `response` is a conversation where the tokenizer has a chat template, else the text of both
@@ -202,8 +200,9 @@ def _tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: s
     if (messages := row.get("messages")) is not None:
         if not _is_conversation(messages):
             raise LoadError(f"the `messages` of {where} are no list of objects with `role` and `content`")
-        is_answered = messages[-1]["role"] == "assistant"
-        return _conversation(tokenizer, *((messages[:-1], messages[-1:]) if is_answered else (messages, [])), where)
+        answers = 1 if messages[-1]["role"] == "assistant" else 0
+        asked, answered = messages[: len(messages) - answers], messages[len(messages) - answers :]
+        return _conversation(tokenizer, asked, answered, where)
     if (prompt := row.get("prompt")) is not None:
         response = row.get("response")
         if response is not None and not isinstance(response, str):
@@ -226,9 +225,7 @@ def _tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: s
 
 
 def _is_conversation(messages: Any) -> bool:
-    return (
-        isinstance(messages, list) and bool(messages) and all(isinstance(m, dict) and "role" in m for m in messages)
-    )
+    return isinstance(messages, list) and bool(messages) and all(isinstance(m, dict) and "role" in m for m in messages)
 
 
 def _conversation(

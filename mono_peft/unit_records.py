@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from .effects import Effect
-from .inventory import BEFORE, BINS, Examples, ModuleStatistics, explorable
+from .inventory import BEFORE, BEHIND, BINS, Examples, ModuleStatistics, explorable
 from .layer import MonoLoraEmbedding, MonoLoraLayer
 from .lens import Unembedding, nearest
 from .selectivity import beyond_chance, preference, rates_of_texts, rates_of_tokens
@@ -22,6 +22,15 @@ from .units import Unit
 
 TOKENS, NEIGHBOURS = 8, 3  # of the unembedding, on each side; units nearest by A, and by B
 _DIGITS = 4  # of the numbers in a record
+
+
+class _Kept:
+    """Examples of a layer as arrays, of which a unit's part is taken faster."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.texts, self.positions = examples.texts.numpy(), examples.positions.numpy()
+        self.latents = examples.latents.numpy()
+        self.of_unit = [[k for k, score in enumerate(scores) if score > 0] for scores in examples.scores.T.tolist()]
 
 
 class UnitRecords:
@@ -55,10 +64,11 @@ class UnitRecords:
         self.group_sizes = texts.group_of.bincount(minlength=len(texts.groups))
         self.preferences = {name: preference(part, self.group_sizes) for name, part in statistics.items()}
         self.threshold = beyond_chance(len(self.units) * len(texts.groups))
-        self.effects: dict[Unit, dict[str, Effect | None]] = {}
-        self.provenance: Mapping[str, Sequence[tuple[Any, float]]] = {}
+        self.effects: dict[Unit, dict[str, Effect | None]] = {}  # of each switched off alone
+        self.without_adapter: dict[str, Effect | None] = {}  # of all of them
+        self.provenance: Mapping[Unit, Sequence[tuple[int, float]]] = {}  # rows of the training data, and scores
 
-        @lru_cache(maxsize=None)
+        @cache
         def token(id_: int) -> str:
             return token_text(tokenizer, id_)
 
@@ -79,42 +89,43 @@ class UnitRecords:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         by_encoder, by_decoder = self._neighbours("encoder"), self._neighbours("decoder")
         for name, part in self.statistics.items():
-            layer, adapter = self.layers[name]
+            of_texts, of_tokens = (rates(part, self.group_sizes) for rates in (rates_of_texts, rates_of_tokens))
+            texts_rates, tokens_rates = ([table.tolist() for table in rates] for rates in (of_texts, of_tokens))
             preferred = self.preferences[name]
-            texts_rates = [t.tolist() for t in rates_of_texts(part, self.group_sizes)]
-            tokens_rates = [t.tolist() for t in rates_of_tokens(part, self.group_sizes)]
-            strength = preferred.strength.tolist()
+            strength, groups = preferred.strength.tolist(), preferred.group.tolist()
+            selectivity, z = preferred.selectivity.tolist(), preferred.z.tolist()
+            layer, adapter = self.layers[name]
             norms = (decoder_columns(layer, adapter).norm(dim=1) * layer.scaling[adapter]).tolist()
             changes = self._logit_changes(name, part)
-            for i in range(part.r):
-                number, fired = self.offsets[name] + i, int(part.tokens_fired[i])
-                z = float(preferred.z[i])
-                groups = {}
-                for g, group in enumerate(self.texts.groups):
-                    groups[group] = {
-                        "texts": [texts_rates[kind][g][i] for kind in range(3)],
-                        "tokens": [tokens_rates[kind][g][i] for kind in range(3)],
-                        "strength": strength[g][i],
-                    }
+            top, sampled = _Kept(part.top), _Kept(part.sampled)
+            for i, fired in enumerate(part.tokens_fired.tolist()):
+                number = self.offsets[name] + i
                 record: dict[str, Any] = {
                     "module": name,
                     "index": i,
                     "density": fired / self.texts.tokens,
                     "dead": not fired,
                     "largest": float(part.largest[i]),
-                    "groups": groups,
+                    "groups": {
+                        group: {
+                            "texts": [texts_rates[kind][g][i] for kind in range(3)],  # share, and its interval
+                            "tokens": [tokens_rates[kind][g][i] for kind in range(3)],
+                            "strength": strength[g][i],
+                        }
+                        for g, group in enumerate(self.texts.groups)
+                    },
                     "chance": {"texts": texts_rates[3][i], "tokens": tokens_rates[3][i]},
-                    "group": self.texts.groups[int(preferred.group[i])] if fired else None,
-                    "selectivity": float(preferred.selectivity[i]),
-                    "z": z,
-                    "beyond_chance": z > self.threshold,
+                    "group": self.texts.groups[groups[i]] if fired else None,
+                    "selectivity": selectivity[i],
+                    "z": z[i],
+                    "beyond_chance": z[i] > self.threshold,
                     "decoder_norm": norms[i],
                     "histogram": {
                         "bin": math.ldexp(1, int(part.histogram.exponents[i])) / BINS if fired else None,
                         "tokens": part.histogram.counts[i].tolist(),
                     },
-                    "examples": self._examples(part.top, i),
-                    "sample": self._examples(part.sampled, i),
+                    "examples": self._examples(top, i),
+                    "sample": self._examples(sampled, i),
                     "writes": STREAM if name in self.stream.writers else None,
                     "logits": None if changes is None or not fired else _logits(changes, i, self.token),
                     "nearest": {
@@ -124,21 +135,18 @@ class UnitRecords:
                 }
                 unit = self.units[number]
                 if unit in self.effects:
-                    record["ablation"] = {group: effect and list(effect) for group, effect in self.effects[unit].items()}
-                if (made_by := self.provenance.get(f"{name}.{i}")) is not None:
-                    record["provenance"] = made_by
+                    record["ablation"] = {group: effect and [*effect] for group, effect in self.effects[unit].items()}
+                if unit in self.provenance:
+                    record["provenance"] = [[*row] for row in self.provenance[unit]]
                 yield rounded(record)
 
-    def _examples(self, kept: Examples, unit: int) -> list[dict[str, Any]]:
+    def _examples(self, kept: _Kept, unit: int) -> list[dict[str, Any]]:
         """The examples of a unit, the strongest first."""
         examples = []
-        for k in range(len(kept.scores)):
-            if kept.scores[k, unit] == 0:
-                continue
+        for k in kept.of_unit[unit]:
             number, position = int(kept.texts[k, unit]), int(kept.positions[k, unit])
             ids = self.texts.ids(number)
-            first, end = max(0, position - BEFORE), min(len(ids), position - BEFORE + kept.window)
-            shift = BEFORE - position
+            first, end = max(0, position - BEFORE), min(len(ids), position + BEHIND + 1)
             group, file, row = self.texts.place(number)
             examples.append(
                 {
@@ -149,7 +157,7 @@ class UnitRecords:
                     "first": first,
                     "peak": position - first,
                     "tokens": [self.token(id_) for id_ in ids[first:end]],
-                    "latents": kept.latents[k, unit, first + shift : end + shift].tolist(),
+                    "latents": kept.latents[k, unit, first - position + BEFORE : end - position + BEFORE].tolist(),
                 }
             )
         return sorted(examples, key=lambda example: -abs(example["latents"][example["peak"]]))
@@ -172,38 +180,29 @@ class UnitRecords:
     def _neighbours(self, part: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Numbers, (units, NEIGHBOURS), of the units that are nearest, -1 for none, and their cosines.
 
-        Units that fire are compared with those whose vectors lie in the same space.
+        Units that fire are compared with those whose vectors lie in the same space: the residual stream, if their
+        layers read or write it, else that of their layer alone.
         """
         numbers = torch.full((len(self), NEIGHBOURS), -1)
         cosines = torch.zeros(len(self), NEIGHBOURS)
-        members: set[str] = self.stream.readers if part == "encoder" else set(self.stream.writers)
-        by_space: dict[tuple[str, int], list[str]] = defaultdict(list)
-        for name, (layer, adapter) in self.layers.items():
-            size = self._vectors(part, layer, adapter).shape[1]
-            by_space[STREAM if name in members else name, size].append(name)
-        for names in by_space.values():
-            pieces = []
-            chosen = []
-            for name in names:
-                own = torch.arange(self.offsets[name], self.offsets[name] + self.statistics[name].r)
-                fires = self.fires[own]
-                pieces.append(self._vectors(part, *self.layers[name])[fires.to(self._device(name))])
-                chosen.append(own[fires])
-            rows = torch.cat(chosen)
+        vectors_of = encoder_rows if part == "encoder" else decoder_columns
+        members = self.stream.readers if part == "encoder" else self.stream.writers
+        modules_of: dict[str, list[str]] = defaultdict(list)
+        for name in self.layers:
+            modules_of[STREAM if name in members else name].append(name)
+        for modules in modules_of.values():
+            alive = [torch.arange(self.statistics[name].r) for name in modules]
+            alive = [own[self.fires[self.offsets[name] + own]] for name, own in zip(modules, alive, strict=True)]
+            rows = torch.cat([self.offsets[name] + own for name, own in zip(modules, alive, strict=True)])
             if len(rows) < 2:
                 continue
-            device = pieces[0].device
-            found, cosine = nearest(torch.cat([piece.to(device) for piece in pieces]), NEIGHBOURS)
+            vectors = [vectors_of(*self.layers[name]) for name in modules]
+            device = vectors[0].device
+            alike = [v[own.to(v.device)].to(device) for v, own in zip(vectors, alive, strict=True)]
+            found, cosine = nearest(torch.cat(alike), NEIGHBOURS)
             numbers[rows, : found.shape[1]] = rows[found]
             cosines[rows, : found.shape[1]] = cosine
         return numbers, cosines
-
-    def _device(self, name: str) -> torch.device:
-        layer, adapter = self.layers[name]
-        return decoder_columns(layer, adapter).device
-
-    def _vectors(self, part: str, layer: MonoLoraLayer, adapter: str) -> torch.Tensor:
-        return encoder_rows(layer, adapter) if part == "encoder" else decoder_columns(layer, adapter)
 
     def _named(self, neighbours: tuple[torch.Tensor, torch.Tensor], number: int) -> list[list[Any]]:
         numbers, cosines = (part[number].tolist() for part in neighbours)

@@ -2,7 +2,7 @@
 (() => {
   const parsed = id => JSON.parse(document.getElementById(id).textContent);
   const {modules, groups, sizes, threshold, units, words, hasEffects} = parsed("data");
-  const count = units.module.length;
+  const count = units.module.length, hasGroups = groups.length > 1;
   // Okabe and Ito's colours, which colour-blind people tell apart.
   const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a51a3", "#7f7f7f"];
   const colour = group => COLOURS[group % COLOURS.length];
@@ -22,10 +22,10 @@
   }
 
   const percent = share => share === 0 ? "0" : share < 0.001 ? `${(share * 100).toPrecision(1)} %` :
-    share < 0.1 ? `${(share * 100).toFixed(2)} %` : `${(share * 100).toFixed(1)} %`;
+    share < 0.1 ? `${(share * 100).toFixed(2)} %` : share < 0.9995 ? `${(share * 100).toFixed(1)} %` : "100 %";
   const short = number => number === null ? "–" : Math.abs(number) >= 1e5 ? number.toExponential(1) :
     String(Number(number.toPrecision(3))).replace("-", "−");
-  const signed = number => (number > 0 ? "+" : "") + short(number);
+  const signed = number => (number > 0 ? "+" : "") + short(Number(number.toPrecision(2)));
   const visible = token => token.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·") || "∅";
   const nameOf = unit => `${modules[units.module[unit]]}:${units.index[unit]}`;
   const chip = group => el("span", {class: "chip", style: `--colour: ${colour(group)}`}, groups[group]);
@@ -50,7 +50,8 @@
       if (density === 0) dead += 1;
       else bins[Math.max(0, Math.min(bins.length - 1, Math.floor((Math.log10(density) - lowest) * perDecade)))] += 1;
     }
-    const most = Math.max(1, dead, ...bins), width = 420, height = 190, bottom = 150, left = 56;
+    const most = Math.max(1, dead, ...bins), height = 190, bottom = 150, left = 56;
+    const width = Math.min(420, byId("densities").clientWidth);
     const step = (width - left - 4) / bins.length;
     const bar = (x, w, value, fill, title) => {
       const h = value ? Math.max(1.5, value / most * (bottom - 24)) : 0;
@@ -68,13 +69,13 @@
     });
     svg.append(el("line", {x1: left, x2: width - 4, y1: bottom, y2: bottom, stroke: "#57606a"}));
     for (let decade = lowest; decade <= 0; decade += 2) {
-      const label = {"-6": "0.0001 %", "-4": "0.01 %", "-2": "1 %", "0": "100 %"}[decade];
+      const label = {"-6": "≤ 0.0001 %", "-4": "0.01 %", "-2": "1 %", "0": "100 %"}[decade];
       svg.append(el("text", {x: left + (decade - lowest) * perDecade * step, y: bottom + 16,
         "text-anchor": decade === lowest ? "start" : decade === 0 ? "end" : "middle"}, label));
     }
     svg.append(el("text", {x: (left + width) / 2, y: bottom + 34, "text-anchor": "middle", class: "axis"},
       "density"), el("text", {x: left, y: 14, class: "axis"}, `units, ${most} at most`));
-    byId("densities").append(svg);
+    byId("densities").replaceChildren(svg);
   }
 
   const firstOf = [];  // the number of each module's first unit
@@ -126,8 +127,8 @@
         if (unit < 0) {
           context.strokeStyle = "#c4cbd2"; context.lineWidth = 1;
           context.strokeRect(x + .5, y + .5, cell - 2, h - 2);
-        } else if (isBeyond(unit)) {
-          context.globalAlpha = .15 + .85 * units.selectivity[unit];
+        } else if (!hasGroups || isBeyond(unit)) {
+          context.globalAlpha = .15 + .85 * (hasGroups ? units.selectivity[unit] : units.density[unit]);
           context.fillStyle = colour(units.group[unit]);
           context.fillRect(x, y, cell - 1, h - 1);
         }
@@ -144,26 +145,29 @@
     canvas.onclick = event => { const unit = at(event); if (unit !== null) show(unit, true); };
     canvas.onmousemove = event => {
       const unit = at(event);
-      canvas.title = unit === null ? "" :
-        `${nameOf(unit)}: prefers ${groups[units.group[unit]]}, selectivity ${short(units.selectivity[unit])}` +
+      canvas.title = unit === null ? "" : !hasGroups ? `${nameOf(unit)}: density ${percent(units.density[unit])}` :
+        `${nameOf(unit)}: prefers ${groups[units.group[unit]]}, selectivity ${units.selectivity[unit].toFixed(2)}` +
         (isBeyond(unit) ? "" : " (not beyond chance)");
     };
-    const merged = most > across * lines ? " A square stands for several units and shows the most selective." : "";
-    byId("legend").replaceChildren("Layers from top to bottom, a square for each unit, the darker the more selective: ",
-      ...groups.flatMap((_, i) => [chip(i), " "]),
-      el("span", {class: "chip", style: "--colour: #e4e8ec"}, "not beyond chance"), " ",
-      el("span", {class: "chip"}, "dead"), `.${merged} Choose one to open it.`);
+    const merged = most > across * lines ? ` A square stands for several units and shows the ${hasGroups ? "most selective" : "densest"}.` : "";
+    const shades = hasGroups ? [...groups.flatMap((_, i) => [chip(i), " "]),
+      el("span", {class: "chip", style: "--colour: #e4e8ec"}, "not beyond chance"), " "] : [];
+    byId("legend").replaceChildren("Layers from top to bottom, a square for each unit, the darker the ",
+      hasGroups ? "more selective: " : "denser; ", ...shades, el("span", {class: "chip"}, "dead"),
+      `.${merged} Choose one to open it.`);
   }
-  const worth = unit => (isBeyond(unit) ? 1 : 0) + units.selectivity[unit];
+  const worth = unit => hasGroups ? (isBeyond(unit) ? 1 : 0) + units.selectivity[unit] : units.density[unit];
 
   // ---- the list
 
   const COLUMNS = [
-    ["Unit", "module", "left"], ["Strongest on", "token", "left"], ["Density", "density"], ["Prefers", "group", "left"],
-    ["Selectivity", "selectivity"], ["z", "z"], ...(hasEffects ? [["Effect", "effect"]] : []),
-    ["Raises", "raises", "left"], ["Largest", "largest"], ["‖sb‖", "norm"],
+    ["Unit", "module", "left"],
+    ...(hasGroups ? [["Selectivity", "selectivity"], ["Prefers", "group", "left"]] : []),
+    ["Strongest on", "token", "left"], ["Density", "density"],
+    ...(hasEffects ? [["Effect", "effect"]] : []), ["Raises", "raises", "left"],
+    ...(hasGroups ? [["z", "z"]] : []), ["Largest", "largest"], ["‖sb‖", "norm"],
   ];
-  const state = {by: "selectivity", down: true, page: 0, rows: [], chosen: null};
+  const state = {by: hasGroups ? "selectivity" : "density", down: true, page: 0, rows: [], chosen: null};
 
   function value(unit, by) {
     if (by === "module") return unit;
@@ -224,9 +228,9 @@
       token: () => tokenOf(units.token[unit]),
       density: () => percent(units.density[unit]),
       group: () => units.group[unit] < 0 ? "–" : chip(units.group[unit]),
-      selectivity: () => units.density[unit] === 0 ? "–" : short(units.selectivity[unit]) + (isBeyond(unit) ? "" : " (chance)"),
-      z: () => units.density[unit] === 0 ? "–" : short(units.z[unit]),
-      effect: () => units.effect[unit] === null ? "–" : signed(units.effect[unit]),
+      selectivity: () => units.density[unit] === 0 ? "–" : units.selectivity[unit].toFixed(2) + (isBeyond(unit) ? "" : " (chance)"),
+      z: () => units.density[unit] === 0 ? "–" : units.z[unit].toFixed(1),
+      effect: () => units.effect[unit] === null ? "–" : signed(units.effect[unit] * 1000),
       raises: () => tokenOf(units.raises[unit]),
       largest: () => short(units.largest[unit]),
       norm: () => short(units.norm[unit]),
@@ -256,8 +260,9 @@
       el("div", {class: "steps"}, step("◂ in the list", -1), step("▸ in the list", 1),
         el("button", {type: "button", onclick: () => byId("list").scrollIntoView()}, "List")),
       el("dl", {class: "numbers"}, ...[
-        ["density", percent(units.density[unit])], ["selectivity", short(units.selectivity[unit])],
-        ["z", short(units.z[unit])], ["largest latent", short(units.largest[unit])], ["norm of s b", short(units.norm[unit])],
+        ["density", percent(units.density[unit])],
+        ...(hasGroups ? [["selectivity", units.selectivity[unit].toFixed(2)], ["z", units.z[unit].toFixed(1)]] : []),
+        ["largest latent", short(units.largest[unit])], ["norm of s b", short(units.norm[unit])],
       ].map(([title, number]) => el("div", {}, el("dt", {}, title), el("dd", {}, number)))),
     );
     const found = details[module][unit - firstOf[module]];
@@ -285,7 +290,7 @@
       panel.append(el("p", {}, el("strong", {}, "Made by rows "),
         provenance.map(([name]) => name).join(", "), " of the training data, the strongest first."));
     }
-    panel.append(el("h3", {}, "Groups beside chance"), forest(rates, chance));
+    panel.append(el("h3", {}, hasGroups ? "Groups beside chance" : "How often it fires"), forest(rates, chance));
     if (ablation) panel.append(effects(ablation));
     if (units.density[unit] !== 0) {
       panel.append(el("h3", {}, "Examples where it is strongest"),
@@ -305,14 +310,14 @@
 
   function forest(rates, chance) {
     const parts = [["texts", 0, chance[0]], ["tokens", 3, chance[1]]];
-    return el("div", {class: "pair"}, ...parts.map(([what, at, expected]) => {
-      const rowHeight = 26, width = 340, left = 118, right = 58, height = groups.length * rowHeight + 24;
+    return el("div", {class: "pair pictures"}, ...parts.map(([what, at, expected]) => {
+      const rowHeight = 26, width = 290, left = 92, right = 58, height = groups.length * rowHeight + 24;
       const x = share => left + share * (width - left - right);
       const svg = el("svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": groups.map((group, i) =>
         `${group}: fires on ${percent(rates[i][at])} of ${what}`).join("; ") + `; chance ${percent(expected)}`});
       rates.forEach((rate, i) => {
         const y = i * rowHeight + 15, [middle, low, high] = rate.slice(at, at + 3);
-        const name = groups[i].length > 16 ? `${groups[i].slice(0, 15)}…` : groups[i];
+        const name = groups[i].length > 14 ? `${groups[i].slice(0, 13)}…` : groups[i];
         svg.append(el("text", {x: 0, y: y + 4}, name, el("title", {}, groups[i])),
           el("line", {x1: x(0), x2: x(1), y1: y, y2: y, stroke: "#d0d7de"}),
           el("line", {x1: x(low), x2: x(high), y1: y, y2: y, stroke: colour(i), "stroke-width": 4},
@@ -330,9 +335,9 @@
 
   function effects(ablation) {
     const body = ablation.map((effect, i) => el("tr", {}, el("td", {class: "left"}, chip(i)),
-      el("td", {}, effect ? signed(effect[0]) : "–"),
-      el("td", {}, effect ? `${signed(effect[1])} to ${signed(effect[2])}` : "–")));
-    return el("div", {}, el("h3", {}, "Switched off: change of the loss, nats a token"), el("div", {class: "wide"},
+      el("td", {}, effect ? signed(effect[0] * 1000) : "–"),
+      el("td", {}, effect ? `${signed(effect[1] * 1000)} to ${signed(effect[2] * 1000)}` : "–")));
+    return el("div", {}, el("h3", {}, "Switched off: change of the loss, millinats a token"), el("div", {class: "wide"},
       el("table", {}, el("thead", {}, el("tr", {}, el("th", {class: "left"}, "Group"), el("th", {}, "Change"),
         el("th", {}, "95 % interval"))), el("tbody", {}, ...body))));
   }
@@ -363,8 +368,8 @@
 
   function bars([bin, counts]) {
     const used = counts.reduce((last, value, i) => value ? i + 1 : last, 1), most = Math.max(...counts);
-    const width = 420, bottom = 96, step = (width - 8) / used;
-    const svg = el("svg", {viewBox: `0 0 ${width} 118`, role: "img", "aria-label": "Histogram of the latent's strength"});
+    const width = 320, bottom = 96, step = (width - 8) / used;
+    const svg = el("svg", {class: "small", viewBox: `0 0 ${width} 118`, role: "img", "aria-label": "Histogram of the latent's strength"});
     counts.slice(0, used).forEach((value, i) => {
       const h = value ? Math.max(1.5, value / most * 76) : 0;
       svg.append(el("rect", {x: 4 + i * step + .5, y: bottom - h, width: Math.max(1, step - 1), height: h, fill: "#0072b2"},
@@ -399,9 +404,9 @@
   byId("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(select, 150); });
   byId("back").addEventListener("click", () => { state.page -= 1; list(); });
   byId("forth").addEventListener("click", () => { state.page += 1; list(); });
-  window.addEventListener("resize", map);
-  densities();
-  map();
+  const pictures = () => { densities(); map(); };
+  window.addEventListener("resize", pictures);
+  pictures();
   select();
   const asked = decodeURIComponent(location.hash.slice(1));
   const linked = asked ? units.module.findIndex((_, unit) => nameOf(unit) === asked) : -1;
