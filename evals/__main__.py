@@ -1,4 +1,4 @@
-"""`python -m evals generate | judge | run`: from a model and adapters to answers, verdicts and one table."""
+"""`python -m evals COMMAND`: from a model and adapters to answers, verdicts, one table, and what follows from it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evals.settings import FolderSettings, GenerateSettings, JudgeSettings
+    from evals.settings import CompareSettings, FolderSettings, GenerateSettings, JudgeSettings
 
 COMMANDS = {
     "generate": "answers of models to prompts, and metrics of tasks",
     "judge": "verdicts on the answers of a folder",
     "run": "generate, judge, then one table and the figure",
+    "compare": "do two or more runs differ on the same prompts? ours, or lm-eval's",
 }
 
 
@@ -46,14 +47,25 @@ def _run(settings: GenerateSettings, judging: JudgeSettings) -> None:
     print(write_report(run))
 
 
+def _compare(settings: CompareSettings) -> None:
+    from evals.compare import check_output, compare
+
+    if settings.output is not None:
+        check_output(settings.output)
+    comparison = compare(settings.runs, categories=settings.categories, allow=settings.allow)
+    print(comparison.text())
+    if settings.output is not None:
+        comparison.write(settings.output)
+
+
 def _command(name: str, arguments: list[str]) -> None:
     """Run a sub-command; the heavy imports happen inside it."""
     from evals.registry import JUDGES
-    from evals.settings import FolderSettings, GenerateSettings, JudgeSettings
+    from evals.settings import CompareSettings, FolderSettings, GenerateSettings, JudgeSettings
     from vision_bench.runs.settings import parse
 
     options: dict[str, Any] = {"prog": f"python -m evals {name}", "description": COMMANDS[name]}
-    if name != "generate":
+    if name in ("judge", "run"):
         width = max(len(kind.usage) for kind in JUDGES.values())
         lines = (f"  {kind.usage:{width}}  {kind.help}\n" for kind in JUDGES.values())
         options["epilog"] = "judges:\n" + "".join(lines)
@@ -62,6 +74,8 @@ def _command(name: str, arguments: list[str]) -> None:
         _generate(*parse([GenerateSettings], arguments, shared=[JudgeSettings], **options))
     elif name == "judge":
         _judge(*parse([FolderSettings, JudgeSettings], arguments, shared=[GenerateSettings], **options))
+    elif name == "compare":
+        _compare(*parse([CompareSettings], arguments, **options))
     else:
         _run(*parse([GenerateSettings, JudgeSettings], arguments, **options))
 

@@ -10,12 +10,14 @@ every answer kept as soon as its batch is done, and a killed run that continues.
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ from evals.models import (
     load_base,
     method_and_seed,
 )
-from evals.records import COMPLETIONS, Completion, read_completions
+from evals.records import COMPLETIONS, SAMPLES, Completion, Sample, read_completions, read_samples
 from evals.registry import MODELS, TASK_FOLDERS
 from evals.settings import GenerateSettings
 from evals.thoughts import thoughts_of
@@ -57,10 +59,11 @@ from vision_bench.runs.settings import defaults, recorded
 def generate(settings: GenerateSettings) -> Run:
     """Answer all prompts and score all tasks, first with the base, then with each adapter.
 
-    Writes `completions.jsonl` batch by batch and the tasks' metrics as rows of `results.jsonl`. What is there already
-    is neither generated nor scored again, so the same call continues a run that was killed; further adapters and
-    tasks may be named in the same folder. Answers and rows belong to the contents of model, adapter and task, whose
-    checksums they hold. An arm that diverged is marked by a row, has no answers, and the others go on.
+    Writes `completions.jsonl` batch by batch, the tasks' metrics as rows of `results.jsonl`, and those of each
+    document to `samples.jsonl`. What is there already is neither generated nor scored again, so the same call
+    continues a run that was killed; further adapters and tasks may be named in the same folder. Answers and rows
+    belong to the contents of model, adapter and task, whose checksums they hold. An arm that diverged is marked by a
+    row, has no answers, and the others go on.
 
     Returns:
         The output folder with its rows.
@@ -112,16 +115,17 @@ def generate(settings: GenerateSettings) -> Run:
             for arm, _ in missing:
                 generation.mark_diverged(arm, f"the base model's {weights} is not finite")
             return run
-        with LineAppender(path) as file:
+        with LineAppender(path) as file, LineAppender(run.folder / SAMPLES) as samples:
             lm = CompletionsLM(base, arms[0], settings, file=file, done=answered, tasks=checksums)
             for arm, names in missing:
                 with attached(base, arm.adapter) if arm.adapter else nullcontext(base) as model:
                     lm.answer_with(model, arm)
                     try:
                         for name in names:
-                            generation.evaluate(lm, arm, name)
+                            generation.evaluate(lm, arm, name, samples)
                     except DivergedError as error:
                         lm.forget(arm)
+                        forget_samples(samples, settings.model, arm.name)
                         generation.mark_diverged(arm, str(error))
     return run
 
@@ -290,8 +294,8 @@ class _Generation:
         seed = method_and_seed(arm.name)[1]
         self.run.add_diverged(reason, n=1, seed=seed, seconds=0, device=device_name(), **where)
 
-    def evaluate(self, lm: CompletionsLM, arm: Arm, requested: str) -> None:
-        """Generate and score one task, group or tag; adds its rows."""
+    def evaluate(self, lm: CompletionsLM, arm: Arm, requested: str, samples: LineAppender) -> None:
+        """Generate and score one task, group or tag; adds its samples, then its rows."""
         start = time.monotonic()
         tasks = self.loaded[requested]
         for task in _single_tasks(tasks):
@@ -314,6 +318,9 @@ class _Generation:
         if arm.thoughts.markers:
             for task in _single_tasks(tasks):
                 values += _thought_shares(str(task.task_name), lm.answers_of(str(task.task_name)))
+        there = {sample.key for sample in read_samples(samples.path).rows}  # of a run killed before the rows
+        new = _samples(tasks, results["samples"], self.settings, lm, arm, self.checksums)
+        samples.append(asdict(sample) for sample in new if sample.key not in there)
         # Last, because this row says that the task is done.
         values.append((requested, "seconds", seconds, sum(n["effective"] for n in results["n-samples"].values())))
         rows = []
@@ -344,6 +351,51 @@ def _score_answers_only(task: Task, lm: CompletionsLM) -> None:
         return {} if lm.is_unfinished(str(task.task_name), doc) else dict(process(task, doc, results))
 
     task.process_results = process_answers
+
+
+def _samples(
+    tasks: Iterable[Task | Group],
+    logged: dict[str, list[dict[str, Any]]],
+    settings: GenerateSettings,
+    lm: CompletionsLM,
+    arm: Arm,
+    checksums: dict[str, str],
+) -> Iterator[Sample]:
+    """A record for each document of the tasks, with those of its metrics that are numbers."""
+    for task in _single_tasks(tasks):
+        name = str(task.task_name)
+        generation = task.get_config("generation_kwargs") if task.OUTPUT_TYPE == "generate_until" else None
+        how = {
+            "num_fewshot": task.get_config("num_fewshot") or 0,
+            "generation_kwargs": json.loads(json.dumps(generation)),
+            "dtype": str(lm.model.dtype).removeprefix("torch."),
+            "load_in_4bit": settings.load_in_4bit,
+            "thinking": settings.thinking,
+            "checksum": checksums[name],
+        }
+        for row in logged.get(name, []):
+            category = row["doc"].get("category")
+            metrics = {metric: row[metric] for metric in row["metrics"]}
+            yield Sample(
+                prompt_id=str(row["doc_id"]),
+                task=name,
+                category=category if isinstance(category, str) else None,
+                model=settings.model,
+                adapter=arm.name,
+                seed=method_and_seed(arm.name)[1],
+                filter=row["filter"],
+                document=row["doc_hash"],
+                prompt=row["prompt_hash"],
+                target=row["target_hash"],
+                settings=how,
+                metrics={k: float(v) for k, v in metrics.items() if isinstance(v, Real) and math.isfinite(v)},
+            )
+
+
+def forget_samples(samples: LineAppender, model: str, adapter: str | None) -> None:
+    """Take an arm's samples out of the file: one that diverged has no results."""
+    kept = [row for row in read_samples(samples.path).rows if (row.model, row.adapter) != (model, adapter)]
+    samples.replace(asdict(row) for row in kept)
 
 
 def _thought_shares(task: str, answers: list[Completion]) -> list[tuple[str, str, float, int]]:

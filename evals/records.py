@@ -1,6 +1,6 @@
-"""completions.jsonl and verdicts.jsonl: what models answered and what judges said of it, one record a line.
+"""completions.jsonl, samples.jsonl and verdicts.jsonl: answers, tasks' metrics of each, and what judges said of them.
 
-Both are appended in whole lines, so that a killed run continues, and read and checked by the same function:
+One record a line. All are appended in whole lines, so that a killed run continues, and read and checked alike:
 
     for completion in read_completions("runs/safety/completions.jsonl").rows:
         print(completion.prompt, completion.response)
@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from vision_bench.runs import read_lines
 
-COMPLETIONS, VERDICTS = "completions.jsonl", "verdicts.jsonl"
+COMPLETIONS, SAMPLES, VERDICTS = "completions.jsonl", "samples.jsonl", "verdicts.jsonl"
 FINISH_REASONS = (
     "stop",  # the model ended its answer
     "length",  # the limit of new tokens did
@@ -31,6 +31,7 @@ OUTCOMES = (
     "truncated",  # not unsafe as far as the judge could read, and it could not read all
     "unfinished_thought",  # there is no answer, as the model's thought before it did not end; the judge was not asked
 )
+TOKEN_PROBABILITY = "token_probability"  # a score: geometric mean of what a model gives an answer's tokens
 # What the fields of records may hold, by their annotation.
 _NONE = type(None)
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
@@ -42,13 +43,14 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "list": ((list,), "allowed is a list of texts"),
 }
 
-R = TypeVar("R", "Completion", "Verdict")
+R = TypeVar("R", "Completion", "Sample", "Verdict")
 CompletionKey = tuple[str, str, str | None, str]
+SampleKey = tuple[str, str, str | None, str, str]
 VerdictKey = tuple[str, str, str, str | None, str]
 
 
 class Record:
-    """Base of both kinds of records, which checks their fields.
+    """Base of all kinds of records, which checks their fields.
 
     Raises:
         ValueError: a field has the wrong type, an identifier is empty, or a text holds half a surrogate pair, which no
@@ -109,6 +111,41 @@ class Completion(Record):
     def text_checksum(self) -> str:
         """16 hexadecimal digits of the text that is judged."""
         return hashlib.sha256(json.dumps([self.prompt, self.response]).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Sample(Record):
+    """The metrics of one document of a task for one model, with or without an adapter, as lm-eval logs samples.
+
+    Raises:
+        ValueError: as Record, or a metric is no number.
+    """
+
+    AGAIN: ClassVar[str] = "evaluate its task in another folder"
+
+    prompt_id: str  # number of the document in its task, lm-eval's `doc_id`
+    task: str
+    category: str | None  # of the prompt, as its data set names it
+    model: str
+    adapter: str | None
+    seed: int | None
+    filter: str  # of lm-eval, "none" where the task has no filters
+    document: str  # checksums of the document, of the prompt as it was sent, and of the right answer, lm-eval's
+    prompt: str
+    target: str
+    settings: dict[str, Any]  # that decide the metrics, beside model and adapter
+    metrics: dict[str, float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in self.metrics.items():
+            if not isinstance(value, int | float):
+                raise ValueError(f"`metrics` has {value!r} for {name!r}, allowed are numbers")
+
+    @property
+    def key(self) -> SampleKey:
+        """Task, model, adapter, filter and prompt_id."""
+        return self.task, self.model, self.adapter, self.filter, self.prompt_id
 
 
 @dataclass(frozen=True)
@@ -184,6 +221,13 @@ class Completions(NamedTuple):
     torn: str | None
 
 
+class Samples(NamedTuple):
+    """The complete rows of a samples file, and a sentence that reports its cut last line, if it has one."""
+
+    rows: list[Sample]
+    torn: str | None
+
+
 class Verdicts(NamedTuple):
     """The complete rows of a verdicts file, and a sentence that reports its cut last line, if it has one."""
 
@@ -201,6 +245,11 @@ def read_completions(path: str | Path) -> Completions:
     if not Path(path).is_file():
         raise ValueError(f"The completions file {path} does not exist; `python -m evals generate` writes one.")
     return Completions(*_read(Path(path), Completion))
+
+
+def read_samples(path: str | Path) -> Samples:
+    """Read and check a samples file, as `read_completions` does."""
+    return Samples(*_read(Path(path), Sample))
 
 
 def read_verdicts(path: str | Path) -> Verdicts:
@@ -230,7 +279,9 @@ def _read(path: Path, kind: type[R]) -> tuple[list[R], str | None]:
             raise ValueError(f"{where}: {error}. Delete the line and {kind.AGAIN}, or correct it.") from None
         first = seen.setdefault(record.key, number)
         if first != number:
-            identity = (f"{name} {row[name]!r}" for name in ("task", "model", "adapter", "judge") if name in row)
+            identity = (
+                f"{name} {row[name]!r}" for name in ("task", "model", "adapter", "filter", "judge") if name in row
+            )
             raise ValueError(f"{where}, {', '.join(identity)}, stands in line {first} already; delete one of the two.")
         records.append(record)
     return records, lines.torn

@@ -133,6 +133,9 @@ class JudgeSettings:
         None, help="OpenAI-compatible server for chat=MODEL; its key is read from OPENAI_API_KEY."
     )
     rubric: str | None = option(None, help="File with the question to chat=MODEL, instead of evals/judges/rubric.txt.")
+    perplexity_model: str | None = option(
+        None, help="Model of the judge coherence: whether it, such as the base, finds the answers likely."
+    )
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -143,6 +146,7 @@ class JudgeSettings:
             "dtype": self.judge_dtype,
             "endpoint": self.endpoint,
             "rubric": self.rubric,
+            "perplexity_model": self.perplexity_model,
         }
 
 
@@ -151,3 +155,19 @@ class FolderSettings:
     """Setting of `judge` that names the folder of the answers."""
 
     output_dir: str = option(help="With completions.jsonl; verdicts.jsonl comes beside it.")
+
+
+@dataclass
+class CompareSettings:
+    """Settings of `compare`; `evals.compare.compare` checks the runs."""
+
+    runs: list[str] = option(
+        [],
+        help="[NAME=]PATH[:ARM]: a folder of evals with its arms or one of them (base, or an adapter's name), or a "
+        "folder or file of lm-eval's --log_samples. The first arm is what the others are compared with.",
+        positional=True,
+        metavar="RUN",
+    )
+    categories: bool = option(False, help="A row for each category of prompts too.")
+    allow: list[str] = option([], help="Settings that may differ, because they are what is compared.", nargs="*")
+    output: Path | None = option(None, help="File for all columns, .csv or .json.", metavar="FILE")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import DistributedType
@@ -31,6 +31,14 @@ _CHANGED = 0.05  # relative difference of the base's inputs from which on it cou
 
 class NeverSilentError(ValueError):
     """The model has no adapter, or one that has no half-space where it adds nothing."""
+
+
+class Hinge(NamedTuple):
+    """The hinge of a module on the rows of a step."""
+
+    gradients: list[torch.Tensor]  # of the weighted hinge, for A (r, in) and, where there is one, b (r,)
+    mean: torch.Tensor  # over rows and units, without the weight
+    fired: torch.Tensor  # share of the rows on which a unit fires
 
 
 class Silence(LoggedMeasures):
@@ -116,7 +124,8 @@ class Silence(LoggedMeasures):
         self._first = tokens[0]
         self._digest = digest_of(tokens, (weight, margin, rows_per_step, seed))
         self._groups = base_inputs(self.model, self._layers, tokens, RowStorage(memory_budget))
-        self._hinges: torch.Tensor | None = None
+        self._measured: list[Hinge] = []  # of the present step
+        self._loss: torch.Tensor | None = None
         self._fired: torch.Tensor | None = None
         drawn = sum(len(batch.positions) for batch in tokens)
         megabytes = self.cached_bytes / 2**20, self.mapped_bytes / 2**20
@@ -135,7 +144,7 @@ class Silence(LoggedMeasures):
     @property
     def loss(self) -> float:
         """The hinge of the last step without its weight, summed over modules; NaN before the first step."""
-        return float("nan") if self._hinges is None else self._hinges.item()
+        return float("nan") if self._loss is None else self._loss.item()
 
     @property
     def fired(self) -> float:
@@ -155,34 +164,50 @@ class Silence(LoggedMeasures):
         Args:
             step: number of the step, from which with the seed its rows follow.
         """
+        self._draw_rows(step)
+        for rows, encoders, _ in self._groups:
+            self._measured += (hinges := self._hinges_of(rows, list(encoders.values())))
+            for encoder, hinge in zip(encoders.values(), hinges, strict=True):
+                for parameter, gradient in zip(encoder.parameters(), hinge.gradients, strict=True):
+                    if parameter.grad is None:
+                        parameter.grad = gradient.to(parameter.dtype)
+                    else:
+                        parameter.grad += gradient
+        self._end_step()
+
+    def _draw_rows(self, step: int) -> None:
+        """Draw the rows of the step, by how many a module has; the measures of the step begin."""
         # Torch seeds by the low 32 bits only.
         generator = torch.Generator().manual_seed((1_000_003 * self.seed + step) % 2**32)
-        chosen: dict[int, torch.Tensor] = {}
-        hinges, fired = [], []
-        for rows, encoders, _ in self._groups:
-            if len(rows) not in chosen:
-                chosen[len(rows)] = torch.randperm(len(rows), generator=generator)[: self.rows_per_step]
-            matrices: list[Any] = [encoder.weight for encoder in encoders.values()]
-            units = [len(matrix) for matrix in matrices]
-            dtype, device = torch.promote_types(matrices[0].dtype, torch.float32), matrices[0].device
-            x = rows.index_select(0, chosen[len(rows)].to(rows.device)).to(device, dtype)
-            latents = torch.cat(matrices).to(dtype) @ x.t()  # (units of all modules, rows)
-            for encoder, latent in zip(encoders.values(), latents.split(units), strict=True):
-                if encoder.bias is not None:
-                    latent += encoder.bias.to(dtype)[:, None]
-            above = (latents + self.margin).clamp_(min=0)
-            counted = (above > 0).to(dtype)
-            parts = (tensor.split(units) for tensor in (above, latents, counted @ x, counted))
-            for encoder, hinge, latent, gradient, count in zip(encoders.values(), *parts, strict=True):
-                hinges.append(hinge.mean())
-                fired.append((latent > 0).any(0).float().mean())
-                factor = self.weight / hinge.numel()
-                _add_gradient(encoder.weight, gradient.mul_(factor))
-                if encoder.bias is not None:
-                    _add_gradient(encoder.bias, count.sum(1).mul_(factor))
-        home = hinges[0].device
-        self._hinges = torch.stack([value.to(home) for value in hinges]).sum()
-        self._fired = torch.stack([value.to(home) for value in fired]).mean()
+        lengths = dict.fromkeys(len(group.rows) for group in self._groups)
+        self._drawn = {n: torch.randperm(n, generator=generator)[: self.rows_per_step] for n in lengths}
+        self._measured = []
+
+    def _hinges_of(self, rows: torch.Tensor, encoders: list[nn.Linear]) -> list[Hinge]:
+        """The hinges of modules with the same rows, on those of the step."""
+        matrices = [encoder.weight for encoder in encoders]
+        units = [len(matrix) for matrix in matrices]
+        dtype, device = torch.promote_types(matrices[0].dtype, torch.float32), matrices[0].device
+        x = rows.index_select(0, self._drawn[len(rows)].to(rows.device)).to(device, dtype)
+        latents = torch.cat(matrices).to(dtype) @ x.t()  # (units of all modules, rows)
+        for encoder, latent in zip(encoders, latents.split(units), strict=True):
+            if encoder.bias is not None:
+                latent += encoder.bias.to(dtype)[:, None]
+        above = (latents + self.margin).clamp_(min=0)
+        counted = (above > 0).to(dtype)
+        parts = (tensor.split(units) for tensor in (above, latents, counted @ x, counted))
+        hinges = []
+        for encoder, hinge, latent, gradient, count in zip(encoders, *parts, strict=True):
+            factor = self.weight / hinge.numel()
+            gradients = [gradient.mul_(factor)] + ([] if encoder.bias is None else [count.sum(1).mul_(factor)])
+            hinges.append(Hinge(gradients, hinge.mean(), (latent > 0).any(0).float().mean()))
+        return hinges
+
+    def _end_step(self) -> None:
+        """Note the measures of the step's rows over all modules."""
+        home = self._measured[0].mean.device
+        self._loss = torch.stack([hinge.mean.to(home) for hinge in self._measured]).sum()
+        self._fired = torch.stack([hinge.fired.to(home) for hinge in self._measured]).mean()
 
     @torch.no_grad()
     def fired_by_module(self) -> dict[str, float]:
@@ -255,7 +280,7 @@ class Silence(LoggedMeasures):
             )
 
     def measures(self, state: TrainerState) -> dict[str, float]:
-        return {} if self._hinges is None else {"silence_loss": self.loss, "silence_fired": self.fired}
+        return {} if self._loss is None else {"silence_loss": self.loss, "silence_fired": self.fired}
 
 
 def silenceable_adapters(model: nn.Module) -> list[tuple[str, MonoLoraLayer, str]]:
@@ -306,6 +331,11 @@ def _trainable_layers(model: nn.Module) -> list[tuple[str, MonoLoraLayer, nn.Lin
                 f"Silence constrains adapters of linear layers, and {name} is a {type(layer).__name__}. Leave it out "
                 "of `target_modules` and `target_parameters`."
             )
+        if layer.frozen_encoder[adapter]:
+            raise ValueError(
+                f"the adapter {adapter} has `frozen_encoder=True`: its A stays as it was drawn, and nothing but A "
+                "could make it silent. Train without `frozen_encoder`."
+            )
         if not encoder.weight.requires_grad:
             raise ValueError(
                 f"the adapter {adapter} of {name} is frozen, so that nothing could make it silent. Load it with "
@@ -341,13 +371,6 @@ def _check_what_trains(model: nn.Module, layers: list[tuple[str, MonoLoraLayer, 
             "inputs are the base's, the outputs are not.",
             stacklevel=3,
         )
-
-
-def _add_gradient(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = gradient.to(parameter.dtype)
-    else:
-        parameter.grad += gradient
 
 
 def _adapter_parameters(layer: MonoLoraLayer) -> Iterator[nn.Parameter]:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import cohen_kappa_score, confusion_matrix
 
+from evals.intervals import bootstrap, paired_share_interval, wilson
 from evals.records import Verdict
-from evals.scores import bootstrap, cohens_kappa, judged, paired_share_interval, wilson
+from evals.scores import cohens_kappa, judged
 
 
 def verdict(prompt, outcome, adapter=None, judge="j", scores=None, category=None):
