@@ -138,7 +138,7 @@ def _facts(options: argparse.Namespace, config: Any, texts: Texts, records: Unit
     adapter, base = (Path(n).resolve() if Path(n).is_dir() else Path(n) for n in (options.adapter, options.base))
     cut = f", {texts.cut:,} of them cut at {options.max_tokens} tokens" if texts.cut else ""
     changes = ", ".join(
-        f"{group} {effect.mean:+.2g} [{effect.low:.2g}, {effect.high:.2g}]".replace("-", "−")
+        f"{group} {_signed(effect.mean)} [{_signed(effect.low)}, {_signed(effect.high)}]"
         for group, effect in records.without_adapter.items()
         if effect
     )
@@ -151,6 +151,10 @@ def _facts(options: argparse.Namespace, config: Any, texts: Texts, records: Unit
         "threshold": records.threshold,
         "groups": len(texts.groups),
     }
+
+
+def _signed(number: float) -> str:
+    return f"{number:+.2g}".replace("-", "−")
 
 
 @contextmanager

@@ -45,9 +45,9 @@ def rates_of_texts(statistics: ModuleStatistics, texts: torch.Tensor) -> Rates:
     Args:
         texts: (G,), how many each group has.
     """
-    low, high = _wilson(statistics.texts_fired, texts[:, None])
-    chance = statistics.texts_fired.sum(0) / texts.sum()
-    return Rates(statistics.texts_fired / texts[:, None], low, high, chance)
+    fired = statistics.texts_fired.double()
+    low, high = _wilson(fired, texts[:, None])
+    return Rates(fired / texts[:, None], low, high, fired.sum(0) / texts.sum())
 
 
 def rates_of_tokens(statistics: ModuleStatistics, texts: torch.Tensor) -> Rates:
