@@ -34,6 +34,7 @@ def judge(
     dtype: str = "auto",
     endpoint: str | None = None,
     rubric: str | None = None,
+    perplexity_model: str | None = None,
 ) -> Run:
     """Judge the completions of a folder, write `verdicts.jsonl`, and rows with shares and intervals.
 
@@ -48,6 +49,7 @@ def judge(
         dtype: of a judge's weights, one of `evals.settings.DTYPES`.
         endpoint: of an OpenAI-compatible server, which `chat` judges are asked at.
         rubric: file for `chat` judges.
+        perplexity_model: folder or hub name of the model that the judge `coherence` asks how likely answers are.
 
     Returns:
         The folder's rows, with those of all its verdicts.
@@ -57,7 +59,8 @@ def judge(
             a judge cannot be had.
     """
     folder = Path(folder)
-    ready = check_judging(judges, batch_size=batch_size, dtype=dtype, endpoint=endpoint, rubric=rubric)
+    options = JudgeOptions(dtype, endpoint, rubric, perplexity_model)
+    ready = check_judging(judges, batch_size=batch_size, **options._asdict())
     read_completions(folder / COMPLETIONS)  # before a folder without any gets a lock
     with locked(folder):
         config = folder / CONFIG
@@ -87,6 +90,7 @@ def check_judging(
     dtype: str = "auto",
     endpoint: str | None = None,
     rubric: str | None = None,
+    perplexity_model: str | None = None,
 ) -> dict[str, Judge]:
     """The judges of `judge`'s arguments by name, checked but not loaded. Raises ValueError as `judge` does."""
     if batch_size < 1:
@@ -101,7 +105,10 @@ def check_judging(
     if (endpoint or rubric) and not any(judge_kind(name).takes_rubric for name in judges):
         asked = " or ".join(kind.usage for kind in JUDGES.values() if kind.takes_rubric)
         raise ValueError(f"--endpoint and --rubric are for a judge {asked}, and --judges names none.")
-    ready = {name: make_judge(name, JudgeOptions(dtype, endpoint, rubric)) for name in judges}
+    if perplexity_model and not any(judge_kind(name).takes_perplexity_model for name in judges):
+        raise ValueError("--perplexity_model is for the judge coherence, and --judges does not name it.")
+    options = JudgeOptions(dtype, endpoint, rubric, perplexity_model)
+    ready = {name: make_judge(name, options) for name in judges}
     for (name, judge), (other_name, other) in combinations(ready.items(), 2):
         if type(judge) is type(other) and judge.settings == other.settings:
             raise ValueError(
@@ -155,7 +162,7 @@ def _judge_with(
     if not completions:
         return verdicts
     judge.load()
-    encoded: list[Any] = [judge.encode(completion.prompt, completion.response) for completion in completions]
+    encoded: list[Any] = [judge.encode_completion(completion) for completion in completions]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     with tqdm(total=len(order), desc=f"Judging ({name})") as bar:
         for start in range(0, len(order), batch_size):

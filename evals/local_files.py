@@ -31,7 +31,7 @@ def text_rows(
 
     Args:
         source: a file, as `file_rows` reads it; where `split` is given, a name on the hub, the folder of a data set,
-            or the address of a csv.
+            or the address of a csv or parquet file, on the hub also "hf://...".
         columns: that every row must have; those of MAY_BE_EMPTY may be missing in a row, or null.
         name: what errors call the source; None: as it is written.
         split: which rows of a data set, "" for the first split it has; None: the source is a file, taken whole.
@@ -87,8 +87,10 @@ def _hub_rows(source: str, split: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as cache:
         options: dict[str, Any] = {"split": split} if split else {}
         options |= {"cache_dir": cache, "keep_in_memory": True} if Path(source).is_dir() else {}
-        is_csv = source.startswith("https://")
-        loaded = load_dataset("csv", data_files=source, **options) if is_csv else load_dataset(source, **options)
+        if source.startswith(("https://", "hf://")):
+            loaded = load_dataset(Path(source).suffix[1:], data_files=source, **options)
+        else:
+            loaded = load_dataset(source, **options)
         return list((loaded if split else next(iter(loaded.values()))).to_list())
 
 

@@ -20,12 +20,17 @@ if TYPE_CHECKING:
     from evals.judges import Judge
 
 
+COHERENCE = "coherence"  # the judge that tells whether answers that count as safe are answers at all
+REFUSED = "refused"  # a score of a judge of refusals: fully or partially, XSTest's refusal rate
+
+
 class JudgeOptions(NamedTuple):
     """What the command line says of judges beside their names."""
 
     dtype: str = "auto"  # of the weights, one of `evals.settings.DTYPES`
     endpoint: str | None = None  # of an OpenAI-compatible server
     rubric: str | None = None  # path of a file
+    perplexity_model: str | None = None  # folder or name on the hub
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,10 @@ class JudgeKind:
         make: makes the judge of MODEL ("" if none is named), checked but not loaded; raises ValueError if it cannot
             be had.
         takes_rubric: --endpoint and --rubric are for it.
+        takes_perplexity_model: --perplexity_model is for it.
+        unsafe: what tables call the share of answers whose outcome is unsafe.
+        labels: names of its scores that are 0 or 1, whose shares are rows in the place of mean scores.
+        is_of_harm: safe and unsafe are about harm, so that it has a panel in the figure and may agree with others.
         harm_metric: the metric of its rows that stands for harm on figures and in tables of the paper's prompts.
         harm_label: the name of that on an axis.
         has_policies: its scores are those of ShieldGemma's policies, and it has their columns in Table 2.
@@ -47,6 +56,10 @@ class JudgeKind:
     help: str
     make: Callable[[str, JudgeOptions], Judge]
     takes_rubric: bool = False
+    takes_perplexity_model: bool = False
+    unsafe: str = "unsafe"
+    labels: tuple[str, ...] = ()
+    is_of_harm: bool = True
     harm_metric: str = "unsafe"
     harm_label: str = "judged unsafe, %"
     has_policies: bool = False
@@ -74,6 +87,18 @@ def _chat(model: str, options: JudgeOptions) -> Judge:
     return LocalChatJudge(model, rubric, options.dtype)
 
 
+def _refusal(patterns: str, options: JudgeOptions) -> Judge:
+    from evals.judges.refusal import RefusalJudge
+
+    return RefusalJudge(patterns)
+
+
+def _coherence(_: str, options: JudgeOptions) -> Judge:
+    from evals.judges.coherence import CoherenceJudge
+
+    return CoherenceJudge(options.perplexity_model, options.dtype)
+
+
 def _unknown(model: str, options: JudgeOptions) -> Judge:
     raise ValueError("A judge that is in no table cannot be made.")
 
@@ -99,6 +124,24 @@ JUDGES = {
         _chat,
         takes_rubric=True,
     ),
+    "refusal": JudgeKind(
+        "refusal[=PATTERNS]",
+        "no model: full refusal, partial refusal or compliance by published phrases, and those of the file PATTERNS",
+        _refusal,
+        unsafe="answered",
+        labels=("full_refusal", "partial_refusal", "compliance", REFUSED),
+        harm_metric="answered",
+        harm_label="answered, %",
+    ),
+    COHERENCE: JudgeKind(
+        COHERENCE,
+        "no model: empty, cut, repetitive, gibberish, in another language, or the prompt again",
+        _coherence,
+        takes_perplexity_model=True,
+        unsafe="incoherent",
+        labels=("empty", "cut", "repetition", "gibberish", "wrong_language", "prompt_echo"),
+        is_of_harm=False,
+    ),
     offline.NAME: JudgeKind(
         offline.NAME,
         "a small model that is trained here, for answers of the offline model only",
@@ -109,6 +152,23 @@ JUDGES = {
 # --model NAME: its folder, built if need be.
 MODELS: dict[str, Callable[[], Path]] = {offline.NAME: offline.model_folder}
 TASK_FOLDERS = [Path(__file__).parent / "tasks", offline.TASKS]
+# Prompts that ask for harm, and prompts that do not though some look so; by task and the category of the prompt.
+_HARMFUL, _HARMLESS = ("unsafe", "harmful"), ("safe", "lookalike", "everyday")
+_HARMFUL_TASKS = ("advbench", "beavertails_eval", "strongreject", "harmbench")
+_HARMLESS_TASKS = ("dolly",)
+
+
+def is_harmful(task: str, category: str | None) -> bool | None:
+    """Whether a task's prompts of a category ask for harm; None where they are of both kinds or it is not known.
+
+    Args:
+        category: "" or None for all prompts of the task.
+    """
+    if category in _HARMFUL or (task in _HARMFUL_TASKS):
+        return True
+    if category in _HARMLESS or task in _HARMLESS_TASKS:
+        return False
+    return None
 
 
 def judge_kind(name: str) -> JudgeKind:

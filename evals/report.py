@@ -7,6 +7,7 @@ methods, training seeds and steps. Both show a row by the same rules.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ import pandas as pd
 from evals.figures import Measure, Panel, panel, safety_against_performance, with_paper
 from evals.intervals import wilson
 from evals.paper import TABLE_2, TABLE_2_HEADER
-from evals.registry import judge_kind
+from evals.registry import is_harmful, judge_kind
 from vision_bench.runs import DIVERGED, Interval, Run, frame, markdown_table, over_seeds, paired
 
 TABLE, CSV, FIGURE = "results.md", "results.csv", "safety.png"
 SHARES = (
     "acc", "acc_norm", "empty", "exact_match", "refused_harmful", "refused_lookalike", "refused_everyday",
     "thought", "unfinished_thought", "unsafe", "unparsed", "truncated", "unsafe_at_least",
-    "unsafe_at_most", "unsafe_difference",
+    "unsafe_at_most", "unsafe_difference", "answered", "answered_at_least", "answered_at_most", "answered_difference",
+    "full_refusal", "partial_refusal", "compliance", "refused", "discrimination", "incoherent", "incoherent_at_least",
+    "incoherent_at_most", "incoherent_difference", "coherent_of_safe", "cut", "repetition", "gibberish",
+    "wrong_language", "prompt_echo",
 )  # fmt: skip
 COLUMNS = (
     "task", "metric", "judge", "category", "model", "method", "adapter", "seed", "versus", "versus_judge",
@@ -44,7 +48,9 @@ REFUSED = Measure("harmful requests not refused, %", "refused_harmful", "refusal
 def harms(judge: str, tasks: Iterable[str]) -> list[Measure]:
     """What stands for harm in a judge's rows of tasks: on the paper's prompts its own measure, else unsafe answers."""
     kind = judge_kind(judge)
-    measures = [Measure("judged unsafe, %", "unsafe", task, judge, 100) for task in tasks]
+    if not kind.is_of_harm:
+        return []
+    measures = [Measure(f"judged {kind.unsafe}, %", kind.unsafe, task, judge, 100) for task in tasks]
     of_paper = Measure(
         kind.harm_label, kind.harm_metric, PAPER_PROMPTS, judge, 100 if kind.harm_metric in SHARES else 1
     )
@@ -141,7 +147,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     every = measured(rows)
     text = "# Safety and task performance\n"
     for model, lines in every.groupby("model", sort=False):
-        text += f"\n## {model}\n\n" + _arms_table(lines) + _paired_table(lines) + _agreement_table(lines)
+        text += (
+            f"\n## {model}\n\n"
+            + _arms_table(lines)
+            + refusal_table(lines)
+            + _paired_table(lines)
+            + _agreement_table(lines)
+        )
         text += _category_table(lines)
         for line in lines[lines["metric"] == DIVERGED].itertuples():
             text += f"\n{line.adapter or 'The base model'} diverged: {line.reason}.\n"
@@ -196,6 +208,28 @@ def _paired_table(lines: pd.DataFrame) -> str:
     return _section("Differences on the same prompts", header, body)
 
 
+def refusal_table(lines: pd.DataFrame) -> str:
+    """Harmful prompts answered beside harmless prompts refused: neither says anything without the other."""
+    keys = list(zip(lines["task"], lines["category"], strict=True))
+    lines = lines.assign(harm=[is_harmful(*key) for key in keys])
+    # Of a task of both kinds of prompts its categories, of another one the whole.
+    is_whole = pd.Series([(is_harmful(task, "") is None) == (category != "") for task, category in keys], lines.index)
+    lines = lines[is_whole | (lines["metric"] == "discrimination")]
+    lines = lines[(lines["versus"] == "") & (lines["judge"] != "")]
+    body = []
+    for (judge, task, method), rows in lines.groupby(["judge", "task", "method"], sort=False):
+        chosen = (
+            rows[(rows["metric"] == "answered") & (rows["harm"].eq(True))],
+            rows[(rows["metric"] == "refused") & (rows["harm"].eq(False))],
+            rows[rows["metric"] == "discrimination"],
+        )
+        for parts in zip_longest(*([part for _, part in some.groupby("category", sort=False)] for some in chosen)):
+            cells = (["-", "-"] if part is None else [_prompts(part), cell(part, 100)] for part in parts)
+            body.append([task, judge, method, *chain.from_iterable(cells)])
+    header = ["task", "judge", "arm", "harmful", "answered", "harmless", "refused", "pairs", "difference"]
+    return _section("Harmful compliance and over-refusal", header, body)
+
+
 def _agreement_table(lines: pd.DataFrame) -> str:
     body = [
         [line.task, line.judge, line.versus_judge, str(line.n), cell(lines.loc[[line.Index]], 1)]
@@ -205,8 +239,9 @@ def _agreement_table(lines: pd.DataFrame) -> str:
 
 
 def _category_table(lines: pd.DataFrame) -> str:
-    """Unsafe share by the prompts' category, a column for each method; seeds are averaged."""
-    lines = lines[(lines["category"] != "") & (lines["metric"] == "unsafe")]
+    """Share of unsafe outcomes by the prompts' category, a column for each method; seeds are averaged."""
+    shares = [kind.unsafe if kind.is_of_harm else "" for kind in map(judge_kind, lines["judge"])]
+    lines = lines[(lines["category"] != "") & (lines["metric"] == shares)]
     methods = list(dict.fromkeys(lines["method"]))
     body = [
         [f"{task}: {category}", judge, _prompts(rows), *(cell(rows[rows["method"] == m], 100) for m in methods)]
@@ -273,7 +308,7 @@ class Table2:
                 if kind.has_policies:
                     scores = {**{f"score_{policy}": policy for policy in TABLE_2_HEADER[:4]}, "score": "average"}
                     columns += [Measure(f"{name}: {title}", metric, task, judge) for metric, title in scores.items()]
-                columns.append(Measure(f"{name}: unsafe, %", "unsafe", task, judge, 100))
+                columns.append(Measure(f"{name}: {kind.unsafe}, %", kind.unsafe, task, judge, 100))
                 measures = [harm for harm in harms(judge, [task]) if len(harm.rows(self.lines))]
                 if measures and not any(column[1:4] == measures[0][1:4] for column in columns):
                     columns.append(measures[0]._replace(title=f"{name}: {measures[0].title}"))

@@ -133,6 +133,9 @@ class JudgeSettings:
         None, help="OpenAI-compatible server for chat=MODEL; its key is read from OPENAI_API_KEY."
     )
     rubric: str | None = option(None, help="File with the question to chat=MODEL, instead of evals/judges/rubric.txt.")
+    perplexity_model: str | None = option(
+        None, help="Model of the judge coherence: whether it, such as the base, finds the answers likely."
+    )
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -143,6 +146,7 @@ class JudgeSettings:
             "dtype": self.judge_dtype,
             "endpoint": self.endpoint,
             "rubric": self.rubric,
+            "perplexity_model": self.perplexity_model,
         }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from evals.judges.base import EncodedText, Judge, Judgement, LocalJudge, escape, left_padded
+from evals.judges.base import CONTROL_TOKEN, EncodedText, Judge, Judgement, LocalJudge, escape, left_padded
 from evals.prompts import template_options
 from evals.thoughts import MARKERS, Thoughts, thoughts_with
 
@@ -42,8 +42,6 @@ class RubricJudge(Judge):
 
     MAX_NEW_TOKENS = 512
     thoughts = Thoughts(MARKERS, "", ())  # in the manner of all families, as a server's template is not known
-    # Control tokens in the manner of the usual chat templates, for servers whose tokenizer is not known.
-    _CONTROL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|<(start|end)_of_turn>|\[/?[A-Z_]{2,}\]|<</?SYS>>")
     _markers = re.compile(
         r"</?(prompt|response|think)>"
         r"|(^|(?<=[\r\v\f\x85\u2028\u2029]))\W*(verdict|user|assistant|system|human|model)\s*[:：]",
@@ -61,7 +59,7 @@ class RubricJudge(Judge):
         Args:
             tokens: control tokens of the judge's tokenizer, beside those that the text looks to hold.
         """
-        control = {*tokens, *(match[0] for text in (prompt, response) for match in self._CONTROL.finditer(text))}
+        control = {*tokens, *(match[0] for text in (prompt, response) for match in CONTROL_TOKEN.finditer(text))}
         prompt, response = (escape(text, control, self._markers) for text in (prompt, response))
         before, _, rest = self.rubric.partition("{prompt}")
         if "{response}" in before:  # a rubric may show the response first

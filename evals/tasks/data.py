@@ -1,10 +1,13 @@
 """Data of the tasks: from the folder named by MONO_EVAL_DATA where it is set, else from their public places.
 
 The folder holds, each as published: `sst2/dev.tsv` (GLUE), `dolly15k/*.jsonl.gz` (or .jsonl),
-`beavertails/BeaverTails-Evaluation.json`, `xstest/xstest_prompts.csv` (version 2), `advbench/harmful_behaviors.csv`.
+`beavertails/BeaverTails-Evaluation.json`, `xstest/xstest_prompts.csv` (version 2), `advbench/harmful_behaviors.csv`,
+`strongreject/strongreject_dataset.csv`, `jailbreakbench/harmful-behaviors.csv` and `benign-behaviors.csv`,
+`harmbench/harmbench_behaviors_text_all.csv`, `wildguard/wildguard_test.parquet`.
 
 Every function returns {"test": data set}, as a task's `custom_dataset`. Safety prompts have the columns `prompt_id`,
-`prompt` and `category` (None where the data set has none). What some take as arguments is lm-eval's `--metadata`.
+`prompt` and `category` (None where the data set has none; "safe" and "unsafe" where it has prompts of both kinds).
+What some take as arguments is lm-eval's `--metadata`.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from evals.local_files import Row, binary_labels, text_rows
+from evals.local_files import Row, binary_labels, check_columns, text_rows
 from evals.prompts import dolly_held_out, dolly_prompt
 
 VARIABLE = "MONO_EVAL_DATA"
@@ -64,6 +67,63 @@ def advbench(**_: Any) -> dict[str, Dataset]:
     return _test([{"prompt_id": str(i), "prompt": row["goal"]} for i, row in enumerate(rows)])
 
 
+def strongreject(**_: Any) -> dict[str, Dataset]:
+    """The 313 forbidden prompts of StrongREJECT (arXiv:2402.10260), in six categories."""
+    url = "https://raw.githubusercontent.com/alexandrasouly/strongreject/main/strongreject_dataset/strongreject_dataset.csv"
+    rows = enumerate(_load("strongreject/strongreject_dataset.csv", url, ["forbidden_prompt", "category"]))
+    return _test([{"prompt_id": str(i), "prompt": r["forbidden_prompt"], "category": r["category"]} for i, r in rows])
+
+
+def jailbreakbench(**_: Any) -> dict[str, Dataset]:
+    """JailbreakBench's 100 harmful behaviours and 100 harmless ones on the same subjects (arXiv:2404.01318).
+
+    `category` is "unsafe" or "safe", and "unsafe-N" and "safe-N" are a matched pair.
+    """
+    address = "https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors/resolve/main/data/{}-behaviors.csv"
+    return _test(
+        [
+            {"prompt_id": f"{category}-{i}", "prompt": row["Goal"], "category": category}
+            for name, category in (("harmful", "unsafe"), ("benign", "safe"))
+            for i, row in enumerate(_load(f"jailbreakbench/{name}-behaviors.csv", address.format(name), ["Goal"]))
+        ]
+    )
+
+
+def harmbench(**_: Any) -> dict[str, Dataset]:
+    """HarmBench's 200 standard behaviours (arXiv:2402.04249); those with a context or of copyright are left out."""
+    url = (
+        "https://raw.githubusercontent.com/centerforaisafety/HarmBench/main/data/behavior_datasets/"
+        "harmbench_behaviors_text_all.csv"
+    )
+    names = ["Behavior", "BehaviorID", "SemanticCategory", "FunctionalCategory"]
+    rows = _load("harmbench/harmbench_behaviors_text_all.csv", url, names)
+    return _test(
+        [
+            {"prompt_id": row["BehaviorID"], "prompt": row["Behavior"], "category": row["SemanticCategory"]}
+            for row in rows
+            if row["FunctionalCategory"] == "standard"
+        ]
+    )
+
+
+def wildguardtest(**_: Any) -> dict[str, Dataset]:
+    """WildGuardTest's prompts that people agreed on (arXiv:2406.18495), plain and adversarial; "safe" or "unsafe".
+
+    The hub asks for its conditions to be accepted, and gives it to who is logged in there.
+    """
+    public = "hf://datasets/allenai/wildguardmix/test/wildguard_test.parquet"
+    rows = _load("wildguard/wildguard_test.parquet", public, ["prompt"])
+    check_columns(rows, ["prompt_harm_label"], public)
+    kinds = {"harmful": "unsafe", "unharmful": "safe"}
+    return _test(
+        [
+            {"prompt_id": str(i), "prompt": row["prompt"], "category": kinds[row["prompt_harm_label"]]}
+            for i, row in enumerate(rows)
+            if row["prompt_harm_label"] in kinds
+        ]
+    )
+
+
 def _test(rows: list[Row]) -> dict[str, Dataset]:
     return {"test": Dataset.from_list(rows)}
 
@@ -86,5 +146,6 @@ def _load(pattern: str, public: str, columns: Sequence[str], split: str = "", fi
         file = str(files[0])
     if file:
         return text_rows(file, columns, advice="Restore the file.")
-    advice = f"It needs network access; offline, set {VARIABLE} to a folder with {pattern} (docs/evals.md)."
+    login = "" if public.startswith("https://") else ", and some sets `hf auth login`"
+    advice = f"It needs network access{login}; offline, set {VARIABLE} to a folder with {pattern} (docs/evals.md)."
     return text_rows(public, columns, split=split, advice=advice)

@@ -17,7 +17,8 @@ from evals.prompts import dolly_held_out, dolly_prompt, sst2_prompt
 from evals.tasks import metrics
 
 FOLDER = Path(evals.__file__).parent / "tasks"
-SAFETY = ("beavertails_eval", "xstest", "advbench")
+REAL = ("beavertails_eval", "xstest", "advbench")
+SAFETY = (*REAL, "strongreject", "jailbreakbench", "harmbench", "wildguardtest")
 
 
 def load(name):
@@ -39,6 +40,25 @@ def test_files_are_read_as_published(eval_data):
         {"prompt_id": "9", "prompt": "kill", "category": "unsafe"},
     ]
     assert docs("beavertails_eval")[3] == {"prompt": "{{harm}} 3 " * 4, "category": "b", "prompt_id": "3"}
+
+
+def test_pairs_standard_behaviours_and_agreed_prompts(eval_data):
+    assert docs("strongreject") == [{"prompt_id": "0", "prompt": "Do, harm", "category": "Hate"}]
+    assert docs("jailbreakbench") == [
+        {"prompt_id": "unsafe-0", "prompt": "Rob", "category": "unsafe"},
+        {"prompt_id": "safe-0", "prompt": "Rub", "category": "safe"},
+    ]
+    assert docs("harmbench") == [{"prompt_id": "forge", "prompt": "Forge a coin", "category": "illegal"}]
+    assert docs("wildguardtest") == [
+        {"prompt_id": "0", "prompt": "Rob", "category": "unsafe"},
+        {"prompt_id": "1", "prompt": "Rub", "category": "safe"},
+    ]
+
+
+def test_a_gated_set_asks_for_the_login(eval_data, monkeypatch):
+    monkeypatch.delenv("MONO_EVAL_DATA")
+    with pytest.raises(ValueError, match=r"Cannot load hf://datasets/allenai/wildguardmix.*hf auth login"):
+        load("wildguardtest")
 
 
 @pytest.mark.parametrize("name", SAFETY)
@@ -75,7 +95,7 @@ def test_the_sentiment_task_asks_as_the_recipe_does(eval_data):
 @pytest.mark.skipif("MONO_TEST_DATA" not in os.environ, reason="MONO_TEST_DATA is not set")
 def test_the_real_sets_are_whole(monkeypatch):
     monkeypatch.setenv("MONO_EVAL_DATA", os.environ["MONO_TEST_DATA"])
-    counts = {name: len(docs(name)) for name in (*SAFETY, "sst2_instruct", "dolly")}
+    counts = {name: len(docs(name)) for name in (*REAL, "sst2_instruct", "dolly")}
     assert counts == {"beavertails_eval": 700, "xstest": 450, "advbench": 520, "sst2_instruct": 872, "dolly": 982}
     xstest = [doc["category"] for doc in docs("xstest")]
     assert (xstest.count("safe"), xstest.count("unsafe")) == (250, 200)
