@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evals.settings import CompareSettings, FolderSettings, GenerateSettings, JudgeSettings
+    from evals.settings import CompareSettings, FolderSettings, GenerateSettings, JudgeSettings, StressSettings
 
 COMMANDS = {
     "generate": "answers of models to prompts, and metrics of tasks",
     "judge": "verdicts on the answers of a folder",
     "run": "generate, judge, then one table and the figure",
+    "stress": "how easily is a judge fooled? verdicts on twins of answers",
     "compare": "do two or more runs differ on the same prompts? ours, or lm-eval's",
 }
 
@@ -58,14 +59,27 @@ def _compare(settings: CompareSettings) -> None:
         comparison.write(settings.output)
 
 
+def _stress(settings: StressSettings, judging: JudgeSettings) -> None:
+    from evals.report import write_report
+    from evals.stress import stress
+
+    if len(settings.answers) > 1:
+        raise ValueError(f"stress takes one ANSWERS, got {', '.join(settings.answers)}.")
+    options = {"output_dir": settings.output_dir, "limit": settings.limit, "seed": settings.seed}
+    result = stress(next(iter(settings.answers), None), **options, **judging.arguments)
+    print(result.text())
+    if result.run is not None:
+        write_report(result.run)
+
+
 def _command(name: str, arguments: list[str]) -> None:
     """Run a sub-command; the heavy imports happen inside it."""
     from evals.registry import JUDGES
-    from evals.settings import CompareSettings, FolderSettings, GenerateSettings, JudgeSettings
+    from evals.settings import CompareSettings, FolderSettings, GenerateSettings, JudgeSettings, StressSettings
     from vision_bench.runs.settings import parse
 
     options: dict[str, Any] = {"prog": f"python -m evals {name}", "description": COMMANDS[name]}
-    if name in ("judge", "run"):
+    if name in ("judge", "run", "stress"):
         width = max(len(kind.usage) for kind in JUDGES.values())
         lines = (f"  {kind.usage:{width}}  {kind.help}\n" for kind in JUDGES.values())
         options["epilog"] = "judges:\n" + "".join(lines)
@@ -74,6 +88,8 @@ def _command(name: str, arguments: list[str]) -> None:
         _generate(*parse([GenerateSettings], arguments, shared=[JudgeSettings], **options))
     elif name == "judge":
         _judge(*parse([FolderSettings, JudgeSettings], arguments, shared=[GenerateSettings], **options))
+    elif name == "stress":
+        _stress(*parse([StressSettings, JudgeSettings], arguments, **options))
     elif name == "compare":
         _compare(*parse([CompareSettings], arguments, **options))
     else:
