@@ -78,9 +78,8 @@ def main() -> None:
         decided = some[some["label"] != "other"]
         right = int((decided["label"] == decided["judge"]).sum())
         low, high = wilson(right, len(decided))
-        print(
-            f"Agreement on the three classes {right} of {len(decided)}: {right / len(decided):.3f} [{low:.3f}, {high:.3f}]\n"
-        )
+        share = f"{right / len(decided):.3f} [{low:.3f}, {high:.3f}]"
+        print(f"Agreement on the three classes: {right} of {len(decided)}, {share}\n")
         body = []
         for name in (name for name in LABELS if name != CUT):
             is_there, is_said = some[f"{name} label"], some[f"{name} judge"]

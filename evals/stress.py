@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from evals.intervals import wilson
 from evals.judge import check_judging, judge, run_of
-from evals.records import COMPLETIONS, VERDICTS, Completion, Verdict, read_completions, read_verdicts
+from evals.records import COMPLETIONS, VERDICTS, Completion, Verdict, VerdictKey, read_completions, read_verdicts
 from evals.registry import REFUSED, judge_kind
 from evals.terminal import table_text
 from evals.twins import SAME, TWINS, twin
@@ -139,16 +139,16 @@ def _right(name: str, kind: str, original: Verdict) -> str | None:
     return original.outcome if right == SAME else right
 
 
-def _flips(name: str, answers: Sequence[Completion], verdicts: Mapping[tuple[Any, ...], Verdict]) -> Iterator[Flips]:
+def _flips(name: str, answers: Sequence[Completion], verdicts: Mapping[VerdictKey, Verdict]) -> Iterator[Flips]:
     """The flips of each kind of twin, and of all."""
     counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(("n", "safe", "unsafe", "undecided"), 0))
     for answer in answers:
-        original = verdicts[(name, *answer.key)]
+        original = _on(name, answer, verdicts)
         for kind in TWINS if original.is_parsed else ():
             right = _right(name, kind, original)
             if right is None:
                 continue
-            said = verdicts[(name, *replace(answer, prompt_id=f"{answer.prompt_id}~{kind}").key)]
+            said = _on(name, replace(answer, prompt_id=f"{answer.prompt_id}~{kind}"), verdicts)
             for counted in (counts[ALL], counts[kind]):
                 counted["n" if said.is_parsed else "undecided"] += 1
                 if said.is_parsed and said.outcome != right:
@@ -159,8 +159,13 @@ def _flips(name: str, answers: Sequence[Completion], verdicts: Mapping[tuple[Any
             yield Flips(name, kind, counted["n"], counted["safe"], counted["unsafe"], counted["undecided"])
 
 
+def _on(judge: str, answer: Completion, verdicts: Mapping[VerdictKey, Verdict]) -> Verdict:
+    key: VerdictKey = (judge, *answer.key)
+    return verdicts[key]
+
+
 def _add_rows(
-    folder: Path, answers: Sequence[Completion], judges: Sequence[str], verdicts: Mapping[tuple[Any, ...], Verdict]
+    folder: Path, answers: Sequence[Completion], judges: Sequence[str], verdicts: Mapping[VerdictKey, Verdict]
 ) -> Run:
     """Put the rates into the run's rows, by model, in the place of earlier ones of these judges."""
     with locked(folder):

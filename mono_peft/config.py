@@ -16,7 +16,7 @@ from .layer import ACTIVATIONS
 from .names import peft_type
 
 FORMAT_VERSION = 2  # of a saved adapter; raise it when an older mono_peft could not read what this one writes
-_FORMAT_WITHOUT_BIAS = 1  # what needs no more than an older mono_peft is saved in a format that it reads
+_FIRST_FORMAT = 1  # without a bias and with an A that trains, which the first version reads
 
 _ALIASES = {
     "lora_alpha": "monolora_alpha",
@@ -42,6 +42,8 @@ _LORA_ONLY = {
     "megatron_config": "Megatron's parallel layers split x or the output, and sigma needs the whole of A x",
     "runtime_config": "ephemeral GPU offload serves DoRA and merging",
 }
+
+_ACTIVATIONS = (*ACTIVATIONS, "topk")
 
 ConfigClass = TypeVar("ConfigClass", bound=type)
 
@@ -89,7 +91,9 @@ class MonoLoraConfig(PeftConfig):
         exclude_modules: names, suffixes or a regular expression of modules to leave out.
         monolora_alpha: numerator of the scale s = monolora_alpha / r; positive.
         monolora_dropout: probability in [0, 1) of zeroing an element of x before A, in training.
-        activation: sigma: "relu", "relu2", "relu6", "sigmoid", "softplus", or "identity" (linear, equals LoRA).
+        activation: sigma: "relu", "relu2", "relu6", "sigmoid", "softplus", "identity" (linear, equals LoRA), or
+            "topk", which keeps the `k` largest positive latents of a token, of equal ones those of the lowest index,
+            and makes all others zero.
         bias: "none", "all", or "monolora_only" (LoRA's "lora_only" is understood): which biases of the base train and
             are saved.
         use_rslora: s = monolora_alpha / sqrt(r), arXiv:2312.03732.
@@ -107,9 +111,12 @@ class MonoLoraConfig(PeftConfig):
             their last occurrence in a row on. Before them the model is the base, whose key-value cache can be used.
         ensure_weight_tying: the trained copy of an embedding in `modules_to_save` is that of the head tied to it too,
             and tied `trainable_token_indices` must be the same; as in `LoraConfig`, but not for adapted embeddings.
+        k: of `activation="topk"`, how many latents of a token stay; 1 to the r of every module.
         encoder_bias: sigma acts on A x + b in place of A x: the half-space where a unit fires need not end at the
-            origin. b, r numbers, starts at zero (at random with `init_weights=False`), trains and is saved with A.
-            Not for embeddings.
+            origin. b, r numbers, starts at zero (at random with `init_weights=False` and with `frozen_encoder`),
+            trains and is saved with A. Not for embeddings.
+        frozen_encoder: A and b stay as they were drawn, and B alone trains: the control for whether learned units are
+            needed. They are saved and loaded all the same.
         format_version: of the saved adapter; set by the package.
 
     Example:
@@ -132,7 +139,7 @@ class MonoLoraConfig(PeftConfig):
     )
     monolora_alpha: float = field(default=8, metadata={"help": "Scale s = monolora_alpha / r, positive."})
     monolora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of A, in [0, 1)."})
-    activation: str = field(default="relu", metadata={"help": f"sigma, one of {', '.join(ACTIVATIONS)}."})
+    activation: str = field(default="relu", metadata={"help": f"sigma, one of {', '.join(_ACTIVATIONS)}."})
     bias: str = field(default="none", metadata={"help": "Base's biases to train: 'none', 'all' or 'monolora_only'."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale s = monolora_alpha / sqrt(r)."})
     modules_to_save: list[str] | None = field(
@@ -159,8 +166,10 @@ class MonoLoraConfig(PeftConfig):
     ensure_weight_tying: bool = field(
         default=False, metadata={"help": "Tie what is trained of tied embeddings, as the base's are."}
     )
+    k: int | None = field(default=None, metadata={"help": "Latents of a token that 'topk' keeps."})
     encoder_bias: bool = field(default=False, metadata={"help": "sigma(A x + b), with a b that trains."})
-    format_version: int = field(default=_FORMAT_WITHOUT_BIAS, metadata={"help": "Format of the saved adapter."})
+    frozen_encoder: bool = field(default=False, metadata={"help": "A stays random, and B alone trains."})
+    format_version: int = field(default=_FIRST_FORMAT, metadata={"help": "Format of the saved adapter."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,7 +179,7 @@ class MonoLoraConfig(PeftConfig):
                 f"This adapter was saved in format {self.format_version}; this mono_peft reads up to "
                 f"{FORMAT_VERSION}. Upgrade mono-peft."
             )
-        if self.encoder_bias:
+        if self.encoder_bias or self.frozen_encoder:
             self.format_version = FORMAT_VERSION
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         if self.ensure_weight_tying and not hasattr(BaseTuner, "_add_targets_to_tie"):
@@ -183,7 +192,8 @@ class MonoLoraConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))  # PEFT compares and saves them as sets
 
     def _check_ranges(self) -> None:
-        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+        ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
+        for name, rank in ranks.items():
             if not isinstance(rank, Integral) or isinstance(rank, bool) or rank <= 0:
                 raise ValueError(f"`{name}` must be a positive integer, got {rank!r}; 8 is the usual choice.")
         alphas = {"monolora_alpha": self.monolora_alpha}
@@ -193,10 +203,12 @@ class MonoLoraConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be a positive, finite number, got {alpha!r}; r or r / 2 is usual.")
         if not _is_number(self.monolora_dropout) or not 0 <= self.monolora_dropout < 1:
             raise ValueError(f"`monolora_dropout` must lie in [0, 1), got {self.monolora_dropout!r}.")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"`activation` must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}.")
-        if not isinstance(self.encoder_bias, bool):
-            raise ValueError(f"`encoder_bias` must be True or False, got {self.encoder_bias!r}.")
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(f"`activation` must be one of {', '.join(_ACTIVATIONS)}; got {self.activation!r}.")
+        self._check_k(ranks)
+        for name in ("encoder_bias", "frozen_encoder"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if self.bias == "lora_only":
             self.bias = "monolora_only"
         if self.bias not in ("none", "all", "monolora_only"):
@@ -207,6 +219,23 @@ class MonoLoraConfig(PeftConfig):
                 "initialisations (pissa, olora, eva, corda, loftq, orthogonal, ...) cannot be used, because each "
                 f"assumes a linear update B A x, which sigma breaks. Use True, or LoraConfig."
             )
+
+    def _check_k(self, ranks: dict[str, int]) -> None:
+        if self.activation != "topk":
+            if self.k is not None:
+                raise ValueError(
+                    f"`k={self.k!r}` is an option of `activation='topk'`, got {self.activation!r}: remove `k`."
+                )
+            return
+        if self.k is None or not _is_index(self.k) or self.k == 0:
+            raise ValueError(
+                f"`activation='topk'` needs a positive integer `k`, got {self.k!r}; with r = 1024, 16 is a start."
+            )
+        for name, rank in ranks.items():
+            if self.k > rank:
+                raise ValueError(
+                    f"`k={self.k}` is more than `{name}={rank}`, and a token has no more latents than that: lower `k`."
+                )
 
     def _check_layer_selection(self) -> None:
         for name in ("layers_to_transform", "layers_pattern"):

@@ -13,8 +13,10 @@ from transformers.activations import ACT2FN
 
 from . import direct, fused
 from .invocation import Invocations
+from .topk import TopK
 
-# sigma by name. All but `identity` are non-negative; `identity` is the linear control, equal to LoRA.
+# sigma by name, all but "topk", which has a parameter. All but `identity` are non-negative; `identity` is the linear
+# control, equal to LoRA.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "relu2": lambda: ACT2FN["relu2"],
@@ -55,13 +57,12 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         "monolora_dropout",
         "monolora_activation",
         "monolora_invocations",
+        "frozen_encoder",
     )
     weight_is_read: bool | None = None  # while bypass.py watches a pass: whether somebody has read `weight`
-    units_dim = -1  # dimension of the latents that counts the r units
     # PEFT's, declared because mypy does not follow PEFT.
     active_adapters: list[str]
     get_base_layer: Callable[[], Any]
-    set_adapter: Callable[..., None]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
     _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
@@ -75,6 +76,7 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         self.monolora_dropout = nn.ModuleDict()
         self.monolora_activation = nn.ModuleDict()
         self.monolora_invocations: dict[str, Invocations] = {}  # of the activated adapters
+        self.frozen_encoder: dict[str, bool] = {}
         self.monolora_encoder = nn.ModuleDict()
         self.monolora_decoder = nn.ModuleDict()
         self._disable_adapters = False
@@ -89,6 +91,11 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         if in_features is None or out_features is None:
             raise TypeError(f"MonoLoRA cannot read the sizes of a {type(self.base_layer).__name__}.")
         return in_features, out_features
+
+    @property
+    def units_dim(self) -> int:
+        """Dimension of the latents that counts the r units, negative."""
+        return -1
 
     def new_encoder(self, r: int, bias: bool) -> nn.Module:
         """A, with the bias b or without, which maps the layer's input to r latents at each position."""
@@ -106,7 +113,9 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         scaling: float,
         dropout: float,
         activation: str,
+        k: int | None,
         encoder_bias: bool,
+        frozen_encoder: bool,
         init_weights: bool | str,
         inference_mode: bool,
         invocations: Invocations | None = None,
@@ -117,8 +126,10 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
             r: rank, a positive integer.
             scaling: the scale s, positive.
             dropout: probability in [0, 1) of zeroing an element of x before A.
-            activation: a key of `ACTIVATIONS`.
+            activation: a key of `ACTIVATIONS`, or "topk".
+            k: of "topk", how many latents of a position stay at most; 1 to r.
             encoder_bias: whether sigma acts on A x + b, b of r numbers, in place of A x.
+            frozen_encoder: A and b never train.
             init_weights: see `MonoLoraConfig`.
             inference_mode: leave the adapter frozen.
             invocations: of the model, where the adapter acts from its invocation tokens on only.
@@ -126,9 +137,11 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         self.r[adapter_name] = r
         self.initial_scaling[adapter_name] = self.scaling[adapter_name] = scaling
         self.monolora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.monolora_activation[adapter_name] = ACTIVATIONS[activation]()
+        sigma = ACTIVATIONS[activation]() if k is None else TopK(k, self.units_dim)
+        self.monolora_activation[adapter_name] = sigma
         if invocations is not None:
             self.monolora_invocations[adapter_name] = invocations
+        self.frozen_encoder[adapter_name] = frozen_encoder
         self.monolora_encoder[adapter_name] = self.new_encoder(r, encoder_bias)
         self.monolora_decoder[adapter_name] = self.new_decoder(r)
         self.reset_parameters(adapter_name, init_weights)
@@ -136,19 +149,41 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def reset_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
-        """Initialise B as LoRA does and A at random: relu'(0) = 0, so an encoder of zeros could not learn. b is 0."""
+        """Initialise B as LoRA does and A at random: relu'(0) = 0, so an encoder of zeros could not learn.
+
+        b starts at zero where it trains, and where it does not, at random as A.
+        """
         encoder: Any = self.monolora_encoder[adapter_name]
         decoder: Any = self.monolora_decoder[adapter_name]
         if init_weights == "gaussian":
             nn.init.normal_(encoder.weight, std=1 / self.r[adapter_name])
         else:
             encoder.reset_parameters()  # Kaiming uniform as in LoRA; N(0, 1) in an embedding
-        if init_weights is not False and getattr(encoder, "bias", None) is not None:
-            nn.init.zeros_(encoder.bias)
+        if getattr(encoder, "bias", None) is not None:
+            if self.frozen_encoder[adapter_name]:
+                bound = encoder.weight[0].numel() ** -0.5
+                nn.init.uniform_(encoder.bias, -bound, bound)
+            elif init_weights is not False:
+                nn.init.zeros_(encoder.bias)
         if init_weights is False:
             decoder.reset_parameters()
         else:
             nn.init.zeros_(decoder.weight)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, which require gradients unless `inference_mode`; others do not."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._freeze_encoders()
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        """Let adapters require gradients, or not; encoders that are frozen by configuration never do."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_encoders()
+
+    def _freeze_encoders(self) -> None:
+        for adapter_name, frozen in self.frozen_encoder.items():
+            if frozen and adapter_name in self.monolora_encoder:
+                self.monolora_encoder[adapter_name].requires_grad_(False)
 
     def train_biases_with_encoders(self) -> None:
         """Let the bias of each encoder require gradients if its A does."""
@@ -304,9 +339,9 @@ class MonoLoraConvolution(MonoLoraLayer):
     stride, padding and dilation, (r, in, *kernel), B one with a kernel of 1, (out, r, 1, ...). Both see all channels,
     also where the base has groups."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **adapter_options: Any) -> None:
-        super().__init__(base_layer, adapter_name, **adapter_options)
-        self.units_dim = -1 - len(self.get_base_layer().kernel_size)
+    @property
+    def units_dim(self) -> int:
+        return -1 - len(self.get_base_layer().kernel_size)
 
     def new_encoder(self, r: int, bias: bool) -> nn.Module:
         base = self.get_base_layer()

@@ -17,6 +17,7 @@ _FUNCTION = (
     "r",
     "monolora_alpha",
     "activation",
+    "k",
     "encoder_bias",
     "use_rslora",
     "rank_pattern",

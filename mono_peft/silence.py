@@ -331,6 +331,11 @@ def _trainable_layers(model: nn.Module) -> list[tuple[str, MonoLoraLayer, nn.Lin
                 f"Silence constrains adapters of linear layers, and {name} is a {type(layer).__name__}. Leave it out "
                 "of `target_modules` and `target_parameters`."
             )
+        if layer.frozen_encoder[adapter]:
+            raise ValueError(
+                f"the adapter {adapter} has `frozen_encoder=True`: its A stays as it was drawn, and nothing but A "
+                "could make it silent. Train without `frozen_encoder`."
+            )
         if not encoder.weight.requires_grad:
             raise ValueError(
                 f"the adapter {adapter} of {name} is frozen, so that nothing could make it silent. Load it with "

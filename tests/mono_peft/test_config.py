@@ -105,7 +105,7 @@ def test_linear_initialisations_are_refused(init):
         ({"alpha_pattern": {"v": -1}}, r"`alpha_pattern\['v'\]` must be a positive"),
         ({"lora_dropout": 1.0}, r"`monolora_dropout` must lie in \[0, 1\), got 1.0"),
         ({"lora_dropout": -0.1}, r"`monolora_dropout` must lie in \[0, 1\)"),
-        ({"activation": "gelu"}, "`activation` must be one of relu, relu2, .*identity; got 'gelu'"),
+        ({"activation": "gelu"}, "`activation` must be one of relu, relu2, .*identity, topk; got 'gelu'"),
         ({"bias": "some"}, "`bias` must be 'none', 'all' or 'monolora_only', got 'some'"),
         ({"task_type": "NONSENSE"}, "Invalid task type"),
         (

@@ -52,6 +52,10 @@ ROWS = {
     "llama, bias of the encoder": Row(
         llama, {"target_modules": "all-linear", "encoder_bias": True, "lora_dropout": 0.1}
     ),
+    "llama, topk": Row(
+        llama,
+        {"target_modules": ["embed_tokens", "q_proj", "up_proj", "lm_head"], "activation": "topk", "k": 2},
+    ),
     "gpt2": Row(gpt2, {"task_type": "CAUSAL_LM"}),
     "bert": Row(bert, {"task_type": "SEQ_CLS"}),
     "t5": Row(t5, {"task_type": "SEQ_2_SEQ_LM"}),
@@ -79,7 +83,12 @@ ROWS = {
     "mixtral experts, bias of the encoder": Row(
         mixtral, {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"], "encoder_bias": True}
     ),
+    "mixtral experts, topk": Row(
+        mixtral,
+        {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"], "activation": "topk", "k": 2},
+    ),
     "convnet": Row(ConvNet, {"target_modules": ["stem", "grouped"]}),
+    "convnet, topk": Row(ConvNet, {"target_modules": ["stem", "grouped"], "activation": "topk", "k": 2}),
     "convnet, bias of the encoder": Row(ConvNet, {"target_modules": ["stem", "grouped"], "encoder_bias": True}),
     "signals": Row(Signals, {"target_modules": ["signal", "volume"]}),
     "tokens": Row(Tokens, {"target_modules": ["table", "head"]}),
@@ -360,6 +369,7 @@ def test_saved_modules_per_row():
     [
         "llama all-linear, dropout",
         "llama, bias of the encoder",
+        "llama, topk",
         "gpt2",
         "mlp",
         "convnet",
