@@ -17,6 +17,17 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
 from evals.contents import adapter_checksums, checksum, model_checksums, task_checksums
+from evals.forgetting import (
+    LOSS,
+    TASK,
+    ForgettingError,
+    NeutralTexts,
+    check_base_beneath,
+    forgetting,
+    loss_per_token,
+    losses,
+    measures,
+)
 from evals.generate import GenerateSettings, generate, load_task, task_manager
 from evals.judge import judge
 from evals.models import attached, hub_commit
@@ -24,7 +35,7 @@ from evals.records import COMPLETIONS, has_answers, read_completions
 from mono_peft import activation_sparsity
 from mono_peft.certify import CertificateError, certify
 from mono_peft.silence import NeverSilentError
-from vision_bench.runs import DIVERGED
+from vision_bench.runs import DIVERGED, Run
 
 if TYPE_CHECKING:
     from table2 import Table2Settings
@@ -201,3 +212,38 @@ def certified_silence(comparison: Comparison) -> None:
             except (CertificateError, NeverSilentError) as error:
                 print(f"{trained.name}, {task}: not certified, {error}")
         run.add("certified_silent", share, **comparison.common(start, len(prompts)), task=task, **trained.arm, **said)
+
+
+def check_neutral_texts(run: Run, texts: NeutralTexts) -> None:
+    """Raise ValueError if the folder's forgetting was measured on other texts."""
+    if any(row["config"].get("neutral_texts") != texts.checksum for row in run.find(LOSS)):
+        raise ValueError(
+            f"{run.folder} holds forgetting measured on other neutral texts: choose another --output_dir, or give "
+            "--neutral_file as before."
+        )
+
+
+def forgetting_rows(comparison: Comparison, texts: NeutralTexts) -> None:
+    """KL to the base and loss on neutral texts, of the base and of every adapter at the end of its training."""
+    run, batch_size = comparison.run, comparison.training.per_device_eval_batch_size
+    every = [trained for trained in all_scored(comparison) if trained.step is None]
+    lacking = [trained for trained in every if not run.find(LOSS, task=TASK, **trained.arm)]
+    if not lacking:
+        return
+    base = load_base(comparison.training, comparison.options)
+    before = losses(base, texts, batch_size=batch_size)
+    for trained in lacking:
+        start, rows = time.monotonic(), [(LOSS, loss_per_token(before))]
+        if trained.seed is not None:
+            with attached(base, trained.adapter) as model:
+                try:
+                    check_base_beneath(model, texts, before)
+                    measured = measures(forgetting(model, texts, batch_size=batch_size))
+                except (ForgettingError, FloatingPointError) as error:
+                    print(f"{trained.name}: {error}")
+                    continue
+            rows = [(metric, estimate) for metric, estimate, row in measured if not row]
+        for metric, estimate in rows:
+            about = {"task": TASK, "neutral_texts": texts.checksum, "low": estimate.low, "high": estimate.high}
+            if not run.find(metric, task=TASK, **trained.arm):
+                run.add(metric, estimate.value, **comparison.common(start, estimate.n), **about, **trained.arm)
