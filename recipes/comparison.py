@@ -32,7 +32,7 @@ from evals.models import WEIGHTS_FILE, Adapter, attached, check_adapter, load_to
 from evals.prompts import encode_answer, training_row
 from evals.thoughts import thoughts_of
 from mono_peft import SparsityCallback, activation_sparsity
-from mono_peft.silence import silenceable_adapters
+from mono_peft.silenceable import silenceable_adapters
 from vision_bench.runs import CONFIG, DIVERGED, Cell, Run, device_name
 
 if TYPE_CHECKING:

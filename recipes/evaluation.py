@@ -34,7 +34,7 @@ from evals.models import attached, hub_commit
 from evals.records import COMPLETIONS, has_answers, read_completions
 from mono_peft import activation_sparsity
 from mono_peft.certify import CertificateError, certify
-from mono_peft.silence import NeverSilentError
+from mono_peft.silenceable import NeverSilentError
 from vision_bench.runs import DIVERGED, Run
 
 if TYPE_CHECKING:
