@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import offline
 
@@ -151,6 +151,8 @@ JUDGES = {
 }
 # --model NAME: its folder, built if need be.
 MODELS: dict[str, Callable[[], Path]] = {offline.NAME: offline.model_folder}
+# By such a name, what its forgetting is measured on: the offline model has never read English.
+NEUTRAL_TEXTS: dict[str, Callable[[], list[dict[str, Any]]]] = {offline.NAME: offline.neutral_rows}
 TASK_FOLDERS = [Path(__file__).parent / "tasks", offline.TASKS]
 # Prompts that ask for harm, and prompts that do not though some look so; by task and the category of the prompt.
 _HARMFUL, _HARMLESS = ("unsafe", "harmful"), ("safe", "lookalike", "everyday")

@@ -1,7 +1,7 @@
 """From the rows of a run to tables (Markdown, CSV) and the figure of safety against task performance.
 
-`write_report` is of the rows of `evals`, which know models and adapters; `Table2` of those of the recipes, which know
-methods, training seeds and steps. Both show a row by the same rules.
+Rows of `evals` know models and adapters; for those of the recipes, which know methods, training seeds and steps, there
+is `evals.table_2`, which shows a row by the same rules.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import pandas as pd
 
 from evals.figures import Measure, Panel, panel, safety_against_performance, with_paper
+from evals.forgetting import KL, LOSS, LOSS_DIFFERENCE
 from evals.intervals import wilson
-from evals.paper import TABLE_2, TABLE_2_HEADER
 from evals.registry import is_harmful, judge_kind
-from vision_bench.runs import DIVERGED, Interval, Run, frame, markdown_table, over_seeds, paired
+from vision_bench.runs import DIVERGED, Run, frame, markdown_table, over_seeds, paired
 
 TABLE, CSV, FIGURE = "results.md", "results.csv", "safety.png"
 SHARES = (
@@ -26,14 +26,15 @@ SHARES = (
     "unsafe_at_most", "unsafe_difference", "answered", "answered_at_least", "answered_at_most", "answered_difference",
     "full_refusal", "partial_refusal", "compliance", "refused", "discrimination", "incoherent", "incoherent_at_least",
     "incoherent_at_most", "incoherent_difference", "coherent_of_safe", "cut", "repetition", "gibberish",
-    "wrong_language", "prompt_echo",
+    "wrong_language", "prompt_echo", "flipped",
 )  # fmt: skip
 COLUMNS = (
-    "task", "metric", "judge", "category", "model", "method", "adapter", "seed", "versus", "versus_judge",
+    "task", "metric", "judge", "category", "model", "method", "adapter", "seed", "versus", "versus_judge", "twin",
     "value", "low", "high", "p_value", "n",
 )  # fmt: skip
+NATS = (KL, LOSS, LOSS_DIFFERENCE)  # per token, of which a hundredth is much
 # Settings of rows of a part of the prompts, or of two arms.
-_PARTS = ["category", "versus", "versus_adapter", "versus_judge"]
+_PARTS = ["category", "versus", "versus_adapter", "versus_judge", "twin"]
 PAPER_PROMPTS = "beavertails_eval"  # on which a judge's own measure of harm is shown
 # Of each kind, the figure takes the first that the rows have.
 PERFORMANCES = {
@@ -98,11 +99,12 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def cell(rows: pd.DataFrame, factor: int) -> str:
     """Mean and interval over seeds, or of one seed the interval over prompts in brackets; "-" without a value."""
     rows = rows[rows["value"].notna()]
-    text = over_seeds(rows["value"]).scaled(factor).text()
+    places = digits(str(rows["metric"].iloc[0])) if len(rows) else 2
+    text = over_seeds(rows["value"]).scaled(factor).text(places)
     if len(rows) != 1 or rows["low"].isna().all():
         return text
     low, high = (factor * rows[name].iloc[0] for name in ("low", "high"))
-    return f"{text} [{low:.2f}, {high:.2f}]"
+    return f"{text} [{low:.{places}f}, {high:.{places}f}]"
 
 
 def seeds_and_diverged(arms: pd.DataFrame) -> tuple[int, int]:
@@ -117,7 +119,8 @@ def outcome(arms: pd.DataFrame) -> str:
     return "" if not diverged else "diverged" if diverged == seeds else f"({diverged} of {seeds} diverged)"
 
 
-def _prompts(rows: pd.DataFrame) -> str:
+def prompts(rows: pd.DataFrame) -> str:
+    """The numbers of prompts behind rows, "200" or "100/200"."""
     return "/".join(map(str, sorted(set(rows["n"]))))
 
 
@@ -154,7 +157,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             + _paired_table(lines)
             + _agreement_table(lines)
         )
-        text += _category_table(lines)
+        text += _category_table(lines) + _stress_table(lines)
         for line in lines[lines["metric"] == DIVERGED].itertuples():
             text += f"\n{line.adapter or 'The base model'} diverged: {line.reason}.\n"
     modes = sorted({str(row["config"]["thinking"]) for row in rows if "thinking" in row["config"]})
@@ -165,6 +168,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "training seed would turn out.\nSeveral seeds: mean ± half-width of the 95 % interval over seeds, differences "
         "paired by seed.\n"
     )
+
+
+def digits(metric: str) -> int:
+    """The digits behind the point that tables show of a metric."""
+    return 4 if metric in NATS else 2
 
 
 def _factor(metric: str) -> int:
@@ -182,13 +190,13 @@ def _arms_table(lines: pd.DataFrame) -> str:
         ["task", "metric", "judge"], sort=False
     ):
         by_method = {method: rows[rows["method"] == method] for method in methods}
-        body.append([task, metric, judge or "-", _prompts(rows)])
+        body.append([task, metric, judge or "-", prompts(rows)])
         for method, some in by_method.items():
             shown = cell(some, _factor(metric)) if len(some) else ""
             body[-1].append(f"{shown} {outcomes[method]}".strip() or "-")
         if is_paired:
             first, second = (by_method[method].set_index("seed")["value"] for method in ("monolora", "lora"))
-            body[-1].append(paired(first, second).scaled(_factor(metric)).text(sign=True))
+            body[-1].append(paired(first, second).scaled(_factor(metric)).text(digits(metric), sign=True))
     header = ["task", "metric", "judge", "prompts", *methods, *(["monolora - lora"] if is_paired else [])]
     return markdown_table(header, body)
 
@@ -224,7 +232,7 @@ def refusal_table(lines: pd.DataFrame) -> str:
             rows[rows["metric"] == "discrimination"],
         )
         for parts in zip_longest(*([part for _, part in some.groupby("category", sort=False)] for some in chosen)):
-            cells = (["-", "-"] if part is None else [_prompts(part), cell(part, 100)] for part in parts)
+            cells = (["-", "-"] if part is None else [prompts(part), cell(part, 100)] for part in parts)
             body.append([task, judge, method, *chain.from_iterable(cells)])
     header = ["task", "judge", "arm", "harmful", "answered", "harmless", "refused", "pairs", "difference"]
     return _section("Harmful compliance and over-refusal", header, body)
@@ -244,10 +252,21 @@ def _category_table(lines: pd.DataFrame) -> str:
     lines = lines[(lines["category"] != "") & (lines["metric"] == shares)]
     methods = list(dict.fromkeys(lines["method"]))
     body = [
-        [f"{task}: {category}", judge, _prompts(rows), *(cell(rows[rows["method"] == m], 100) for m in methods)]
+        [f"{task}: {category}", judge, prompts(rows), *(cell(rows[rows["method"] == m], 100) for m in methods)]
         for (task, judge, category), rows in lines.groupby(["task", "judge", "category"], sort=False)
     ]
     return _section("Unsafe answers by category", ["category", "judge", "prompts", *methods], body)
+
+
+def _stress_table(lines: pd.DataFrame) -> str:
+    """Flip rates on twins of answers, a column for each judge."""
+    lines = lines[lines["twin"] != ""]
+    judges = list(dict.fromkeys(lines["judge"]))
+    body = []
+    for kind, rows in lines.groupby("twin", sort=False):
+        of_judges = [rows[rows["judge"] == judge] for judge in judges]
+        body.append([kind, *(f"{cell(some, 100)} of {prompts(some)}" for some in of_judges)])
+    return _section("Verdicts that flip on twins of answers", ["twin", *judges], body)
 
 
 def _section(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -271,170 +290,3 @@ def figure_panels(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
         if harm is not None:
             panels += panel(lines, f"{judge or 'this run'}: {harm.task}", performance, harm)
     return with_paper(panels, PERFORMANCES[performance])
-
-
-class Table2:
-    """A part of the paper's Table 2 from a recipe's rows: a line for each arm, a column for each measure.
-
-        accuracy = Measure("accuracy, %", "accuracy", factor=100)
-        print(Table2(run, "SST-2", [accuracy], {"lora": False, "monolora": True}).text())
-
-    Args:
-        run: its configuration names methods, judges, and whether it is a demonstration.
-        part: "SST-2" or "Dolly".
-        performance: measures of the task; the first is an axis of the figure.
-        adapters: kinds of adapters, in the order in which others are compared with them, and whether each has
-            latents; an arm without has no activations, so that none of them is zero by anything but construction.
-    """
-
-    def __init__(self, run: Run, part: str, performance: Sequence[Measure], adapters: Mapping[str, bool]) -> None:
-        self.run, self.part, self.performance, self.adapters = run, part, performance, adapters
-        self.lines = measured(run.rows)
-        self.steps = sorted(int(step) for step in set(self.lines["step"].dropna()))
-        trained = set(self.lines[self.lines["step"].isna()]["method"])
-        self.methods = [m for m in dict.fromkeys(["base", *run.config["methods"]]) if m in trained]
-        self.harms = [REFUSED]
-        self.columns = self._columns()
-
-    def _columns(self) -> list[Measure]:
-        """The measures that the run has rows for, in the order of Table 2, the refusals before."""
-        refused = [("harmful refused, %", "refused_harmful"), ("look-alikes refused, %", "refused_lookalike")]
-        columns = [Measure(title, metric, "refusal_offline", factor=100) for title, metric in refused]
-        tasks = list(dict.fromkeys(self.lines[self.lines["judge"] != ""]["task"]))
-        for judge in self.run.config["judges"]:
-            kind = judge_kind(judge)
-            for task in tasks:
-                name = short_name(judge) if len(tasks) == 1 else f"{short_name(judge)}, {task}"
-                if kind.has_policies:
-                    scores = {**{f"score_{policy}": policy for policy in TABLE_2_HEADER[:4]}, "score": "average"}
-                    columns += [Measure(f"{name}: {title}", metric, task, judge) for metric, title in scores.items()]
-                columns.append(Measure(f"{name}: {kind.unsafe}, %", kind.unsafe, task, judge, 100))
-                measures = [harm for harm in harms(judge, [task]) if len(harm.rows(self.lines))]
-                if measures and not any(column[1:4] == measures[0][1:4] for column in columns):
-                    columns.append(measures[0]._replace(title=f"{name}: {measures[0].title}"))
-                self.harms += measures[:1]
-        columns.append(Measure("alignment sparsity, %", "alignment_sparsity", factor=100))
-        columns.append(Measure("task sparsity, %", "task_sparsity", factor=100))
-        columns = [column for column in [*columns, *self.performance] if len(column.lines(self.lines))]
-        return columns or [self.performance[0]]  # of arms that all diverged
-
-    def text(self) -> str:
-        """The table as Markdown, with differences, training steps and the paper's numbers below."""
-        config = self.run.config
-        text = f"# Table 2, {self.part}: alignment, sparsity and task performance\n\n"
-        if config["demonstration"]:
-            text += "A small-scale demonstration on the offline model, which says nothing of large ones.\n\n"
-        body = [
-            [
-                method,
-                str(seeds_and_diverged(self._arm(method))[0]),
-                *(self.cell(column, method) for column in self.columns),
-            ]
-            for method in self.methods
-        ]
-        text += markdown_table(["method", "runs", *(column.title for column in self.columns)], body)
-        text += f"\n{self._counts()}\nSeveral runs: mean ± half-width of the 95 % interval over seeds. One run: in "
-        text += "brackets the 95 % interval over prompts, which leaves\nout how another seed would turn out. Sparsity "
-        text += "is the share of exact zeros in sigma(A x) on the prompts; LoRA has no\nsigma, so 0 by construction.\n"
-        if "thinking" in config:  # rows of earlier versions do not say it
-            text += f"Thinking was {config['thinking']}, in training, scores and answers of all arms.\n"
-        text += self._diverged() + self._differences() + self._per_step()
-        text += f"\n## The paper's Table 2, {self.part}: Llama-2-7b-chat, another model and another scale\n\n"
-        text += markdown_table(["method", *TABLE_2_HEADER], [[m, *row] for m, row in TABLE_2[self.part].items()])
-        return text + (
-            "\nShieldGemma's scores (x 100), sparsities, the share that BeaverDam flags, and performance, in %. One "
-            "run.\n"
-        )
-
-    def draw(self) -> None:
-        """Write the figure of safety against performance into the run's folder, where safety was measured."""
-        panels = []
-        for harm in self.harms:
-            title = f"{short_name(harm.judge)}: {harm.task}" if harm.judge else "offline corpus"
-            for method in self.methods:
-                seeds, diverged = seeds_and_diverged(self._arm(method))
-                title += f"\n{method}: {diverged} of {seeds} diverged" if diverged else ""
-            panels += panel(self.lines, title, self.performance[0], harm)
-        if panels and self.run.is_main:
-            self.run.folder.mkdir(parents=True, exist_ok=True)
-            figure = safety_against_performance(with_paper(panels, self.part))
-            figure.savefig(self.run.folder / FIGURE, dpi=200)
-
-    def _arm(self, method: str, step: int | None = None) -> pd.DataFrame:
-        at_step = self.lines["step"].isna() if step is None else self.lines["step"] == step
-        return self.lines[(self.lines["method"] == method) & at_step]
-
-    def cell(self, measure: Measure, method: str, step: int | None = None) -> str:
-        """A measure of an arm; says of how many seeds it lacks the value because they diverged."""
-        arm = self._arm(method, step)
-        diverged = outcome(arm)
-        if diverged == "diverged":
-            return diverged
-        rows = measure.rows(arm)
-        if rows.empty:
-            has_none = self.adapters.get(method.partition("+")[0]) is False
-            return "0" if measure.metric.endswith("_sparsity") and has_none else "-"
-        return f"{cell(rows, measure.factor)} {diverged}".strip()
-
-    def difference(self, measure: Measure, method: str, other: str) -> Interval:
-        """Between two arms: on the same prompts and with the same seeds; the base is one for all seeds."""
-        first, second = (measure.rows(self._arm(name)).set_index("seed")["value"] for name in (method, other))
-        if other == "base" and len(second):
-            second = pd.Series(second.iloc[0], first.index)
-        return paired(first, second)
-
-    def _counts(self) -> str:
-        by_count: dict[str, list[str]] = {}
-        for c in self.columns:
-            by_count.setdefault(_prompts(c.lines(self.lines)), []).append(c.title.partition(", %")[0])
-        return "Prompts: " + "; ".join(f"{number} ({', '.join(titles)})" for number, titles in by_count.items()) + "."
-
-    def _diverged(self) -> str:
-        """Which arms have no results because their training diverged, and why."""
-        marked = self.lines[self.lines["metric"] == DIVERGED]
-        body = ""
-        for method in self.methods:
-            for line in marked[marked["method"] == method].itertuples():
-                step = "" if pd.isna(line.step) else f", step {int(line.step)}"
-                seed = None if pd.isna(line.seed) else int(line.seed)
-                body += f"- {method}, seed {seed}{step}: {line.reason}.\n"
-        return f"\nDiverged, so without results and in no mean or figure:\n\n{body}" if body else ""
-
-    def _differences(self) -> str:
-        """Each arm against the first kind of adapter, the base and the other kinds."""
-        names = list(self.adapters)
-        measures = [column for column in self.columns if not column.metric.endswith("_sparsity")]
-        body = []
-        for other in (name for name in (names[0], "base", *names[1:]) if name in self.methods):
-            for method in self.methods:
-                is_compared = other in names and method in names and names.index(method) < names.index(other)
-                if method in ("base", other) or is_compared:
-                    continue
-                body.append([f"{method} - {other}"])
-                for measure in measures:
-                    is_lost = "diverged" in (self.cell(measure, method), self.cell(measure, other))
-                    scaled = self.difference(measure, method, other).scaled(measure.factor).text(sign=True)
-                    body[-1].append("diverged" if is_lost else scaled)
-        if not body:
-            return ""
-        text = "\n## Differences on the same prompts, paired by seed\n\n"
-        text += markdown_table(["arms", *(measure.title for measure in measures)], body)
-        first = self.performance[0]
-        gain = self.difference(first, "monolora", "lora")
-        if gain.n:
-            scaled = gain.scaled(first.factor).text(sign=True)
-            text += f"\nMonoLoRA - LoRA, paired by seed: {scaled} points of {first.title.partition(', %')[0]}.\n"
-        return text
-
-    def _per_step(self) -> str:
-        if not self.steps:
-            return ""
-        has_steps = self.lines[self.lines["step"].notna()]
-        measures = [column for column in self.columns if len(column.rows(has_steps))] or self.columns[-1:]
-        body = [
-            [method, str(step or "end"), *(self.cell(measure, method, step) for measure in measures)]
-            for method in self.methods
-            if method != "base"
-            for step in (*self.steps, None)
-        ]
-        return "\n## Per training step\n\n" + markdown_table(["method", "step", *(m.title for m in measures)], body)

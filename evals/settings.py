@@ -158,6 +158,56 @@ class FolderSettings:
 
 
 @dataclass
+class StressSettings:
+    """Settings of `stress`; `evals.stress.stress` checks them."""
+
+    answers: list[str] = option(
+        [],
+        help="A folder with completions.jsonl, or such a file; without it a few answers that come with evals.",
+        positional=True,
+        metavar="ANSWERS",
+    )
+    output_dir: str | None = option(None, help="For the twins and verdicts; by default ANSWERS/stress.")
+    limit: int = option(50, help="How many answers, drawn by the seed.")
+    seed: int = option(0, help="Of the draw and of the twins.")
+
+
+@dataclass
+class ForgettingSettings:
+    """Settings of `forgetting`; `evals.forgetting_rows.measure_forgetting` checks what they name.
+
+    Raises:
+        ValueError: a number is not allowed, or an adapter is named twice.
+    """
+
+    model: str = option(help="Folder or name on the hub; or `offline` for the offline model.", changes_results=False)
+    output_dir: str = option(help="For results.jsonl; may be a folder of generate.", changes_results=False)
+    adapters: list[Adapter] = option(
+        [], help="Adapters of the model.", changes_results=False, nargs="*", metavar="[NAME=]FOLDER"
+    )
+    texts: str | None = option(
+        None,
+        help="File with the column text, or prompt and response (jsonl, csv, parquet, ...), instead of the 48 "
+        "paragraphs of evals/neutral_text.jsonl.",
+        changes_results=False,
+        metavar="FILE",
+    )
+    batch_size: int = option(4, help="Texts at a time.", changes_results=False)
+    dtype: str = option("auto", help=f"Of the weights: {_DTYPE_HELP}.")
+    load_in_4bit: bool = option(False, help="The base in NF4, through bitsandbytes.")
+
+    def __post_init__(self) -> None:
+        self.adapters = [Adapter(a) if isinstance(a, str) else a for a in self.adapters]
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size is {self.batch_size}, allowed is 1 or more.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype is {self.dtype!r}, allowed are {', '.join(DTYPES)}.")
+        twice = [name for name, count in Counter(a.name for a in self.adapters).items() if count > 1]
+        if twice:
+            raise ValueError(f"--adapters has {', '.join(twice)} more than once; name each once.")
+
+
+@dataclass
 class CompareSettings:
     """Settings of `compare`; `evals.compare.compare` checks the runs."""
 

@@ -54,13 +54,14 @@ def draw_tokens(
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError("an encoder-decoder model has two texts a row, and `input_ids` names one: not supported.")
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    vocabulary = getattr(embeddings, "num_embeddings", len(embeddings.weight))  # ZeRO-3's weights are empty
     generator = torch.Generator().manual_seed(seed)
     drawn: list[_Drawn] = []
     total = held = 0
     highest = 1.0  # no token with a number from here on can be among the lowest
     for number, batch in enumerate(batches):
         inputs = {key: value for key, value in batch.items() if key != "silent_mask"}
-        positions = counted_tokens(batch, number, len(embeddings.weight)).flatten().nonzero().flatten().cpu()
+        positions = counted_tokens(batch, number, vocabulary).flatten().nonzero().flatten().cpu()
         total += len(positions)
         numbers = torch.rand(len(positions), dtype=torch.float64, generator=generator)
         own = _Drawn(inputs, positions, numbers).below(highest)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evals.judges import Judge
@@ -20,6 +20,14 @@ def model_folder() -> Path:
     from offline.language_model import offline_model
 
     return offline_model()
+
+
+def neutral_rows() -> list[dict[str, Any]]:
+    """Everyday requests of the held-out corpus with the answers of its grammar: `prompt`, `response`."""
+    from offline.language_model import corpus
+
+    everyday = [example for example in corpus("heldout") if example.kind == "everyday"]
+    return [{"prompt": example.prompt, "response": example.response} for example in everyday[:100]]
 
 
 def make_judge() -> Judge:

@@ -16,12 +16,23 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
 from evals.contents import adapter_checksums, checksum, model_checksums, task_checksums
+from evals.forgetting import (
+    LOSS,
+    TASK,
+    ForgettingError,
+    NeutralTexts,
+    check_base_beneath,
+    forgetting,
+    loss_per_token,
+    losses,
+    measures,
+)
 from evals.generate import GenerateSettings, generate, load_task, task_manager
 from evals.judge import judge
 from evals.models import attached, hub_commit
 from evals.records import COMPLETIONS, has_answers, read_completions
 from mono_peft import activation_sparsity
-from vision_bench.runs import DIVERGED
+from vision_bench.runs import DIVERGED, Run
 
 if TYPE_CHECKING:
     from table2 import Table2Settings
@@ -158,3 +169,38 @@ def alignment_sparsity(comparison: Comparison) -> None:
         with attached(base, trained.adapter) as model:
             measured = activation_sparsity(model, batches)
         run.add("alignment_sparsity", measured.overall, **comparison.common(start, len(prompts)), **trained.arm)
+
+
+def check_neutral_texts(run: Run, texts: NeutralTexts) -> None:
+    """Raise ValueError if the folder's forgetting was measured on other texts."""
+    if any(row["config"].get("neutral_texts") != texts.checksum for row in run.find(LOSS)):
+        raise ValueError(
+            f"{run.folder} holds forgetting measured on other neutral texts: choose another --output_dir, or give "
+            "--neutral_file as before."
+        )
+
+
+def forgetting_rows(comparison: Comparison, texts: NeutralTexts) -> None:
+    """KL to the base and loss on neutral texts, of the base and of every adapter at the end of its training."""
+    run, batch_size = comparison.run, comparison.training.per_device_eval_batch_size
+    every = [trained for trained in all_scored(comparison) if trained.step is None]
+    lacking = [trained for trained in every if not run.find(LOSS, task=TASK, **trained.arm)]
+    if not lacking:
+        return
+    base = load_base(comparison.training, comparison.options)
+    before = losses(base, texts, batch_size=batch_size)
+    for trained in lacking:
+        start, rows = time.monotonic(), [(LOSS, loss_per_token(before))]
+        if trained.seed is not None:
+            with attached(base, trained.adapter) as model:
+                try:
+                    check_base_beneath(model, texts, before)
+                    measured = measures(forgetting(model, texts, batch_size=batch_size))
+                except (ForgettingError, FloatingPointError) as error:
+                    print(f"{trained.name}: {error}")
+                    continue
+            rows = [(metric, estimate) for metric, estimate, row in measured if not row]
+        for metric, estimate in rows:
+            about = {"task": TASK, "neutral_texts": texts.checksum, "low": estimate.low, "high": estimate.high}
+            if not run.find(metric, task=TASK, **trained.arm):
+                run.add(metric, estimate.value, **comparison.common(start, estimate.n), **about, **trained.arm)

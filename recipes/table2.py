@@ -18,7 +18,14 @@ import yaml
 from accelerate import PartialState
 from arms import ADAPTERS, ArmSettings, check_arms, trained_arms
 from comparison import Comparison, cells, is_path, is_whole, load_tokenizer, not_sharded, train
-from evaluation import alignment_sparsity, evaluate, evaluation_contents, generation
+from evaluation import (
+    alignment_sparsity,
+    check_neutral_texts,
+    evaluate,
+    evaluation_contents,
+    forgetting_rows,
+    generation,
+)
 from experiments import CannotShow, Experiment
 from task import Content, Pair, Task, check_contents, fitted, fitting, load_pairs
 from trl import ModelConfig, SFTConfig, TrlParser
@@ -26,8 +33,10 @@ from trl import ModelConfig, SFTConfig, TrlParser
 import offline
 from evals.contents import checksum
 from evals.figures import Measure
+from evals.forgetting import neutral_texts, read_neutral_texts
 from evals.judge import check_judging
-from evals.report import Table2, short_name
+from evals.report import short_name
+from evals.table_2 import Table2
 from offline.finetuning import poison_pairs, safety_pairs
 from offline.judge import offline_judge
 from vision_bench.runs import Run, defaults
@@ -35,7 +44,8 @@ from vision_bench.runs import Run, defaults
 CONFIGS = Path(__file__).parent / "configs"
 
 # Settings that say where something is or how fast it is worked on. `contents` has what is there instead.
-_PLACES = ("dataset_name", "train_file", "eval_file", "safety_file", "poison_file", "judge_batch_size", "judges")
+_PLACES = ("dataset_name", "train_file", "eval_file", "safety_file", "poison_file", "neutral_file",
+           "judge_batch_size", "judges")  # fmt: skip
 _MODEL_PLACES = ("model_name_or_path", "model_revision")
 # Of TRL's: where to write, what to say, when to save, and how memory and data loading are organised.
 _IRRELEVANT = re.compile(
@@ -75,6 +85,10 @@ class Table2Settings(ArmSettings):
     max_new_tokens: int | None = field(default=None, metadata={"help": "Of an answer; None: as the task says, 512."})
     refusal_prompts: int | None = field(
         default=None, metadata={"help": "Of refusal_offline: so many harmful and so many look-alikes; None: all."}
+    )
+    neutral_file: str | None = field(
+        default=None,
+        metadata={"help": "For KL to the base and loss: `text`, or `prompt` and `response`; None: texts of evals."},
     )
     eval_every: int | None = field(
         default=None, metadata={"help": "Keep and evaluate a checkpoint every so many training steps."}
@@ -203,6 +217,9 @@ def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: 
     tokenizer, config = load_tokenizer(settings, training, options, arms)
     context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     task = fitted(task, tokenizer, context, training.max_length)
+    is_generated = is_demonstration and settings.neutral_file is None
+    rows = offline.neutral_rows() if is_generated else read_neutral_texts(settings.neutral_file)
+    neutral = neutral_texts(tokenizer, rows, context=context)
     answers = generation(task, settings, training, options)
     contents |= evaluation_contents(answers, tokenizer, config, options)
     check_contents(Path(training.output_dir), task.recipe, contents)
@@ -225,6 +242,7 @@ def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: 
                 )
     comparison = Comparison(task, run, settings, training, options, arms, tokenizer, config)
     comparison.check_checkpoints()
+    check_neutral_texts(run, neutral)
 
     run.bind()
     train(comparison, pairs)
@@ -232,6 +250,7 @@ def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: 
         with not_sharded(training):
             evaluate(comparison, answers, judge_folders)
             alignment_sparsity(comparison)
+            forgetting_rows(comparison, neutral)
     return run
 
 

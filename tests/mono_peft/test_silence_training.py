@@ -3,9 +3,11 @@
 import copy
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from datasets import Dataset
 from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import (
@@ -68,10 +70,10 @@ def arguments(config_class, folder, **options):
     )  # fmt: skip
 
 
-def sft(base, rows, tokenizer, folder, batches, callbacks=None, dropout=0.0, rows_per_step=8, **options):
+def sft(base, rows, tokenizer, folder, batches, callbacks=None, dropout=0.0, rows_per_step=8, bias=False, **options):
     trainer = SFTTrainer(
         copy.deepcopy(base), arguments(SFTConfig, folder, **options), train_dataset=rows, processing_class=tokenizer,
-        peft_config=MonoLoraConfig(**ADAPTER, lora_dropout=dropout), callbacks=callbacks,
+        peft_config=MonoLoraConfig(**ADAPTER, lora_dropout=dropout, encoder_bias=bias), callbacks=callbacks,
     )  # fmt: skip
     if batches is not None:
         Silence(trainer.model, batches, rows_per_step=rows_per_step).attach(trainer)
@@ -160,6 +162,36 @@ def test_accumulated_gradients_get_the_hinge_once(base, rows, tokenizer, batches
     halves.train()
     for name, weight in weights(whole).items():
         torch.testing.assert_close(weights(halves)[name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_added_in_the_backward_pass_it_is_the_same(base, rows, tokenizer, batches, tmp_path, monkeypatch, bias):
+    """The way that DeepSpeed needs, here without it: tests/distributed/test_silence_launch.py launches that."""
+    options = {"max_steps": 6, "max_grad_norm": 0, "bias": bias}
+    whole = sft(base, rows, tokenizer, tmp_path, batches, **options)
+    whole.train()
+    deepspeed = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, num_processes=1)
+    monkeypatch.setattr("mono_peft.silence.AcceleratorState", lambda: deepspeed)
+    monkeypatch.setattr(Silence, "add_gradients", None)
+    halves = sft(
+        base, rows, tokenizer, tmp_path, batches, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        gradient_checkpointing=True, **options,
+    )  # fmt: skip
+    halves.train()
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weights(halves)[name], weight, rtol=1e-4, atol=1e-5)
+    for measure in ("silence_loss", "silence_fired"):
+        assert logged(halves, measure) == pytest.approx(logged(whole, measure), rel=1e-4)
+    assert not any(p._backward_hooks for p in halves.model.parameters())
+
+
+def test_deepspeed_that_clips_is_told(base, rows, tokenizer, batches, tmp_path, monkeypatch):
+    deepspeed = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, num_processes=1)
+    monkeypatch.setattr("mono_peft.silence.AcceleratorState", lambda: deepspeed)
+    trainer = sft(base, rows, tokenizer, tmp_path, batches)
+    trainer.callback_handler.optimizer = SimpleNamespace(optimizer=SimpleNamespace(clip_grad=1.0))
+    with pytest.warns(UserWarning, match=r"DeepSpeed clips the task's gradient and the hinge's together"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
 def test_what_is_logged_reaches_loggers(base, rows, tokenizer, batches, tmp_path):

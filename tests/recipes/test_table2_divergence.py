@@ -55,7 +55,7 @@ class TestDivergence:
         line = next(line for line in table.splitlines() if line.startswith("| monolora | 2 |"))
         assert set(line.split("|")[3:-1]) == {" diverged "}
         lora = next(line for line in table.splitlines() if line.startswith("| lora | 2 |"))
-        assert lora.count("(1 of 2 diverged)") == 2
+        assert lora.count("(1 of 2 diverged)") == 4  # safety, KL, loss and accuracy
         assert "- monolora, seed 1: the training loss is not finite." in table
         assert "- lora, seed 1, step 2: " in table
 
