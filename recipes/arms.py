@@ -105,6 +105,7 @@ class Arm(NamedTuple):
     encoder_bias: bool = False  # whether MonoLoRA's sigma acts on A x + b
     # What is done for the safety pairs beside; 0 where it is not.
     silence_weight: float = 0.0
+    starts_apart: bool = False  # whether units start on the task and off the safety pairs, and end off these
     kl_weight: float = 0.0
     nullspace_energy: float = 0.0
     safelora_share: float = 0.0
@@ -157,6 +158,7 @@ CONTROLS = {
     "silence": Control(
         "silence_weight", lambda arm, value: arm._replace(silence_weight=value), _POSITIVE, ("monolora",)
     ),
+    "apart": Control(None, lambda arm, _: arm._replace(starts_apart=True, encoder_bias=True), methods=("monolora",)),
     "kl": Control("kl_weight", lambda arm, value: arm._replace(kl_weight=value), _POSITIVE, ("lora", "monolora")),
     "nullspace": Control(
         "nullspace_energy",
@@ -248,6 +250,9 @@ def check_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig)
             f"{methods}."
         )
     for method, controls in parts:
+        names = [name for name, _ in controls]
+        if "apart" in names and "silence" not in names:
+            raise ValueError(f"--methods has {method}+apart without silence: apart from what? Give +apart+silence.")
         for name, number in controls:
             control = CONTROLS[name]
             strength = _strength(control, number, settings)
