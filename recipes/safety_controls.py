@@ -69,7 +69,8 @@ def attach_safety_control(
         )
         silence.attach(trainer)
         if arm.starts_apart:
-            silence.start_apart(safety_batches(tokenizer, rows[:_TASK_ROWS]))
+            drawn = random.Random(trainer.args.seed).sample(list(rows), min(_TASK_ROWS, len(rows)))
+            silence.start_apart(safety_batches(tokenizer, drawn))
             trainer.callback_handler.callbacks.insert(0, LowerBiases(silence))  # ahead of what Silence warns of
 
 
