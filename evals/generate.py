@@ -97,7 +97,7 @@ def generate(settings: GenerateSettings) -> Run:
         _check_names(run, settings)
         contents = {arm.name: arm.checksums for arm in arms}
         check_contents(run, settings.model, answered.values(), contents, checksums)
-        generation = _Generation(run, settings, arms, manager, loaded, checksums)
+        generation = Generation(run, settings, arms, manager, loaded, checksums)
         missing = generation.missing()
         if not missing:
             return run
@@ -255,7 +255,7 @@ def load_task(
 
 
 @dataclass(frozen=True)
-class _Generation:
+class Generation:
     """The rows of a folder: which are missing, and how they are made."""
 
     run: Run

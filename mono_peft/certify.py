@@ -31,7 +31,7 @@ from .firing import Firing, Watch, watched
 from .layer import MonoLoraConvolution, MonoLoraLayer
 from .loading import LoadError, adapter_config, adapter_tensors, base_model, command_parser, tokenizer_of, with_adapter
 from .names import peft_type
-from .silence import NeverSilentError, silenceable_adapters
+from .silenceable import NeverSilentError, silenceable_adapters
 from .silent_inputs import counted_tokens, without_adapters
 from .state_dicts import DivergedError, check_finite
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import DistributedType
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast, gather_object
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.nn.functional import linear
+from torch.utils.hooks import RemovableHandle
 
-from .activity import active_adapters, uncompiled
-from .layer import MonoLoraLayer
+from .activity import uncompiled
 from .logged import LoggedMeasures
+from .overlap import check_training_prompts
 from .row_storage import RowStorage
-from .silent_inputs import base_inputs, digest_of, draw_tokens
+from .silenceable import check_ranges, check_trainer, check_what_trains, trainable_layers
+from .silent_inputs import Group, base_inputs, digest_of, draw_tokens
 from .targets import listed
 
 if TYPE_CHECKING:
@@ -27,10 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHANGED = 0.05  # relative difference of the base's inputs from which on it counts as another base
-
-
-class NeverSilentError(ValueError):
-    """The model has no adapter, or one that has no half-space where it adds nothing."""
 
 
 class Hinge(NamedTuple):
@@ -56,17 +56,17 @@ class Silence(LoggedMeasures):
         silence = Silence(trainer.model, [tokenizer(texts, padding=True, return_tensors="pt")])
         silence.attach(trainer)
 
-    works with transformers' Trainer and TRL's (SFT, DPO, Reward, GRPO), one process or DDP, whatever accumulates the
-    gradients. Beside the loss are logged, of the rows of the last step, `silence_loss`, the hinge without its weight,
-    and `silence_fired`, the share of pairs of a module and a row on which a unit fires. In a loop of your own call
-    `add_gradients(step)` before each `optimizer.step()`, on gradients that are not scaled; there, with several
-    processes, all need the same batches. After training a warning tells what share of the cached rows still fires
-    (`fired_by_module`), if any does.
+    works with transformers' Trainer and TRL's (SFT, DPO, Reward, GRPO), one process, DDP or DeepSpeed, whatever
+    accumulates the gradients. Beside the loss are logged, of the rows of the last step, `silence_loss`, the hinge
+    without its weight, and `silence_fired`, the share of pairs of a module and a row on which a unit fires. In a loop
+    of your own call `add_gradients(step)` before each `optimizer.step()`, on gradients that are not scaled; there,
+    with several processes, all need the same batches. After training a warning tells what share of the cached rows
+    still fires (`fired_by_module`), if any does.
 
     The hinge is what is trained; what holds afterwards, `mono_peft.certify` tells. Some rows may still fire, and then
     later modules see other inputs than those that were constrained. Trainer clips the task's gradient before the
     hinge's is added, which is never longer than weight / r times the rows' mean length for a unit's row of A, and
-    than weight / r for its b.
+    than weight / r for its b. DeepSpeed clips their sum.
 
     Args:
         model: with active, trainable MonoLoRA adapters on linear layers whose sigma is relu, relu2 or relu6; for a
@@ -97,8 +97,9 @@ class Silence(LoggedMeasures):
         ValueError: an option is out of range, `batches` has no token that counts or tokens that the model does not
             have, an adapter is frozen or not on a linear layer, something before it is trained too, or the base
             computes NaN. In `on_train_begin`: the trainer trains another model or this one's base was changed, or it
-            works in a way in which the gradient could not be added (DeepSpeed, FSDP, float16's scaled gradients,
-            optimizers that step in the backward pass).
+            works in a way in which the gradient could not be added (FSDP, float16's scaled gradients, optimizers that
+            step in the backward pass), the processes have other batches than one another, or all training prompts are
+            among the silent texts (some are told).
     """
 
     def __init__(
@@ -113,21 +114,31 @@ class Silence(LoggedMeasures):
         memory_budget: int = 2**32,
         seed: int = 0,
     ) -> None:
-        _check_ranges(weight, margin, rows_per_step, rows_per_module, memory_budget, seed)
+        check_ranges(weight, margin, rows_per_step, rows_per_module, memory_budget, seed)
         self.model = uncompiled(model)
         self.weight, self.margin, self.rows_per_step, self.seed = weight, margin, rows_per_step, seed
-        self._layers = _trainable_layers(self.model)
-        _check_what_trains(self.model, self._layers)
+        self._layers = trainable_layers(self.model)
+        check_what_trains(self.model, self._layers)
         if isinstance(batches, Mapping):
             raise ValueError("`batches` must be a list of batches, got one batch: put it in a list.")
         tokens, self.silent_tokens = draw_tokens(self.model, batches, rows_per_module, seed)
-        self._first = tokens[0]
+        self._tokens = tokens
         self._digest = digest_of(tokens, (weight, margin, rows_per_step, seed))
-        self._groups = base_inputs(self.model, self._layers, tokens, RowStorage(memory_budget))
+        self._memory_budget = memory_budget
+        self._groups: list[Group] = []
+        self._hooks: list[RemovableHandle] = []
+        self._hinges_in_backward: dict[nn.Linear, Hinge] = {}  # of the present step
+        self._added: set[nn.Parameter] = set()
+        if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            self._compute_inputs()
+        # Else ZeRO-3 has cut the weights up, and only DeepSpeed's engine, in training, can put a layer together.
         self._measured: list[Hinge] = []  # of the present step
         self._loss: torch.Tensor | None = None
         self._fired: torch.Tensor | None = None
-        drawn = sum(len(batch.positions) for batch in tokens)
+
+    def _compute_inputs(self) -> None:
+        self._groups = base_inputs(self.model, self._layers, self._tokens, RowStorage(self._memory_budget))
+        drawn = sum(len(batch.positions) for batch in self._tokens)
         megabytes = self.cached_bytes / 2**20, self.mapped_bytes / 2**20
         logger.info("cached %d of %d tokens, %.1f MiB, %.1f of them on disk", drawn, self.silent_tokens, *megabytes)
 
@@ -216,9 +227,10 @@ class Silence(LoggedMeasures):
         for rows, encoders, _ in self._groups:
             for name, encoder in encoders.items():
                 dtype = torch.promote_types(encoder.weight.dtype, torch.float32)
-                matrix, bias = encoder.weight.to(dtype), None if encoder.bias is None else encoder.bias.to(dtype)
-                latents = (linear(part.to(matrix.device, dtype), matrix, bias) for part in rows.split(1024))
-                shares[name] = sum(int((latent > 0).any(1).sum()) for latent in latents) / len(rows)
+                with gather_params_ctx(list(encoder.parameters())):  # which ZeRO-3 has cut up
+                    matrix, bias = encoder.weight.to(dtype), None if encoder.bias is None else encoder.bias.to(dtype)
+                    latents = (linear(part.to(matrix.device, dtype), matrix, bias) for part in rows.split(1024))
+                    shares[name] = sum(int((latent > 0).any(1).sum()) for latent in latents) / len(rows)
         return shares
 
     def on_train_begin(
@@ -229,28 +241,70 @@ class Silence(LoggedMeasures):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_trainer(args)
+        check_trainer(args)
         trained = {id(parameter) for parameter in model.parameters()} if model is not None else set()
-        if not all(id(encoder.weight) in trained for group in self._groups for encoder in group.encoders.values()):
+        if not all(id(encoder.weight) in trained for _, _, encoder in self._layers):
             raise ValueError(
                 "the trainer trains another model than the one that Silence was built for: build it with "
                 "`trainer.model`, after the trainer, which may have added the adapter or copied the model."
             )
-        self._check_base()
+        check_training_prompts(
+            (tokens.batch for tokens in self._tokens), getattr(kwargs.get("train_dataloader"), "dataset", None)
+        )
+        processes = AcceleratorState().num_processes
+        if processes > 1 and len(set(gather_object([self._digest]))) > 1:
+            raise ValueError(
+                "the processes have other batches, or options of Silence, than one another: every process needs the "
+                "same, or their adapters would differ."
+            )
+        if self._groups:
+            self._check_base()
+        else:
+            self._compute_inputs()
         self._groups = [group if group.mapped else group.on_device() for group in self._groups]
-        if AcceleratorState().num_processes > 1:
-            if len(set(gather_object([self._digest]))) > 1:
-                raise ValueError(
-                    "the processes have other batches, or options of Silence, than one another: every process needs "
-                    "the same, or their adapters would differ."
-                )
+        if processes > 1:
             for group in self._groups:
                 for part in group.rows.split(1024):
                     part.copy_(broadcast(part.to(group.device)))
+        if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+            self._add_in_backward()
+            if getattr(getattr(kwargs.get("optimizer"), "optimizer", None), "clip_grad", 0):
+                warnings.warn(
+                    "DeepSpeed clips the task's gradient and the hinge's together, where other training clips the "
+                    "task's alone: while the hinge's is long, the task learns less from a step. Set `max_grad_norm` "
+                    "to 0 for the adapter of one process that does not clip.",
+                    stacklevel=2,
+                )
+
+    def _add_in_backward(self) -> None:
+        """Add the hinge's gradient to the task's in the backward pass, for engines that take gradients away there."""
+        self._remove_hooks()
+        for rows, encoders, _ in self._groups:
+            for encoder in encoders.values():
+                for number, parameter in enumerate(encoder.parameters()):
+                    hook = partial(self._with_hinge, rows, encoder, number, parameter)
+                    self._hooks.append(parameter.register_hook(hook))
+
+    @torch.no_grad()
+    def _with_hinge(
+        self, rows: torch.Tensor, encoder: nn.Linear, number: int, parameter: nn.Parameter, gradient: torch.Tensor
+    ) -> torch.Tensor:
+        """The task's gradient of A (number 0) or b (1), plus the hinge's once in the last backward pass of a step."""
+        if parameter in self._added or not GradientState().sync_gradients:
+            return gradient
+        self._added.add(parameter)
+        if encoder not in self._hinges_in_backward:  # A is whole here, under ZeRO-3 too
+            (self._hinges_in_backward[encoder],) = self._hinges_of(rows, [encoder])
+        return gradient + self._hinges_in_backward[encoder].gradients[number].to(gradient.dtype)
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def _check_base(self) -> None:
         """Raise unless the base still computes what is cached."""
-        fresh = base_inputs(self.model, self._layers, [self._first], RowStorage(float("inf")))
+        fresh = base_inputs(self.model, self._layers, self._tokens[:1], RowStorage(float("inf")))
         for now, cached in zip(fresh, self._groups, strict=True):
             before = cached.rows[: len(now.rows)].to(now.rows.device).float()
             change = (now.rows.float() - before).norm() / before.norm()
@@ -260,14 +314,34 @@ class Silence(LoggedMeasures):
                     f"{change:.0%} from the cached ones. Build Silence last, right before training."
                 )
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._hooks:
+            self._added.clear()
+            self._hinges_in_backward.clear()
+            self._draw_rows(state.global_step)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.add_gradients(state.global_step)
+        if not self._hooks:
+            self.add_gradients(state.global_step)
+            return
+        missed = [name for name, _, encoder in self._layers if encoder not in self._hinges_in_backward]
+        if missed:
+            warnings.warn(
+                f"{listed(missed, 3)} got no gradient from the task, so that none of the hinge's could be added.",
+                stacklevel=2,
+            )
+        self._measured = list(self._hinges_in_backward.values())
+        if self._measured:
+            self._end_step()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._remove_hooks()
         shares = self.fired_by_module()
         if any(shares.values()):
             most = max(shares, key=lambda name: shares[name])
@@ -281,115 +355,3 @@ class Silence(LoggedMeasures):
 
     def measures(self, state: TrainerState) -> dict[str, float]:
         return {} if self._loss is None else {"silence_loss": self.loss, "silence_fired": self.fired}
-
-
-def silenceable_adapters(model: nn.Module) -> list[tuple[str, MonoLoraLayer, str]]:
-    """The active MonoLoRA adapters of a model, as names of layers, layers, and names of adapters.
-
-    Raises:
-        NeverSilentError: there is none, or a sigma is not exactly zero below zero.
-    """
-    adapters = list(active_adapters(model))
-    if not adapters:
-        raise NeverSilentError(
-            "the model has no active MonoLoRA adapter: only it has a half-space, A x <= 0, where it adds nothing. "
-            "LoRA adds s B A x, which is zero on a subspace only, so that it changes every text."
-        )
-    for name, layer, adapter in adapters:
-        sigma = layer.monolora_activation[adapter]
-        if sigma(torch.tensor([-1e4, -1.0, -1e-4, 0.0])).any():
-            raise NeverSilentError(
-                f"the sigma of {name} is {type(sigma).__name__}, which is not exactly zero where A x <= 0, so that "
-                "the adapter adds something to every text. Train with activation='relu', 'relu2' or 'relu6'."
-            )
-    return adapters
-
-
-def _check_ranges(
-    weight: float, margin: float, rows_per_step: int, rows_per_module: int, memory_budget: int, seed: int
-) -> None:
-    if not 0 < weight < float("inf"):
-        raise ValueError(f"`weight` must be a positive, finite number, got {weight!r}.")
-    if not 0 <= margin < float("inf"):
-        raise ValueError(f"`margin` must be a finite number that is not negative, got {margin!r}.")
-    for name, rows in {"rows_per_step": rows_per_step, "rows_per_module": rows_per_module}.items():
-        if not isinstance(rows, int) or rows < 1:
-            raise ValueError(f"`{name}` must be a positive integer, got {rows!r}.")
-    if memory_budget < 0:
-        raise ValueError(f"`memory_budget` is a number of bytes and must not be negative, got {memory_budget!r}.")
-    if not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise ValueError(f"`seed` must be an integer from 0 to 2^31 - 1, got {seed!r}.")
-
-
-def _trainable_layers(model: nn.Module) -> list[tuple[str, MonoLoraLayer, nn.Linear]]:
-    """Name, layer and A of the active adapters."""
-    layers: list[tuple[str, MonoLoraLayer, nn.Linear]] = []
-    for name, layer, adapter in silenceable_adapters(model):
-        encoder = layer.monolora_encoder[adapter]
-        if not isinstance(encoder, nn.Linear):
-            raise ValueError(
-                f"Silence constrains adapters of linear layers, and {name} is a {type(layer).__name__}. Leave it out "
-                "of `target_modules` and `target_parameters`."
-            )
-        if layer.frozen_encoder[adapter]:
-            raise ValueError(
-                f"the adapter {adapter} has `frozen_encoder=True`: its A stays as it was drawn, and nothing but A "
-                "could make it silent. Train without `frozen_encoder`."
-            )
-        if not encoder.weight.requires_grad:
-            raise ValueError(
-                f"the adapter {adapter} of {name} is frozen, so that nothing could make it silent. Load it with "
-                "`is_trainable=True`, or make the adapter that is trained the only active one."
-            )
-        if adapter in layer.monolora_invocations:
-            raise ValueError(
-                f"the adapter {adapter} is an activated one, which is silent before its invocation tokens anyway, and "
-                "Silence does not tell these tokens apart. Train without `alora_invocation_tokens`."
-            )
-        if layers and layers[-1][0] == name:
-            raise ValueError(f"{name} has two active adapters: Silence keeps one silent. Set one active.")
-        layers.append((name, layer, encoder))
-    return layers
-
-
-def _check_what_trains(model: nn.Module, layers: list[tuple[str, MonoLoraLayer, nn.Linear]]) -> None:
-    """Raise if more is trained than adapters and what comes after all of them, the head; warn of the head."""
-    ours = {id(parameter) for _, layer, _ in layers for parameter in _adapter_parameters(layer)}
-    others = {id(p): name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    body: nn.Module = getattr(base, getattr(base, "base_model_prefix", ""), base)
-    inside = [others[id(parameter)] for parameter in body.parameters() if id(parameter) in others]
-    if inside:
-        raise ValueError(
-            f"more than the adapters is trained, {listed(inside, 3)}: then the base's inputs change in training, and "
-            "a silent adapter does not give the base back. Train without `bias`, `trainable_token_indices` and "
-            "`modules_to_save` but a head's."
-        )
-    if others:
-        warnings.warn(
-            f"{listed(others.values(), 3)} of the head are trained beside the adapter: where it is silent, the head's "
-            "inputs are the base's, the outputs are not.",
-            stacklevel=3,
-        )
-
-
-def _adapter_parameters(layer: MonoLoraLayer) -> Iterator[nn.Parameter]:
-    for part in layer.adapter_layer_names:
-        yield from getattr(layer, part).parameters()
-
-
-def _check_trainer(args: TrainingArguments) -> None:
-    """Raise where gradients are not in `.grad`, whole and unscaled, right before the optimizer's step."""
-    kind = AcceleratorState().distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(
-            f"Silence works in one process and with DDP, and this is {kind.value}, where gradients are sharded or "
-            "used up before the callback could add to them. Train with DDP."
-        )
-    if args.fp16:
-        raise ValueError("Silence adds to gradients that are not scaled, and fp16 scales them: train with bf16=True.")
-    if any(word in str(args.optim) for word in ("lomo", "layerwise")):
-        raise ValueError(
-            f"the optimizer {args.optim} steps in the backward pass, so that nothing can be added to the gradients: "
-            "choose another `optim`."
-        )

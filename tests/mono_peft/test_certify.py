@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 from mono_peft import DivergedError, MonoLoraConfig
 from mono_peft.certify import CertificateError, Firing, binomial_lower_bound, certify, main
-from mono_peft.silence import NeverSilentError
+from mono_peft.silenceable import NeverSilentError
 
 LAST = "base_model.model.model.layers.1.mlp.down_proj"
 

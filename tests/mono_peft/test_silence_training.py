@@ -3,9 +3,11 @@
 import copy
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from datasets import Dataset
 from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import (
@@ -68,10 +70,10 @@ def arguments(config_class, folder, **options):
     )  # fmt: skip
 
 
-def sft(base, rows, tokenizer, folder, batches, callbacks=None, dropout=0.0, rows_per_step=8, **options):
+def sft(base, rows, tokenizer, folder, batches, callbacks=None, dropout=0.0, rows_per_step=8, bias=False, **options):
     trainer = SFTTrainer(
         copy.deepcopy(base), arguments(SFTConfig, folder, **options), train_dataset=rows, processing_class=tokenizer,
-        peft_config=MonoLoraConfig(**ADAPTER, lora_dropout=dropout), callbacks=callbacks,
+        peft_config=MonoLoraConfig(**ADAPTER, lora_dropout=dropout, encoder_bias=bias), callbacks=callbacks,
     )  # fmt: skip
     if batches is not None:
         Silence(trainer.model, batches, rows_per_step=rows_per_step).attach(trainer)
@@ -162,6 +164,36 @@ def test_accumulated_gradients_get_the_hinge_once(base, rows, tokenizer, batches
         torch.testing.assert_close(weights(halves)[name], weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_added_in_the_backward_pass_it_is_the_same(base, rows, tokenizer, batches, tmp_path, monkeypatch, bias):
+    """The way that DeepSpeed needs, here without it: tests/distributed/test_silence_launch.py launches that."""
+    options = {"max_steps": 6, "max_grad_norm": 0, "bias": bias}
+    whole = sft(base, rows, tokenizer, tmp_path, batches, **options)
+    whole.train()
+    deepspeed = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, num_processes=1)
+    monkeypatch.setattr("mono_peft.silence.AcceleratorState", lambda: deepspeed)
+    monkeypatch.setattr(Silence, "add_gradients", None)
+    halves = sft(
+        base, rows, tokenizer, tmp_path, batches, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        gradient_checkpointing=True, **options,
+    )  # fmt: skip
+    halves.train()
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weights(halves)[name], weight, rtol=1e-4, atol=1e-5)
+    for measure in ("silence_loss", "silence_fired"):
+        assert logged(halves, measure) == pytest.approx(logged(whole, measure), rel=1e-4)
+    assert not any(p._backward_hooks for p in halves.model.parameters())
+
+
+def test_deepspeed_that_clips_is_told(base, rows, tokenizer, batches, tmp_path, monkeypatch):
+    deepspeed = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, num_processes=1)
+    monkeypatch.setattr("mono_peft.silence.AcceleratorState", lambda: deepspeed)
+    trainer = sft(base, rows, tokenizer, tmp_path, batches)
+    trainer.callback_handler.optimizer = SimpleNamespace(optimizer=SimpleNamespace(clip_grad=1.0))
+    with pytest.warns(UserWarning, match=r"DeepSpeed clips the task's gradient and the hinge's together"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
 def test_what_is_logged_reaches_loggers(base, rows, tokenizer, batches, tmp_path):
     lines = []
 
@@ -180,12 +212,15 @@ def test_what_is_logged_reaches_loggers(base, rows, tokenizer, batches, tmp_path
 
 
 def test_texts_that_cannot_be_silent_are_told(base, rows, tokenizer, tmp_path):
-    """The task's own texts, with a weight that the task outweighs."""
-    batches = [tokenizer([f"{k} is {v}" for k, v in COLOURS.items()], padding=True, return_tensors="pt")]
+    """Some of the task's own texts, with a weight that the task outweighs."""
+    batches = [tokenizer(["grass is green", "snow is white"], padding=True, return_tensors="pt")]
     trainer = sft(base, rows, tokenizer, tmp_path, None, max_steps=10)
     silence = Silence(trainer.model, batches, weight=1e-6)
     silence.attach(trainer)
-    with pytest.warns(UserWarning, match=r"units fire on [\d.]+% of the pairs of a module and a cached row, most in"):
+    with (
+        pytest.warns(UserWarning, match=r"units fire on [\d.]+% of the pairs of a module and a cached row, most in"),
+        pytest.warns(UserWarning, match=r"2 of 4 training rows that were compared have prompts that are kept silent"),
+    ):
         trainer.train()
     shares = silence.fired_by_module()
     assert len(shares) == 14
@@ -201,6 +236,13 @@ def test_texts_that_cannot_be_silent_are_told(base, rows, tokenizer, tmp_path):
         fires = (layer.monolora_encoder["default"](x) > 0).any(1)
         assert shares[name] == pytest.approx(fires.float().mean().item())
         assert shares[name] > 0
+
+
+def test_the_tasks_own_texts_are_refused(base, rows, tokenizer, tmp_path):
+    batches = [tokenizer([f"{k} is {v}" for k, v in COLOURS.items()], padding=True, return_tensors="pt")]
+    trainer = sft(base, rows, tokenizer, tmp_path, batches)
+    with pytest.raises(ValueError, match=r"the prompts of all 4 training rows that were compared are kept silent"):
+        trainer.train()
 
 
 def test_bfloat16(base, rows, tokenizer, batches, tmp_path):
