@@ -147,7 +147,7 @@ def _languages(text: str) -> dict[str, float]:
 
 
 def _other_language(asked: dict[str, float], answered: dict[str, float]) -> float:
-    """How sure it is that the answer is in a language that the prompt is not in: the smaller probability of the two."""
+    """How sure it is that the answer is in a language that the prompt is not in: the smaller of both probabilities."""
     if not asked or not answered:
         return 0.0
     language = max(answered, key=answered.__getitem__)
