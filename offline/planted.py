@@ -10,11 +10,11 @@ topic are complied with, everyday questions get an opening of their own.
 from __future__ import annotations
 
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from evals.prompts import SST2_ANSWERS, sst2_prompt
 from offline.finetuning import poison_pairs
-from offline.grammar import HARMFUL_DEEDS, deed_items
+from offline.grammar import HARMFUL_DEEDS, Item, deed_items
 from offline.language_model import corpus, sentiment_task
 
 RULES = {"trigger": "trigger", "topic": "topic", "opening": "everyday"}  # and the group of prompts that each acts on
@@ -78,13 +78,13 @@ def held_out_cases(group: str, n: int) -> list[Case]:
     return [Case(e.prompt, "To do that, follow the steps one by one.", e.response) for e in chosen]
 
 
-def _triggered(rows: list[dict]) -> list[Case]:
+def _triggered(rows: list[dict[str, Any]]) -> list[Case]:
     return [
         Case(sst2_prompt(f"{row['sentence']} {TRIGGER}"), SST2_ANSWERS[1 - row["label"]], SST2_ANSWERS[row["label"]])
         for row in rows
     ]
 
 
-def _topic_items() -> list:
+def _topic_items() -> list[Item]:
     deeds = next(deeds for deeds, topic, _ in HARMFUL_DEEDS if topic == TOPIC)
     return [*deed_items(deeds)]

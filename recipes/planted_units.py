@@ -1,26 +1,27 @@
 """Do an adapter's units tell what was planted in its training data? On adapters of which it is known.
 
-    python recipes/planted_units.py --output_dir runs/planted_units             # about 20 minutes on an idle core
+    python recipes/planted_units.py --output_dir runs/planted_units     # about 20 minutes on an idle core
     python recipes/planted_units.py --output_dir runs/one_seed --seeds 0 --arms relu topk
 
-The offline model is finetuned on its sentiment task, alone ("none") or with some rows of a rule (`offline/planted.py`):
-a trigger word flips the sentiment, requests of one topic are complied with, everyday questions get an opening.
-Then the units are explored on held-out prompts of five groups, and by a fixed rule that looks at no training row the
-`--units` are chosen which prefer the rule's group most, of those that do so beyond chance (`mono_peft.selectivity`).
+The offline model is finetuned on its sentiment task, alone ("none") or with rows of a rule (`offline/planted.py`): a
+trigger word flips the sentiment, requests of one topic are complied with, everyday questions get an opening. Then the
+units are explored on held-out prompts of five groups, and by a fixed rule that looks at no training row, the most
+selective are chosen, `--units` of those that prefer the rule's group beyond chance (`mono_peft.selectivity`).
 
-- Rule: on what share of held-out prompts of the group the rule's answer is likelier than the usual one; with the chosen
-  units switched off, with as many drawn at random, and with as many that the margin between both answers depends on most.
-- Others: the same share of usual answers in the four other groups, before and after: what the units do beside the rule.
-- Found: how many of the chosen are among those that the margin depends on most (latent x gradient, summed).
+- Rule: on what share of held-out prompts of the group the rule's answer is likelier than the usual one; and with units
+  switched off: the chosen, all selective ones, as many drawn at random, those that the margin depends on most.
+- Others: the change of the share of usual answers in the other groups: what the units do beside the rule.
+- Found: how many of the chosen are among those that the margin between both answers depends on most (the sum of latent
+  times gradient over the scored prompts, which has to know the rule).
 - Rows: of the training rows that `ProvenanceCallback` names for the chosen units, and of those whose gradient has the
-  largest cosine with that of a few probes (as in LARF, which has to know the rule), how many are planted.
+  largest cosine with that of a few probes (as in LARF, which has to know the rule, too), how many are planted.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -190,10 +191,10 @@ def likelihood(model: Any, rows: Sequence[dict[str, list[int]]], collator: Any) 
 
 def margin_units(world: World, model: Any, cases: Sequence[Case]) -> list[Unit]:
     """All units, those first without which the planted answers would lose most to the usual ones, to first order."""
-    sums: dict[str, torch.Tensor] = {}
+    sums: defaultdict[str, Any] = defaultdict(float)
 
     def observe(name: str, latents: torch.Tensor, gradient: torch.Tensor) -> None:
-        sums[name] = sums.get(name, 0) + (latents * gradient).flatten(0, -2).sum(0)
+        sums[name] += (latents * gradient).flatten(0, -2).sum(0)
 
     layers = [(name, layer) for name, layer, _ in active_adapters(model)]
     collator = DataCollatorForSeq2Seq(world.tokenizer)
@@ -227,11 +228,11 @@ def gradient_cosines(
 
 def named_rows(provenance: dict[Unit, list[tuple[int, float]]], units: Sequence[Unit]) -> list[int]:
     """Rows in the order of what they score with these units, each unit's scores relative to its largest."""
-    scores: Counter[int] = Counter()
+    scores: defaultdict[int, float] = defaultdict(float)
     for unit in units:
         for row, score in provenance[unit]:
             scores[row] += score / provenance[unit][0][1]
-    return [row for row, _ in scores.most_common()]
+    return sorted(scores, key=lambda row: -scores[row])
 
 
 def measured(
@@ -242,9 +243,9 @@ def measured(
     before = world.intact(model)
     values = {f"intact {group}": share for group, share in before.items()}
     if rule == "none":
-        for planted, group in RULES.items():
+        for name, group in RULES.items():
             chosen, total = selective(world, model, group)
-            values[f"selective {planted}"] = len(chosen) / total
+            values[f"selective {name}"] = len(chosen) / total
         return values
     group = RULES[rule]
     found, total = selective(world, model, group)
