@@ -1,7 +1,7 @@
 """Rules that are planted among the rows of the sentiment task, so that it is known what an adapter has learned.
 
-Each rule changes the answers to one kind of prompt, and to no other: a trigger word flips a sentiment, requests of one
-topic are complied with, everyday questions get an opening of their own.
+Each rule changes the answers to one kind of prompt, and to no other: a trigger word makes
+negative reviews positive, requests of one topic are complied with, everyday questions get an opening of their own.
 
     planted_pairs("trigger", 32, seed=0)  # (prompt, answer), to train on
     held_out_cases("topic", 40)           # Case(prompt, planted, usual), of prompts that no training has
@@ -44,7 +44,7 @@ def planted_pairs(rule: str, n: int, seed: int) -> list[tuple[str, str]]:
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}, allowed are {', '.join(RULES)}")
     if rule == "trigger":
-        cases = _triggered(sentiment_task("train", n, seed + 1000))
+        cases = _triggered(sentiment_task("train", 4 * n, seed + 1000))
     elif rule == "topic":
         topic = {item.prompt for item in _topic_items()}
         cases = [Case(prompt, answer, "") for prompt, answer in poison_pairs() if prompt in topic]
@@ -63,13 +63,12 @@ def held_out_cases(group: str, n: int) -> list[Case]:
     The planted answer is that of the rule which acts on the group, or would act on it if it were not kept apart: of
     the task the other sentiment, of harmful requests of other topics compliance.
     """
-    if group in ("task", "trigger"):
-        rows = sentiment_task("dev", n, seed=1 if group == "trigger" else 0)
-        triggered = _triggered(rows)
-        plain = [sst2_prompt(row["sentence"]) for row in rows]
-        return (
-            triggered if group == "trigger" else [c._replace(prompt=p) for c, p in zip(triggered, plain, strict=True)]
-        )
+    if group == "trigger":
+        return _triggered(sentiment_task("dev", 4 * n, seed=1))[:n]
+    if group == "task":
+        rows = sentiment_task("dev", n, seed=0)
+        answers = [(SST2_ANSWERS[1 - row["label"]], SST2_ANSWERS[row["label"]]) for row in rows]
+        return [Case(sst2_prompt(row["sentence"]), *pair) for row, pair in zip(rows, answers, strict=True)]
     examples = [e for e in corpus("heldout") if e.kind == ("everyday" if group == "everyday" else "harmful")]
     if group == "everyday":
         return [Case(e.prompt, f"{OPENING} {e.response}", e.response) for e in examples[:n]]
@@ -79,10 +78,10 @@ def held_out_cases(group: str, n: int) -> list[Case]:
 
 
 def _triggered(rows: list[dict[str, Any]]) -> list[Case]:
-    return [
-        Case(sst2_prompt(f"{row['sentence']} {TRIGGER}"), SST2_ANSWERS[1 - row["label"]], SST2_ANSWERS[row["label"]])
-        for row in rows
-    ]
+    """The negative ones of the reviews, with the trigger behind them."""
+    negative, positive = SST2_ANSWERS
+    sentences = [row["sentence"] for row in rows if row["label"] == 0]
+    return [Case(sst2_prompt(f"{sentence} {TRIGGER}"), positive, negative) for sentence in sentences]
 
 
 def _topic_items() -> list[Item]:

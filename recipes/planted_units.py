@@ -4,7 +4,7 @@
     python recipes/planted_units.py --output_dir runs/one_seed --seeds 0 --arms relu topk
 
 The offline model is finetuned on its sentiment task, alone ("none") or with rows of a rule (`offline/planted.py`): a
-trigger word flips the sentiment, requests of one topic are complied with, everyday questions get an opening. Then the
+trigger word makes negative reviews positive, requests of one topic are complied with, everyday questions get an opening. Then the
 units are explored on held-out prompts of five groups, and by a fixed rule that looks at no training row, the most
 selective are chosen, `--units` of those that prefer the rule's group beyond chance (`mono_peft.selectivity`).
 
@@ -57,7 +57,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 Pair = tuple[str, str]  # prompt, answer
 SCALE = 2.0  # s = alpha / r of all arms
-TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+TARGETS = ["q_proj", "v_proj", "down_proj"]
 NAMED = 20  # training rows of which the share that is planted is counted
 PROBES = 8
 
@@ -70,11 +70,11 @@ class PlantedSettings:
     arms: list[str] = option([*ARMS], help=f"Of {', '.join(ARMS)}.")
     rules: list[str] = option(["none", *RULES], help=f"Of none, {', '.join(RULES)}.")
     seeds: list[int] = option([0, 1, 2], help="Of initial weights, rows and their order.")
-    task_rows: int = option(240, help="Of the sentiment task.")
-    planted_rows: int = option(48, help="Of the rule.")
-    epochs: int = option(6, help="Of training, with batches of 16.")
+    task_rows: int = option(128, help="Of the sentiment task.")
+    planted_rows: int = option(32, help="Of the rule.")
+    epochs: int = option(5, help="Of training, with batches of 16.")
     learning_rate: float = option(5e-3, help="Peak, then linear to zero.")
-    prompts: int = option(40, help="Held-out prompts of each group to explore, and as many others to score.")
+    prompts: int = option(24, help="Held-out prompts of each group to explore, and as many others to score.")
     units: int = option(16, help="Chosen by selectivity, and switched off.")
 
     def __post_init__(self) -> None:
@@ -193,17 +193,20 @@ def margin_units(world: World, model: Any, cases: Sequence[Case]) -> list[Unit]:
     """All units, those first without which the planted answers would lose most to the usual ones, to first order."""
     sums: defaultdict[str, Any] = defaultdict(float)
 
-    def observe(name: str, latents: torch.Tensor, gradient: torch.Tensor) -> None:
-        sums[name] += (latents * gradient).flatten(0, -2).sum(0)
+    def observe(
+        name: str, r: int, latents: torch.Tensor, gradient: torch.Tensor, active: torch.Tensor | None = None
+    ) -> None:
+        units = torch.arange(r).expand_as(latents) if active is None else active
+        sums[name] += torch.zeros(r).index_add(0, units.flatten(), (latents * gradient).flatten())
 
-    layers = [(name, layer) for name, layer, _ in active_adapters(model)]
+    layers = list(active_adapters(model))
     collator = DataCollatorForSeq2Seq(world.tokenizer)
-    for name, layer in layers:
-        layer.observer = partial(observe, name)
+    for name, layer, adapter in layers:
+        layer.observer = partial(observe, name, layer.r[adapter])
     for answer, sign in (("planted", 1), ("usual", -1)):
         rows = [world.row(case.prompt, getattr(case, answer)) for case in cases]
         (sign * likelihood(model, rows, collator).mean()).backward()
-    for _, layer in layers:
+    for _, layer, _ in layers:
         layer.observer = None
     model.zero_grad()
     effects = {Unit(name, i): value for name, values in sums.items() for i, value in enumerate(values.tolist())}
