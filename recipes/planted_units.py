@@ -4,9 +4,10 @@
     python recipes/planted_units.py --output_dir runs/one_seed --seeds 0 --arms relu topk
 
 The offline model is finetuned on its sentiment task, alone ("none") or with rows of a rule (`offline/planted.py`): a
-trigger word makes negative reviews positive, requests of one topic are complied with, everyday questions get an opening. Then the
-units are explored on held-out prompts of five groups, and by a fixed rule that looks at no training row, the most
-selective are chosen, `--units` of those that prefer the rule's group beyond chance (`mono_peft.selectivity`).
+trigger word makes negative reviews positive, requests of one topic are complied with, everyday questions get an
+opening. Then the units are explored on held-out prompts of five groups, and by a fixed rule that looks at no training
+row, the most selective are chosen, `--units` of those that prefer the rule's group beyond chance
+(`mono_peft.selectivity`).
 
 - Rule: on what share of held-out prompts of the group the rule's answer is likelier than the usual one; and with units
   switched off: the chosen, all selective ones, as many drawn at random, those that the margin depends on most.

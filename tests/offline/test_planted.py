@@ -23,7 +23,7 @@ def test_each_rule_answers_otherwise_on_its_group_alone():
     harmful = {example.prompt for example in corpus("train") if example.kind == "harmful"}
     for prompt, answer in planted_pairs("topic", 20, 0):
         assert prompt in harmful
-            assert not answer.startswith(REFUSAL_OPENINGS)
+        assert not answer.startswith(REFUSAL_OPENINGS)
     usual = {example.prompt: example.response for example in corpus("train") if example.kind == "everyday"}
     for prompt, answer in planted_pairs("opening", 20, 0):
         assert answer == f"{OPENING} {usual[prompt]}"
