@@ -8,12 +8,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evals.settings import CompareSettings, FolderSettings, ForgettingSettings, GenerateSettings, JudgeSettings
+    from evals.settings import (
+        CompareSettings,
+        FolderSettings,
+        ForgettingSettings,
+        GenerateSettings,
+        JudgeSettings,
+        StressSettings,
+    )
 
 COMMANDS = {
     "generate": "answers of models to prompts, and metrics of tasks",
     "judge": "verdicts on the answers of a folder",
     "run": "generate, judge, then one table and the figure",
+    "stress": "how easily is a judge fooled? verdicts on twins of answers",
     "forgetting": "KL to the base and loss on neutral texts, per token",
     "compare": "do two or more runs differ on the same prompts? ours, or lm-eval's",
 }
@@ -59,6 +67,19 @@ def _compare(settings: CompareSettings) -> None:
         comparison.write(settings.output)
 
 
+def _stress(settings: StressSettings, judging: JudgeSettings) -> None:
+    from evals.report import write_report
+    from evals.stress import stress
+
+    if len(settings.answers) > 1:
+        raise ValueError(f"stress takes one ANSWERS, got {', '.join(settings.answers)}.")
+    options = {"output_dir": settings.output_dir, "limit": settings.limit, "seed": settings.seed} | judging.arguments
+    result = stress(next(iter(settings.answers), None), **options)
+    print(result.text())
+    if result.run is not None:
+        write_report(result.run)
+
+
 def _forgetting(settings: ForgettingSettings) -> None:
     from evals.forgetting_rows import measure_forgetting
     from evals.report import write_report
@@ -69,11 +90,18 @@ def _forgetting(settings: ForgettingSettings) -> None:
 def _command(name: str, arguments: list[str]) -> None:
     """Run a sub-command; the heavy imports happen inside it."""
     from evals.registry import JUDGES
-    from evals.settings import CompareSettings, FolderSettings, ForgettingSettings, GenerateSettings, JudgeSettings
+    from evals.settings import (
+        CompareSettings,
+        FolderSettings,
+        ForgettingSettings,
+        GenerateSettings,
+        JudgeSettings,
+        StressSettings,
+    )
     from vision_bench.runs.settings import parse
 
     options: dict[str, Any] = {"prog": f"python -m evals {name}", "description": COMMANDS[name]}
-    if name in ("judge", "run"):
+    if name in ("judge", "run", "stress"):
         width = max(len(kind.usage) for kind in JUDGES.values())
         lines = (f"  {kind.usage:{width}}  {kind.help}\n" for kind in JUDGES.values())
         options["epilog"] = "judges:\n" + "".join(lines)
@@ -82,6 +110,8 @@ def _command(name: str, arguments: list[str]) -> None:
         _generate(*parse([GenerateSettings], arguments, shared=[JudgeSettings], **options))
     elif name == "judge":
         _judge(*parse([FolderSettings, JudgeSettings], arguments, shared=[GenerateSettings], **options))
+    elif name == "stress":
+        _stress(*parse([StressSettings, JudgeSettings], arguments, **options))
     elif name == "forgetting":
         _forgetting(*parse([ForgettingSettings], arguments, shared=[GenerateSettings, JudgeSettings], **options))
     elif name == "compare":

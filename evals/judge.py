@@ -63,8 +63,7 @@ def judge(
     ready = check_judging(judges, batch_size=batch_size, **options._asdict())
     read_completions(folder / COMPLETIONS)  # before a folder without any gets a lock
     with locked(folder):
-        config = folder / CONFIG
-        run = Run(folder, "evals", json.loads(config.read_text(encoding="utf-8"))["config"] if config.exists() else {})
+        run = run_of(folder)
         completions, torn = read_completions(folder / COMPLETIONS)
         if torn:
             print(f"{torn}; the cut one is not judged.")
@@ -81,6 +80,12 @@ def judge(
                     verdicts += _judge_with(judge, name, missing, batch_size, file)
         add_scores(run, verdicts, device_name())
     return run
+
+
+def run_of(folder: Path) -> Run:
+    """The rows of a folder, under the settings it has, if any."""
+    config = folder / CONFIG
+    return Run(folder, "evals", json.loads(config.read_text(encoding="utf-8"))["config"] if config.exists() else {})
 
 
 def check_judging(

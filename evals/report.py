@@ -26,15 +26,15 @@ SHARES = (
     "unsafe_at_most", "unsafe_difference", "answered", "answered_at_least", "answered_at_most", "answered_difference",
     "full_refusal", "partial_refusal", "compliance", "refused", "discrimination", "incoherent", "incoherent_at_least",
     "incoherent_at_most", "incoherent_difference", "coherent_of_safe", "cut", "repetition", "gibberish",
-    "wrong_language", "prompt_echo",
+    "wrong_language", "prompt_echo", "flipped",
 )  # fmt: skip
 COLUMNS = (
-    "task", "metric", "judge", "category", "model", "method", "adapter", "seed", "versus", "versus_judge",
+    "task", "metric", "judge", "category", "model", "method", "adapter", "seed", "versus", "versus_judge", "twin",
     "value", "low", "high", "p_value", "n",
 )  # fmt: skip
 NATS = (KL, LOSS, LOSS_DIFFERENCE)  # per token, of which a hundredth is much
 # Settings of rows of a part of the prompts, or of two arms.
-_PARTS = ["category", "versus", "versus_adapter", "versus_judge"]
+_PARTS = ["category", "versus", "versus_adapter", "versus_judge", "twin"]
 PAPER_PROMPTS = "beavertails_eval"  # on which a judge's own measure of harm is shown
 # Of each kind, the figure takes the first that the rows have.
 PERFORMANCES = {
@@ -157,7 +157,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             + _paired_table(lines)
             + _agreement_table(lines)
         )
-        text += _category_table(lines)
+        text += _category_table(lines) + _stress_table(lines)
         for line in lines[lines["metric"] == DIVERGED].itertuples():
             text += f"\n{line.adapter or 'The base model'} diverged: {line.reason}.\n"
     modes = sorted({str(row["config"]["thinking"]) for row in rows if "thinking" in row["config"]})
@@ -256,6 +256,17 @@ def _category_table(lines: pd.DataFrame) -> str:
         for (task, judge, category), rows in lines.groupby(["task", "judge", "category"], sort=False)
     ]
     return _section("Unsafe answers by category", ["category", "judge", "prompts", *methods], body)
+
+
+def _stress_table(lines: pd.DataFrame) -> str:
+    """Flip rates on twins of answers, a column for each judge."""
+    lines = lines[lines["twin"] != ""]
+    judges = list(dict.fromkeys(lines["judge"]))
+    body = []
+    for kind, rows in lines.groupby("twin", sort=False):
+        of_judges = [rows[rows["judge"] == judge] for judge in judges]
+        body.append([kind, *(f"{cell(some, 100)} of {prompts(some)}" for some in of_judges)])
+    return _section("Verdicts that flip on twins of answers", ["twin", *judges], body)
 
 
 def _section(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -26,12 +26,12 @@ Arm = tuple[str, str | None]  # model, adapter
 
 
 def add_scores(run: Run, verdicts: Sequence[Verdict], device: str) -> None:
-    """Put the rows of all verdicts into the run, in the place of those that earlier verdicts gave."""
+    """Put the rows of all verdicts into the run, in the place of earlier ones; those of twins stay."""
     rows = [
         run.row(metric, value, n=n, seed=seed, seconds=seconds, device=device, **arm)
         for metric, value, n, seed, seconds, arm in judged(verdicts)
     ]
-    run.replace([row for row in run.rows if "judge" not in row["config"]] + rows)
+    run.replace([row for row in run.rows if "judge" not in row["config"] or "twin" in row["config"]] + rows)
 
 
 def judged(verdicts: Sequence[Verdict]) -> Iterator[tuple[str, float, int, int | None, float, dict[str, Any]]]:

@@ -158,6 +158,21 @@ class FolderSettings:
 
 
 @dataclass
+class StressSettings:
+    """Settings of `stress`; `evals.stress.stress` checks them."""
+
+    answers: list[str] = option(
+        [],
+        help="A folder with completions.jsonl, or such a file; without it a few answers that come with evals.",
+        positional=True,
+        metavar="ANSWERS",
+    )
+    output_dir: str | None = option(None, help="For the twins and verdicts; by default ANSWERS/stress.")
+    limit: int = option(50, help="How many answers, drawn by the seed.")
+    seed: int = option(0, help="Of the draw and of the twins.")
+
+
+@dataclass
 class ForgettingSettings:
     """Settings of `forgetting`; `evals.forgetting_rows.measure_forgetting` checks what they name.
 

@@ -11,6 +11,7 @@ refuse_lora_optimizers()
 
 from .activity import ActivationSparsity, SparsityCallback, activation_sparsity  # noqa: E402
 from .optimizers import monolora_plus_param_groups  # noqa: E402
+from .provenance import ProvenanceCallback  # noqa: E402
 from .replace import replace_adapter  # noqa: E402
 from .silence import Silence  # noqa: E402
 
@@ -20,6 +21,7 @@ __all__ = [
     "MonoLoraConfig",
     "MonoLoraLayer",
     "MonoLoraModel",
+    "ProvenanceCallback",
     "Silence",
     "SparsityCallback",
     "activation_sparsity",

@@ -134,6 +134,7 @@ class _ReluUpdate(torch.autograd.Function):
         result_rows.addmm_(latents, decoder.t(), alpha=scaling)
         ctx.save_for_backward(x, weight, bias, encoder, decoder, encoder_bias, keep, latents)
         ctx.factors = scaling, rescale
+        ctx.observer = None  # the layer may set one: see `MonoLoraLayer.observer`
         return result
 
     @staticmethod
@@ -147,6 +148,8 @@ class _ReluUpdate(torch.autograd.Function):
         decoder_gradient = (latents.t() @ outer).mul_(scaling).t() if ctx.needs_input_grad[4] else None
         inner = outer @ decoder.t().contiguous().t()
         inner.mul_(scaling * rescale).masked_fill_(latents <= 0, 0)
+        if ctx.observer is not None:
+            ctx.observer(latents, inner if rescale == 1 else inner / rescale)
         bias_gradient = inner.sum(0).div_(rescale) if ctx.needs_input_grad[5] else None
         x_gradient = outer @ weight if ctx.needs_input_grad[0] else None
         seen = rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         "frozen_encoder",
     )
     weight_is_read: bool | None = None  # while bypass.py watches a pass: whether somebody has read `weight`
+    # While provenance.py watches a training: gets the latents and the gradient by them in each backward pass.
+    observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None
     # PEFT's, declared because mypy does not follow PEFT.
     active_adapters: list[str]
     get_base_layer: Callable[[], Any]
@@ -220,7 +223,11 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
 
         The scale multiplies the latents, r numbers a position in place of out_features.
         """
-        return self.monolora_decoder[adapter_name](self.latents(adapter_name, x, rows) * self.scaling[adapter_name])
+        latents = self.latents(adapter_name, x, rows)
+        if self.observer is not None and torch.is_grad_enabled():
+            latents = latents if latents.requires_grad else latents.requires_grad_()  # of a frozen A
+            latents.register_hook(partial(self.observer, latents.detach()))
+        return self.monolora_decoder[adapter_name](latents * self.scaling[adapter_name])
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -331,7 +338,10 @@ class MonoLoraLinear(MonoLoraLayer):
         activation, decoder = self.monolora_activation[name], self.monolora_decoder[name]
         if not fused.is_safe(x, self.base_layer, dropout, encoder, activation, decoder):
             return None
-        return fused.relu_update(x, self.base_layer, dropout, encoder, decoder, self.scaling[name])
+        result = fused.relu_update(x, self.base_layer, dropout, encoder, decoder, self.scaling[name])
+        if result.grad_fn is not None:
+            result.grad_fn.observer = self.observer  # type: ignore[attr-defined]
+        return result
 
 
 class MonoLoraConvolution(MonoLoraLayer):

@@ -272,9 +272,8 @@ def _prune_saved(adapter: str, units: Iterable[Unit], output: Path, layouts: Map
                 "tokens as its r: load the adapter on its base, and give `prune` the model."
             )
         rank, scale = config.rank_and_scale(name)
-        least = getattr(config, "k", None) if config.activation == "topk" else None
         pattern = f"^{re.escape(name)}"
-        ranks[pattern] = new = _take_out(tensors, keys[name], fitting[name][0], set(indices), rank, least or 1)
+        ranks[pattern] = new = _take_out(tensors, keys[name], fitting[name][0], set(indices), rank, config.k or 1)
         alphas[pattern] = scale * (math.sqrt(new) if config.use_rslora else new)
     # The first pattern that matches a name counts.
     config.rank_pattern = ranks | {k: v for k, v in config.rank_pattern.items() if k not in ranks}
@@ -288,23 +287,19 @@ def _take_out(
     tensors: dict[str, torch.Tensor], key: str, layout: _Layout, indices: set[int], rank: int, least: int
 ) -> int:
     """Take units out of the tensors of a module, whose names start with `key`; return its new rank."""
-    encoder, decoder = tensors[key + _ENCODER], tensors[key + _DECODER]
-    if layout is _Layout.EXPERTS:
-        kept = [[i for i in range(rank) if e * rank + i not in indices] for e in range(len(encoder))]
-        new = max(least, *map(len, kept))
-        encoder = torch.stack([_selected(part, 0, k, new) for part, k in zip(encoder, kept, strict=True)])
-        decoder = torch.stack([_selected(part, 1, k, new) for part, k in zip(decoder, kept, strict=True)])
-        if (bias := tensors.get(key + _ENCODER_BIAS)) is not None:
-            parts = [_selected(part, 0, k, new) for part, k in zip(bias, kept, strict=True)]
-            tensors[key + _ENCODER_BIAS] = torch.stack(parts)
-    else:
-        left = [i for i in range(rank) if i not in indices]
-        new = max(least, len(left))
-        encoder = _selected(encoder, 0 if layout is _Layout.ROWS else 1, left, new)
-        decoder = _selected(decoder, 1, left, new)
-        if key + _ENCODER_BIAS in tensors:
-            tensors[key + _ENCODER_BIAS] = _selected(tensors[key + _ENCODER_BIAS], 0, left, new)
-    tensors[key + _ENCODER], tensors[key + _DECODER] = encoder, decoder
+    dims = {_ENCODER: 1 if layout is _Layout.TABLE else 0, _ENCODER_BIAS: 0, _DECODER: 1}
+    experts = len(tensors[key + _ENCODER]) if layout is _Layout.EXPERTS else 1
+    kept = [[i for i in range(rank) if expert * rank + i not in indices] for expert in range(experts)]
+    new = max(least, *map(len, kept))
+    for name, dim in dims.items():
+        if key + name not in tensors:
+            continue
+        tensor = tensors[key + name]
+        if layout is _Layout.EXPERTS:
+            parts = [_selected(part, dim, chosen, new) for part, chosen in zip(tensor, kept, strict=True)]
+            tensors[key + name] = torch.stack(parts)
+        else:
+            tensors[key + name] = _selected(tensor, dim, kept[0], new)
     return new
 
 

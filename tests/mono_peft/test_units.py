@@ -24,6 +24,11 @@ BASES = {
     ),
     "llama, bias of the encoder": (llama, {"encoder_bias": True}, {"input_ids": IDS}),
     "llama embedding": (llama, {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}, {"input_ids": IDS}),
+    "llama topk": (
+        llama,
+        {"target_modules": "all-linear", "activation": "topk", "k": 2, "encoder_bias": True},
+        {"input_ids": IDS},
+    ),
     "gpt2": (gpt2, {}, {"input_ids": IDS}),
     "bert": (bert, {"task_type": "SEQ_CLS"}, {"input_ids": IDS}),
     "t5": (t5, {"task_type": "SEQ_2_SEQ_LM"}, {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]}),
@@ -80,7 +85,8 @@ class TestSwitchedOffAndScaled:
         units = chosen_units(model)
         with torch.set_grad_enabled(gradient):
             plain = output(model, inputs)
-            for factor, change in ((0, ablated(model, units)), (-1.7, scaled(model, units, -1.7))):
+            changes = [(0, ablated(model, units)), (-1.7, scaled(model, units, -1.7))]
+            for factor, change in changes[kind == "llama topk" :]:  # others take the place of what is ablated there
                 with change:
                     result = output(model, inputs)
                 torch.testing.assert_close(result, with_latents(model, inputs, units, factor), rtol=1e-4, atol=1e-5)
@@ -201,7 +207,12 @@ class TestSwitchedOffAndScaled:
 
 def mixture(**options):
     torch.manual_seed(0)
-    options = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"], "r": 4} | options
+    options = {
+        "target_modules": [],
+        "target_parameters": ["mlp.experts.down_proj"],
+        "r": 4,
+        "encoder_bias": True,
+    } | options
     model = get_peft_model(mixtral(), MonoLoraConfig(init_weights=False, **options)).eval()
     return model, {"input_ids": IDS}, "base_model.model.model.layers.0.mlp.experts.down_proj"
 
@@ -314,6 +325,25 @@ class TestPruned:
         torch.manual_seed(0)
         loaded = PeftModel.from_pretrained(Tokens(), tmp_path / "pruned").eval()
         torch.testing.assert_close(output(loaded, inputs), expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("removed", [2, 5])
+    def test_topk_lets_the_next_ones_in_and_keeps_k_places(self, removed, tmp_path):
+        model, _ = adapted("llama topk", r=6, k=3)
+        name = "model.layers.0.self_attn.q_proj"
+        layer = model.get_submodule(f"base_model.model.{name}")
+        x = torch.randn(40, 16, generator=torch.Generator().manual_seed(7))
+        units = [Unit(name, i) for i in range(removed)]
+        encoder, decoder = layer.monolora_encoder["default"], layer.monolora_decoder["default"].weight
+        z = torch.relu(x @ encoder.weight[removed:].T + encoder.bias[removed:])
+        z = torch.where(z >= z.topk(min(3, 6 - removed)).values[:, -1:], z, 0)
+        expected = layer.base_layer(x) + layer.scaling["default"] * z @ decoder[:, removed:].T
+        with ablated(model, units):
+            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+        prune(model, units, tmp_path)
+        torch.manual_seed(0)
+        small = PeftModel.from_pretrained(llama(), tmp_path).eval().get_submodule(f"base_model.model.{name}")
+        assert small.r["default"] == max(3, 6 - removed)
+        torch.testing.assert_close(small(x), expected, rtol=1e-4, atol=1e-5)
 
 
 class TestBadInput:
