@@ -42,12 +42,13 @@ from evals.generate import generate
 from evals.intervals import bootstrap, mean, wilson
 from evals.judge import check_judging, judge
 from evals.models import check_adapter, check_base, hub_commit
-from evals.records import COMPLETIONS, Completion, read_completions
+from evals.records import COMPLETIONS, Completion, has_answers, read_completions
 from evals.registry import MODELS
 from evals.settings import Adapter, ForgettingSettings, GenerateSettings
 from evals.stress import ALL, stress
 from evals.terminal import table_text
-from evals.values import ArmValues, Measured as Measure, read_arms
+from evals.values import ArmValues, read_arms
+from evals.values import Measured as Measure
 from mono_peft import certify
 from mono_peft.loading import adapter_config
 from mono_peft.names import peft_type
@@ -87,6 +88,7 @@ def accept(base: str, adapter: str, card: Card, output_dir: str | Path, *, batch
         tasks=card.tasks or ["none"],
         output_dir=str(folder / ANSWERS),
         adapters=[Adapter(f"{ADAPTER}={adapter}")],
+        base=any(line.versus for line in card.lines),
         **{"batch_size": batch_size} | card.answers,
     )
     if card.judges:
@@ -131,8 +133,8 @@ def _check_begun(folder: Path, card: Card, identity: dict[str, Any]) -> None:
     begun = json.loads(path.read_text(encoding="utf-8"))
     if begun["card"] != json.loads(json.dumps(card.as_dict())):
         raise ValueError(
-            f"{folder} was begun with another card, and thresholds that are changed after a look at the results decide "
-            "nothing: choose another --output_dir for the new card."
+            f"{folder} was begun with another card, and thresholds that are changed after a look at the results "
+            "decide nothing: choose another --output_dir for the new card."
         )
     if begun["checksums"] != identity["checksums"]:
         raise ValueError(
@@ -168,7 +170,7 @@ class _Measures:
             run: Run = generate(self.settings)
             marks = run.find(DIVERGED)
             self._diverged = str(marks[0]["config"]["reason"]) if marks else None
-            if self.card.judges and (run.folder / COMPLETIONS).is_file() and read_completions(run.folder / COMPLETIONS).rows:
+            if self.card.judges and has_answers(run.folder):
                 judge(run.folder, self.card.judges)
             self._arms = {arm.name: arm for arm in read_arms(str(run.folder))}
         return self._arms
@@ -180,12 +182,16 @@ class _Measures:
         key = Measure(line.task, line.metric, line.judge, "" if line.judge else line.filter)
         have = sorted({k.metric for k in arms[ADAPTER].values if k.task == line.task})
         if key not in arms[ADAPTER].values:
-            raise ValueError(f"{line.name}: the task {line.task!r} gives no {line.metric}; it gives {', '.join(have)}.")
+            raise ValueError(
+                f"{line.name}: the task {line.task!r} gives no {line.metric}; it gives {', '.join(have)}."
+            )
         found = arms[ADAPTER].values[key]
         chosen = [prompt for prompt, value in found.items() if line.category in (None, value.category)]
         if not chosen:
             categories = sorted({str(value.category) for value in found.values()})
-            raise ValueError(f"{line.name}: no prompt of {line.task!r} is {line.category!r}; there are {', '.join(categories)}.")
+            raise ValueError(
+                f"{line.name}: no prompt of {line.task!r} is {line.category!r}; there are {', '.join(categories)}."
+            )
         values = [found[prompt].value for prompt in chosen]
         if all(value is None for value in values):
             return CANNOT_TELL, "the judge decided on no answer"

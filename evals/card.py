@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def _line(name: str, kind: str, told: Any, path: Path) -> Line:
     line = Line(**{"name": name, "kind": kind, **values, "judge": judge, "metric": metric, "margin": 0.0})
     _check_threshold(line, bound, where)
     margin = _number(told["margin"], f"{name}.margin", path) if "margin" in told else _usual_margin(line)
-    if not 0 < margin:
+    if not margin > 0:
         raise ValueError(f"{where} has the margin {margin}; it must be above 0.")
     if line.is_share:
         reach = line.threshold if bound == "at_most" else 1 - line.threshold
@@ -217,7 +217,9 @@ def _check_threshold(line: Line, bound: str, where: str) -> None:
     if line.versus and KINDS[line.kind].is_share and not -1 < value < 1:
         raise ValueError(f"{where} has {bound} {value:g}; the difference of two shares is between -1 and 1.")
     if line.kind == "forgetting" and line.metric == KL and value <= 0:
-        raise ValueError(f"{where} has at_most {value:g}; a divergence is above 0 for any adapter that does something.")
+        raise ValueError(
+            f"{where} has at_most {value:g}; a divergence is above 0 for any adapter that does something."
+        )
 
 
 def _usual_margin(line: Line) -> float:
@@ -244,7 +246,9 @@ def _check_judges(lines: list[Line], path: Path) -> None:
     flips = Counter(line.judge for line in lines if line.kind == "judge_flips")
     twice = [judge for judge, count in flips.items() if count > 1]
     if twice:
-        raise ValueError(f"The card {path} has judge_flips of {', '.join(twice)} more than once; name each judge once.")
+        raise ValueError(
+            f"The card {path} has judge_flips of {', '.join(twice)} more than once; name each judge once."
+        )
 
 
 def _answers(told: Any, path: Path) -> dict[str, Any]:
@@ -257,7 +261,9 @@ def _answers(told: Any, path: Path) -> dict[str, Any]:
         if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
             raise ValueError(f"The card {path}, answers, has {value!r} for {key}; {kind.__name__} is needed.")
     if told.get("dtype", "auto") not in DTYPES:
-        raise ValueError(f"The card {path}, answers, has the dtype {told['dtype']!r}; allowed are {', '.join(DTYPES)}.")
+        raise ValueError(
+            f"The card {path}, answers, has the dtype {told['dtype']!r}; allowed are {', '.join(DTYPES)}."
+        )
     return {key: value for key, value in told.items() if value is not None}
 
 
@@ -265,5 +271,3 @@ def _number(value: Any, name: str, path: Path) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"The card {path} has {value!r} for {name}; a number is needed.")
     return float(value)
-
-

@@ -14,14 +14,18 @@ from vision_bench.runs import write_atomic
 _TEMPLATE = "card.html.j2"
 
 
-def write_page(path: Path, decision: Decision, record: Mapping[str, Any], examples: Mapping[str, Sequence[Any]]) -> None:
+def write_page(
+    path: Path, decision: Decision, record: Mapping[str, Any], examples: Mapping[str, Sequence[Any]]
+) -> None:
     """Write the page.
 
     Args:
         record: as in `card.json`.
         examples: answers with `prompt` and `response` that count against a line, by its name.
     """
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
     lines = [{"one": one, "axis": axis(one), "examples": examples.get(one.line.name, [])} for one in decision.lines]
     text = environment.get_template(_TEMPLATE).render(decision=decision, record=record, lines=lines)
     write_atomic(path, text)
@@ -39,7 +43,7 @@ def axis(one: Decided) -> dict[str, float | str] | None:
     else:
         ends = (m.low, m.high, threshold, 0.0)
         room = 0.1 * (max(ends) - min(ends)) or 1.0
-        left, right = min(ends) - room, max(ends) + room
+        left, right = min(ends) - (room if min(ends) < 0 else 0.0), max(ends) + room
 
     def place(value: float) -> float:
         return round(min(max(100 * (value - left) / (right - left), 0), 100), 2)

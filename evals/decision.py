@@ -1,6 +1,6 @@
 """From the lines of a card and their measures to a decision: accept, reject, or that it cannot be told.
 
-    needed_prompts(share=True, threshold=0.05, margin=0.04, upper=True, power=0.8)  # 164
+needed_prompts(share=True, threshold=0.05, margin=0.04, upper=True, power=0.8)  # 164
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def decide(card: Card, lines: Sequence[Decided]) -> Decision:
         if one.line.kind == "judge_flips" and one.outcome == FAILS:
             one = one._replace(outcome=CANNOT_TELL, reason="the judge is too easily fooled")
         elif one.line.judge in fooled and one.line.kind != "judge_flips":
-            one = one._replace(outcome=CANNOT_TELL, reason=f"rests on {one.line.judge}, which may be fooled too easily")
+            one = one._replace(outcome=CANNOT_TELL, reason=f"{one.line.judge} may be too easily fooled")
         decided.append(one)
     for outcome, said in ((REJECT, FAILS), (CANNOT_TELL, CANNOT_TELL)):
         if names := [one.line.name for one in decided if one.outcome == said]:
