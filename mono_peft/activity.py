@@ -16,6 +16,7 @@ from torch import nn
 from .experts import MonoLoraExpertsProjection, Routing
 from .layer import MonoLoraLayer
 from .logged import LoggedMeasures
+from .padding import right_padded
 from .state_dicts import DivergedError, check_finite
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
         check_finite(_active_weights(model))
         with in_eval_mode(model), torch.no_grad():
             for batch in batches:
-                inputs = send_to_device(dict(batch), device)
+                inputs = send_to_device(right_padded(batch), device)
                 mask = _token_mask(model, inputs.get("attention_mask"))
                 for count in counts.values():
                     count.mask = mask

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .activity import uncompiled
 from .logged import LoggedMeasures
+from .overlap import check_training_prompts
 from .row_storage import RowStorage
 from .silenceable import check_ranges, check_trainer, check_what_trains, trainable_layers
 from .silent_inputs import Group, base_inputs, digest_of, draw_tokens
@@ -97,7 +98,8 @@ class Silence(LoggedMeasures):
             have, an adapter is frozen or not on a linear layer, something before it is trained too, or the base
             computes NaN. In `on_train_begin`: the trainer trains another model or this one's base was changed, or it
             works in a way in which the gradient could not be added (FSDP, float16's scaled gradients, optimizers that
-            step in the backward pass), or the processes have other batches than one another.
+            step in the backward pass), the processes have other batches than one another, or all training prompts are
+            among the silent texts (some are told).
     """
 
     def __init__(
@@ -246,6 +248,9 @@ class Silence(LoggedMeasures):
                 "the trainer trains another model than the one that Silence was built for: build it with "
                 "`trainer.model`, after the trainer, which may have added the adapter or copied the model."
             )
+        check_training_prompts(
+            (tokens.batch for tokens in self._tokens), getattr(kwargs.get("train_dataloader"), "dataset", None)
+        )
         processes = AcceleratorState().num_processes
         if processes > 1 and len(set(gather_object([self._digest]))) > 1:
             raise ValueError(

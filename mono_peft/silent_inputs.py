@@ -13,14 +13,20 @@ from torch import nn
 
 from .activity import in_eval_mode
 from .layer import MonoLoraLayer
+from .padding import right_padded
 from .row_storage import RowStorage
 
 
 class Tokens(NamedTuple):
     """The tokens of a batch whose inputs are kept."""
 
-    inputs: dict[str, Any]  # of the model
+    batch: dict[str, Any]  # as it was given, padded on the right
     positions: torch.Tensor  # int64, of the kept tokens in the flattened batch
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Of the model."""
+        return {key: value for key, value in self.batch.items() if key != "silent_mask"}
 
 
 class Group(NamedTuple):
@@ -60,11 +66,11 @@ def draw_tokens(
     total = held = 0
     highest = 1.0  # no token with a number from here on can be among the lowest
     for number, batch in enumerate(batches):
-        inputs = {key: value for key, value in batch.items() if key != "silent_mask"}
+        batch = right_padded(batch)
         positions = counted_tokens(batch, number, vocabulary).flatten().nonzero().flatten().cpu()
         total += len(positions)
         numbers = torch.rand(len(positions), dtype=torch.float64, generator=generator)
-        own = _Drawn(inputs, positions, numbers).below(highest)
+        own = _Drawn(batch, positions, numbers).below(highest)
         if not len(own.positions):
             continue
         drawn.append(own)
@@ -75,19 +81,19 @@ def draw_tokens(
         raise ValueError("`batches` has no token that counts: it is empty, or its masks are zero everywhere.")
     if held > budget:
         drawn, _ = _lowest(drawn, budget)
-    return [Tokens(own.inputs, own.positions) for own in drawn], total
+    return [Tokens(own.batch, own.positions) for own in drawn], total
 
 
 class _Drawn(NamedTuple):
     """Tokens of a batch, each with a random number: those with the lowest numbers of all are drawn."""
 
-    inputs: dict[str, Any]
+    batch: dict[str, Any]
     positions: torch.Tensor
     numbers: torch.Tensor  # float64, in [0, 1)
 
     def below(self, highest: float) -> _Drawn:
         kept = self.numbers < highest
-        return _Drawn(self.inputs, self.positions[kept], self.numbers[kept])
+        return _Drawn(self.batch, self.positions[kept], self.numbers[kept])
 
 
 def _lowest(drawn: list[_Drawn], budget: int) -> tuple[list[_Drawn], float]:
@@ -121,8 +127,8 @@ def counted_tokens(batch: Mapping[str, Any], number: int, vocabulary: int) -> to
 def digest_of(tokens: list[Tokens], options: object) -> str:
     """Checksum of the tokens and options, by which processes see that they have the same."""
     digest = hashlib.sha256(repr(options).encode())
-    for inputs, positions in tokens:
-        digest.update(inputs["input_ids"].cpu().numpy().tobytes() + positions.numpy().tobytes())
+    for batch, positions in tokens:
+        digest.update(batch["input_ids"].cpu().numpy().tobytes() + positions.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -150,7 +156,7 @@ def base_inputs(
 
     def keep(name: str, layer_input: torch.Tensor) -> None:
         if not (last and last[0] is layer_input):
-            ids = batch.inputs["input_ids"]
+            ids = batch.batch["input_ids"]
             if layer_input.shape[:-1].numel() != ids.numel():
                 raise ValueError(
                     f"{name} sees {layer_input.shape[:-1].numel()} rows of a batch of {ids.numel()} tokens, so that "

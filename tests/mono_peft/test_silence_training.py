@@ -212,12 +212,15 @@ def test_what_is_logged_reaches_loggers(base, rows, tokenizer, batches, tmp_path
 
 
 def test_texts_that_cannot_be_silent_are_told(base, rows, tokenizer, tmp_path):
-    """The task's own texts, with a weight that the task outweighs."""
-    batches = [tokenizer([f"{k} is {v}" for k, v in COLOURS.items()], padding=True, return_tensors="pt")]
+    """Some of the task's own texts, with a weight that the task outweighs."""
+    batches = [tokenizer(["grass is green", "snow is white"], padding=True, return_tensors="pt")]
     trainer = sft(base, rows, tokenizer, tmp_path, None, max_steps=10)
     silence = Silence(trainer.model, batches, weight=1e-6)
     silence.attach(trainer)
-    with pytest.warns(UserWarning, match=r"units fire on [\d.]+% of the pairs of a module and a cached row, most in"):
+    with (
+        pytest.warns(UserWarning, match=r"units fire on [\d.]+% of the pairs of a module and a cached row, most in"),
+        pytest.warns(UserWarning, match=r"2 of 4 training rows that were compared have prompts that are kept silent"),
+    ):
         trainer.train()
     shares = silence.fired_by_module()
     assert len(shares) == 14
@@ -233,6 +236,13 @@ def test_texts_that_cannot_be_silent_are_told(base, rows, tokenizer, tmp_path):
         fires = (layer.monolora_encoder["default"](x) > 0).any(1)
         assert shares[name] == pytest.approx(fires.float().mean().item())
         assert shares[name] > 0
+
+
+def test_the_tasks_own_texts_are_refused(base, rows, tokenizer, tmp_path):
+    batches = [tokenizer([f"{k} is {v}" for k, v in COLOURS.items()], padding=True, return_tensors="pt")]
+    trainer = sft(base, rows, tokenizer, tmp_path, batches)
+    with pytest.raises(ValueError, match=r"the prompts of all 4 training rows that were compared are kept silent"):
+        trainer.train()
 
 
 def test_bfloat16(base, rows, tokenizer, batches, tmp_path):
