@@ -105,7 +105,8 @@ def measured(world: World, choice: str, seed: int, options: argparse.Namespace) 
     with TemporaryDirectory() as folder:
         arguments = SFTConfig(
             folder, max_steps=options.steps, per_device_train_batch_size=16, learning_rate=1e-2, seed=seed,
-            save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(), bf16=False,
+            save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(), bf16=False,
             gradient_checkpointing=False,
         )  # fmt: skip
         adapter = MonoLoraConfig(
