@@ -14,9 +14,13 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from . import sparse
+
 
 def linear_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """What calling the modules of `layer` one by one gives, bit for bit; None where they must be called.
+
+    With topk, one token is decoded by its active units alone, which sums in another order and so rounds otherwise.
 
     Args:
         layer: a `MonoLoraLayer`. Its base is called if it is not plain (quantised, hooked).
@@ -46,8 +50,13 @@ def linear_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     result = base(x) if weights is None else functional.linear(x, *weights)
     dtype = encoding[0].dtype
     latents = functional.linear(x if x.dtype == dtype else layer._cast_input_dtype(x, dtype), *encoding)
-    is_relu = type(activation) is nn.ReLU and _is_unhooked(activation)
-    unscaled = functional.linear(torch.relu(latents) if is_relu else activation(latents), *decoding)
+    unhooked = _is_unhooked(activation)
+    if unhooked and type(activation) is nn.ReLU:
+        unscaled = functional.linear(torch.relu(latents), *decoding)
+    elif unhooked and sparse.gathers(latents, activation):
+        unscaled = sparse.decoded(latents, activation.k, *decoding)
+    else:
+        unscaled = functional.linear(activation(latents), *decoding)
     if unscaled.dtype != result.dtype:  # a conversion that changes nothing takes time, too
         unscaled = unscaled.to(result.dtype)
     return torch.add(result, unscaled, alpha=layer.scaling[name])

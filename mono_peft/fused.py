@@ -7,6 +7,7 @@ alone is kept for the backward pass, a byte an element.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,29 +37,41 @@ def is_safe(
     where weights are not plain tensors (quantised, sharded), where dtypes are mixed, where dropout is too rare or too
     likely for its 16 bits, or under autocast, torch.compile and torch.func, which work on the single operations.
     """
-    if x.device.type not in ("cpu", "cuda") or torch.is_autocast_enabled(x.device.type) or any(_GLOBAL_HOOKS):
-        return False
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
     if type(activation) is not nn.ReLU or type(dropout) not in (nn.Dropout, nn.Identity):
         return False
     lowest, highest = _DROPOUT_RATES
     if dropout.training and type(dropout) is nn.Dropout and not lowest <= dropout.p <= highest:
         return False
-    for module in (base, dropout, encoder, activation, decoder):
+    if x.device.type not in ("cpu", "cuda") or not runs_as_written(x, (base, dropout, encoder, activation, decoder)):
+        return False
+    if not all(is_plain_linear(module, x.dtype) for module in (base, encoder, decoder)):
+        return False
+    if decoder._parameters["bias"] is not None:
+        return False
+    return not any(parameter.requires_grad for parameter in base._parameters.values() if parameter is not None)
+
+
+def runs_as_written(x: torch.Tensor, modules: Iterable[nn.Module]) -> bool:
+    """Whether calling `modules` on x runs their classes' forward alone: no hooks, autocast, compile or torch.func."""
+    if torch.is_autocast_enabled(x.device.type) or any(_GLOBAL_HOOKS):
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    for module in modules:
         attributes = module.__dict__
         if "forward" in attributes or any(attributes[hooks] for hooks in _HOOKS):
             return False
-    for module in (base, encoder, decoder):
-        if type(module) is not nn.Linear:
-            return False
-        weight = module._parameters["weight"]
-        if type(weight) is not nn.Parameter or weight.dtype != x.dtype or hasattr(weight, "ds_id"):
-            return False
-    bias = encoder._parameters["bias"]
-    if (bias is not None and bias.dtype != x.dtype) or decoder._parameters["bias"] is not None:
+    return True
+
+
+def is_plain_linear(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether `module` is `nn.Linear` with parameters of this dtype that are whole and on this process."""
+    if type(module) is not nn.Linear:
         return False
-    return not any(parameter.requires_grad for parameter in base._parameters.values() if parameter is not None)
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if type(weight) is not nn.Parameter or weight.dtype != dtype or hasattr(weight, "ds_id"):
+        return False
+    return bias is None or bias.dtype == dtype
 
 
 def relu_update(

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 from transformers.activations import ACT2FN
 
-from . import direct, fused
+from . import direct, fused, sparse
 from .invocation import Invocations
 from .topk import TopK
 
@@ -328,6 +328,16 @@ class MonoLoraLinear(MonoLoraLayer):
 
     def new_decoder(self, r: int) -> nn.Module:
         return nn.Linear(r, self.out_features, bias=False)
+
+    def update(self, adapter_name: str, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        encoder: Any = self.monolora_encoder[adapter_name]
+        decoder, activation = self.monolora_decoder[adapter_name], self.monolora_activation[adapter_name]
+        if type(activation) is TopK and adapter_name not in self.monolora_invocations:
+            seen = self._cast_input_dtype(x, encoder.weight.dtype)
+            if sparse.is_faster(seen, encoder, activation, decoder):
+                seen = self.monolora_dropout[adapter_name](seen)
+                return sparse.topk_update(seen, encoder, activation, decoder, self.scaling[adapter_name])
+        return super().update(adapter_name, x, rows)
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor | None:
         active = [name for name in self.active_adapters if name in self.monolora_encoder]
