@@ -45,6 +45,9 @@ class ArmSettings:
     )
     silence_weight: float = field(default=10.0, metadata={"help": "Of the hinge of arms with +silence."})
     silence_margin: float = field(default=0.1, metadata={"help": "How far they keep A x below zero on safety texts."})
+    silence_rows: int = field(
+        default=4096, metadata={"help": "Tokens of the safety texts whose inputs they keep, of each module."}
+    )
     kl_weight: float = field(
         default=1.0, metadata={"help": "Of the KL divergence to the base on safety answers, of arms with +kl."}
     )
@@ -263,6 +266,8 @@ def check_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig)
             if control.allowed is not None and not control.allowed[0](strength):
                 given = f"--{control.setting} is {strength}" if number is None else f"--methods has {name}{number:g}"
                 raise ValueError(f"{given}, allowed is {control.allowed[1]}.")
+    if settings.silence_rows < 1:
+        raise ValueError(f"--silence_rows is {settings.silence_rows}, allowed is 1 or more.")
     if settings.silence_margin < 0:
         raise ValueError(f"--silence_margin is {settings.silence_margin}, allowed is 0 or more.")
     if not seeds or len(set(seeds)) < len(seeds):

@@ -65,6 +65,7 @@ def attach_safety_control(
             batches,
             weight=arm.silence_weight,
             margin=settings.silence_margin,
+            rows_per_module=settings.silence_rows,
             seed=trainer.args.seed,
         )
         silence.attach(trainer)

@@ -226,6 +226,7 @@ class TestRefused:
             ("--methods lora lora+kl monolora+nullspace", r"lora\+kl, monolora\+nullspace needs --safety_file"),
             ("--methods monolora+silence0 --safety_file PAIRS", r"has silence0, allowed is more than 0"),
             ("--methods monolora+silence --silence_margin -1", r"--silence_margin is -1.0, allowed is 0 or more"),
+            ("--methods monolora+silence --silence_rows 0", r"--silence_rows is 0, allowed is 1 or more"),
             ("--methods lora+kl --kl_weight 0 --safety_file PAIRS", r"--kl_weight is 0.0, allowed is more than 0"),
             ("--methods lora+nullspace1 --safety_file PAIRS", r"has nullspace1, allowed is a share between 0 and 1"),
             ("--methods lora+safelora0", r"has safelora0, allowed is a share of the modules above 0"),
