@@ -1,7 +1,7 @@
 """Is an answer an answer at all? Empty, cut, repetitive, gibberish, in another language, or the prompt again.
 
 No model is needed. Each fault is a measure between 0 and 1 and a threshold; the thresholds were fixed on one half of
-the labelled answers and tested on the other (docs/evals.md). Real words that say nothing together are not found, unless
+the labelled answers and tested on the other (docs/evals.md). Real words that say nothing together are not found unless
 they repeat; a model's perplexity, which is given beside, is high for them and for short answers alike.
 """
 

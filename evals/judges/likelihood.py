@@ -36,7 +36,7 @@ class Likelihood(LocalJudge):
 
     @torch.inference_mode()
     def surprises(self, batch: Sequence[EncodedAnswer | None]) -> list[float | None]:
-        """The mean of -log p over each answer's tokens, in nats: the logarithm of its perplexity. None for no answer."""
+        """The mean of -log p over each answer's tokens, in nats: the logarithm of its perplexity; None without one."""
         rows = [answer for answer in batch if answer is not None and any(answer.completion_mask[1:])]
         if not rows:
             return [None] * len(batch)
