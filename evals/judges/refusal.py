@@ -44,7 +44,7 @@ _SENTENCE_END = re.compile(
     r"(?<=[.!?])(?<!\b\d\.)(?<!\b\d\d\.)[\"')\]]*\s+|(?<=[。！？])|(?<=[:;])\n+|\n+(?=\d{1,2}[.)]|step \d|[-•] )"
 )
 _QUOTED = re.compile(r'(?<=[\w,:])\s+"[^"\n]*"')  # what somebody says within an answer
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:['-][^\W_]+)*")
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{1,2}|[^\W_]+(?:['-][^\W_]+)*")
 
 
 class RefusalJudge(Judge):
