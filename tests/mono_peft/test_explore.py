@@ -153,8 +153,10 @@ def test_provenance_beside_the_adapter_is_shown(explore, adapter, data, tmp_path
 
 def test_one_group_without_a_name(explore, adapter, data):
     path = data[1].partition("=")[2]
-    code, out, records = explore(adapter, "--data", path)
+    code, out, records = explore(adapter, "--data", path, "--ablate", "2")
     assert code == 0
+    strengths = sorted((record["groups"]["other"]["strength"] for record in records), reverse=True)
+    assert {r["groups"]["other"]["strength"] for r in records if "ablation" in r} == set(strengths[:2])
     assert "selective" not in out
     assert set(records[0]["groups"]) == {"other"}
     assert not any(record["beyond_chance"] for record in records)
