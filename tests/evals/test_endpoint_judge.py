@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
@@ -45,7 +44,7 @@ class TestEndpoint:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 state["asked"].append((self.path, body, self.headers["Authorization"]))
                 refusal = state["refuse"](body)
-                time.sleep(state["delay"])
+                threading.Event().wait(state["delay"])
                 if state["text"] is not None:
                     self.send_response(200)
                     self.send_header("Content-Length", str(len(state["text"]) + state["missing"]))
