@@ -438,6 +438,6 @@ def _as_computed(group: Group) -> torch.Tensor:
     return group.rows.to(group.device, dtype)
 
 
-def _decoder_of(layer: MonoLoraLayer, encoder: nn.Linear) -> nn.Module:
+def _decoder_of(layer: MonoLoraLayer, encoder: nn.Linear) -> Any:
     """B of the adapter whose A is `encoder`."""
     return next(layer.monolora_decoder[name] for name, other in layer.monolora_encoder.items() if other is encoder)

@@ -80,7 +80,7 @@ def lower_bias(encoder: nn.Linear, silent: torch.Tensor, margin: float, only_dow
     """
     matrix = encoder.weight.to(silent.dtype)
     highest = torch.stack([(rows @ matrix.t()).amax(0) for rows in silent.split(1024)]).amax(0)
-    before = encoder.bias.to(silent.dtype)
+    before = encoder.bias.to(silent.dtype, copy=True)
     wanted = -margin - highest
     if only_down:
         wanted = torch.minimum(wanted, before)
