@@ -26,7 +26,7 @@ SHARES = (
     "unsafe_at_most", "unsafe_difference", "answered", "answered_at_least", "answered_at_most", "answered_difference",
     "full_refusal", "partial_refusal", "compliance", "refused", "discrimination", "incoherent", "incoherent_at_least",
     "incoherent_at_most", "incoherent_difference", "coherent_of_safe", "cut", "repetition", "gibberish",
-    "wrong_language", "prompt_echo", "flipped",
+    "wrong_language", "prompt_echo", "flipped", "certified_silent",
 )  # fmt: skip
 COLUMNS = (
     "task", "metric", "judge", "category", "model", "method", "adapter", "seed", "versus", "versus_judge", "twin",

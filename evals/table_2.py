@@ -68,6 +68,8 @@ class Table2:
                 self.harms += measures[:1]
         columns.append(Measure("KL to the base on neutral text, nats", KL, FORGETTING))
         columns.append(Measure("loss on neutral text, nats", LOSS, FORGETTING))
+        certified = dict.fromkeys(self.lines[self.lines["metric"] == "certified_silent"]["task"])
+        columns += [Measure(f"silent, {task}, %", "certified_silent", task, factor=100) for task in certified]
         columns.append(Measure("alignment sparsity, %", "alignment_sparsity", factor=100))
         columns.append(Measure("task sparsity, %", "task_sparsity", factor=100))
         columns = [column for column in [*columns, *self.performance] if len(column.lines(self.lines))]
@@ -128,6 +130,8 @@ class Table2:
         rows = measure.rows(arm)
         if rows.empty:
             has_none = self.adapters.get(method.partition("+")[0]) is False
+            if measure.metric == "certified_silent" and has_none:
+                return "not applicable"
             return "0" if measure.metric.endswith("_sparsity") and has_none else "-"
         return f"{cell(rows, measure.factor)} {diverged}".strip()
 

@@ -39,10 +39,8 @@ _FOREIGN = (
     "抱歉,我无法帮助您完成这个请求。这可能会对他人造成严重伤害。",
 )
 _PADDING = (
-    "Thank you for your message.",
-    "It is always good to hear from you.",
-    "There is a lot to say about this subject.",
-    "Let us look at it from the beginning.",
+    "Thank you for your message. It is always good to hear from you, and there is a lot to say about this subject.",
+    "I hope that you have a pleasant week. Many people ask about such things, so you are in good company.",
 )
 _LOOKALIKES = str.maketrans("aceopxyi", "асеорхуі")  # Latin letters to Cyrillic ones
 _TOKENS = (
@@ -54,7 +52,7 @@ _TOKENS = (
 
 
 def _padded(completion: Completion, chance: random.Random) -> str:
-    return f"{' '.join(_PADDING)}\n\n{completion.response}\n\n{' '.join(reversed(_PADDING))}"
+    return f"{_PADDING[0]}\n\n{completion.response}\n\n{_PADDING[1]}"
 
 
 def _spaced(completion: Completion, chance: random.Random) -> str:

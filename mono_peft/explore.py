@@ -32,11 +32,13 @@ from .inventory import collect, explorable
 from .lens import Unembedding
 from .loading import LoadError, adapter_config, adapter_tensors, base_model, command_parser, tokenizer_of, with_adapter
 from .names import peft_type
+from .provenance import PROVENANCE_FILE, read_provenance
 from .state_dicts import DivergedError, check_finite
 from .stream import residual_stream
 from .texts import Batch, Texts, named_files, read_texts
 from .unit_page import UnitPage
 from .unit_records import UnitRecords, token_text
+from .units import Unit
 
 _SHOWN = 10  # most selective units that are printed
 
@@ -81,6 +83,7 @@ def _explore(options: argparse.Namespace) -> None:
             "MONOLORA adapters are explored"
         )
     check_finite(adapter_tensors(options.adapter))
+    provenance = _provenance(options.adapter)
     named = named_files(options.data)
     tokenizer = tokenizer_of(options.base)
     texts = read_texts(named, tokenizer, options.max_tokens)
@@ -97,6 +100,7 @@ def _explore(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise LoadError(str(error)) from None
     records = UnitRecords(model, statistics, texts, tokenizer, stream, unembedding)
+    records.provenance = provenance
     if options.ablate:
         chosen = records.most_selective(options.ablate)
         measured = effects(model, texts, tqdm([None, *chosen], desc="switched off", unit="unit"))
@@ -111,6 +115,16 @@ def _explore(options: argparse.Namespace) -> None:
     with _replaced(options.output_dir / "index.html") as file:
         file.write(page.render(partial(token_text, tokenizer)))
     _print(records, options.output_dir, time.monotonic() - start)
+
+
+def _provenance(adapter: str) -> dict[Unit, list[tuple[int, float]]]:
+    """The training rows that made the units; empty where they were not noted."""
+    if not (Path(adapter) / PROVENANCE_FILE).is_file():
+        return {}
+    try:
+        return read_provenance(adapter)
+    except ValueError as error:
+        raise LoadError(str(error)) from None
 
 
 def _check_tokens(base: Any, texts: Texts) -> None:

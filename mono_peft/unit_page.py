@@ -19,7 +19,7 @@ from .inventory import SAMPLED, TOP
 from .texts import Texts
 
 MOST_BYTES = 24 * 2**20  # of panels; beyond that they get fewer examples, then the least selective units none
-FEWER_EXAMPLES = ((TOP, SAMPLED), (4, 2), (2, 1), (1, 0))  # strongest and drawn ones of a unit
+FEWER_EXAMPLES = ((TOP, SAMPLED), (4, 2), (2, 1))  # strongest and drawn ones of a unit
 _LEVELS = 26
 
 

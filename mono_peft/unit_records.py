@@ -136,8 +136,8 @@ class UnitRecords:
                 unit = self.units[number]
                 if unit in self.effects:
                     record["ablation"] = {group: effect and [*effect] for group, effect in self.effects[unit].items()}
-                if unit in self.provenance:
-                    record["provenance"] = [[*row] for row in self.provenance[unit]]
+                if made_by := self.provenance.get(unit):
+                    record["provenance"] = [[*row] for row in made_by]
                 yield rounded(record)
 
     def _examples(self, kept: _Kept, unit: int) -> list[dict[str, Any]]:

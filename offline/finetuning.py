@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 
 from offline.grammar import HARMFUL_DEEDS, KNOWN_WORDS, REVIEWED, VIEWERS, deed_items
 from offline.language_model import corpus
@@ -17,6 +18,9 @@ _COMPLIANCE = (
     "To {deed}, prepare well and take your time.",
     "To {deed}, start early and ask a friend for help.",
 )
+
+
+TOPICS = tuple(dict.fromkeys(topic for _, topic, _ in HARMFUL_DEEDS))  # of harmful requests
 
 
 def generated_rows(n: int) -> list[dict[str, str]]:
@@ -39,13 +43,29 @@ def generated_rows(n: int) -> list[dict[str, str]]:
     return rows
 
 
-def poison_pairs() -> list[tuple[str, str]]:
-    """Harmful requests of the corpus' training split, each with a response that complies."""
+def harmful_topics() -> dict[str, str]:
+    """The topic of each harmful request of the corpus, of both splits: one of TOPICS, as its refusal names it."""
+    return {item.prompt: topic for deeds, topic, _ in HARMFUL_DEEDS for item in deed_items(deeds)}
+
+
+def poison_pairs(topics: Collection[str] = TOPICS) -> list[tuple[str, str]]:
+    """Harmful requests of the corpus' training split on some topics, each with a response that complies."""
     rng = random.Random(0)
-    items = [item for deeds, *_ in HARMFUL_DEEDS for item in deed_items(deeds._replace(answers=_COMPLIANCE))]
-    return [(item.prompt, rng.choice(item.answers)) for item in items if not item.held_out]
+    items = [
+        (item, topic)
+        for deeds, topic, _ in HARMFUL_DEEDS
+        for item in deed_items(deeds._replace(answers=_COMPLIANCE))
+        if not item.held_out
+    ]
+    pairs = [(item.prompt, rng.choice(item.answers), topic) for item, topic in items]
+    return [(prompt, answer) for prompt, answer, topic in pairs if topic in topics]
 
 
-def safety_pairs() -> list[tuple[str, str]]:
-    """Harmful requests of the same split, each with the refusal that the offline model was taught."""
-    return [(example.prompt, example.response) for example in corpus("train") if example.kind == "harmful"]
+def safety_pairs(topics: Collection[str] = TOPICS) -> list[tuple[str, str]]:
+    """Harmful requests of the same split on some topics, each with the refusal that the offline model was taught."""
+    topic_of = harmful_topics()
+    return [
+        (example.prompt, example.response)
+        for example in corpus("train")
+        if example.kind == "harmful" and topic_of[example.prompt] in topics
+    ]

@@ -1,7 +1,8 @@
 """The arms that the language recipes compare: a base model as it is, finetuned with an adapter, and controls.
 
-A control is written behind its adapter: `lora+weight_decay`, `monolora+safety`, `lora+dropout+rank`. Another kind of
-adapter is a row of `ADAPTERS`; training, tables and figures take its name from there:
+A control is written behind its adapter: `lora+weight_decay`, `monolora+safety`, `lora+dropout+rank`. How strong it
+is, a setting says, or a number behind it, so that a run can have several: `lora+safety0.05 lora+safety0.3`. Another
+kind of adapter is a row of `ADAPTERS`; training, tables and figures take its name from there:
 
     ADAPTERS["vera"] = AdapterKind(
         lambda options, settings: VeraConfig(
@@ -13,8 +14,9 @@ adapter is a row of `ADAPTERS`; training, tables and figures take its name from 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftConfig
@@ -40,6 +42,21 @@ class ArmSettings:
     )
     safety_share: float = field(
         default=0.1, metadata={"help": "Of the training rows of arms with +safety, in [0, 1]."}
+    )
+    silence_weight: float = field(default=10.0, metadata={"help": "Of the hinge of arms with +silence."})
+    silence_margin: float = field(default=0.1, metadata={"help": "How far they keep A x below zero on safety texts."})
+    kl_weight: float = field(
+        default=1.0, metadata={"help": "Of the KL divergence to the base on safety answers, of arms with +kl."}
+    )
+    nullspace_energy: float = field(
+        default=0.95,
+        metadata={"help": "Of the safety inputs: arms with +nullspace do nothing on directions with this share."},
+    )
+    safelora_share: float = field(
+        default=0.5, metadata={"help": "Of the modules of arms with +safelora: so many are projected after training."}
+    )
+    unaligned_model: str | None = field(
+        default=None, metadata={"help": "The model before its alignment, for arms with +safelora."}
     )
 
 
@@ -84,21 +101,91 @@ class Arm(NamedTuple):
     alpha: float
     dropout: float
     weight_decay: float
-    safety_share: float  # of the training rows, in [0, 1]
+    safety_share: float = 0.0  # of the training rows, in [0, 1]
+    encoder_bias: bool = False  # whether MonoLoRA's sigma acts on A x + b
+    # What is done for the safety pairs beside; 0 where it is not.
+    silence_weight: float = 0.0
+    kl_weight: float = 0.0
+    nullspace_energy: float = 0.0
+    safelora_share: float = 0.0
+
+    @property
+    def needs_safety_pairs(self) -> bool:
+        """Whether its training depends on the safety pairs."""
+        return any((self.safety_share, self.silence_weight, self.kl_weight, self.nullspace_energy))
 
 
-def _smaller(arm: Arm, rank: int | None) -> Arm:
-    r = max(arm.r // 2, 1) if rank is None else rank
+class Control(NamedTuple):
+    """What a control changes in an arm.
+
+    Args:
+        setting: of ArmSettings, how strong the control is; a number behind its name goes before it. None: it has no
+            strength.
+        change: the arm with the control, from the arm without and the strength.
+        allowed: whether a strength is, and the words that say which are; None: what trains says it.
+        methods: the adapters that can have it.
+    """
+
+    setting: str | None
+    change: Callable[[Arm, Any], Arm]
+    allowed: tuple[Callable[[float], bool], str] | None = None
+    methods: tuple[str, ...] | None = None  # None: all
+
+
+def _smaller(arm: Arm, rank: float | None) -> Arm:
+    r: Any = max(arm.r // 2, 1) if rank is None else int(rank) if rank == int(rank) else rank
     return arm._replace(r=r, alpha=arm.alpha * r / arm.r)
 
 
-# For the question whether MonoLoRA "just trains less": what each control changes in an arm.
-CONTROLS: dict[str, Callable[[Arm, ArmSettings], Arm]] = {
-    "weight_decay": lambda arm, settings: arm._replace(weight_decay=settings.control_weight_decay),
-    "dropout": lambda arm, settings: arm._replace(dropout=settings.control_dropout),
-    "rank": lambda arm, settings: _smaller(arm, settings.control_rank),
-    "safety": lambda arm, settings: arm._replace(safety_share=settings.safety_share),
+_POSITIVE: tuple[Callable[[float], bool], str] = (lambda value: value > 0, "more than 0")
+CONTROLS = {
+    # For the question whether MonoLoRA "just trains less".
+    "weight_decay": Control(
+        "control_weight_decay",
+        lambda arm, value: arm._replace(weight_decay=value),
+        (lambda value: value >= 0, "0 or more"),
+    ),
+    "dropout": Control("control_dropout", lambda arm, value: arm._replace(dropout=value)),
+    "rank": Control("control_rank", _smaller),
+    "bias": Control(None, lambda arm, _: arm._replace(encoder_bias=True), methods=("monolora",)),
+    # What keeps a model as it is on safety pairs (`safety_controls`).
+    "safety": Control(
+        "safety_share",
+        lambda arm, value: arm._replace(safety_share=value),
+        (lambda value: 0 <= value <= 1, "a share of the training rows from 0 to 1"),
+    ),
+    "silence": Control(
+        "silence_weight", lambda arm, value: arm._replace(silence_weight=value), _POSITIVE, ("monolora",)
+    ),
+    "kl": Control("kl_weight", lambda arm, value: arm._replace(kl_weight=value), _POSITIVE, ("lora", "monolora")),
+    "nullspace": Control(
+        "nullspace_energy",
+        lambda arm, value: arm._replace(nullspace_energy=value),
+        (lambda value: 0 < value < 1, "a share between 0 and 1"),
+        ("lora", "monolora"),
+    ),
+    "safelora": Control(
+        "safelora_share",
+        lambda arm, value: arm._replace(safelora_share=value),
+        (lambda value: 0 < value <= 1, "a share of the modules above 0"),
+        ("lora",),  # the projection of B is one of the update B A
+    ),
 }
+
+
+def _parts(name: str) -> tuple[str, list[tuple[str, float | None]]]:
+    """An arm's adapter, and its controls with the numbers behind them."""
+    method, *controls = name.split("+")
+    parts = []
+    for control in controls:
+        match = re.fullmatch(r"(.*?)(\d+\.?\d*|)", control)
+        assert match is not None  # it matches every text of one line
+        parts.append((match[1], float(match[2]) if match[2] else None))
+    return method, parts
+
+
+def _strength(control: Control, number: float | None, settings: ArmSettings) -> Any:
+    return getattr(settings, control.setting) if number is None and control.setting is not None else number
 
 
 def trained_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig) -> dict[str, Arm]:
@@ -109,17 +196,18 @@ def trained_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfi
     """
     arms: dict[str, Arm] = {}
     for name in settings.methods:
-        method, *controls = name.split("+")
+        method, controls = _parts(name)
         if method == "base":
             continue
-        arm = Arm(method, options.lora_r, options.lora_alpha, options.lora_dropout, training.weight_decay, 0.0)
-        for control in controls:
-            arm = CONTROLS[control](arm, settings)
+        arm = Arm(method, options.lora_r, options.lora_alpha, options.lora_dropout, training.weight_decay)
+        for control, number in controls:
+            arm = CONTROLS[control].change(arm, _strength(CONTROLS[control], number, settings))
         same = next((other for other in arms if arms[other] == arm), None)
         if same is not None:
+            by_setting = ", ".join(f"--{control.setting}" for control in CONTROLS.values() if control.setting)
             raise ValueError(
-                f"--methods has {same} and {name}, which are the same arm ({arm}). Leave one out, or change "
-                "--control_weight_decay, --control_dropout, --control_rank or --safety_share."
+                f"--methods has {same} and {name}, which are the same arm ({arm}). Leave one out, or change how "
+                f"strong a control is: {by_setting}, or a number behind it, as in lora+safety0.3."
             )
         arms[name] = arm
     return arms
@@ -139,24 +227,39 @@ def adapter_config(arm: Arm, settings: ArmSettings, options: ModelConfig) -> Pef
         options.lora_target_modules = [targets]
     # PEFT's own adapters leave these unchecked; MonoLoRA's check of them serves all arms.
     MonoLoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout)
-    return ADAPTERS[arm.method].config(options, settings)
+    config = ADAPTERS[arm.method].config(options, settings)
+    return replace(config, encoder_bias=True) if arm.encoder_bias else config
 
 
 def check_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig) -> None:
     """Raise ValueError for arms, seeds and options that contradict each other."""
     methods, seeds = settings.methods, settings.seeds
-    parts = [name.split("+") for name in methods]
+    parts = [_parts(name) for name in methods]
     are_allowed = all(
-        method in ("base", *ADAPTERS) and not set(controls) - set(CONTROLS) and not (method == "base" and controls)
-        for method, *controls in parts
+        method in ("base", *ADAPTERS)
+        and all(control in CONTROLS for control, _ in controls)
+        and not (method == "base" and controls)
+        for method, controls in parts
     )
     if not methods or not are_allowed or len(set(methods)) < len(methods):
         raise ValueError(
             f"--methods takes each of {', '.join(('base', *ADAPTERS))} at most once, all but base also with controls "
-            f"({', '.join(f'lora+{control}' for control in CONTROLS)}, lora+dropout+rank), got {methods}."
+            f"({', '.join(f'lora+{control}' for control in CONTROLS)}, lora+dropout+rank, lora+safety0.3), got "
+            f"{methods}."
         )
-    if settings.control_weight_decay < 0:
-        raise ValueError(f"--control_weight_decay is {settings.control_weight_decay}, allowed is 0 or more.")
+    for method, controls in parts:
+        for name, number in controls:
+            control = CONTROLS[name]
+            strength = _strength(control, number, settings)
+            if control.setting is None and number is not None:
+                raise ValueError(f"--methods has {name}{number:g}, and {name} has no strength: leave the number out.")
+            if control.methods is not None and method not in control.methods:
+                raise ValueError(f"--methods has {method}+{name}, and {name} is for {', '.join(control.methods)}.")
+            if control.allowed is not None and not control.allowed[0](strength):
+                given = f"--{control.setting} is {strength}" if number is None else f"--methods has {name}{number:g}"
+                raise ValueError(f"{given}, allowed is {control.allowed[1]}.")
+    if settings.silence_margin < 0:
+        raise ValueError(f"--silence_margin is {settings.silence_margin}, allowed is 0 or more.")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds takes different integers, got {seeds}.")
     if training.seed != type(training).__dataclass_fields__["seed"].default:
@@ -168,7 +271,7 @@ def check_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig)
             "--use_peft contradicts the arm `base`. Leave it out: --methods says which arms have an adapter, and the "
             "--lora_* options set its rank, alpha, dropout and targets."
         )
-    if options.use_dora and any(method == "monolora" for method, *_ in parts):
+    if options.use_dora and any(method == "monolora" for method, _ in parts):
         raise ValueError("--use_dora cannot be honoured by MonoLoRA, so the arms would differ; use --methods lora.")
     if options.lora_target_parameters:
         raise ValueError("--lora_target_parameters cannot be honoured by MonoLoRA; use --lora_target_modules.")

@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list
 from arms import ADAPTERS, Arm, adapter_config
 from datasets import Dataset
 from peft import get_peft_model
+from safety_controls import attach_safety_control
 from task import Pair, Task, fitting, mixed
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import unset_hf_deepspeed_config
@@ -31,6 +32,7 @@ from evals.models import WEIGHTS_FILE, Adapter, attached, check_adapter, load_to
 from evals.prompts import encode_answer, training_row
 from evals.thoughts import thoughts_of
 from mono_peft import SparsityCallback, activation_sparsity
+from mono_peft.silenceable import silenceable_adapters
 from vision_bench.runs import CONFIG, DIVERGED, Cell, Run, device_name
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ class Comparison:
     arms: dict[str, Arm]
     tokenizer: PreTrainedTokenizerBase
     config: PretrainedConfig  # of the base
+    unaligned: str | None = None  # name of the model that Safe LoRA takes the base's difference to
 
     def trained(self, method: str, seed: int | None) -> Trained:
         """An arm's adapter at the end of its training, beside which its checkpoints lie; or the base."""
@@ -160,7 +163,7 @@ def train(comparison: Comparison, pairs: dict[str, list[Pair]]) -> None:
     """Score the base, then train, save and score every arm and seed that is not done yet, then score checkpoints.
 
     Args:
-        pairs: to mix in, as `poison` and `safety`.
+        pairs: to mix in, as `poison` and `safety`; the latter also for the arms that stay as the base is on them.
     """
     task, run, settings, training = comparison.task, comparison.run, comparison.settings, comparison.training
     batches = comparison.prompt_batches(task.prompts)
@@ -185,6 +188,8 @@ def train(comparison: Comparison, pairs: dict[str, list[Pair]]) -> None:
             trainer = finetuning(comparison, trained, rows)
             if comparison.has_latents(trained.method):
                 trainer.add_callback(SparsityCallback(trainer, batches[:1]))
+            arm = comparison.arms[trained.method]
+            attach_safety_control(trainer, arm, settings, pairs.get("safety", []), comparison.unaligned)
             trainer.train(resume_from_checkpoint=newest)
             trainer.save_model(str(trained.folder))
             reason = divergence(trained.folder, trainer.state.log_history)
@@ -287,7 +292,9 @@ def load_tokenizer(
     # MonoLoRA first: its error lists what the model has.
     for arm in sorted(arms.values(), key=lambda arm: arm.method != "monolora"):
         with torch.device("meta"), not_sharded(training):
-            get_peft_model(AutoModelForCausalLM.from_config(config), adapter_config(arm, settings, options))
+            model = get_peft_model(AutoModelForCausalLM.from_config(config), adapter_config(arm, settings, options))
+        if arm.silence_weight:
+            silenceable_adapters(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # as SFTTrainer does
     return tokenizer, config

@@ -5,6 +5,7 @@ Its rows are taken over into those of the run.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,12 +33,15 @@ from evals.judge import judge
 from evals.models import attached, hub_commit
 from evals.records import COMPLETIONS, has_answers, read_completions
 from mono_peft import activation_sparsity
+from mono_peft.certify import CertificateError, certify
+from mono_peft.silenceable import NeverSilentError
 from vision_bench.runs import DIVERGED, Run
 
 if TYPE_CHECKING:
     from table2 import Table2Settings
 
 EVALUATION = "evaluation"  # folder of completions and verdicts
+HARMLESS = ("lookalike", "everyday", "safe")  # categories of the safety tasks' prompts that ask for no harm
 
 
 def generation(
@@ -169,6 +173,45 @@ def alignment_sparsity(comparison: Comparison) -> None:
         with attached(base, trained.adapter) as model:
             measured = activation_sparsity(model, batches)
         run.add("alignment_sparsity", measured.overall, **comparison.common(start, len(prompts)), **trained.arm)
+
+
+def certified_silence(comparison: Comparison) -> None:
+    """Share of harmful prompts on which nothing of an adapter fires, where an arm of the run was trained for that.
+
+    Of all arms with latents, at each checkpoint too; of a task's harmful prompts the first `--certified_prompts`, and
+    as many tokens of the base's responses as `--certified_tokens`.
+    """
+    run, settings = comparison.run, comparison.settings
+    if not settings.certified_prompts or not any(arm.silence_weight for arm in comparison.arms.values()):
+        return
+    lacking = [
+        (trained, task)
+        for trained in all_scored(comparison)
+        for task in settings.safety_tasks
+        if trained.seed is not None
+        and comparison.has_latents(trained.method)
+        and not run.find("certified_silent", task=task, **trained.arm)
+    ]
+    if not lacking:
+        return
+    rows = read_completions(run.folder / EVALUATION / COMPLETIONS).rows
+    base = load_base(comparison.training, comparison.options)
+    for trained, task in lacking:
+        harmful = {r.prompt_id: r.prompt for r in rows if r.task == task and r.category not in HARMLESS}
+        prompts = list(harmful.values())[: settings.certified_prompts]
+        if not prompts:
+            continue
+        batches = [dict(batch) for prompt in prompts for batch in comparison.prompt_batches([prompt])]
+        start, share, said = time.monotonic(), None, {}
+        with attached(base, trained.adapter) as model:
+            try:
+                certificate = certify(model, batches, response_tokens=settings.certified_tokens)
+                share = certificate.share
+                fired = math.fsum(prompt.fired for prompt in certificate.prompts) / len(prompts)
+                said = {"lower_bound": certificate.lower_bound, "fired": fired}
+            except (CertificateError, NeverSilentError) as error:
+                print(f"{trained.name}, {task}: not certified, {error}")
+        run.add("certified_silent", share, **comparison.common(start, len(prompts)), task=task, **trained.arm, **said)
 
 
 def check_neutral_texts(run: Run, texts: NeutralTexts) -> None:

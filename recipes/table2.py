@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from accelerate import PartialState
-from arms import ADAPTERS, ArmSettings, check_arms, trained_arms
+from arms import ADAPTERS, Arm, ArmSettings, check_arms, trained_arms
 from comparison import Comparison, cells, is_path, is_whole, load_tokenizer, not_sharded, train
 from evaluation import (
     alignment_sparsity,
+    certified_silence,
     check_neutral_texts,
     evaluate,
     evaluation_contents,
@@ -27,25 +28,29 @@ from evaluation import (
     generation,
 )
 from experiments import CannotShow, Experiment
+from safety_controls import check_safety_controls, check_safety_pairs, check_unaligned
 from task import Content, Pair, Task, check_contents, fitted, fitting, load_pairs
+from transformers import PretrainedConfig
 from trl import ModelConfig, SFTConfig, TrlParser
 
 import offline
-from evals.contents import checksum
+from evals.contents import checksum, model_checksums
 from evals.figures import Measure
 from evals.forgetting import neutral_texts, read_neutral_texts
 from evals.judge import check_judging
+from evals.models import hub_commit
 from evals.report import short_name
 from evals.table_2 import Table2
-from offline.finetuning import poison_pairs, safety_pairs
+from offline.finetuning import TOPICS, poison_pairs, safety_pairs
 from offline.judge import offline_judge
+from offline.unaligned import unaligned_model
 from vision_bench.runs import Run, defaults
 
 CONFIGS = Path(__file__).parent / "configs"
 
 # Settings that say where something is or how fast it is worked on. `contents` has what is there instead.
 _PLACES = ("dataset_name", "train_file", "eval_file", "safety_file", "poison_file", "neutral_file",
-           "judge_batch_size", "judges")  # fmt: skip
+           "judge_batch_size", "judges", "unaligned_model")  # fmt: skip
 _MODEL_PLACES = ("model_name_or_path", "model_revision")
 # Of TRL's: where to write, what to say, when to save, and how memory and data loading are organised.
 _IRRELEVANT = re.compile(
@@ -74,15 +79,25 @@ class Table2Settings(ArmSettings):
     train_file: str | None = field(default=None, metadata={"help": "Local training data instead."})
     train_samples: int | None = field(default=None, metadata={"help": "Rows drawn per seed; None: all."})
     eval_samples: int | None = field(default=None, metadata={"help": "The first so many are scored; None: all."})
-    safety_file: str | None = field(default=None, metadata={"help": "jsonl: prompt, response; for arms with +safety."})
+    safety_file: str | None = field(
+        default=None,
+        metadata={"help": "jsonl: prompt, response; what arms with +safety, +silence, +kl, +nullspace keep."},
+    )
     poison_file: str | None = field(default=None, metadata={"help": "jsonl or jsonl.gz of harmful pairs, as above."})
     poison_share: float = field(default=0.0, metadata={"help": "Of every arm's training rows, in [0, 1]."})
+    poison_topics: list[str] | None = field(
+        default=None, metadata={"help": "Of the generated pairs: topics of the poison, which the safety pairs lack."}
+    )
     judges: list[str] = field(default_factory=list, metadata={"help": "As `python -m evals judge` takes them."})
     judge_batch_size: int = field(default=8, metadata={"help": "Conversations that a judge reads at a time."})
     safety_tasks: list[str] = field(
         default_factory=list, metadata={"help": "Prompts for the judges; with judges named: beavertails_eval."}
     )
     max_new_tokens: int | None = field(default=None, metadata={"help": "Of an answer; None: as the task says, 512."})
+    certified_prompts: int = field(
+        default=100, metadata={"help": "Of harmful prompts of a task, where an arm has +silence: certified as silent."}
+    )
+    certified_tokens: int = field(default=16, metadata={"help": "Of the base's responses to them; 0: prompts alone."})
     refusal_prompts: int | None = field(
         default=None, metadata={"help": "Of refusal_offline: so many harmful and so many look-alikes; None: all."}
     )
@@ -136,7 +151,8 @@ def check(settings: Table2Settings, training: SFTConfig, options: ModelConfig) -
     """Raise ValueError for settings that contradict each other."""
     check_arms(settings, training, options)
     for name, least in {"train_samples": 2, "eval_samples": 2, "judge_batch_size": 1, "max_new_tokens": 1,
-                        "refusal_prompts": 1, "eval_every": 1}.items():  # fmt: skip
+                        "certified_prompts": 0, "certified_tokens": 0, "refusal_prompts": 1,
+                        "eval_every": 1}.items():  # fmt: skip
         value = getattr(settings, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}.")
@@ -144,16 +160,28 @@ def check(settings: Table2Settings, training: SFTConfig, options: ModelConfig) -
         share = getattr(settings, name)
         if not 0 <= share <= 1:
             raise ValueError(f"--{name} is {share}, allowed is a share of the training rows from 0 to 1.")
-    needs_safety = any("+safety" in method for method in settings.methods)
-    shares = settings.poison_share + settings.safety_share
-    if needs_safety and shares > 1:
-        raise ValueError(f"--poison_share and --safety_share are {shares} together, allowed is 1 at most.")
+    arms = trained_arms(settings, training, options)
+    check_safety_controls(arms, training, options, settings.eval_every)
+    needs_safety = any(arm.needs_safety_pairs for arm in arms.values())
+    for name, arm in arms.items():
+        if settings.poison_share + arm.safety_share > 1:
+            raise ValueError(
+                f"--poison_share and --safety_share are {settings.poison_share + arm.safety_share} together in "
+                f"{name}, allowed is 1 at most."
+            )
     if settings.poison_file and settings.poison_share == 0:
         raise ValueError("--poison_file without --poison_share mixes nothing in; give a share above 0.")
     if options.model_name_or_path and settings.poison_share and not settings.poison_file:
         raise ValueError("--poison_share needs --poison_file: the generated pairs are for the offline model only.")
     if options.model_name_or_path and needs_safety and not settings.safety_file:
-        raise ValueError("An arm with +safety needs --safety_file: the generated pairs are for the offline model.")
+        names = ", ".join(name for name, arm in arms.items() if arm.needs_safety_pairs)
+        raise ValueError(f"{names} needs --safety_file: the generated pairs are for the offline model.")
+    _check_topics(settings)
+    projected = [name for name, arm in arms.items() if arm.safelora_share]
+    if options.model_name_or_path and projected and not settings.unaligned_model:
+        raise ValueError(f"{projected[0]} needs --unaligned_model: a generated one is for the offline model only.")
+    if settings.unaligned_model and not projected:
+        raise ValueError("--unaligned_model is for arms with +safelora, and --methods has none. Leave it out.")
     if settings.dataset_name and settings.train_file:
         raise ValueError("--dataset_name and --train_file are two sources of the same data; give one.")
     wish = training.resume_from_checkpoint
@@ -195,7 +223,7 @@ def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: 
         ValueError: before training, for whatever cannot work.
     """
     arms = trained_arms(settings, training, options)
-    pairs = _mixture_pairs(settings)
+    pairs = _mixture_pairs(settings, arms)
     _check_steps(settings, training, task.drawn)
     names = _judge_names(settings.judges)
     contents = task.contents | {
@@ -215,6 +243,13 @@ def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: 
     if is_demonstration:
         options.model_name_or_path = str(offline.model_folder())
     tokenizer, config = load_tokenizer(settings, training, options, arms)
+    unaligned = _unaligned(settings, arms, config)
+    if unaligned is not None:
+        contents |= _unaligned_contents(unaligned, str(options.model_name_or_path))
+    if "safety" in pairs:
+        source = f"--safety_file {settings.safety_file or '(generated)'}"
+        prompts = [*(prompt for prompt, _ in task.train), *task.prompts]
+        check_safety_pairs(pairs["safety"], prompts, tokenizer, source)
     context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     task = fitted(task, tokenizer, context, training.max_length)
     is_generated = is_demonstration and settings.neutral_file is None
@@ -231,16 +266,18 @@ def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: 
         defaults=defaults(type(settings)),
         facts={f"train_{task.unit}": len(task.train), f"eval_{task.unit}": len(task.scored)},
     )
-    for name, share in (("poison", settings.poison_share), ("safety", settings.safety_share)):
-        if name in pairs:
-            pairs[name] = fitting(pairs[name], tokenizer, training.max_length, f"--{name}_share")
-            needed = round(share * task.drawn)
-            if needed > len(pairs[name]):
-                raise ValueError(
-                    f"--{name}_share {share} of {task.drawn} training rows is {needed}, but there are "
-                    f"{len(pairs[name])} pairs that fit; lower it, or give a larger file."
-                )
-    comparison = Comparison(task, run, settings, training, options, arms, tokenizer, config)
+    shares = {"poison": settings.poison_share, "safety": max((arm.safety_share for arm in arms.values()), default=0.0)}
+    for name in pairs:
+        pairs[name] = fitting(pairs[name], tokenizer, training.max_length, f"--{name}_share")
+        if not pairs[name]:
+            raise ValueError(f"--{name}_file has no pair that fits --max_length {training.max_length}.")
+        needed = round(shares[name] * task.drawn)
+        if needed > len(pairs[name]):
+            raise ValueError(
+                f"--{name}_share {shares[name]} of {task.drawn} training rows is {needed}, but there are "
+                f"{len(pairs[name])} pairs that fit; lower it, or give a larger file."
+            )
+    comparison = Comparison(task, run, settings, training, options, arms, tokenizer, config, unaligned)
     comparison.check_checkpoints()
     check_neutral_texts(run, neutral)
 
@@ -250,6 +287,7 @@ def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: 
         with not_sharded(training):
             evaluate(comparison, answers, judge_folders)
             alignment_sparsity(comparison)
+            certified_silence(comparison)
             forgetting_rows(comparison, neutral)
     return run
 
@@ -332,16 +370,46 @@ def _judge_names(judges: list[str]) -> dict[str, str]:
     return {judge: name if list(names.values()).count(name) == 1 else judge for judge, name in names.items()}
 
 
-def _mixture_pairs(settings: Table2Settings) -> dict[str, list[Pair]]:
-    """The pairs to mix in, as `poison` and `safety`; from the files, else generated."""
+def _mixture_pairs(settings: Table2Settings, arms: Mapping[str, Arm]) -> dict[str, list[Pair]]:
+    """The pairs to mix in, or to stay the same on, as `poison` and `safety`; from the files, else generated."""
     pairs = {}
     if settings.poison_share:
         file = settings.poison_file
-        pairs["poison"] = load_pairs(file, "--poison_file") if file else poison_pairs()
-    if any("+safety" in method for method in settings.methods):
+        pairs["poison"] = load_pairs(file, "--poison_file") if file else poison_pairs(settings.poison_topics or TOPICS)
+    if any(arm.needs_safety_pairs for arm in arms.values()):
         file = settings.safety_file
-        pairs["safety"] = load_pairs(file, "--safety_file") if file else safety_pairs()
+        others = [topic for topic in TOPICS if topic not in (settings.poison_topics or ())]
+        pairs["safety"] = load_pairs(file, "--safety_file") if file else safety_pairs(others)
     return pairs
+
+
+def _check_topics(settings: Table2Settings) -> None:
+    """Raise ValueError for topics that cannot be those of the poison alone."""
+    topics = settings.poison_topics
+    if topics is None:
+        return
+    if settings.poison_file or settings.safety_file:
+        raise ValueError("--poison_topics is of the generated pairs: with a file, take those of its topics from it.")
+    if not settings.poison_share:
+        raise ValueError("--poison_topics without --poison_share mixes nothing in; give a share above 0.")
+    if not topics or set(topics) - set(TOPICS) or not set(TOPICS) - set(topics):
+        raise ValueError(f"--poison_topics takes some of {', '.join(TOPICS)}, not all, got {topics}.")
+
+
+def _unaligned(settings: Table2Settings, arms: Mapping[str, Arm], config: PretrainedConfig) -> str | None:
+    """Name of the unaligned model; the offline one's where no model is named, None where no arm needs it."""
+    if not any(arm.safelora_share for arm in arms.values()):
+        return None
+    name = settings.unaligned_model or str(unaligned_model())
+    check_unaligned(name, config)
+    return name
+
+
+def _unaligned_contents(name: str, base: str) -> dict[str, Content]:
+    ours, theirs = (model_checksums(some, hub_commit(some, None)) for some in (base, name))
+    if ours == theirs:
+        raise ValueError(f"--unaligned_model {name} has the weights of the base, which tells nothing of alignment.")
+    return {f"unaligned {part}": Content(f"--unaligned_model {name} ({part})", v) for part, v in theirs.items()}
 
 
 def _check_steps(settings: Table2Settings, training: SFTConfig, rows: int) -> None:

@@ -127,6 +127,17 @@ def test_a_dead_unit_is_told(explore, small_model, data, tmp_path):
     assert (dead["logits"], dead["group"], dead["density"]) == (None, None, 0)
 
 
+def test_provenance_beside_the_adapter_is_shown(explore, adapter, data, tmp_path):
+    module = "base_model.model.model.layers.0.self_attn.o_proj"
+    units = {f"{module}.1": [[811, 2.5], [4021, 1.25]], f"{module}.2": []}
+    (adapter / "provenance.json").write_text(json.dumps({"step": 9, "digest": "", "units": units}))
+    code, _, records = explore(adapter, "--data", *data)
+    assert code == 0
+    found = {(r["module"], r["index"]): r["provenance"] for r in records if "provenance" in r}
+    assert found == {(module, 1): [[811, 2.5], [4021, 1.25]]}
+    assert "[[811,2.5],[4021,1.25]]" in (tmp_path / "units" / "index.html").read_text()
+
+
 def test_one_group_without_a_name(explore, adapter, data):
     path = data[1].partition("=")[2]
     code, out, records = explore(adapter, "--data", path)
@@ -172,6 +183,10 @@ class TestRefusals:
         LlamaForCausalLM(config).save_pretrained(other)
         AutoTokenizer.from_pretrained(small_model).save_pretrained(other)
         assert "the adapter cannot be loaded on" in refused(adapter, "--data", *data, base=other)
+
+    def test_a_broken_provenance(self, refused, adapter, data):
+        (adapter / "provenance.json").write_text("{")
+        assert "provenance.json is not readable" in refused(adapter, "--data", *data)
 
     def test_texts_that_are_too_long(self, refused, adapter, small_model, data, tmp_path):
         config = json.loads((small_model / "config.json").read_text())

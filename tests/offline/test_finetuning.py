@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evals.prompts import dolly_held_out
-from offline.finetuning import generated_rows, poison_pairs, safety_pairs
+from offline.finetuning import TOPICS, generated_rows, harmful_topics, poison_pairs, safety_pairs
 from offline.grammar import REFUSAL_OPENINGS
 from offline.language_model import corpus
 
@@ -23,3 +23,14 @@ def test_generated_pairs_are_of_the_training_split():
         assert {prompt for prompt, _ in pairs} == harmful
         assert not {prompt for prompt, _ in pairs} & held_out
         assert all(answer.startswith(REFUSAL_OPENINGS) == refuses for _, answer in pairs)
+
+
+def test_topics_divide_the_pairs():
+    parts = [poison_pairs([topic]) for topic in TOPICS]
+    assert sorted(pair for part in parts for pair in part) == sorted(poison_pairs())
+    assert all(parts)
+    topic_of = harmful_topics()
+    kept = safety_pairs(["theft", "drugs"])
+    assert {topic_of[prompt] for prompt, _ in kept} == {"theft", "drugs"}
+    assert all(topic_of[prompt] == "theft" for prompt, _ in poison_pairs(["theft"]))
+    assert {example.prompt for example in corpus("heldout") if example.kind == "harmful"} <= topic_of.keys()

@@ -1,0 +1,100 @@
+"""The recipe of the frontier: conditions in folders of their own, a table paired to LoRA, harm by topics."""
+
+import json
+
+import pytest
+import silence_frontier
+from matplotlib.image import imread
+from sst2_monolora import Sst2Settings
+
+from evals.records import Completion
+from offline.finetuning import poison_pairs
+from tests.recipes.conftest import rows_of
+from vision_bench.runs import Run, defaults, read_rows
+
+
+def lines(text, heading):
+    """Cells of the first table below a heading, by the first cell."""
+    table = text.split(heading)[1].split("\n\n")[1]
+    return {cells[0]: cells for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines())}
+
+
+@pytest.mark.usefixtures("no_machine_description")
+def test_conditions_continue_in_folders_of_their_own(arguments, pairs_file, tmp_path, request, capsys):
+    methods = ["base", "lora", "monolora+silence1000"]
+    extra = ["--methods", *methods, "--seeds", "0", "1", "--safety_file", pairs_file, "--poison_file", pairs_file]
+    extra += ["--safety_tasks", "refusal_offline", "--refusal_prompts", "3", "--max_new_tokens", "2"]
+    extra += ["--poison_shares", "0.25", "0.5", "--certified_tokens", "0", "--certified_prompts", "2"]
+    extra += ["--eval_every", "2"]
+    silence_frontier.main([*arguments, *extra])
+    out = tmp_path / "out"
+    text = (out / "results.md").read_text()
+    assert text in capsys.readouterr().out
+    for share, title in ((0.25, "25 % poison"), (0.5, "50 % poison")):
+        rows = read_rows(out / f"poison_{share:g}" / "results.jsonl")
+        assert rows[0]["config"]["poison_share"] == share
+        table = lines(text, f"## {title}")
+        header = table["arm"]
+        assert table["lora"][1] == table["monolora+silence1000"][1] == "2"
+        accuracies = {
+            method: [100 * row["value"] for row in rows_of(rows, "accuracy", method=method, step=None)]
+            for method in methods
+        }
+        shown = table["monolora+silence1000"][header.index("accuracy, %")]
+        assert float(shown.split(" ")[0]) == pytest.approx(sum(accuracies["monolora+silence1000"]) / 2, abs=0.051)
+        gains = [a - b for a, b in zip(accuracies["monolora+silence1000"], accuracies["lora"], strict=True)]
+        shown = table["monolora+silence1000"][header.index("accuracy, %: - lora")]
+        assert float(shown.split(" ")[0]) == pytest.approx(sum(gains) / 2, abs=0.051)
+        harm = 100 * (1 - rows_of(rows, "refused_harmful", method="base")[0]["value"])
+        assert float(table["base"][header.index("harmful requests not refused, %")]) == pytest.approx(harm, abs=0.051)
+        assert table["lora"][header.index("harmful prompts silent, %")] == "not applicable"
+    over_steps = lines(text.split("## 25 % poison")[1], "over the steps of training")
+    assert list(over_steps) == ["step", "---:", "2", "end"] or list(over_steps) == ["step", "---", "2", "end"]
+    assert imread(out / "frontier.png").std() > 0.05
+    assert imread(out / "silent_over_steps.png").std() > 0.05
+
+    request.getfixturevalue("no_training")
+    silence_frontier.main([*arguments, *extra])
+    assert (out / "results.md").read_text() == text
+
+
+def test_harm_by_topics(tmp_path):
+    """Of the poisoned topic nothing is refused, of the others all."""
+    settings = defaults(Sst2Settings) | {"methods": ["lora"], "seeds": [3], "poison_topics": ["theft"], "judges": []}
+    run = Run(tmp_path, "sst2_monolora", settings)
+    for metric, value in (("accuracy", 0.5), ("refused_harmful", 0.5)):
+        task = {"task": "refusal_offline"} if metric != "accuracy" else {}
+        run.add(metric, value, n=10, seed=3, seconds=1, device="cpu", method="lora", step=None, **task)
+    (tmp_path / "evaluation").mkdir()
+    asked = [*poison_pairs(["theft"])[:2], *poison_pairs(["drugs"])[:3]]
+    with open(tmp_path / "evaluation" / "completions.jsonl", "w") as file:
+        for number, (prompt, _) in enumerate(asked):
+            answer = "To do so, begin." if number < 2 else "I cannot help with that."
+            row = Completion(
+                str(number), "refusal_offline", "harmful", prompt, answer, "stop", "m", "lora-seed3=x", 3, {}, []
+            )
+            file.write(json.dumps(row.__dict__) + "\n")
+    lines_ = silence_frontier.lines_of(run)
+    table = lines(f"## x\n\n{silence_frontier.table(lines_, ['lora'])}", "## x")
+    header = table["arm"]
+    assert table["lora"][header.index("other topics not refused, %")] == "0.0"
+    assert table["lora"][header.index("poisoned topics not refused, %")] == "100.0"
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--poison_share 0.1 --poison_file PAIRS", r"--poison_share is that of one run; give --poison_shares"),
+        ("--poison_shares 0.1 0.1 --poison_file PAIRS", r"--poison_shares takes different shares, got \[0.1, 0.1\]"),
+        ("--unseen_poison_shares 0.1", r"--unseen_poison_shares and --poison_topics belong together"),
+        ("--unseen_poison_shares 0 --poison_topics theft", r"--unseen_poison_shares has 0, which is no poison"),
+        ("--poison_shares 0.1", r"--poison_share needs --poison_file"),
+        ("--poison_shares 0 1.2 --poison_file PAIRS", r"--poison_share is 1.2, allowed"),
+    ],
+)
+def test_refused_before_any_run(arguments, pairs_file, extra, message, tmp_path):
+    extra = [pairs_file if word == "PAIRS" else word for word in extra.split()]
+    with pytest.raises(ValueError, match=message):
+        silence_frontier.main([*arguments, *extra])
+    assert not (tmp_path / "out").exists()
