@@ -24,6 +24,7 @@ COMMANDS = {
     "stress": "how easily is a judge fooled? verdicts on twins of answers",
     "forgetting": "KL to the base and loss on neutral texts, per token",
     "compare": "do two or more runs differ on the same prompts? ours, or lm-eval's",
+    "accept": "does an adapter keep what its card asks for? a release gate",
 }
 
 
@@ -89,6 +90,10 @@ def _forgetting(settings: ForgettingSettings) -> None:
 
 def _command(name: str, arguments: list[str]) -> None:
     """Run a sub-command; the heavy imports happen inside it."""
+    if name == "accept":
+        from evals.accept import main
+
+        sys.exit(main(arguments))
     from evals.registry import JUDGES
     from evals.settings import (
         CompareSettings,

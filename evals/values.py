@@ -14,7 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evals.records import COMPLETIONS, SAMPLES, VERDICTS, read_completions, read_samples, read_verdicts, verdicts_on
+from evals.records import (
+    COMPLETIONS,
+    SAMPLES,
+    VERDICTS,
+    Verdict,
+    read_completions,
+    read_samples,
+    read_verdicts,
+    verdicts_on,
+)
+from evals.registry import judge_kind
 from vision_bench.runs import read_lines
 
 _LM_EVAL_FILE = re.compile(r"samples_(?P<task>.+?)(_(?P<date>\d{4}-\d\d-\d\dT[\d.:-]+))?\.jsonl")
@@ -70,6 +80,8 @@ def read_arms(text: str) -> list[ArmValues]:
             )
         return [_lm_eval_arm(name or path.stem, path)]
     arms = _folder_arms(path)
+    if not arms:
+        raise ValueError(f"{path} has answers and no values of them: `python -m evals judge` lets judges say some.")
     if arm is None:
         return [ArmValues(f"{name}:{a.name}" if name else a.name, a.values, a.settings) for a in arms.values()]
     if arm not in arms:
@@ -117,16 +129,22 @@ def _folder_arms(folder: Path) -> dict[str, ArmValues]:
         of, answer = arm(verdict.model, verdict.adapter), completions[verdict.completion_key]
         generation = {k: v for k, v in answer.generation.items() if k not in _OF_THE_MODEL}
         settings = generation | {f"judge's {name}": value for name, value in verdict.settings.items()}
-        numbers = {"unsafe": float(verdict.outcome == "unsafe") if verdict.is_parsed else None}
-        if verdict.scores:
-            numbers["score"] = (
-                100 * verdict.mean_score if verdict.is_parsed and verdict.mean_score is not None else None
-            )
-        for metric, number in numbers.items():
+        for metric, number in _numbers_of(verdict):
             key = Measured(verdict.task, metric, verdict.judge)
             of.values[key][verdict.prompt_id] = Value({"prompt": answer.prompt}, verdict.category, number)
             of.settings[key] = settings
     return arms
+
+
+def _numbers_of(verdict: Verdict) -> Iterator[tuple[str, float | None]]:
+    """The metrics of a verdict under the names that tables give them; None where the judge did not decide."""
+    kind = judge_kind(verdict.judge)
+    yield kind.unsafe, float(verdict.outcome == "unsafe") if verdict.is_parsed else None
+    for label in kind.labels:
+        yield label, verdict.scores.get(label) if verdict.is_parsed else None
+    if verdict.scores and not kind.labels:
+        score = verdict.mean_score if verdict.is_parsed else None
+        yield "score", None if score is None else 100 * score
 
 
 def _asked(document: str, prompt: str, target: str) -> dict[str, str]:

@@ -34,13 +34,15 @@ class ActivationSparsity(NamedTuple):
     overall: float
     per_module: dict[str, float]  # the same by module name, with the adapter's name where several are active
     dead: float  # share of units that were zero on every token, in [0, 1]
+    # by module name as above, the indices of these units; unit i of expert e is e r + i. Modules without are left out
+    dead_units: dict[str, list[int]]
 
 
 def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> ActivationSparsity:
     """Measure the zero ratio of sigma(A x) over the tokens of `batches` ("zero ratio", section 3.3 of the paper):
 
         sparsity = activation_sparsity(model, [tokenizer(texts, padding=True, return_tensors="pt")])
-        print(sparsity.overall, sparsity.dead, sparsity.per_module)
+        print(sparsity.overall, sparsity.dead, sparsity.per_module, sparsity.dead_units)
 
     The model runs in eval mode without gradients; its mode, weights and hooks are as before afterwards.
 
@@ -77,11 +79,14 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
             "invocation tokens of an activated adapter."
         )
     reached = {name: count for name, count in counts.items() if count.tokens}
-    fired = torch.cat([count.fired_of_each_unit() for count in reached.values()])
+    of_units = {name: count.fired_of_each_unit() for name, count in reached.items()}
+    fired = torch.cat(list(of_units.values()))
+    dead = {name: count.numbers()[of_units[name] == 0].tolist() for name, count in reached.items()}
     return ActivationSparsity(
         overall=1 - int(fired.sum()) / sum(count.tokens * count.r for count in reached.values()),
         per_module={name: 1 - int(c.fired.sum()) / (c.tokens * c.r) for name, c in reached.items()},
         dead=int((fired == 0).sum()) / fired.numel(),
+        dead_units={name: units for name, units in dead.items() if units},
     )
 
 
@@ -191,6 +196,10 @@ class _ZeroCount:
         """For each unit that saw a token, the tokens on which it fired."""
         return self.fired
 
+    def numbers(self) -> torch.Tensor:
+        """The indices of these units."""
+        return torch.arange(self.r)
+
 
 class _RoutedZeroCount(_ZeroCount):
     """The same under fused experts, for each expert; `note_routing` is a hook of the layer, called before this one."""
@@ -218,6 +227,10 @@ class _RoutedZeroCount(_ZeroCount):
 
     def fired_of_each_unit(self) -> torch.Tensor:
         return self.fired[self.tokens_of_experts > 0].flatten()
+
+    def numbers(self) -> torch.Tensor:
+        numbers = torch.arange(self.fired.numel()).view(self.fired.shape)
+        return numbers[self.tokens_of_experts > 0].flatten()
 
 
 @contextmanager

@@ -61,8 +61,9 @@ class MonoLoraLayer(nn.Module, BaseTunerLayer):
         "frozen_encoder",
     )
     weight_is_read: bool | None = None  # while bypass.py watches a pass: whether somebody has read `weight`
-    # While provenance.py watches a training: gets the latents and the gradient by them in each backward pass.
-    observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+    # While provenance.py watches a training: gets the latents and the gradient by them in each backward pass, and
+    # where these are of active units alone, (tokens, k), also which units they are of.
+    observer: Callable[..., None] | None = None
     # PEFT's, declared because mypy does not follow PEFT.
     active_adapters: list[str]
     get_base_layer: Callable[[], Any]
@@ -336,7 +337,10 @@ class MonoLoraLinear(MonoLoraLayer):
             seen = self._cast_input_dtype(x, encoder.weight.dtype)
             if sparse.is_faster(seen, encoder, activation, decoder):
                 seen = self.monolora_dropout[adapter_name](seen)
-                return sparse.topk_update(seen, encoder, activation, decoder, self.scaling[adapter_name])
+                result = sparse.topk_update(seen, encoder, activation, decoder, self.scaling[adapter_name])
+                if result.grad_fn is not None:
+                    result.grad_fn.observer = self.observer  # type: ignore[attr-defined]
+                return result
         return super().update(adapter_name, x, rows)
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor | None:

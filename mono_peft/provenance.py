@@ -138,19 +138,30 @@ class ProvenanceCallback(TrainerCallback):
         self._rows = self._table.rows_of(ids, kwargs.get("attention_mask"))
         self._sums = torch.zeros(len(self._rows), self._tops.units, device=self._table.device)
 
-    def _observe(self, units: slice, units_dim: int, latents: torch.Tensor, gradient: torch.Tensor) -> None:
+    def _observe(
+        self,
+        units: slice,
+        units_dim: int,
+        latents: torch.Tensor,
+        gradient: torch.Tensor,
+        active: torch.Tensor | None = None,
+    ) -> None:
         """Add a layer's part of a backward pass; `observer` of the layer."""
         if self._rows is None:  # a pass in eval mode
             return
+        rows = len(self._rows)
         products = (latents * gradient).movedim(units_dim, -1)
-        r = products.shape[-1]
-        if products.numel() % (len(self._rows) * r):
+        if products.numel() % (rows * products.shape[-1]):
             raise ValueError(
-                f"an adapted layer has latents of the shape {tuple(latents.shape)} in a pass of {len(self._rows)} "
-                "rows, so that it is not known which row they are of. Leave it out with `exclude_modules`."
+                f"an adapted layer has latents of the shape {tuple(latents.shape)} in a pass of {rows} rows, so that "
+                "it is not known which row they are of. Leave it out with `exclude_modules`."
             )
-        by_row = products.reshape(len(self._rows), -1, r)
-        sums = torch.linalg.vector_norm(by_row, 1, dim=1, dtype=torch.float32)
+        by_row = products.reshape(rows, -1, products.shape[-1])
+        if active is None:
+            sums = torch.linalg.vector_norm(by_row, 1, dim=1, dtype=torch.float32)
+        else:
+            sums = torch.zeros(rows, units.stop - units.start, device=products.device)
+            sums.scatter_add_(1, active.reshape(rows, -1), by_row.abs().flatten(1).float())
         self._sums[:, units] += sums.to(self._sums.device)
         self._is_observed = True
 

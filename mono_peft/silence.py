@@ -22,6 +22,7 @@ from .layer import MonoLoraLayer
 from .logged import LoggedMeasures
 from .overlap import check_training_prompts
 from .row_storage import RowStorage
+from .sharded import cut_like, whole
 from .silenceable import check_ranges, check_trainer, check_what_trains, trainable_layers
 from .silent_inputs import Group, base_inputs, digest_of, draw_tokens
 from .silent_start import lower_bias, separating_direction, start_apart
@@ -254,10 +255,8 @@ class Silence(LoggedMeasures):
             self._measured += (hinges := self._hinges_of(rows, list(encoders.values())))
             for encoder, hinge in zip(encoders.values(), hinges, strict=True):
                 for parameter, gradient in zip(encoder.parameters(), hinge.gradients, strict=True):
-                    if parameter.grad is None:
-                        parameter.grad = gradient.to(parameter.dtype)
-                    else:
-                        parameter.grad += gradient
+                    own = cut_like(gradient.to(parameter.dtype), parameter)
+                    parameter.grad = own if parameter.grad is None else parameter.grad.add_(own)
         self._end_step()
 
     def _draw_rows(self, step: int) -> None:
@@ -270,14 +269,14 @@ class Silence(LoggedMeasures):
 
     def _hinges_of(self, rows: torch.Tensor, encoders: list[nn.Linear]) -> list[Hinge]:
         """The hinges of modules with the same rows, on those of the step."""
-        matrices = [encoder.weight for encoder in encoders]
+        matrices = [whole(encoder.weight) for encoder in encoders]
         units = [len(matrix) for matrix in matrices]
         dtype, device = torch.promote_types(matrices[0].dtype, torch.float32), matrices[0].device
         x = rows.index_select(0, self._drawn[len(rows)].to(rows.device)).to(device, dtype)
         latents = torch.cat(matrices).to(dtype) @ x.t()  # (units of all modules, rows)
         for encoder, latent in zip(encoders, latents.split(units), strict=True):
             if encoder.bias is not None:
-                latent += encoder.bias.to(dtype)[:, None]
+                latent += whole(encoder.bias).to(dtype)[:, None]
         above = (latents + self.margin).clamp_(min=0)
         counted = (above > 0).to(dtype)
         parts = (tensor.split(units) for tensor in (above, latents, counted @ x, counted))
@@ -302,7 +301,7 @@ class Silence(LoggedMeasures):
             for name, encoder in encoders.items():
                 dtype = torch.promote_types(encoder.weight.dtype, torch.float32)
                 with gather_params_ctx(list(encoder.parameters())):  # which ZeRO-3 has cut up
-                    matrix, bias = encoder.weight.to(dtype), None if encoder.bias is None else encoder.bias.to(dtype)
+                    matrix, bias = (None if p is None else whole(p).to(dtype) for p in (encoder.weight, encoder.bias))
                     latents = (linear(part.to(matrix.device, dtype), matrix, bias) for part in rows.split(1024))
                     shares[name] = sum(int((latent > 0).any(1).sum()) for latent in latents) / len(rows)
         return shares

@@ -125,8 +125,9 @@ def check_trainer(args: TrainingArguments) -> None:
     kind = AcceleratorState().distributed_type
     if kind not in _KINDS:
         raise ValueError(
-            f"Silence works in one process, with DDP and with DeepSpeed, and this is {kind.value}, where gradients "
-            "are sharded before the callback could add to them. Train with DDP or DeepSpeed."
+            f"Silence works in one process, with DDP and with DeepSpeed, and this is {kind.value}, with which it has "
+            "not been run. Train with DDP or DeepSpeed; with `fully_shard` in a loop of your own, call "
+            "`add_gradients`."
         )
     if args.fp16:
         raise ValueError("Silence adds to gradients that are not scaled, and fp16 scales them: train with bf16=True.")

@@ -116,6 +116,7 @@ class _TopKUpdate(torch.autograd.Function):
         pairs, values = _Pairs(units, len(encoder)), values.reshape(-1).clamp(min=0)
         ctx.save_for_backward(x, encoder, decoder, bias, values)
         ctx.options = pairs, k, scaling
+        ctx.observer = None  # the layer may set one: see `MonoLoraLayer.observer`
         return pairs.times(values * scaling, decoder.t().contiguous()).view(*x.shape[:-1], len(decoder))
 
     @staticmethod
@@ -131,6 +132,8 @@ class _TopKUpdate(torch.autograd.Function):
             return (*(next(found) if is_needed else None for is_needed in needed), None, None)
         rows, outer = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         inner = pairs.entries(outer, decoder.t().contiguous()).mul_(scaling).masked_fill_(values <= 0, 0)
+        if ctx.observer is not None:
+            ctx.observer(*(tensor.view(-1, k) for tensor in (values, inner, pairs.units)))
         for_x = pairs.times(inner, encoder).view(x.shape) if ctx.needs_input_grad[0] else None
         for_encoder, for_decoder = pairs.transposed_times(
             (inner, rows) if ctx.needs_input_grad[1] else None,

@@ -52,6 +52,14 @@ def read_adapter(folder: Path, adapter_id: int, worker: WorkerLoRAManager) -> Lo
     helper = PEFTHelper(r=max(ranks), lora_alpha=max(ranks), target_modules=[])
     helper.validate_legal(worker.lora_config)
     manager = worker._adapter_manager
+    if config.activation == "topk":
+        for wrapper in manager.punica_wrapper_mapping.values():
+            if not getattr(wrapper, "serves_topk", False):
+                raise ValueError(
+                    f"{folder}: on this platform vLLM cannot serve `activation='topk'`, only on CPUs: one graph "
+                    "computes the tokens of all adapters, and all would pay for the sort. Serve it with "
+                    "`python -m mono_peft.serve`."
+                )
     mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
     mapper = None if mapper is None else mapper.get_rename_mapper()  # as vLLM's own reading does
     adapter = LoRAModel.from_lora_tensors(
@@ -64,7 +72,7 @@ def read_adapter(folder: Path, adapter_id: int, worker: WorkerLoRAManager) -> Lo
         weights_mapper=mapper,
         skip_prefixes=getattr(manager.model, "lora_skip_prefixes", None),
     )
-    adapter.monolora_activation = config.activation
+    adapter.monolora_activation, adapter.monolora_k = config.activation, config.k
     _check_modules(adapter, manager, folder)
     modules = dict(manager.model.named_modules())
     for name, table in embeddings.items():
@@ -91,8 +99,9 @@ def _check_options(config: MonoLoraConfig, folder: Path) -> None:
         )
     if config.bias != "none":
         raise ValueError(f"{folder}: vLLM cannot serve a MonoLoRA adapter with `bias={config.bias!r}`. {_WITHOUT}")
-    if config.activation not in SIGMAS:
-        raise ValueError(f"{folder}: vLLM cannot serve `activation={config.activation!r}`, only {', '.join(SIGMAS)}.")
+    served = (*SIGMAS, "topk")
+    if config.activation not in served:
+        raise ValueError(f"{folder}: vLLM cannot serve `activation={config.activation!r}`, only {', '.join(served)}.")
 
 
 def _vllm_tensors(folder: Path, config: MonoLoraConfig) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

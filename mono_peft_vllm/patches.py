@@ -78,7 +78,7 @@ def _fill_slots() -> None:
         slot = self.lora_index_to_id.index(lora_id)
         for wrapper in self.punica_wrapper_mapping.values():
             if isinstance(wrapper, sigma.SigmaMixin):
-                wrapper.fill_slot(slot, activation, adapts_logits)
+                wrapper.fill_slot(slot, activation, adapts_logits, getattr(adapter, "monolora_k", None))
             elif activation != "identity":
                 raise ValueError(f"MonoLoRA adapters cannot be served with vLLM's {type(wrapper).__name__}.")
         return activated

@@ -39,6 +39,7 @@ class SigmaMixin:
         ("_token_lora_indices", "_sampler_indices"),
         ("token_mapping_meta", "prompt_mapping_meta"),
     )
+    serves_topk = False  # the sort that it takes would be in the graph of every model, with or without such an adapter
     _token_lora_indices: torch.Tensor  # int64, the slot of each token or -1, and unused places after the last token
     _sampler_indices: torch.Tensor  # the same of each request
     sampler_indices: torch.Tensor  # those in use
@@ -52,8 +53,13 @@ class SigmaMixin:
         # One more than the slots: the index -1, of tokens without adapter, is the last.
         self._codes = torch.zeros(slots + 1, dtype=torch.long, device=device)
 
-    def fill_slot(self, slot: int, activation: str, adapts_logits: bool) -> None:
-        """Say which sigma the adapter in a slot has, a key of `SIGMAS`, and whether it adapts the output head."""
+    def fill_slot(self, slot: int, activation: str, adapts_logits: bool, k: int | None = None) -> None:
+        """Say which sigma the adapter in a slot has, and whether it adapts the output head.
+
+        Args:
+            activation: a key of `SIGMAS`, or "topk" where `serves_topk`.
+            k: of "topk".
+        """
         self._codes[slot] = CODES[activation]
 
     def _sigma(self, latents: torch.Tensor) -> torch.Tensor:
@@ -116,17 +122,25 @@ class PerSlotMixin(SigmaMixin):
     """
 
     of_tokens_and_requests = (("_token_rows", "_request_rows"),)
+    serves_topk = True
     token_lora_indices: torch.Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._activations = ["identity"] * kwargs["lora_config"].max_loras
+        self._sigmas: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}  # of the slots that have another than x
         self._adapting_logits: set[int] = set()
         self._token_rows: list[tuple[int, Any]] = []
         self._request_rows: list[tuple[int, Any]] = []
 
-    def fill_slot(self, slot: int, activation: str, adapts_logits: bool) -> None:
-        self._activations[slot] = activation
+    def fill_slot(self, slot: int, activation: str, adapts_logits: bool, k: int | None = None) -> None:
+        self._sigmas.pop(slot, None)
+        if k is not None:
+            from mono_peft.topk import TopK  # brings PEFT, which has read the adapter
+
+            # The places of A that the adapter leaves empty are latents of zero, which topk keeps as zeros.
+            self._sigmas[slot] = TopK(k)
+        elif activation != "identity":
+            self._sigmas[slot] = SIGMAS[activation]
         (self._adapting_logits.add if adapts_logits else self._adapting_logits.discard)(slot)
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
@@ -136,8 +150,8 @@ class PerSlotMixin(SigmaMixin):
 
     def _sigma(self, latents: torch.Tensor) -> torch.Tensor:
         for slot, rows in self._token_rows:
-            if self._activations[slot] != "identity":
-                latents[..., rows, :] = SIGMAS[self._activations[slot]](latents[..., rows, :])
+            if slot in self._sigmas:
+                latents[..., rows, :] = self._sigmas[slot](latents[..., rows, :])
         return latents
 
     def _apply_shrink(self, y: torch.Tensor, x: torch.Tensor, w_t_all: torch.Tensor, scale: float) -> None:

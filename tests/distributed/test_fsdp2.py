@@ -1,5 +1,6 @@
 """FSDP2 (`fully_shard`) on two CPU processes: the adapter of one process, whole tensors saved, exact resume."""
 
+import json
 import os
 import subprocess
 import sys
@@ -24,13 +25,17 @@ def adapter(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize(("options", "layers"), [([], 7), (["--experts"], 6)], ids=["dense", "experts"])
-def test_two_processes_train_and_resume_the_adapter_of_one(tmp_path, options, layers):
+@pytest.mark.parametrize(
+    ("options", "tensors"),
+    [([], 2 * 7 * 2), (["--experts"], 2 * 6 * 2), (["--silence"], 2 * 7 * 3)],
+    ids=["dense", "experts", "silence"],
+)
+def test_two_processes_train_and_resume_the_adapter_of_one(tmp_path, options, tensors):
     run(sys.executable, WORKER, tmp_path / "one", *options)
     run(*TORCHRUN, WORKER, tmp_path / "two", *options)
     expected, found = adapter(tmp_path / "one" / "adapter"), adapter(tmp_path / "two" / "adapter")
     assert found.keys() == expected.keys()
-    assert len(found) == 2 * layers * 2
+    assert len(found) == tensors
     for name in expected:
         assert found[name].shape == expected[name].shape
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-5)
@@ -39,3 +44,13 @@ def test_two_processes_train_and_resume_the_adapter_of_one(tmp_path, options, la
     run(*TORCHRUN, WORKER, tmp_path / "two", "--resume", *options)
     resumed = adapter(tmp_path / "two" / "resumed")
     assert all(torch.equal(resumed[name], found[name]) for name in found)
+    if options == ["--silence"]:
+        expected, *found = (
+            json.loads((tmp_path / file).read_text())
+            for file in ("one/measures-0.json", "two/measures-0.json", "two/measures-1.json")
+        )
+        assert 0 < expected["fired"] < 1
+        for measures in found:
+            by_module = measures.pop("by_module")
+            assert by_module == pytest.approx(expected["by_module"], abs=1e-6)
+            assert measures == pytest.approx({name: expected[name] for name in measures}, rel=1e-4)

@@ -37,18 +37,26 @@ def count_one_at_a_time(model, batch):
         for name, layer in layers.items()
     }
     zero = {name: (z == 0).double().mean().item() for name, z in latents.items()}
-    dead = torch.cat([(z == 0).all(0) for z in latents.values()]).double().mean().item()
-    return zero, dead
+    dead = {name: (z == 0).all(0).nonzero().flatten().tolist() for name, z in latents.items()}
+    return zero, {name: units for name, units in dead.items() if units}
+
+
+def adapted_layers(model):
+    return [layer for layer in model.modules() if hasattr(layer, "monolora_encoder")]
 
 
 def test_it_equals_counting_by_hand(model, input_ids):
+    for layer in adapted_layers(model):
+        layer.monolora_encoder.default.weight.data[2] = 0
     batch = padded(input_ids, [9, 4, 6])
     measured = activation_sparsity(model, [batch])
     zero, dead = count_one_at_a_time(model, batch)
     assert measured.per_module.keys() == zero.keys()
     assert measured.per_module == pytest.approx(zero)
     assert measured.overall == pytest.approx(sum(zero.values()) / len(zero))
-    assert measured.dead == dead
+    assert measured.dead_units == dead
+    assert measured.dead == sum(map(len, dead.values())) / sum(layer.r["default"] for layer in adapted_layers(model))
+    assert all(2 in units for units in dead.values())
     assert 0 < measured.overall < 1
 
 

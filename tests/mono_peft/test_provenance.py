@@ -94,8 +94,9 @@ def check_equal(saved, scores, top=TOP):
     assert saved.keys() == scores.keys()
     assert any(len(pairs) == top for pairs in saved.values())
     for unit, pairs in saved.items():
-        positive = sorted((score for score in scores[unit].values() if score > 0), reverse=True)[:top]
-        assert [score for _, score in pairs] == pytest.approx(positive, rel=1e-3, abs=1e-9)
+        largest = sorted(scores[unit].values(), reverse=True)[:top]
+        found = [score for _, score in pairs]
+        assert found + [0] * (len(largest) - len(pairs)) == pytest.approx(largest, rel=1e-3, abs=1e-9)
         for row, score in pairs:
             assert scores[unit][row] == pytest.approx(score, rel=1e-3, abs=1e-9)
         assert len({row for row, _ in pairs}) == len(pairs)
@@ -125,6 +126,8 @@ class TestScores:
         [
             {"activation": "identity"},
             {"activation": "softplus", "lora_alpha": 3},
+            {"activation": "topk", "k": 2, "r": 32, "encoder_bias": True},
+            {"activation": "topk", "k": 2},
             {"target_modules": ["embed_tokens", "q_proj", "lm_head"]},
             {"rank_pattern": {"v_proj": 2}, "use_rslora": True},
         ],

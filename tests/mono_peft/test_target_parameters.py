@@ -346,6 +346,19 @@ class TestSparsity:
         assert measured.overall == pytest.approx(measured.dead)  # of one token, what is zero is dead
         assert 12 * measured.dead == pytest.approx(round(12 * measured.dead))  # 2 of 4 experts, 6 units each
         assert 0 < measured.dead < 1
+        ((name, units),) = measured.dead_units.items()
+        reached = set()
+        layer = model.get_submodule(name)
+        layer.register_forward_pre_hook(lambda m, args: reached.update(args[1].experts.tolist()))
+        latents = []
+        layer.monolora_activation.default.register_forward_hook(lambda m, args, output: latents.append(output))
+        model(IDS[:1, :1])
+        fired = {
+            6 * e + i
+            for e, row in zip(sorted(reached), latents[0], strict=True)
+            for i in row.nonzero().flatten().tolist()
+        }
+        assert set(units) == {6 * e + i for e in reached for i in range(6)} - fired
         model.base_model.model.model.layers[1].mlp.experts.gate_up_proj.monolora_encoder.default.weight.data.zero_()
         assert activation_sparsity(model, [{"input_ids": IDS}]).dead == 1
 

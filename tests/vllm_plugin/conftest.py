@@ -51,6 +51,14 @@ ADAPTERS = {
     "embedding": MonoLoraConfig(
         r=6, monolora_alpha=4, target_modules=["embed_tokens", "q_proj"], activation="softplus"
     ),
+    "topk": MonoLoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules=ALL,
+        activation="topk",
+        k=3,
+        rank_pattern={"v_proj": 4, "layers.1.*q_proj": 3},
+    ),
     "head": MonoLoraConfig(r=8, monolora_alpha=4, target_modules=["lm_head", "q_proj"]),
 }
 # Greedy answers of a model with random weights soon repeat a token, unless its weights are this large.

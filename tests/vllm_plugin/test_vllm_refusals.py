@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mono_peft import MonoLoraConfig
+from mono_peft_vllm.sigma import PerSlotMixin
 from tests.vllm_plugin.conftest import assert_equal, engine, generate, prompts, request, save_adapter
 
 
@@ -88,6 +89,12 @@ def test_tensors(llm, folder, adapter, change, said):
     change_tensors(adapter, change)
     with pytest.raises(ValueError, match=said):
         load(llm, folder)
+
+
+def test_topk_where_one_graph_computes_all_adapters(llm, folder, monkeypatch):
+    monkeypatch.setattr(PerSlotMixin, "serves_topk", False)
+    with pytest.raises(ValueError, match="on this platform vLLM cannot serve `activation='topk'`, only on CPUs"):
+        llm.llm_engine.add_lora(request(folder, "topk"))
 
 
 def test_other_files_of_weights(llm, folder, adapter):
