@@ -22,7 +22,7 @@ from .layer import MonoLoraLayer
 from .logged import LoggedMeasures
 from .overlap import check_training_prompts
 from .row_storage import RowStorage
-from .sharded import cut_like, whole
+from .sharded import cut_like, is_cut, whole
 from .silenceable import check_ranges, check_trainer, check_what_trains, trainable_layers
 from .silent_inputs import Group, base_inputs, digest_of, draw_tokens
 from .silent_start import lower_bias, separating_direction, start_apart
@@ -191,7 +191,7 @@ class Silence(LoggedMeasures):
 
         Raises:
             ValueError: an adapter has no `encoder_bias` or is trained already, `task_batches` has no token that
-                counts, or the weights are cut up (DeepSpeed ZeRO-3).
+                counts, or the weights are cut up (ZeRO-3, FSDP).
         """
         self._check_biases("start_apart")
         trained = [name for name, layer, encoder in self._layers if _decoder_of(layer, encoder).weight.any()]
@@ -223,7 +223,7 @@ class Silence(LoggedMeasures):
             By the module's name, how far the bias of a unit was lowered at most, in units of A x.
 
         Raises:
-            ValueError: an adapter has no `encoder_bias`, or the weights are cut up (DeepSpeed ZeRO-3).
+            ValueError: an adapter has no `encoder_bias`, or the weights are cut up (ZeRO-3, FSDP).
         """
         self._check_biases("lower_biases")
         return {
@@ -240,8 +240,8 @@ class Silence(LoggedMeasures):
                 f"the adapter of {listed(without, 3)} has no bias b to set: `{method}` needs "
                 "MonoLoraConfig(encoder_bias=True)."
             )
-        if any(hasattr(encoder.weight, "ds_id") for _, _, encoder in self._layers):
-            raise ValueError(f"`{method}` needs whole weights, which DeepSpeed ZeRO-3 cuts up: use ZeRO-2 or DDP.")
+        if any(hasattr(encoder.weight, "ds_id") or is_cut(encoder.weight) for _, _, encoder in self._layers):
+            raise ValueError(f"`{method}` needs whole weights, which ZeRO-3 and FSDP cut up: use ZeRO-2 or DDP.")
 
     @torch.no_grad()
     def add_gradients(self, step: int) -> None:

@@ -144,9 +144,7 @@ class TestLowerBiases:
         after = {name: z.amax(0) for name, z in latents(model, SILENT[0]).items()}
         for unit in (0, 2, 3):
             assert after[first][unit] == pytest.approx(min(-0.3, before[first][unit].item()), abs=1e-5)
-        assert lowered[first] == pytest.approx(
-            max(before[first][[0, 2, 3]].max().item() + 0.3, 0), abs=1e-5
-        )
+        assert lowered[first] == pytest.approx(max(before[first][[0, 2, 3]].max().item() + 0.3, 0), abs=1e-5)
         assert silence.lower_biases() == pytest.approx(dict.fromkeys(lowered, 0.0), abs=1e-5)
 
     def test_biases_of_few_bits_are_rounded_down(self):
