@@ -115,8 +115,8 @@ def test_runs_that_cannot_be_had_are_refused(judged, tmp_path, runs, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "unjudged").mkdir()
     shutil.copy(judged / "completions.jsonl", tmp_path / "unjudged")
+    folders = {name: tmp_path / name for name in ("empty", "unjudged")}
     with pytest.raises(ValueError, match=message):
-        folders = {name: tmp_path / name for name in ("empty", "unjudged")}
         compare([run.format(judged=judged, **folders) for run in runs])
 
 
