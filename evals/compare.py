@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from evals.paired import POWER, holm, paired_test
+from evals.registry import REFUSED, judge_kind
 from evals.terminal import WIDTH, table_text
 from evals.values import ArmValues, Measured, read_arms
 from vision_bench.runs import write_atomic
@@ -111,7 +112,7 @@ def compare(runs: Sequence[str], *, categories: bool = False, allow: Iterable[st
     rows: list[dict[str, object]] = []
     not_compared = []
     for other in others:
-        shared = [key for key in reference.values if key in other.values]
+        shared = [key for key in reference.values if key in other.values and _is_compared(key)]
         if not shared:
             raise ValueError(
                 f"{reference.name} and {other.name} share no measure. The first has "
@@ -122,7 +123,7 @@ def compare(runs: Sequence[str], *, categories: bool = False, allow: Iterable[st
             listed = "".join(f"\n- {problem}" for problem in dict.fromkeys(problems))
             raise ValueError(f"{reference.name} and {other.name} cannot be compared prompt by prompt:{listed}")
         for arm, lacks in ((reference, other), (other, reference)):
-            lacking = [str(key) for key in arm.values if key not in lacks.values]
+            lacking = [str(key) for key in arm.values if key not in lacks.values and _is_compared(key)]
             if lacking:
                 not_compared.append(f"{lacks.name} lacks {_named(lacking)} of {arm.name}.")
         for key in shared:
@@ -133,6 +134,11 @@ def compare(runs: Sequence[str], *, categories: bool = False, allow: Iterable[st
     table.insert(table.columns.get_loc("p_value") + 1, "p_holm", holm(table["p_value"].tolist()))
     counts = ["only_arm", "only_reference"]
     return Comparison(table.astype(dict.fromkeys(counts, "Int64")), not_compared)
+
+
+def _is_compared(key: Measured) -> bool:
+    """Whether a measure is more than a part of another, for which Holm's adjustment would charge all others."""
+    return key.metric not in judge_kind(key.judge).labels or key.metric == REFUSED
 
 
 def _problems(key: Measured, reference: ArmValues, other: ArmValues, allowed: set[str]) -> Iterable[str]:

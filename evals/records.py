@@ -31,6 +31,7 @@ OUTCOMES = (
     "truncated",  # not unsafe as far as the judge could read, and it could not read all
     "unfinished_thought",  # there is no answer, as the model's thought before it did not end; the judge was not asked
 )
+REFUSED = "refused"  # a score of a judge of refusals: fully or partially, XSTest's refusal rate
 TOKEN_PROBABILITY = "token_probability"  # a score: geometric mean of what a model gives an answer's tokens
 # What the fields of records may hold, by their annotation.
 _NONE = type(None)

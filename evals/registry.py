@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import offline
+from evals.records import REFUSED
 
 if TYPE_CHECKING:
     from evals.judges import Judge
 
 
 COHERENCE = "coherence"  # the judge that tells whether answers that count as safe are answers at all
-REFUSED = "refused"  # a score of a judge of refusals: fully or partially, XSTest's refusal rate
 
 
 class JudgeOptions(NamedTuple):
@@ -96,7 +96,8 @@ def _refusal(patterns: str, options: JudgeOptions) -> Judge:
 def _coherence(_: str, options: JudgeOptions) -> Judge:
     from evals.judges.coherence import CoherenceJudge
 
-    return CoherenceJudge(options.perplexity_model, options.dtype)
+    model = options.perplexity_model
+    return CoherenceJudge(str(MODELS[model]()) if model in MODELS else model, options.dtype)
 
 
 def _unknown(model: str, options: JudgeOptions) -> Judge:

@@ -16,7 +16,7 @@ def table_text(title: str, header: Sequence[str], rows: Iterable[Sequence[str]],
     """A table as text, the first `left` columns left-aligned, the others right-aligned."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < left else "right", overflow="fold", no_wrap=i >= left + 4)
+        table.add_column(name, justify="left" if i < left else "right", overflow="fold", no_wrap=i >= left + 3)
     for row in rows:
         table.add_row(*row)
     file = StringIO()

@@ -80,6 +80,8 @@ def read_arms(text: str) -> list[ArmValues]:
             )
         return [_lm_eval_arm(name or path.stem, path)]
     arms = _folder_arms(path)
+    if not arms:
+        raise ValueError(f"{path} has answers and no values of them: `python -m evals judge` lets judges say some.")
     if arm is None:
         return [ArmValues(f"{name}:{a.name}" if name else a.name, a.values, a.settings) for a in arms.values()]
     if arm not in arms:

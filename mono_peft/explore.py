@@ -93,7 +93,7 @@ def _explore(options: argparse.Namespace) -> None:
     try:
         layers = {name: layer for name, layer, _ in explorable(model)}
         first = torch.tensor([texts.ids(0)[:8]], device=base.device)
-        stream = residual_stream(base, layers, first)
+        stream = residual_stream(model, layers, first)
         unembedding = Unembedding(base, stream) if stream.is_unembedded else None
         with unembedding.measuring(model) if unembedding else nullcontext():
             statistics = collect(model, texts, _with_progress(texts, options.batch_size))
@@ -151,6 +151,7 @@ def _facts(options: argparse.Namespace, config: Any, texts: Texts, records: Unit
     """What stands in the head and the foot of the page."""
     adapter, base = (Path(n).resolve() if Path(n).is_dir() else Path(n) for n in (options.adapter, options.base))
     cut = f", {texts.cut:,} of them cut at {options.max_tokens} tokens" if texts.cut else ""
+    top = f" of {config.k}" if config.k else ""
     changes = ", ".join(
         f"{group} {_signed(effect.mean)} [{_signed(effect.low)}, {_signed(effect.high)}]"
         for group, effect in records.without_adapter.items()
@@ -158,7 +159,7 @@ def _facts(options: argparse.Namespace, config: Any, texts: Texts, records: Unit
     )
     return {
         "title": f"Units of {'/'.join(adapter.parts[-2:])}",
-        "line": f"MonoLoRA, {config.activation}, r {config.r}, on {base.name}; {len(records):,} units in "
+        "line": f"MonoLoRA, {config.activation}{top}, r {config.r}, on {base.name}; {len(records):,} units in "
         f"{len(records.statistics)} layers; {len(texts):,} texts of {texts.tokens:,} tokens{cut}.",
         "without": f"Without the whole adapter the loss changes, in nats a token: {changes}." if changes else "",
         "made": f"Made by python -m mono_peft.explore with torch {torch.__version__} on {time.strftime('%Y-%m-%d')}.",

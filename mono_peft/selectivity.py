@@ -54,12 +54,15 @@ def rates_of_tokens(statistics: ModuleStatistics, texts: torch.Tensor) -> Rates:
     """The share of a text's tokens on which a unit fires, as a mean over texts with a normal interval.
 
     Where it fires in no text, or on every token of all, the interval is Wilson's for such texts, which holds as well.
+    One text tells of no spread: its interval is 0 to 1.
     """
     mean, error = _mean_and_error(statistics.share, statistics.share_squared, texts[:, None])
     low, high = (mean - _Z * error).clamp(min=0), (mean + _Z * error).clamp(max=1)
     never, always = _wilson(torch.zeros_like(mean), texts[:, None])[1], _wilson(texts[:, None], texts[:, None])[0]
     high = torch.where(mean == 0, never, high)
     low = torch.where(mean == 1, always, low)
+    is_one = texts[:, None] < 2
+    low, high = low.masked_fill(is_one, 0), high.masked_fill(is_one, 1)
     return Rates(mean, low, high, statistics.share.sum(0) / texts.sum())
 
 

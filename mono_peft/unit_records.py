@@ -78,7 +78,10 @@ class UnitRecords:
         return len(self.units)
 
     def most_selective(self, count: int) -> list[Unit]:
-        """The units of largest selectivity among those beyond chance, then the others by z."""
+        """The most selective units of those beyond chance, then the others by z; with one group the strongest."""
+        if len(self.texts.groups) == 1:
+            order = torch.cat([part.strength[0] for part in self.preferences.values()])
+            return [self.units[number] for number in order.topk(min(count, int(self.fires.sum()))).indices.tolist()]
         z = torch.cat([part.z for part in self.preferences.values()])
         selectivity = torch.cat([part.selectivity for part in self.preferences.values()])
         order = torch.where(z > self.threshold, 1 + selectivity, -1 / (1 + z.clamp(min=0)))

@@ -9,7 +9,6 @@ import torch
 
 from evals.judges.base import LocalJudge, left_padded, positions
 from evals.prompts import EncodedAnswer, encode_answer
-from evals.registry import MODELS
 
 
 class Likely(NamedTuple):
@@ -23,7 +22,7 @@ class Likelihood(LocalJudge):
     """A causal language model that reads answers after their prompts.
 
     Args:
-        source: folder or hub name, or a model that is built here.
+        source: folder or hub name.
         dtype: of the weights, one of `evals.settings.DTYPES`.
 
     Raises:
@@ -31,7 +30,7 @@ class Likelihood(LocalJudge):
     """
 
     def __init__(self, source: str, dtype: str = "auto") -> None:
-        super().__init__(str(MODELS[source]()) if source in MODELS else source, dtype)
+        super().__init__(source, dtype)
         self.settings = {f"perplexity_{name}": value for name, value in self.settings.items()}
         self.limit = int(getattr(self.config, "max_position_embeddings", 0) or self.tokenizer.model_max_length)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from evals.judges.base import Judge, Judgement
 from evals.judges.plain_text import plain
 from evals.local_files import text_rows
-from evals.registry import REFUSED
+from evals.records import REFUSED
 
 PATTERNS = Path(__file__).with_name("refusal_patterns.tsv")
 KINDS = {

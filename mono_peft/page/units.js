@@ -150,7 +150,9 @@
         (isBeyond(unit) ? "" : " (not beyond chance)");
     };
     const merged = most > across * lines ? ` A square stands for several units and shows the ${hasGroups ? "most selective" : "densest"}.` : "";
-    const shades = hasGroups ? [...groups.flatMap((_, i) => [chip(i), " "]),
+    const preferring = new Array(groups.length).fill(0);
+    for (let unit = 0; unit < count; unit++) if (isBeyond(unit)) preferring[units.group[unit]] += 1;
+    const shades = hasGroups ? [...groups.flatMap((_, i) => [chip(i), ` ${preferring[i].toLocaleString("en")} units, `]),
       el("span", {class: "chip", style: "--colour: #e4e8ec"}, "not beyond chance"), " "] : [];
     byId("legend").replaceChildren("Layers from top to bottom, a square for each unit, the darker the ",
       hasGroups ? "more selective: " : "denser; ", ...shades, el("span", {class: "chip"}, "dead"),
@@ -312,14 +314,16 @@
     const parts = [["texts", 0, chance[0]], ["tokens", 3, chance[1]]];
     return el("div", {class: "pair pictures"}, ...parts.map(([what, at, expected]) => {
       const rowHeight = 26, width = 290, left = 92, right = 58, height = groups.length * rowHeight + 24;
-      const x = share => left + share * (width - left - right);
+      const most = Math.max(expected, ...rates.map(rate => rate[at + 2]));
+      const end = [.001, .002, .005, .01, .02, .05, .1, .2, .5].find(share => share >= most) || 1;
+      const x = share => left + share / end * (width - left - right);
       const svg = el("svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": groups.map((group, i) =>
         `${group}: fires on ${percent(rates[i][at])} of ${what}`).join("; ") + `; chance ${percent(expected)}`});
       rates.forEach((rate, i) => {
         const y = i * rowHeight + 15, [middle, low, high] = rate.slice(at, at + 3);
         const name = groups[i].length > 14 ? `${groups[i].slice(0, 13)}…` : groups[i];
         svg.append(el("text", {x: 0, y: y + 4}, name, el("title", {}, groups[i])),
-          el("line", {x1: x(0), x2: x(1), y1: y, y2: y, stroke: "#d0d7de"}),
+          el("line", {x1: x(0), x2: x(end), y1: y, y2: y, stroke: "#d0d7de"}),
           el("line", {x1: x(low), x2: x(high), y1: y, y2: y, stroke: colour(i), "stroke-width": 4},
             el("title", {}, `95 % interval: ${percent(low)} to ${percent(high)}`)),
           el("circle", {cx: x(middle), cy: y, r: 4.5, fill: colour(i)}),
@@ -327,8 +331,8 @@
       });
       svg.append(el("line", {x1: x(expected), x2: x(expected), y1: 2, y2: height - 20, stroke: "#1b1f24", "stroke-dasharray": "3 2"}),
         el("text", {x: left, y: height - 4, class: "axis"}, "0"),
-        el("text", {x: x(1), y: height - 4, "text-anchor": "end", class: "axis"}, "100 %"));
-      return el("div", {}, el("h4", {}, `Share of ${what} on which it fires`), svg,
+        el("text", {x: x(end), y: height - 4, "text-anchor": "end", class: "axis"}, `${Number((end * 100).toPrecision(2))} %`));
+      return el("div", {}, el("h4", {}, `Share of ${what} ${what === "texts" ? "in" : "on"} which it fires`), svg,
         el("p", {class: "soft"}, `Chance: ${percent(expected)}`));
     }));
   }

@@ -107,13 +107,17 @@ def test_different_prompts_and_settings_are_refused_with_the_list(judged, comple
         (["{judged}:nobody"], "has no results of 'nobody'; it has those of base, lora-seed0, monolora-seed0"),
         (["{judged}:base"], "There is nothing to compare base with"),
         (["{judged}", "{judged}"], "Two arms are called base, lora-seed0, monolora-seed0"),
+        (["{unjudged}"], "has answers and no values of them"),
         (["{empty}", "{judged}"], "neither completions.jsonl nor samples.jsonl"),
     ],
 )
 def test_runs_that_cannot_be_had_are_refused(judged, tmp_path, runs, message):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "unjudged").mkdir()
+    shutil.copy(judged / "completions.jsonl", tmp_path / "unjudged")
+    folders = {name: tmp_path / name for name in ("empty", "unjudged")}
     with pytest.raises(ValueError, match=message):
-        compare([run.format(judged=judged, empty=tmp_path / "empty") for run in runs])
+        compare([run.format(judged=judged, **folders) for run in runs])
 
 
 @pytest.fixture

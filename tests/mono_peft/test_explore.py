@@ -127,6 +127,19 @@ def test_a_dead_unit_is_told(explore, small_model, data, tmp_path):
     assert (dead["logits"], dead["group"], dead["density"]) == (None, None, 0)
 
 
+def test_an_activated_adapter(explore, small_model, data, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    invocation = tokenizer(" was").input_ids
+    adapter = save_adapter(small_model, tmp_path / "alora", alora_invocation_tokens=invocation, activation="sigmoid")
+    code, _, records = explore(adapter, "--data", *data, "--ablate", "1")
+    assert code == 0
+    for record in records:
+        assert record["groups"]["task"]["texts"][0] == 0  # its texts do not have these tokens
+        assert record["groups"]["other"]["texts"][0] == 1
+        assert record["selectivity"] == 1
+    assert records[-1]["writes"] == "residual stream"
+
+
 def test_provenance_beside_the_adapter_is_shown(explore, adapter, data, tmp_path):
     module = "base_model.model.model.layers.0.self_attn.o_proj"
     units = {f"{module}.1": [[811, 2.5], [4021, 1.25]], f"{module}.2": []}
@@ -140,8 +153,10 @@ def test_provenance_beside_the_adapter_is_shown(explore, adapter, data, tmp_path
 
 def test_one_group_without_a_name(explore, adapter, data):
     path = data[1].partition("=")[2]
-    code, out, records = explore(adapter, "--data", path)
+    code, out, records = explore(adapter, "--data", path, "--ablate", "2")
     assert code == 0
+    strengths = sorted((record["groups"]["other"]["strength"] for record in records), reverse=True)
+    assert {r["groups"]["other"]["strength"] for r in records if "ablation" in r} == set(strengths[:2])
     assert "selective" not in out
     assert set(records[0]["groups"]) == {"other"}
     assert not any(record["beyond_chance"] for record in records)

@@ -217,6 +217,11 @@ def collect_of(values, groups):
     return [part]
 
 
+def test_one_text_has_no_interval():
+    rates = rates_of_tokens(collect_of([1.0, 0.0, 0.0], [0, 1, 1])[0], torch.tensor([1, 2]))
+    assert [float(rates.low[0]), float(rates.high[0])] == [0, 1]
+
+
 def test_rates_of_texts_have_wilsons_interval():
     values, groups = [1.0] * 3 + [0.0] * 7, [0] * 10
     rates = rates_of_texts(collect_of(values, groups)[0], torch.tensor([10]))
