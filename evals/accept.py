@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ from evals.decision import (
     share_measured,
 )
 from evals.forgetting_rows import measure_forgetting
-from evals.generate import generate
+from evals.generate import generate, task_manager
 from evals.intervals import bootstrap, mean, wilson
 from evals.judge import check_judging, judge
 from evals.models import check_adapter, check_base, hub_commit
@@ -83,6 +84,7 @@ def accept(base: str, adapter: str, card: Card, output_dir: str | Path, *, batch
     folder = Path(output_dir)
     identity = _identity(base, adapter)
     _check_begun(folder, card, identity)
+    _check_tasks(card)
     settings = GenerateSettings(
         model=base,
         tasks=card.tasks or ["none"],
@@ -125,10 +127,35 @@ def _identity(base: str, adapter: str) -> dict[str, Any]:
     return {"base": base, "adapter": adapter, "checksums": contents}
 
 
+def _check_tasks(card: Card) -> None:
+    """Check the lines against their tasks' metrics and prompts, and say of which there are too few.
+
+    Raises:
+        ValueError: a task, its data, a metric of it or a category of its prompts does not exist.
+    """
+    limit = card.answers.get("limit")
+    loaded = task_manager(card.tasks, card.answers.get("task_data")).load(card.tasks)["tasks"] if card.tasks else {}
+    for line in card.lines:
+        task = loaded.get(line.task)  # a group has tasks of other names
+        if task is None:
+            continue
+        metrics = sorted(metric["metric"] for metric in task.get_config("metric_list"))
+        if line.kind == "task" and line.metric not in metrics:
+            raise ValueError(f"{line.name}: the task {line.task} has no {line.metric}; it has {', '.join(metrics)}.")
+        categories = [document.get("category") for document in islice(task.eval_docs, limit)]
+        chosen = [category for category in categories if line.category in (None, category)]
+        if not chosen:
+            there = ", ".join(sorted({str(category) for category in categories}))
+            raise ValueError(f"{line.name}: no prompt of {line.task} is {line.category!r}; there are {there}.")
+        needed = needed_for(line, card.power)
+        if line.is_share and (needed is None or len(chosen) < needed):
+            print(f"{line.name} has {len(chosen)} prompts, too few to pass: give a larger margin, or more prompts.")
+
+
 def _check_begun(folder: Path, card: Card, identity: dict[str, Any]) -> None:
-    """Raise ValueError if the folder was begun with another card, base or adapter."""
+    """Raise ValueError if the folder has results of another card, base or adapter."""
     path = folder / "begun.json"
-    if not path.is_file():
+    if not path.is_file() or not any(folder.rglob("*.jsonl")):
         return
     begun = json.loads(path.read_text(encoding="utf-8"))
     if begun["card"] != json.loads(json.dumps(card.as_dict())):
@@ -187,11 +214,6 @@ class _Measures:
             )
         found = arms[ADAPTER].values[key]
         chosen = [prompt for prompt, value in found.items() if line.category in (None, value.category)]
-        if not chosen:
-            categories = sorted({str(value.category) for value in found.values()})
-            raise ValueError(
-                f"{line.name}: no prompt of {line.task!r} is {line.category!r}; there are {', '.join(categories)}."
-            )
         values = [found[prompt].value for prompt in chosen]
         if all(value is None for value in values):
             return CANNOT_TELL, "the judge decided on no answer"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import yaml
@@ -88,20 +87,22 @@ def test_a_card_cannot_be_changed_after_a_look_at_the_results(run):
     assert "was begun with another card" in said
 
 
-def test_errors_have_the_exit_code_2_and_come_before_weights(run, tmp_path, request, talking_model):
+def test_errors_have_the_exit_code_2_and_come_before_weights(run, request):
     request.getfixturevalue("no_loading")
     for card, message in (
         ({"harm": {"task": "advbench", "at_most": 2}}, "allowed is a share"),
         ({"harm": {"task": "no_task", "at_most": 0.1}}, "'no_task', which is no task"),
+        ({"task": {"task": "dolly", "metric": "acc", "at_least": 0.1}}, "dolly has no acc; it has bleu, rouge1"),
+        ({"harm": {"task": "xstest", "category": "mild", "at_most": 0.1}}, "no prompt of xstest is 'mild'; there are"),
     ):
         code, said, record = run(card)
         assert code == 2
         assert message in said
         assert record is None
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 def test_what_a_card_needs_is_said_before_it_is_measured(run):
     _, said, _ = run({"harm": {"task": "advbench", "at_most": 0.1}})
     needed = needed_prompts(share=True, threshold=0.1, margin=0.05, upper=True, power=0.8)
+    assert "harm has 2 prompts, too few to pass" in said
     assert f"harm: advbench answered (refusal) <= 0.1; takes {needed} for a margin of 0.05" in said
