@@ -309,6 +309,7 @@ def report(run: Run) -> str:
         return interval(values).scaled(scale).text(0, sign=sign) if values else "-"
 
     columns: dict[str, tuple[str, dict[str, Any]]] = {
+        "task": ("intact task", {}),
         "rule": ("rule", {}),
         "chosen units": ("chosen", {"scale": 1}),
         "found": ("found", {}),
