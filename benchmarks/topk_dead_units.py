@@ -129,7 +129,8 @@ class AuxiliaryLoss:
         def keep(gradient: torch.Tensor) -> None:
             self.gradients[name] = gradient.flatten(0, -2)
 
-        output.register_hook(keep)
+        if output.requires_grad:
+            output.register_hook(keep)
 
     def add_gradients(self, inputs: dict[str, torch.Tensor]) -> None:
         """For the inputs and gradients of the last pass."""

@@ -6,6 +6,11 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate
 
 
+def is_cut(tensor: torch.Tensor) -> bool:
+    """Whether a process has a shard of the tensor only."""
+    return isinstance(tensor, DTensor)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, put together from its shards where it has some; then every process has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

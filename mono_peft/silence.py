@@ -18,12 +18,14 @@ from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 from .activity import uncompiled
+from .layer import MonoLoraLayer
 from .logged import LoggedMeasures
 from .overlap import check_training_prompts
 from .row_storage import RowStorage
-from .sharded import cut_like, whole
+from .sharded import cut_like, is_cut, whole
 from .silenceable import check_ranges, check_trainer, check_what_trains, trainable_layers
 from .silent_inputs import Group, base_inputs, digest_of, draw_tokens
+from .silent_start import lower_bias, separating_direction, start_apart
 from .targets import listed
 
 if TYPE_CHECKING:
@@ -125,7 +127,7 @@ class Silence(LoggedMeasures):
         tokens, self.silent_tokens = draw_tokens(self.model, batches, rows_per_module, seed)
         self._tokens = tokens
         self._digest = digest_of(tokens, (weight, margin, rows_per_step, seed))
-        self._memory_budget = memory_budget
+        self._memory_budget, self._rows_per_module = memory_budget, rows_per_module
         self._groups: list[Group] = []
         self._hooks: list[RemovableHandle] = []
         self._hinges_in_backward: dict[nn.Linear, Hinge] = {}  # of the present step
@@ -168,6 +170,78 @@ class Silence(LoggedMeasures):
         if self in trainer.callback_handler.callbacks:
             raise ValueError("this Silence is attached already; twice it would add its gradient twice.")
         trainer.callback_handler.callbacks.insert(0, self)
+
+    @torch.no_grad()
+    def start_apart(self, task_batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """Turn the units, before training, so that they fire on the task and on none of the cached rows.
+
+        From a random start the hinge drives most units below zero on everything, where they get no gradient any more.
+        Here a direction that tells the module's inputs on the task from those on the silent texts is added to each
+        unit of A, and b is set so that the highest cached row lies on the margin. B is zero, so that the model is the
+        base as before.
+
+        Args:
+            task_batches: as the silent ones, of the texts that are trained on. A few hundred texts do; as many tokens
+                are drawn of them as of the silent texts, `rows_per_module`.
+
+        Returns:
+            By the module's name, the share of the task's distinct inputs that the direction lifts above all silent
+            ones, in [0, 1]. Where it is small, as in the first layer if texts have most of their tokens in common, the
+            module can do little for the task; adapt others.
+
+        Raises:
+            ValueError: an adapter has no `encoder_bias` or is trained already, `task_batches` has no token that
+                counts, or the weights are cut up (ZeRO-3, FSDP).
+        """
+        self._check_biases("start_apart")
+        trained = [name for name, layer, encoder in self._layers if _decoder_of(layer, encoder).weight.any()]
+        if trained:
+            raise ValueError(
+                f"the adapter of {listed(trained, 3)} is trained already (its B is not zero), and `start_apart` would "
+                "turn its units away from what they learnt. Call it on a new adapter, before training."
+            )
+        tokens, _ = draw_tokens(self.model, task_batches, self._rows_per_module, self.seed)
+        task_groups = base_inputs(self.model, self._layers, tokens, RowStorage(self._memory_budget))
+        separated = {}
+        for group, task_group in zip(self._groups, task_groups, strict=True):
+            silent, task = (_as_computed(g) for g in (group, task_group))
+            direction = separating_direction(silent, task, self.seed)
+            for name, encoder in group.encoders.items():
+                start_apart(encoder, direction, silent, task, self.margin)
+                separated[name] = direction.separated
+        return separated
+
+    @torch.no_grad()
+    def lower_biases(self) -> dict[str, float]:
+        """Lower b of the units that fire on a cached row or come closer than the margin, so that none does.
+
+        Then the hinge of the cached rows is zero, they are the inputs that the modules really see, and a text all of
+        whose tokens are cached is silent (but for what is rounded otherwise than the margin allows). It costs the task
+        what these units did for it: measure its score again. Call it after training, before the adapter is saved.
+
+        Returns:
+            By the module's name, how far the bias of a unit was lowered at most, in units of A x.
+
+        Raises:
+            ValueError: an adapter has no `encoder_bias`, or the weights are cut up (ZeRO-3, FSDP).
+        """
+        self._check_biases("lower_biases")
+        return {
+            name: lower_bias(encoder, silent, self.margin).max().item()
+            for group in self._groups
+            for silent in [_as_computed(group)]
+            for name, encoder in group.encoders.items()
+        }
+
+    def _check_biases(self, method: str) -> None:
+        without = [name for name, _, encoder in self._layers if encoder.bias is None]
+        if without:
+            raise ValueError(
+                f"the adapter of {listed(without, 3)} has no bias b to set: `{method}` needs "
+                "MonoLoraConfig(encoder_bias=True)."
+            )
+        if any(hasattr(encoder.weight, "ds_id") or is_cut(encoder.weight) for _, _, encoder in self._layers):
+            raise ValueError(f"`{method}` needs whole weights, which ZeRO-3 and FSDP cut up: use ZeRO-2 or DDP.")
 
     @torch.no_grad()
     def add_gradients(self, step: int) -> None:
@@ -348,9 +422,21 @@ class Silence(LoggedMeasures):
                 f"the adapter is not silent on all that it should be: units fire on "
                 f"{sum(shares.values()) / len(shares):.2%} of the pairs of a module and a cached row, most in {most} "
                 f"({shares[most]:.2%} of its rows). Texts that the task shares tokens with cannot be silent on them; "
-                "else train longer, with a larger weight, or fewer modules. `mono_peft.certify` says which are.",
+                "else train longer, with a larger weight, or fewer modules, or, with `encoder_bias`, call "
+                "`start_apart` before training and `lower_biases` after it. `mono_peft.certify` says which are.",
                 stacklevel=2,
             )
 
     def measures(self, state: TrainerState) -> dict[str, float]:
         return {} if self._loss is None else {"silence_loss": self.loss, "silence_fired": self.fired}
+
+
+def _as_computed(group: Group) -> torch.Tensor:
+    """All rows of a group, on its modules' device, in the precision in which A x is judged here."""
+    dtype = torch.promote_types(next(iter(group.encoders.values())).weight.dtype, torch.float32)
+    return group.rows.to(group.device, dtype)
+
+
+def _decoder_of(layer: MonoLoraLayer, encoder: nn.Linear) -> Any:
+    """B of the adapter whose A is `encoder`."""
+    return next(layer.monolora_decoder[name] for name, other in layer.monolora_encoder.items() if other is encoder)

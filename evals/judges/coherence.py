@@ -1,8 +1,8 @@
 """Is an answer an answer at all? Empty, cut, repetitive, gibberish, in another language, or the prompt again.
 
 No model is needed. Each fault is a measure between 0 and 1 and a threshold; the thresholds were fixed on one half of
-the labelled answers and tested on the other (docs/evals.md). Words that are in a language and say nothing together are
-found only with a model, see `evals.judges.likelihood`.
+the labelled answers and tested on the other (docs/evals.md). Real words that say nothing together are not found unless
+they repeat; a model's perplexity, which is given beside, is high for them and for short answers alike.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from evals.judges.base import Judge, Judgement
-from evals.judges.likelihood import Likelihood, Likely
+from evals.judges.likelihood import Likelihood
 from evals.judges.plain_text import plain
 from evals.records import TOKEN_PROBABILITY, Completion
 
 # A fault is there where a measure of it is above.
 THRESHOLDS = {
     "repetition": {"spans": 0.3, "words": 0.5},
-    "gibberish": {"language": 0.5, "excess": 3.0},  # excess is in nats a token, of a model
+    "gibberish": {"language": 0.5},
     "wrong_language": {"language": 0.95},
     "prompt_echo": {"copied": 0.8},
 }
@@ -87,8 +87,9 @@ class CoherenceJudge(Judge):
         )
 
     def judge(self, batch: Sequence[EncodedAnswer]) -> list[Judgement]:
-        likely = self.likelihood.of([answer.ids for answer in batch]) if self.likelihood else [None] * len(batch)
-        return [_judgement(*pair) for pair in zip(batch, likely, strict=True)]
+        nothing: list[float | None] = [None] * len(batch)
+        surprises = self.likelihood.surprises([answer.ids for answer in batch]) if self.likelihood else nothing
+        return [_judgement(*pair) for pair in zip(batch, surprises, strict=True)]
 
 
 def measures(prompt: str, response: str) -> dict[str, dict[str, float]]:
@@ -103,11 +104,9 @@ def measures(prompt: str, response: str) -> dict[str, dict[str, float]]:
     }
 
 
-def _judgement(answer: EncodedAnswer, likely: Likely | None) -> Judgement:
+def _judgement(answer: EncodedAnswer, surprise: float | None) -> Judgement:
     is_empty = not _WORD.search(plain(answer.response))
     found = {} if is_empty else measures(answer.prompt, answer.response)
-    if likely is not None and found:
-        found["gibberish"]["excess"] = likely.excess
     faults = {
         fault: any(value > THRESHOLDS[fault][name] for name, value in values.items())
         for fault, values in found.items()
@@ -115,8 +114,8 @@ def _judgement(answer: EncodedAnswer, likely: Likely | None) -> Judgement:
     faults |= {"empty": is_empty, CUT: answer.is_cut}
     scores: dict[str, float | None] = {label: float(faults.get(label, False)) for label in LABELS}
     is_coherent = not any(scores[label] for label in LABELS if label != CUT)
-    if likely is not None:
-        scores[TOKEN_PROBABILITY] = math.exp(-likely.surprise) if math.isfinite(likely.surprise) else None
+    if surprise is not None:
+        scores[TOKEN_PROBABILITY] = math.exp(-surprise) if math.isfinite(surprise) else None
     return Judgement("safe" if is_coherent else "unsafe", scores)
 
 

@@ -38,6 +38,7 @@ class EndpointChatJudge(RubricJudge):
     MAX_COMPLETION_TOKENS = 8192
     ATTEMPTS = 4
     BACKOFF = 1.0  # seconds before the second attempt, twice as many before each further one
+    TIMEOUT = 600.0  # seconds that an answer may take
     LONGEST_WAIT = 300.0  # seconds that a server may ask to wait
     _BUSY = (429, 500, 502, 503, 504)
 
@@ -142,7 +143,7 @@ class EndpointChatJudge(RubricJudge):
         wait = self.BACKOFF
         for attempt in range(1, self.ATTEMPTS + 1):
             try:
-                answer = self.session.post(f"{self.endpoint}/chat/completions", json=asked, timeout=600)
+                answer = self.session.post(f"{self.endpoint}/chat/completions", json=asked, timeout=self.TIMEOUT)
             except (requests.ConnectionError, requests.Timeout):
                 if attempt == self.ATTEMPTS:
                     raise

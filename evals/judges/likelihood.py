@@ -1,21 +1,13 @@
-"""How likely a language model, such as the base, finds an answer, and how much it expected to be surprised."""
+"""How likely a language model, such as the base, finds an answer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from evals.judges.base import LocalJudge, left_padded, positions
 from evals.prompts import EncodedAnswer, encode_answer
-
-
-class Likely(NamedTuple):
-    """What a model says of one answer, means over its tokens."""
-
-    surprise: float  # -log p of the token, in nats: the logarithm of the perplexity
-    excess: float  # surprise less the entropy of what the model predicts: about 0 for what the model would say itself
 
 
 class Likelihood(LocalJudge):
@@ -42,18 +34,17 @@ class Likelihood(LocalJudge):
         return EncodedAnswer(ids[-self.limit :], mask[-self.limit :])
 
     @torch.inference_mode()
-    def of(self, batch: Sequence[EncodedAnswer | None]) -> list[Likely | None]:
-        """What the model says of each answer, None for those that are empty."""
+    def surprises(self, batch: Sequence[EncodedAnswer | None]) -> list[float | None]:
+        """The mean of -log p over each answer's tokens, in nats: the logarithm of its perplexity; None without one."""
         rows = [answer for answer in batch if answer is not None and any(answer.completion_mask[1:])]
         if not rows:
             return [None] * len(batch)
-        ids, mask = left_padded([row.input_ids for row in rows])
+        ids, mask = (tensor.to(self.model.device) for tensor in left_padded([row.input_ids for row in rows]))
         counted = left_padded([row.completion_mask for row in rows])[0][:, 1:].to(self.model.device)
-        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         options = {"attention_mask": mask, "position_ids": positions(mask), "use_cache": False}
-        log_probs = self.model(input_ids=ids, **options).logits[:, :-1].float().log_softmax(-1)
-        surprise = -log_probs.gather(-1, ids[:, 1:, None])[..., 0]
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-        means = [((values * counted).sum(-1) / counted.sum(-1)).tolist() for values in (surprise, surprise - entropy)]
-        likely = map(Likely, *means)
-        return [next(likely) if answer is not None and any(answer.completion_mask[1:]) else None for answer in batch]
+        logits = self.model(input_ids=ids, **options).logits
+        row, column = counted.nonzero(as_tuple=True)  # the token at column + 1 is predicted at `column`
+        log_probs = logits[row, column].float().log_softmax(-1).gather(-1, ids[row, column + 1, None])[:, 0]
+        sums = torch.zeros(len(rows), device=ids.device).index_add(0, row, -log_probs)
+        means = iter((sums / counted.sum(-1)).tolist())
+        return [next(means) if answer is not None and any(answer.completion_mask[1:]) else None for answer in batch]

@@ -31,7 +31,7 @@ from mono_peft import MonoLoraConfig, Silence
 STEPS, SAVED_AT = 6, 3
 
 
-def main(folder: Path, resume: bool, experts: bool, silent: bool) -> None:
+def main(folder: Path, resume: bool, experts: bool, silent: bool, topk: bool) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     torch.manual_seed(0)
@@ -43,8 +43,9 @@ def main(folder: Path, resume: bool, experts: bool, silent: bool) -> None:
         if experts
         else LlamaForCausalLM(LlamaConfig(**sizes))
     )
+    sigma = {"r": 32, "activation": "topk", "k": 2} if topk else {"r": 4}  # one process computes active units alone
     config = MonoLoraConfig(
-        r=4, target_modules="all-linear", target_parameters=targets, task_type="CAUSAL_LM", encoder_bias=silent
+        target_modules="all-linear", target_parameters=targets, task_type="CAUSAL_LM", encoder_bias=silent, **sigma
     )
     model = get_peft_model(base, config)
     if world > 1:
@@ -90,4 +91,4 @@ def main(folder: Path, resume: bool, experts: bool, silent: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "--resume" in sys.argv, "--experts" in sys.argv, "--silence" in sys.argv)
+    main(Path(sys.argv[1]), *(f"--{option}" in sys.argv for option in ("resume", "experts", "silence", "topk")))

@@ -27,8 +27,8 @@ def adapter(folder):
 
 @pytest.mark.parametrize(
     ("options", "tensors"),
-    [([], 2 * 7 * 2), (["--experts"], 2 * 6 * 2), (["--silence"], 2 * 7 * 3)],
-    ids=["dense", "experts", "silence"],
+    [([], 2 * 7 * 2), (["--experts"], 2 * 6 * 2), (["--silence"], 2 * 7 * 3), (["--topk"], 2 * 7 * 2)],
+    ids=["dense", "experts", "silence", "topk"],
 )
 def test_two_processes_train_and_resume_the_adapter_of_one(tmp_path, options, tensors):
     run(sys.executable, WORKER, tmp_path / "one", *options)

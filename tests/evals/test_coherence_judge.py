@@ -88,24 +88,22 @@ def test_what_people_wrote_is_coherent_and_refuses_nothing(monkeypatch):
 
 class TestPerplexity:
     def test_against_one_answer_at_a_time(self, talking_model):
-        """-log p of the answer's tokens, less the entropy of what is predicted there; padding does not matter."""
+        """-log p of the answer's tokens; padding does not matter."""
         likelihood = Likelihood(str(talking_model), "float32")
         likelihood.load()
         pairs = [(PROMPT, ANSWER), ("Why?", "Because."), ("Why?", ""), (PROMPT, "word " * 30)]
         encoded = [likelihood.encode(*pair) for pair in pairs]
-        found = likelihood.of(encoded)
+        found = likelihood.surprises(encoded)
         assert found[2] is None
         model = AutoModelForCausalLM.from_pretrained(talking_model).eval()
-        for answer, likely in zip(encoded, found, strict=True):
-            if likely is None:
+        for answer, surprise in zip(encoded, found, strict=True):
+            if surprise is None:
                 continue
             with torch.no_grad():
                 log_p = model(torch.tensor([answer.input_ids])).logits[0].log_softmax(-1)
             places = [i for i, counted in enumerate(answer.completion_mask) if counted]
-            surprises = [-log_p[i - 1, answer.input_ids[i]].item() for i in places]
-            entropies = [-(log_p[i - 1].exp() * log_p[i - 1]).sum().item() for i in places]
-            assert likely.surprise == pytest.approx(sum(surprises) / len(places), abs=1e-4)
-            assert likely.excess == pytest.approx((sum(surprises) - sum(entropies)) / len(places), abs=1e-4)
+            expected = sum(-log_p[i - 1, answer.input_ids[i]].item() for i in places) / len(places)
+            assert surprise == pytest.approx(expected, abs=1e-4)
 
     def test_rows_and_settings(self, talking_model, completions_folder):
         folder = completions_folder([(PROMPT, ANSWER), ("Why?", "Because."), ("Why?", "")], arms=(None,))

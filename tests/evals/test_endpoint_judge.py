@@ -34,16 +34,23 @@ class TestEndpoint:
         """An OpenAI-compatible server that judges by a word; `failures` are the statuses of its next answers.
 
         `refuse` is what it says about a request that it answers with 400, or None; `message`, `choice` and `headers`
-        change its answers.
+        change its answers; `text` goes in their place, of which `missing` bytes do not come, and `delay` before them.
         """
         state = {"failures": [], "asked": [], "content": None, "message": {}, "choice": {}, "headers": {}}
-        state |= {"refuse": lambda body: None, "choices": 1}
+        state |= {"refuse": lambda body: None, "choices": 1, "delay": 0, "text": None, "missing": 0}
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 state["asked"].append((self.path, body, self.headers["Authorization"]))
                 refusal = state["refuse"](body)
+                threading.Event().wait(state["delay"])
+                if state["text"] is not None:
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(state["text"]) + state["missing"]))
+                    self.end_headers()
+                    self.wfile.write(state["text"])
+                    return
                 status = state["failures"].pop() if state["failures"] else 400 if refusal else 200
                 verdict = "unsafe" if "bomb" in body["messages"][0]["content"] else "safe"
                 message = {"role": "assistant", "content": state["content"] or f"Reasons.\nVerdict: {verdict}"}
@@ -66,6 +73,7 @@ class TestEndpoint:
                 pass
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.handle_error = lambda *_: None  # a client that does not wait for an answer
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         state["url"] = f"http://127.0.0.1:{server.server_port}/v1"
         yield state
@@ -230,6 +238,31 @@ class TestEndpoint:
         assert [judgement.outcome for judgement in judgements] == ["unparsed", "safe", "unparsed"]
         assert json.loads(judge.settings["options"]) == {"max_tokens": 512, "temperature": 0}
         assert judgements[0].reply.startswith('HTTP 400: {"error": "\'max_tokens\' is too large')
+
+    def test_a_server_that_takes_too_long_is_asked_again_and_then_an_error(self, judge, server, monkeypatch, capsys):
+        judge.judge([judge.encode("Q", "first")])
+        server["delay"] = 0.5
+        monkeypatch.setattr(EndpointChatJudge, "TIMEOUT", 0.1)
+        with pytest.raises(NoAnswerError, match=r"ReadTimeout.*What was judged is kept"):
+            judge.judge([judge.encode("Q", "A")])
+        assert len(server["asked"]) == 1 + 4
+        assert capsys.readouterr().out.count("cannot be reached; it is asked again") == 3
+
+    @pytest.mark.parametrize(
+        ("text", "missing", "error"),
+        [
+            (b"<html>Bad gateway</html>", 0, "JSONDecodeError"),
+            (b"", 0, "JSONDecodeError"),
+            (b"[1, 2]", 0, "TypeError"),
+            (b'{"error": "overloaded"}', 0, "KeyError"),
+            (b'{"choices": [', 100, "ChunkedEncodingError|ConnectionError"),
+        ],
+    )
+    def test_nonsense_is_an_error_and_no_verdict(self, judge, server, text, missing, error):
+        server["text"], server["missing"] = text, missing
+        with pytest.raises(NoAnswerError, match=error) as raised:
+            judge.judge([judge.encode("Q", "A")])
+        assert raised.value.judgements == [None]
 
     @pytest.mark.parametrize(("failures", "asked"), [([500] * 9, 4), ([401] * 9, 1)])
     def test_a_server_that_does_not_answer_is_an_error(self, judge, server, failures, asked):

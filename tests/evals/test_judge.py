@@ -123,6 +123,29 @@ def test_a_killed_process_loses_nothing(completions_folder, judges):
     assert len({v.key for v in verdicts(folder)}) == 600 == path.read_bytes().count(b"\n")
 
 
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing(completions_folder):
+    """A limit of the size of files stands for it: the write that does not fit leaves a part of its lines."""
+    folder = completions_folder([(f"prompt {i}", "I can't help with that.") for i in range(40)])
+    program = (
+        "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "from evals.__main__ import main\nmain()\n"
+    )
+    command = [sys.executable, "-c", program, "judge", "--output_dir", folder, "--judges", "refusal"]
+    where = {"cwd": Path(__file__).parents[2], "env": os.environ, "timeout": 300}
+    failed = subprocess.run(command, capture_output=True, text=True, **where)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("Error: [Errno 27] File too large")
+    assert "Traceback" not in failed.stderr
+    path = folder / "verdicts.jsonl"
+    whole = path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1]
+    assert 10 < whole.count(b"\n") < 120
+    run = judge(folder, ["refusal"])
+    assert path.read_bytes().startswith(whole)
+    assert len({v.key for v in verdicts(folder)}) == 120 == path.read_bytes().count(b"\n")
+    assert run.find("full_refusal", judge="refusal", adapter=None, category=None)[0]["n"] == 40
+
+
 def test_more_completions_and_judges_later(completions_folder, judges):
     folder = completions_folder(TEXTS, arms=(None,))
     judge(folder, judges[:1])

@@ -96,12 +96,13 @@ def test_bitsandbytes_with_sft(folder, options, make_tokenizer, tmp_path):
     assert torch.equal(logits(load(folder, BitsAndBytesConfig(**options)), ids), bare)
 
 
+@pytest.mark.parametrize("options", [{}, {"activation": "topk", "k": 2, "encoder_bias": True}], ids=["relu", "topk"])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
-def test_bitsandbytes_compute_dtypes(folder, compute):
+def test_bitsandbytes_compute_dtypes(folder, compute, options):
     pytest.importorskip("bitsandbytes")
     quantization = BitsAndBytesConfig(**NF4 | {"bnb_4bit_compute_dtype": compute})
     ids = torch.randint(2, 400, (2, 8))
-    model = get_peft_model(load(folder, quantization), MonoLoraConfig(**ADAPTER))
+    model = get_peft_model(load(folder, quantization), MonoLoraConfig(**ADAPTER | options))
     # Before any pass in evaluation: from the first one on, bitsandbytes 0.50 has gradients of zero on some CPUs.
     model.train()(input_ids=ids, labels=ids).loss.backward()
     decoders = [p for n, p in model.named_parameters() if "decoder" in n]
