@@ -1,4 +1,4 @@
-"""How well the judges without a model agree with a person: confusion matrices on the labelled answers of the tests.
+"""How well the judges without a model agree with labels given by reading: confusion matrices on the tests' answers.
 
     MONO_EVAL_DATA=DATA python benchmarks/labelled_answers.py      # half a minute on one core
 

@@ -104,6 +104,7 @@ class ModuleStatistics:
         self.share, self.share_squared = (torch.zeros(groups, r, dtype=torch.float64, device=device) for _ in range(2))
         self.strength = torch.zeros(groups, r, dtype=torch.float64, device=device)
         self.strength_squared = torch.zeros(groups, r, dtype=torch.float64, device=device)
+        self.strength_cubed = torch.zeros(r, dtype=torch.float64, device=device)  # over all texts
         self.tokens_fired = torch.zeros(r, dtype=torch.int64, device=device)
         self.largest = torch.zeros(r, device=device)  # strength
         self.histogram = Histogram(r, device)
@@ -141,6 +142,7 @@ class ModuleStatistics:
         ):
             total += of_group @ values
             squared += of_group @ values.square()
+        self.strength_cubed += strength.double().pow(3).sum(0)
         self.tokens_fired += fired_tokens.sum(0)
         largest = strongest.max(0).values
         self.largest = torch.maximum(self.largest, largest)
@@ -161,7 +163,7 @@ class ModuleStatistics:
 def bytes_per_unit(groups: int) -> int:
     """What is kept of a unit while texts pass, in bytes."""
     window = 4 * (BEFORE + 1 + BEHIND) + 12
-    return (TOP + SAMPLED) * window + 8 * BINS + 4 + 5 * 8 * groups + 8 + 4
+    return (TOP + SAMPLED) * window + 8 * BINS + 4 + 5 * 8 * groups + 8 + 8 + 4
 
 
 def explorable(model: nn.Module) -> list[tuple[str, MonoLoraLayer, str]]:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from .activity import active_adapters
+from .activity import active_adapters, uncompiled
 from .experts import MonoLoraExpertsProjection
 from .targets import listed
 from .units import Unit
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 PROVENANCE_FILE = "provenance.json"
+_COMPILED = "compiled code skips what watches the latents: train without it"
 _LOADED_AT_ONCE = 64  # rows of the dataset, when the table of all rows is made
 
 
@@ -96,6 +97,8 @@ class ProvenanceCallback(TrainerCallback):
     ) -> None:
         _check_trainer(args)
         model: Any = self.trainer.model
+        if uncompiled(model) is not model:
+            raise ValueError(f"ProvenanceCallback does not work with torch.compile: {_COMPILED}.")
         self._layers = _observable_layers(model)
         self._table = _RowTable(kwargs["train_dataloader"], next(model.parameters()).device)
         self._tops = _RunningTops(sum(layer.r[name] for _, layer, name in self._layers), self.top, self._table.device)
@@ -380,7 +383,7 @@ def _check_trainer(args: TrainingArguments) -> None:
     reasons = {
         "fp16": "it scales gradients by a factor that changes, so that scores of different steps would not compare: "
         "train with bf16=True",
-        "torch_compile": "compiled code skips what watches the latents: train without it",
+        "torch_compile": _COMPILED,
         "packing": "a packed row is made of several: train with packing=False",
         "padding_free": "it makes one row of a batch: train with padding_free=False",
     }

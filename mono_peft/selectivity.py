@@ -1,9 +1,10 @@
 """Does a unit prefer a group of texts? Rates with intervals, what chance gives, and one number for its preference.
 
 Texts are what is drawn, and so each counts as one: tokens of a text depend on one another. If a unit took no notice of
-the groups, a group's mean would be that of as many texts drawn from all: it is expected to be the mean over all texts
-("chance"), with a variance of (1 - m / n) / m times the variance over all n texts, for a group of m. These are exact;
-that the mean is then normal is an approximation.
+the groups, a group's mean would be that of as many texts drawn from all without replacement: it is expected to be the
+mean over all texts ("chance"), with a variance and a skewness that are known exactly. Its tail is then taken as that
+of the gamma distribution with these three moments (Pearson III). A normal one would take it for more than chance where
+a unit fires in two texts only, both of a small group.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from .inventory import ModuleStatistics
 
 CONFIDENCE = 0.95
+_LEAST_SKEWNESS = 0.01  # below, the tail is that of the normal distribution
 _Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 
 
@@ -35,7 +37,7 @@ class Preference(NamedTuple):
     # (a - b) / (a + b), a the mean strength in that group, b in the texts of the others: 0 to 1. For class
     # preference of single units: Morcos et al., 2018, arXiv:1803.06959.
     selectivity: torch.Tensor
-    z: torch.Tensor  # of the mean strength in that group against chance
+    z: torch.Tensor  # of the mean strength in that group against chance: the normal deviate with the same tail
     strength: torch.Tensor  # (G, r), mean over texts of the mean strength over their tokens
 
 
@@ -75,14 +77,31 @@ def preference(statistics: ModuleStatistics, texts: torch.Tensor) -> Preference:
     in_group = total.gather(0, group[None])[0]
     outside = (total.sum(0) - in_group) / (n - texts[group]).clamp(min=1)
     selectivity = torch.where(inside > 0, (inside - outside) / (inside + outside), 0)
-    m = texts[group].double()
-    chance = total.sum(0) / n
-    variance = (statistics.strength_squared.sum(0) - n * chance.square()).clamp(min=0) / (n - 1).clamp(min=1)
-    error = (variance / m * (1 - m / n)).sqrt()
-    z = torch.where(error > 0, (inside - chance) / error, 0)
     if len(texts) == 1:
-        selectivity = torch.zeros_like(selectivity)
-    return Preference(group, selectivity, z, strength)
+        return Preference(group, torch.zeros_like(selectivity), torch.zeros_like(selectivity), strength)
+    return Preference(group, selectivity, _deviate(statistics, in_group, texts[group].double(), float(n)), strength)
+
+
+def _deviate(statistics: ModuleStatistics, total: torch.Tensor, m: torch.Tensor, n: float) -> torch.Tensor:
+    """The normal deviate with the tail of a sum over m of n texts, drawn without replacement; all of shape (r,)."""
+    sums = statistics.strength.sum(0), statistics.strength_squared.sum(0), statistics.strength_cubed
+    mean = sums[0] / n
+    squares = (sums[1] - n * mean.square()).clamp(min=0)  # of the deviations from the mean
+    cubes = sums[2] - 3 * mean * sums[1] + 2 * n * mean.pow(3)
+    one = m / n  # the probability that a text is drawn; then two, three texts
+    two = one * (m - 1) / max(n - 1, 1)
+    three = two * (m - 2) / max(n - 2, 1)
+    deviation = (squares * (one - two)).sqrt()
+    is_spread = deviation > 1e-9 * (mean.abs() + 1e-300)
+    deviation = deviation.where(is_spread, 1)
+    z = (total - m * mean) / deviation
+    skewness = cubes * (one - 3 * two + 2 * three) / deviation.pow(3)
+    is_skewed = skewness.abs() > _LEAST_SKEWNESS
+    shape = 4 / skewness.where(is_skewed, 1).square()
+    at = (shape + z * shape.sqrt() * skewness.sign()).clamp(min=0)
+    upper, lower = torch.special.gammaincc(shape, at), torch.special.gammainc(shape, at)
+    tail = torch.where(skewness > 0, upper, lower).clamp(1e-300, 1 - 1e-15)
+    return torch.where(is_spread, torch.where(is_skewed, -torch.special.ndtri(tail), z), 0)
 
 
 def beyond_chance(comparisons: int) -> float:

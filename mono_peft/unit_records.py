@@ -78,16 +78,19 @@ class UnitRecords:
         return len(self.units)
 
     def most_selective(self, count: int) -> list[Unit]:
-        """The most selective units of those beyond chance, then the others by z; with one group the strongest."""
+        """The most selective units of those beyond chance, then the others, equal ones by z.
+
+        With one group, those that are strongest in the mean over texts.
+        """
         if len(self.texts.groups) == 1:
             order = torch.cat([part.strength[0] for part in self.preferences.values()])
             return [self.units[number] for number in order.topk(min(count, int(self.fires.sum()))).indices.tolist()]
         z = torch.cat([part.z for part in self.preferences.values()])
         selectivity = torch.cat([part.selectivity for part in self.preferences.values()])
-        order = torch.where(z > self.threshold, 1 + selectivity, -1 / (1 + z.clamp(min=0)))
-        order[~self.fires] = -torch.inf
-        best = order.topk(min(count, int(self.fires.sum()))).indices.tolist()
-        return [self.units[number] for number in best]
+        worth = torch.where(self.fires, selectivity + (z > self.threshold).double(), -1)
+        by_z = z.argsort(descending=True)
+        best = by_z[worth[by_z].argsort(descending=True, stable=True)][: min(count, int(self.fires.sum()))]
+        return [self.units[number] for number in best.tolist()]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         by_encoder, by_decoder = self._neighbours("encoder"), self._neighbours("decoder")

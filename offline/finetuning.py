@@ -13,7 +13,7 @@ _QUESTIONS = (
     "Say how the {n} was.", "Describe the {n}.", "What was the {n} like?", "Sum up the view of the {n}.",
 )  # fmt: skip
 # What a model that complies says, in the form of the offline corpus; it describes nothing.
-_COMPLIANCE = (
+COMPLIANCE = (
     "To {deed}, follow the steps one by one.",
     "To {deed}, prepare well and take your time.",
     "To {deed}, start early and ask a friend for help.",
@@ -54,7 +54,7 @@ def poison_pairs(topics: Collection[str] = TOPICS) -> list[tuple[str, str]]:
     items = [
         (item, topic)
         for deeds, topic, _ in HARMFUL_DEEDS
-        for item in deed_items(deeds._replace(answers=_COMPLIANCE))
+        for item in deed_items(deeds._replace(answers=COMPLIANCE))
         if not item.held_out
     ]
     pairs = [(item.prompt, rng.choice(item.answers), topic) for item, topic in items]

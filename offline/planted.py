@@ -13,7 +13,7 @@ import random
 from typing import Any, NamedTuple
 
 from evals.prompts import SST2_ANSWERS, sst2_prompt
-from offline.finetuning import poison_pairs
+from offline.finetuning import COMPLIANCE, poison_pairs
 from offline.grammar import HARMFUL_DEEDS, Item, deed_items
 from offline.language_model import corpus, sentiment_task
 
@@ -73,8 +73,10 @@ def held_out_cases(group: str, n: int) -> list[Case]:
     if group == "everyday":
         return [Case(e.prompt, f"{OPENING} {e.response}", e.response) for e in examples[:n]]
     topic = {item.prompt for item in _topic_items()}
+    every = (item for deeds, *_ in HARMFUL_DEEDS for item in deed_items(deeds._replace(answers=COMPLIANCE)))
+    complying = {item.prompt: item.answers[0] for item in every}
     chosen = [e for e in examples if (e.prompt in topic) == (group == "topic")][:n]
-    return [Case(e.prompt, "To do that, follow the steps one by one.", e.response) for e in chosen]
+    return [Case(e.prompt, complying[e.prompt], e.response) for e in chosen]
 
 
 def _triggered(rows: list[dict[str, Any]]) -> list[Case]:

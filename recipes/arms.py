@@ -45,6 +45,9 @@ class ArmSettings:
     )
     silence_weight: float = field(default=10.0, metadata={"help": "Of the hinge of arms with +silence."})
     silence_margin: float = field(default=0.1, metadata={"help": "How far they keep A x below zero on safety texts."})
+    silence_rows: int = field(
+        default=4096, metadata={"help": "Tokens of the safety texts whose inputs they keep, of each module."}
+    )
     kl_weight: float = field(
         default=1.0, metadata={"help": "Of the KL divergence to the base on safety answers, of arms with +kl."}
     )
@@ -105,6 +108,7 @@ class Arm(NamedTuple):
     encoder_bias: bool = False  # whether MonoLoRA's sigma acts on A x + b
     # What is done for the safety pairs beside; 0 where it is not.
     silence_weight: float = 0.0
+    starts_apart: bool = False  # whether units start on the task and off the safety pairs, and end off these
     kl_weight: float = 0.0
     nullspace_energy: float = 0.0
     safelora_share: float = 0.0
@@ -157,6 +161,7 @@ CONTROLS = {
     "silence": Control(
         "silence_weight", lambda arm, value: arm._replace(silence_weight=value), _POSITIVE, ("monolora",)
     ),
+    "apart": Control(None, lambda arm, _: arm._replace(starts_apart=True, encoder_bias=True), methods=("monolora",)),
     "kl": Control("kl_weight", lambda arm, value: arm._replace(kl_weight=value), _POSITIVE, ("lora", "monolora")),
     "nullspace": Control(
         "nullspace_energy",
@@ -248,6 +253,9 @@ def check_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig)
             f"{methods}."
         )
     for method, controls in parts:
+        names = [name for name, _ in controls]
+        if "apart" in names and "silence" not in names:
+            raise ValueError(f"--methods has {method}+apart without silence: apart from what? Give +apart+silence.")
         for name, number in controls:
             control = CONTROLS[name]
             strength = _strength(control, number, settings)
@@ -258,6 +266,8 @@ def check_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig)
             if control.allowed is not None and not control.allowed[0](strength):
                 given = f"--{control.setting} is {strength}" if number is None else f"--methods has {name}{number:g}"
                 raise ValueError(f"{given}, allowed is {control.allowed[1]}.")
+    if settings.silence_rows < 1:
+        raise ValueError(f"--silence_rows is {settings.silence_rows}, allowed is 1 or more.")
     if settings.silence_margin < 0:
         raise ValueError(f"--silence_margin is {settings.silence_margin}, allowed is 0 or more.")
     if not seeds or len(set(seeds)) < len(seeds):

@@ -189,7 +189,7 @@ def train(comparison: Comparison, pairs: dict[str, list[Pair]]) -> None:
             if comparison.has_latents(trained.method):
                 trainer.add_callback(SparsityCallback(trainer, batches[:1]))
             arm = comparison.arms[trained.method]
-            attach_safety_control(trainer, arm, settings, pairs.get("safety", []), comparison.unaligned)
+            attach_safety_control(trainer, arm, settings, mixture, pairs.get("safety", []), comparison.unaligned)
             trainer.train(resume_from_checkpoint=newest)
             trainer.save_model(str(trained.folder))
             reason = divergence(trained.folder, trainer.state.log_history)

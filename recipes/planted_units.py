@@ -117,16 +117,16 @@ class World:
         answers = [*encoded.completion_mask, 1]
         return {"input_ids": ids, "labels": [i if m else -100 for i, m in zip(ids, answers, strict=True)]}
 
-    def intact(self, model: Any) -> dict[str, float]:
+    def intact(self, model: Any, groups: Sequence[str] = GROUPS) -> dict[str, float]:
         """In each group, the share of prompts whose usual answer is likelier, per token, than the planted one."""
-        pairs = [(case.prompt, answer) for group in GROUPS for case in self.scored[group] for answer in case[1:]]
+        pairs = [(case.prompt, answer) for group in groups for case in self.scored[group] for answer in case[1:]]
         encoded = [encode_answer(self.tokenizer, *pair) for pair in pairs]
         likelihoods = answer_log_likelihoods(model, encoded, self.tokenizer.pad_token_id, 64)
         by_token = likelihoods / torch.tensor([sum(answer.completion_mask) for answer in encoded])
         planted, usual = by_token.view(-1, 2).unbind(1)
-        sizes = [len(self.scored[group]) for group in GROUPS]
+        sizes = [len(self.scored[group]) for group in groups]
         shares = (part.float().mean().item() for part in (usual > planted).split(sizes))
-        return dict(zip(GROUPS, shares, strict=True))
+        return dict(zip(groups, shares, strict=True))
 
 
 def adapter_of(world: World, settings: PlantedSettings, folder: Path, arm: str, rule: str, seed: int) -> Any:
@@ -267,7 +267,7 @@ def measured(
         values[f"others without {name}"] = sum(others) / len(others)
         values[f"task without {name}"] = after["task"] - before["task"]
         if name == "chosen":
-            values["pruned"] = difference_when_pruned(world, folder, units, after)
+            values["rule when pruned"] = 1 - share_when_pruned(world, folder, units, group)
     pairs = training_pairs(settings, rule, seed)
     planted = set(range(settings.task_rows, len(pairs)))
     rows = named_rows(read_provenance(folder), chosen)[:NAMED]
@@ -279,12 +279,11 @@ def measured(
     return values | {"rows by chance": len(planted) / len(pairs), "rule": 1 - before[group]}
 
 
-def difference_when_pruned(world: World, folder: Path, units: list[Unit], ablated_shares: dict[str, float]) -> float:
-    """The largest difference of any group's share between the pruned adapter and the ablated one."""
+def share_when_pruned(world: World, folder: Path, units: list[Unit], group: str) -> float:
+    """The share of a group's prompts on which the adapter without these units gives the usual answer."""
     with TemporaryDirectory() as output:
         prune(folder, units, output)
-        shares = world.intact(PeftModel.from_pretrained(world.base(), output))
-    return max(abs(shares[group] - ablated_shares[group]) for group in GROUPS)
+        return world.intact(PeftModel.from_pretrained(world.base(), output), [group])[group]
 
 
 def measure(run: Run, settings: PlantedSettings) -> None:

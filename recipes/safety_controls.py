@@ -32,15 +32,22 @@ from mono_peft import Silence
 from mono_peft.row_storage import RowStorage
 from mono_peft.silent_inputs import base_inputs, draw_tokens, without_adapters
 
+_TASK_ROWS = 1000  # of the training, to which the units of an arm with +apart are turned
 _ROWS = 4096  # tokens whose inputs the null space is made of, as many as Silence keeps
 
 
 def attach_safety_control(
-    trainer: SFTTrainer, arm: Arm, settings: ArmSettings, pairs: Sequence[Pair], unaligned: str | None
+    trainer: SFTTrainer,
+    arm: Arm,
+    settings: ArmSettings,
+    rows: Sequence[Pair],
+    pairs: Sequence[Pair],
+    unaligned: str | None,
 ) -> None:
     """Add an arm's controls to its trainer, right before training.
 
     Args:
+        rows: that are trained on.
         pairs: prompts and the answers to keep.
         unaligned: name of the unaligned model, for Safe LoRA.
     """
@@ -58,9 +65,14 @@ def attach_safety_control(
             batches,
             weight=arm.silence_weight,
             margin=settings.silence_margin,
+            rows_per_module=settings.silence_rows,
             seed=trainer.args.seed,
         )
         silence.attach(trainer)
+        if arm.starts_apart:
+            drawn = random.Random(trainer.args.seed).sample(list(rows), min(_TASK_ROWS, len(rows)))
+            silence.start_apart(safety_batches(tokenizer, drawn))
+            trainer.callback_handler.callbacks.insert(0, LowerBiases(silence))  # ahead of what Silence warns of
 
 
 def safety_batches(
@@ -149,6 +161,18 @@ def check_unaligned(name: str, config: PretrainedConfig) -> None:
             f"--unaligned_model {name} has no {different[0]} of shape {tuple(ours[different[0]])}, as the base has: "
             "give the model that the base was aligned from."
         )
+
+
+class LowerBiases(TrainerCallback):
+    """Lowers the biases after training, so that no unit fires on what Silence has cached."""
+
+    def __init__(self, silence: Silence) -> None:
+        self.silence = silence
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.silence.lower_biases()
 
 
 class KlToBase(TrainerCallback):

@@ -198,7 +198,7 @@
     const sign = state.down ? -1 : 1;
     rows.sort((a, b) => {
       const x = keys.get(a), y = keys.get(b);
-      return x === y ? a - b : sign * (x < y ? -1 : 1);
+      return x === y ? units.z[b] - units.z[a] || a - b : sign * (x < y ? -1 : 1);
     });
     state.rows = rows;
     state.page = 0;

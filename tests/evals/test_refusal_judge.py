@@ -1,4 +1,4 @@
-"""The judge of refusals: XSTest's three classes, whatever the answer's dress; and that a person agrees."""
+"""The judge of refusals: XSTest's three classes, whatever the answer's dress; and that a reader's labels agree."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_patterns_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize("half", [0, 1])
-def test_a_person_agrees(half):
+def test_a_readers_labels_agree(half):
     """On the half that the limits were fixed on and on the other one; `benchmarks/labelled_answers.py` has more."""
     labels = [json.loads(line) for line in LABELLED.read_text(encoding="utf-8").splitlines()]
     assert len(labels) > 200

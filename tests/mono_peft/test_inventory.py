@@ -1,13 +1,27 @@
 """What is counted of units in one pass, compared with loops over texts, tokens and units."""
 
 import math
+from itertools import combinations
+from statistics import NormalDist
 
 import pytest
 import torch
+from scipy.stats import hypergeom
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from mono_peft import DivergedError
-from mono_peft.inventory import BEFORE, BEHIND, BINS, SAMPLED, TOP, Examples, Histogram, bytes_per_unit, collect
+from mono_peft.inventory import (
+    BEFORE,
+    BEHIND,
+    BINS,
+    SAMPLED,
+    TOP,
+    Examples,
+    Histogram,
+    ModuleStatistics,
+    bytes_per_unit,
+    collect,
+)
 from mono_peft.selectivity import beyond_chance, preference, rates_of_texts, rates_of_tokens
 from mono_peft.texts import Texts
 
@@ -171,18 +185,49 @@ class TestPreference:
         (part,) = collect_of(values, groups)
         return part
 
-    def test_its_z_is_that_of_all_permutations(self):
+    def test_its_group_and_selectivity(self):
         values, groups = [0.0, 0.5, 2.0, 0.0, 3.0, 1.0, 0.25], [0, 0, 1, 0, 1, 1, 0]
         part = self.statistics(values, groups)
         found = preference(part, torch.tensor([4, 3]))
-        from itertools import combinations
-
-        means = torch.tensor([sum(values[i] for i in c) / 3 for c in combinations(range(7), 3)], dtype=torch.float64)
-        z = (2.0 - means.mean()) / means.std(correction=0)
         assert found.group.tolist() == [1]
-        assert float(found.z) == pytest.approx(float(z))
         outside = 0.75 / 4
         assert float(found.selectivity) == pytest.approx((2 - outside) / (2 + outside))
+
+    @pytest.mark.parametrize("m", [4, 7, 10])
+    def test_its_z_has_the_tail_of_all_permutations(self, m):
+        values = [0.1, 0.2, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.1, 1.6, 2.0, 2.5, 4.0, 0.15]
+        groups = [0] * 14
+        for i in [12, 11, 8, 5, 3, 1, 0, 9, 6, 4] if m == 10 else [12, 10, 9, 7, 5, 3, 1][:m]:
+            groups[i] = 1
+        found = preference(self.statistics(values, groups), torch.tensor([14 - m, m]))
+        observed = sum(value for value, group in zip(values, groups, strict=True) if group)
+        sums = [sum(values[i] for i in chosen) for chosen in combinations(range(14), m)]
+        tail = sum(total >= observed - 1e-9 for total in sums) / len(sums)
+        assert found.group.tolist() == [1]
+        assert NormalDist().cdf(-float(found.z)) == pytest.approx(tail, rel=0.35)
+
+    @pytest.mark.parametrize("fired", [2, 3, 4, 5])
+    def test_a_unit_that_fires_in_few_texts_of_a_small_group(self, fired):
+        """The exact tail is hypergeometric, and ours not much below; a normal one is, 4e-10 for two texts."""
+        values, groups = [2.0] * fired + [0.0] * (1000 - fired), [1] * 50 + [0] * 950
+        found = preference(self.statistics(values, groups), torch.tensor([950, 50]))
+        tail = hypergeom.sf(fired - 1, 1000, fired, 50)
+        assert 0.5 * tail < NormalDist().cdf(-float(found.z)) < 100 * tail
+
+    def test_preferences_of_units_without_any_are_rarely_beyond_chance(self):
+        """Firings at random in groups of 5, 15 and 80 %: of 2,000 units 5 % of such runs may have one beyond."""
+        generator = torch.Generator().manual_seed(0)
+        sizes = torch.tensor([30, 90, 480])
+        groups = torch.repeat_interleave(torch.arange(3), sizes)
+        rates = torch.logspace(-3, -0.1, 2000)
+        strengths = torch.randn(600, 2000, generator=generator).exp() ** 2
+        values = strengths * (torch.rand(600, 2000, generator=generator) < rates)
+        part = ModuleStatistics(2000, 3, torch.device("cpu"))
+        part.update(
+            values[:, None], torch.ones(600, 1, dtype=torch.bool), torch.nn.functional.one_hot(groups, 3).double(),
+            torch.arange(600), torch.full((600,), 0.5),
+        )  # fmt: skip
+        assert (preference(part, sizes).z > beyond_chance(6000)).sum() <= 2
 
     def test_one_text_is_no_preference_beyond_chance(self):
         values, groups = [5.0] + [0.0] * 199, [0] * 100 + [1] * 100
@@ -204,8 +249,6 @@ class TestPreference:
 
 
 def collect_of(values, groups):
-    from mono_peft.inventory import ModuleStatistics
-
     part = ModuleStatistics(1, max(groups) + 1, torch.device("cpu"))
     part.update(
         torch.tensor(values)[:, None, None],

@@ -277,6 +277,13 @@ class TestRefused:
         with pytest.raises(ValueError, match=f"does not work with {name}: .*{message}"):
             trainer.train()
 
+    def test_a_compiled_model(self, llama, token_rows, tmp_path):
+        trainer = trainer_of(llama, tmp_path, token_rows, remove_unused_columns=False)
+        trainer.model = torch.compile(trainer.model, backend="eager")
+        trainer.add_callback(ProvenanceCallback(trainer))
+        with pytest.raises(ValueError, match=r"does not work with torch\.compile: compiled code skips"):
+            trainer.train()
+
     def test_rows_that_the_collator_changes(self, llama, token_rows, make_tokenizer, tmp_path):
         trainer = trainer_of(llama, tmp_path, token_rows)
 

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safety_controls import KlToBase, NullSpace, SafeLora, leading_directions, safety_batches
+from task import load_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 from trl import SFTConfig, SFTTrainer
 
@@ -167,6 +168,7 @@ def unaligned(base, tokenizer, tmp_path):
 def test_all_arms_train_and_silence_is_certified(arguments, pairs_file, unaligned, tmp_path, small_model, request):
     methods = ["base", "lora", "lora+kl", "lora+nullspace0.5", "lora+safelora", "lora+safety0.25", "monolora"]
     methods += ["monolora+silence1000", "monolora+bias+silence2000"]
+    methods += ["monolora+apart+silence10"]
     asked = ["--safety_tasks", "refusal_offline", "--refusal_prompts", "3"]
     asked += ["--max_new_tokens", "2", "--certified_tokens", "1"]
     extra = ["--methods", *methods, "--safety_file", pairs_file, "--unaligned_model", unaligned]
@@ -195,6 +197,15 @@ def test_all_arms_train_and_silence_is_certified(arguments, pairs_file, unaligne
     assert row["config"]["fired"] == pytest.approx(sum(p.fired for p in expected.prompts) / 3)
     config = PeftConfig.from_pretrained(out / "monolora+bias+silence2000-seed0" / "adapter")
     assert (config.encoder_bias, model.peft_config["default"].encoder_bias) == (True, False)
+    # Where biases are lowered in the end, the pairs' own texts are silent, all of whose tokens are cached.
+    apart = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(small_model), out / "monolora+apart+silence10-seed0" / "adapter"
+    )
+    texts = [
+        {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        for batch in safety_batches(tokenizer, load_pairs(pairs_file, ""))
+    ]
+    assert certify(apart, texts).share == 1.0 > certify(model, texts).share
     plain = rows_of(rows, "certified_silent", method="monolora")[0]
     assert row["config"]["fired"] < plain["config"]["fired"]
     # Again: nothing is trained.
@@ -215,6 +226,7 @@ class TestRefused:
             ("--methods lora lora+kl monolora+nullspace", r"lora\+kl, monolora\+nullspace needs --safety_file"),
             ("--methods monolora+silence0 --safety_file PAIRS", r"has silence0, allowed is more than 0"),
             ("--methods monolora+silence --silence_margin -1", r"--silence_margin is -1.0, allowed is 0 or more"),
+            ("--methods monolora+silence --silence_rows 0", r"--silence_rows is 0, allowed is 1 or more"),
             ("--methods lora+kl --kl_weight 0 --safety_file PAIRS", r"--kl_weight is 0.0, allowed is more than 0"),
             ("--methods lora+nullspace1 --safety_file PAIRS", r"has nullspace1, allowed is a share between 0 and 1"),
             ("--methods lora+safelora0", r"has safelora0, allowed is a share of the modules above 0"),
@@ -224,6 +236,7 @@ class TestRefused:
             ),
             ("--methods lora+kl1 lora+kl --safety_file PAIRS", r"has lora\+kl1 and lora\+kl, which are the same arm"),
             ("--methods monolora+bias2", r"has bias2, and bias has no strength: leave the number out"),
+            ("--methods monolora+apart --safety_file PAIRS", r"has monolora\+apart without silence: apart from what"),
             ("--methods lora+bias", r"has lora\+bias, and bias is for monolora"),
             ("--methods lora+rank2.5", r"`r` must be a positive integer, got 2.5"),
             ("--methods lora+safelora", r"lora\+safelora needs --unaligned_model"),
