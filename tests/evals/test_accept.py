@@ -21,6 +21,7 @@ CARD = {
     "task": {"task": "sst2_instruct", "metric": "acc", "at_least": 0.01, "margin": 0.6},
     "coherence": {"task": "beavertails_eval", "at_most": 0.9, "margin": 0.85},
     "forgetting": {"at_most": 50, "margin": 40},
+    "over_refusal": {"task": "beavertails_eval", "versus": "base", "at_most": 0.95, "margin": 0.9},
 }
 
 
@@ -44,7 +45,7 @@ def run(talking_model, make_adapter, eval_data, tmp_path, capsys):
 def test_an_adapter_within_its_card_is_accepted(run, tmp_path, monkeypatch, method):
     code, said, record = run(CARD, method)
     assert (code, record["decision"], record["exit_code"]) == (0, "accept", 0), said
-    assert [line["name"] for line in record["lines"]] == ["task", "coherence", "forgetting"]
+    assert [line["name"] for line in record["lines"]] == ["task", "over_refusal", "coherence", "forgetting"]
     assert all(
         line["outcome"] == "passes" and line["low"] <= line["value"] <= line["high"] for line in record["lines"]
     )
@@ -53,7 +54,7 @@ def test_an_adapter_within_its_card_is_accepted(run, tmp_path, monkeypatch, meth
     assert max(map(len, table.splitlines())) <= 100
     page = (tmp_path / "out" / "card.html").read_text()
     assert "A &lt;small&gt; card" in page
-    assert page.count("<article>") == 3
+    assert page.count("<article>") == 4
     assert "http" not in page.replace("http-equiv", "")
     monkeypatch.setattr("evals.generate.load_base", None)  # all is there
     monkeypatch.setattr("evals.forgetting_rows.load_base", None)
@@ -70,7 +71,7 @@ def test_lines_that_fail_or_cannot_be_told_have_their_exit_codes(run):
     few = CARD | {"coherence": {"task": "beavertails_eval", "at_most": 0.9, "margin": 0.01}}
     code, _, record = run(few, folder="few")
     assert code in (1, 2)
-    assert record["lines"][1]["outcome"] != "passes"
+    assert record["lines"][2]["outcome"] != "passes"
 
 
 def test_silence_is_certified_and_lora_never_has_it(run, tmp_path):
