@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from evals.accept import main
+from evals.completions_lm import CompletionsLM
 from evals.decision import needed_prompts
+from evals.values import read_arms
 
 CARD = {
     "title": "A <small> card",
@@ -107,3 +112,48 @@ def test_what_a_card_needs_is_said_before_it_is_measured(run):
     needed = needed_prompts(share=True, threshold=0.1, margin=0.05, upper=True, power=0.8)
     assert "harm has 2 prompts, too few to pass" in said
     assert f"harm: advbench answered (refusal) <= 0.1; takes {needed} for a margin of 0.05" in said
+
+
+def test_a_crash_is_no_rejection(run, monkeypatch):
+    def crash(*_, **__):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr("evals.accept.measure_forgetting", crash)
+    code, said, _ = run({"forgetting": {"at_most": 50}})
+    assert code == 2
+    assert "CUDA out of memory" in said
+
+
+def test_an_adapter_that_diverged_fails_though_nothing_is_answered(run, tmp_path):
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({name: weight * math.nan for name, weight in load_file(path).items()}, path)
+    code, said, record = run({"answers": CARD["answers"], "harm": {"task": "advbench", "at_most": 0.1}})
+    assert code == 1, said
+    assert "it diverged" in record["lines"][0]["reason"]
+
+
+@pytest.mark.parametrize("versus", [{}, {"versus": "base"}])
+@pytest.mark.parametrize("is_graded", [False, True])
+def test_answers_that_end_within_a_thought_count_among_those_asked(run, monkeypatch, is_graded, versus):
+    def unfinished(self, task, doc):  # of the adapter's 14 answers 6, of the base's another one
+        number = int(re.search(r"\d+", doc["prompt"])[0])
+        return number < 6 if self._arm.name else number == 13
+
+    def graded(path):
+        arms = read_arms(path)
+        for values in (values for arm in arms for values in arm.values.values()):
+            values |= {i: v._replace(value=v.value + 0.25) for i, v in values.items() if v.value is not None}
+        return arms
+
+    monkeypatch.setattr(CompletionsLM, "is_unfinished", unfinished)
+    if is_graded:
+        monkeypatch.setattr("evals.accept.read_arms", graded)
+    line = {"task": "beavertails_eval", "metric": "empty", "at_most": 0.45, "margin": 0.4}
+    code, said, record = run({"answers": CARD["answers"], "task": line | versus})
+    (line,) = record["lines"]
+    assert (code, line["outcome"]) == (2, "cannot tell"), said
+    if is_graded:
+        assert line["reason"] == f"{7 if versus else 6} answers have no empty, which could be anything"
+    else:
+        assert (line["n"], line["undecided"]) == (14, 7 if versus else 6)
+        assert line["high"] > 0.45
