@@ -60,6 +60,10 @@ ARMS = {
     "silence, apart": Arm(32, weight=10, encoder_bias=True, starts_apart=True),
     "silence, apart, lowered, r 8": Arm(8, weight=10, encoder_bias=True, starts_apart=True, lowers_biases=True),
     "silence, apart, lowered": Arm(32, weight=10, encoder_bias=True, starts_apart=True, lowers_biases=True),
+    "silence, apart, lowered, weight 100": Arm(
+        32, weight=100, encoder_bias=True, starts_apart=True, lowers_biases=True
+    ),
+    "silence, apart, lowered, r 64": Arm(64, weight=10, encoder_bias=True, starts_apart=True, lowers_biases=True),
     "lora, layers 1 to 3": Arm(linear=True, layers=(1, 2, 3)),
     "silence, layers 1 to 3": Arm(weight=10, layers=(1, 2, 3)),
     "lora, activated": Arm(linear=True, activated=True),

@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import islice
@@ -40,7 +41,7 @@ from evals.decision import (
 )
 from evals.forgetting_rows import measure_forgetting
 from evals.generate import generate, task_manager
-from evals.intervals import bootstrap, mean, wilson
+from evals.intervals import bootstrap, mean
 from evals.judge import check_judging, judge
 from evals.models import check_adapter, check_base, hub_commit
 from evals.records import COMPLETIONS, Completion, has_answers, read_completions
@@ -199,7 +200,9 @@ class _Measures:
             self._diverged = str(marks[0]["config"]["reason"]) if marks else None
             if self.card.judges and has_answers(run.folder):
                 judge(run.folder, self.card.judges)
-            self._arms = {arm.name: arm for arm in read_arms(str(run.folder))}
+            # The folder of an adapter that diverged may hold no answer at all.
+            arms = [] if self._diverged is not None else read_arms(str(run.folder))
+            self._arms = {arm.name: arm for arm in arms}
         return self._arms
 
     def _of_answers(self, line: Line) -> Measured | tuple[str, str]:
@@ -216,10 +219,13 @@ class _Measures:
         chosen = [prompt for prompt, value in found.items() if line.category in (None, value.category)]
         values = [found[prompt].value for prompt in chosen]
         if all(value is None for value in values):
-            return CANNOT_TELL, "the judge decided on no answer"
+            return CANNOT_TELL, "the judge decided on no answer" if line.judge else f"no answer has {line.metric}"
         self._add_examples(line, [p for p, v in zip(chosen, values, strict=True) if v == (line.at_most is not None)])
+        others = [arms["base"].values[key][prompt].value for prompt in chosen] if line.versus else []
+        missing = sum(value is None for value in (*values, *others))
+        if missing and not {*values, *others} <= {None, 0.0, 1.0}:
+            return CANNOT_TELL, f"{missing} answers have no {line.metric}, which could be anything"
         if line.versus:
-            others = [arms["base"].values[key][prompt].value for prompt in chosen]
             if not any(a is not None and b is not None for a, b in zip(values, others, strict=True)):
                 return CANNOT_TELL, "the judge decided on no prompt for both, adapter and base"
             return difference_measured(values, others)
@@ -227,9 +233,8 @@ class _Measures:
             return share_measured(values)
         numbers = [value for value in values if value is not None]
         if set(numbers) <= {0.0, 1.0}:
-            low, high = wilson(round(sum(numbers)), len(numbers))
             t = min(max(line.threshold, 0.0), 1.0)
-            return Measured(float(np.mean(numbers)), low, high, len(numbers), math.sqrt(t * (1 - t)))
+            return share_measured(values)._replace(deviation=math.sqrt(t * (1 - t)))
         low, high = bootstrap(mean, numbers)
         return Measured(float(np.mean(numbers)), low, high, len(numbers), float(np.std(numbers, ddof=1)))
 
@@ -345,6 +350,9 @@ def main(arguments: list[str]) -> int:
         return EXIT_CODES[CANNOT_TELL]
     except KeyboardInterrupt:
         print("Stopped. The same command continues.", file=sys.stderr)
+        return EXIT_CODES[CANNOT_TELL]
+    except Exception:  # Python's own exit code would be 1, as if the adapter had failed
+        traceback.print_exc()
         return EXIT_CODES[CANNOT_TELL]
     print(decision_text(decision))
     print(f"The card is {folder / CARD_HTML}, for programs {folder / CARD_JSON}.")

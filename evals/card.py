@@ -125,6 +125,17 @@ class Card:
         return asdict(self)
 
 
+class _CardLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML's loader would take the last and drop the first requirement."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, count in Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)).items():
+            if count > 1:
+                problem = f"{key} stands {count} times; several lines of a kind are a list"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_card(path: str | Path) -> Card:
     """Read and check a card; nothing else is read, so that a wrong one is told at once.
 
@@ -134,7 +145,7 @@ def read_card(path: str | Path) -> Card:
     """
     path = Path(path)
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+        told = yaml.load(path.read_text(encoding="utf-8"), _CardLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"The card {path} cannot be read ({error}).") from None
     if not isinstance(told, dict):
@@ -214,7 +225,7 @@ def _check_threshold(line: Line, bound: str, where: str) -> None:
     if line.is_share and not 0 < value < 1:
         hint = " No number of prompts shows that a share is exactly 0 or 1." if value in (0, 1) else ""
         raise ValueError(f"{where} has {bound} {value:g}; allowed is a share between 0 and 1.{hint}")
-    if line.versus and KINDS[line.kind].is_share and not -1 < value < 1:
+    if line.versus and KINDS[line.kind].is_share and line.metric != "score" and not -1 < value < 1:
         raise ValueError(f"{where} has {bound} {value:g}; the difference of two shares is between -1 and 1.")
     if line.kind == "forgetting" and line.metric == KL and value <= 0:
         raise ValueError(
@@ -237,7 +248,8 @@ def _check_judges(lines: list[Line], path: Path) -> None:
         if kind not in JUDGES or (not model and JUDGES[kind].usage.endswith("=MODEL")):
             usages = ", ".join(row.usage for row in JUDGES.values())
             raise ValueError(f"The card {path}, {line.name}, has the judge {line.judge!r}; allowed are {usages}.")
-        known = {JUDGES[kind].unsafe, *JUDGES[kind].labels, "flipped", *([] if JUDGES[kind].labels else ["score"])}
+        graded = [] if JUDGES[kind].labels or line.is_share else ["score"]  # a mean x 100, which is no share
+        known = {JUDGES[kind].unsafe, *JUDGES[kind].labels, "flipped", *graded}
         if line.metric not in known:
             raise ValueError(
                 f"The card {path}, {line.name}, has the metric {line.metric!r}, which the judge {line.judge} does not "

@@ -115,10 +115,15 @@ def _folder_arms(folder: Path) -> dict[str, ArmValues]:
         name = adapter or "base"
         return arms.setdefault(name, ArmValues(name))
 
-    for sample in read_samples(folder / SAMPLES).rows if (folder / SAMPLES).is_file() else ():
+    samples = read_samples(folder / SAMPLES).rows if (folder / SAMPLES).is_file() else []
+    metrics: dict[tuple[str, str, str | None], dict[str, None]] = defaultdict(dict)
+    for sample in samples:
+        metrics[sample.task, sample.filter, sample.category] |= dict.fromkeys(sample.metrics)
+    for sample in samples:
         of = arm(sample.model, sample.adapter)
         asked = _asked(sample.document, sample.prompt, sample.target)
-        for metric, value in sample.metrics.items():
+        # An answer that ended within a thought has no metric, and counts as asked under each that it would have.
+        for metric, value in (sample.metrics or metrics[sample.task, sample.filter, sample.category]).items():
             key = Measured(sample.task, metric, filter=sample.filter)
             of.values[key][sample.prompt_id] = Value(asked, sample.category, value)
             of.settings[key] = sample.settings

@@ -309,11 +309,13 @@ def report(run: Run) -> str:
         return interval(values).scaled(scale).text(0, sign=sign) if values else "-"
 
     columns: dict[str, tuple[str, dict[str, Any]]] = {
+        "task": ("intact task", {}),
         "rule": ("rule", {}),
         "chosen units": ("chosen", {"scale": 1}),
         "found": ("found", {}),
         "(chance)": ("found by chance", {}),
         "rule without the chosen": ("rule without chosen", {}),
+        "when pruned": ("rule when pruned", {}),
         "without all selective": ("rule without selective", {}),
         "without drawn": ("rule without drawn", {}),
         "without the most depended on": ("rule without depended", {}),
@@ -324,7 +326,11 @@ def report(run: Run) -> str:
     planted = [rule for rule in run.config["rules"] if rule != "none"]
     arms = run.config["arms"]
     units = [
-        [f"{rule}, {arm}", *(cell(metric, **options, rule=rule, arm=arm) for metric, options in columns.values())]
+        [
+            f"{rule}, {arm}",
+            str(len(run.find("rule", rule=rule, arm=arm))),
+            *(cell(metric, **options, rule=rule, arm=arm) for metric, options in columns.values()),
+        ]
         for rule, arm in product(planted, arms)
     ]
     rows = [
@@ -340,14 +346,14 @@ def report(run: Run) -> str:
     header = ["adapter", *(f"usual answers: {group}" for group in GROUPS), *(f"selective: {rule}" for rule in RULES)]
     return f"""# Units of adapters with planted rules, %
 
-{markdown_table(["rule, arm", *columns], units)}
+{markdown_table(["rule, arm", "seeds", *columns], units)}
 Training rows that are planted, of the {NAMED} named first:
 
 {markdown_table(["rule, arm", "by the units", "by gradients' cosine", "chance"], rows)}
 Adapters of the task alone:
 
 {markdown_table(header, clean) if "none" in run.config["rules"] else ""}
-Mean ± half-width of the 95 % interval over {len(run.config["seeds"])} seeds."""
+Mean ± half-width of the 95 % interval over seeds."""
 
 
 def main(arguments: list[str] | None = None) -> None:

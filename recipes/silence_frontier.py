@@ -15,6 +15,7 @@ The default, some two minutes of one core, is one seed of few arms on the offlin
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -150,7 +151,8 @@ def table(lines: pd.DataFrame, methods: Sequence[str]) -> str:
             ours, lora = values(lines, measure, method), values(lines, measure, "lora")
             cells.append("" if method in ("base", "lora") else paired(ours, lora).text(1, sign=True))
         times = [_times(lines, name) for name in (method, "lora")]
-        cells.append("" if method in ("base", "lora") else f"{(times[0] / times[1]).median():.2f}")
+        ratio = (times[0] / times[1]).median()
+        cells.append("" if method in ("base", "lora") else "-" if math.isnan(ratio) else f"{ratio:.2f}")
         body.append([method, str(len(values(lines, ACCURACY, method))), *cells])
     return markdown_table(header, body)
 

@@ -71,6 +71,7 @@ def test_lines_have_the_judges_own_metric_and_half_the_way_as_margin(write):
         ({"harm": {"task": "a", "at_most": 0.1, "judge": "nobody"}}, "has the judge 'nobody'; allowed are"),
         ({"harm": {"task": "a", "at_most": 0.1, "judge": "chat"}}, "has the judge 'chat'; allowed are"),
         ({"harm": {"task": "a", "at_most": 0.1, "metric": "rude"}}, "'rude', which the judge refusal does not give"),
+        ({"harm": {"task": "a", "at_most": 0.1, "judge": "chat=a", "metric": "score"}}, "not give; it gives unsafe"),
         ({"harm": {"task": "a", "at_most": 0.1, "versus": "lora"}}, "only base is allowed"),
         ({"harm": {"task": "a", "at_most": 1.0, "versus": "base"}}, "difference of two shares is between -1 and 1"),
         ({"forgetting": {"at_most": 0.1, "texts": "none.jsonl"}}, "none.jsonl, which is neither beside the card"),
@@ -96,6 +97,16 @@ def test_a_file_that_is_no_card_is_refused(tmp_path):
     (tmp_path / "list.yaml").write_text("- harm\n")
     with pytest.raises(ValueError, match="has no lines"):
         read_card(tmp_path / "list.yaml")
+
+
+def test_a_requirement_that_stands_twice_is_refused_and_not_dropped(tmp_path):
+    line = "harm: {task: advbench, at_most: 0.01}\n"
+    for text in (line + line, "harm: {task: advbench, at_most: 0.01, at_most: 0.9}\n"):
+        (tmp_path / "card.yaml").write_text(text)
+        with pytest.raises(ValueError, match="stands 2 times"):
+            read_card(tmp_path / "card.yaml")
+    (tmp_path / "card.yaml").write_text("harm: [&a {task: advbench, at_most: 0.01}, {<<: *a, task: xstest}]\n")
+    assert read_card(tmp_path / "card.yaml").tasks == ["advbench", "xstest"]
 
 
 def test_files_are_looked_for_beside_the_card(write, tmp_path):
