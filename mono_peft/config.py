@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 
 from .layer import ACTIVATIONS
@@ -102,8 +105,9 @@ class MonoLoraConfig(PeftConfig):
             with standard deviation 1 / r, B zero; False: both Kaiming uniform, for tests.
         layers_to_transform: indices of the layers to adapt; only with a list of `target_modules`.
         layers_pattern: name of the module list that `layers_to_transform` counts in.
-        rank_pattern: regular expression of module names -> r, where it differs.
-        alpha_pattern: regular expression of module names -> monolora_alpha, where it differs.
+        rank_pattern: regular expression of module names -> r, where it differs; the first that matches counts.
+        alpha_pattern: regular expression of module names -> monolora_alpha, where it differs; the first that matches
+            counts.
         trainable_token_indices: token ids whose embeddings train, as in `LoraConfig`.
         layer_replication: ranges (first, last + 1) of the base's layers, which are put one after another in the place
             of its layers, as in `LoraConfig`; they share the base's weights, and each has an adapter of its own.
@@ -291,6 +295,14 @@ class MonoLoraConfig(PeftConfig):
         rank = self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), module_name), self.r)
         alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern.keys(), module_name), self.monolora_alpha)
         return rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json as PEFT does, but with the patterns in their order, of which the first counts."""
+        super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / CONFIG_NAME
+        # PEFT sorts all keys, so that a module that two patterns match would be loaded with another r or scale.
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        path.write_text(json.dumps(json.loads(path.read_text()) | patterns, indent=2))
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def silenceable_adapters(model: nn.Module) -> list[tuple[str, MonoLoraLayer, str
         )
     for name, layer, adapter in adapters:
         sigma = layer.monolora_activation[adapter]
-        if sigma(torch.tensor([-1e4, -1.0, -1e-4, 0.0])).any():
+        # One unit at each of four positions: topk asks for the dimensions that latents of a convolution have.
+        if sigma(torch.tensor([-1e4, -1.0, -1e-4, 0.0]).view(4, 1, 1, 1, 1)).any():
             raise NeverSilentError(
                 f"the sigma of {name} is {type(sigma).__name__}, which is not exactly zero where A x <= 0, so that "
                 "the adapter adds something to every text. Train with activation='relu', 'relu2' or 'relu6'."

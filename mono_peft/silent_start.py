@@ -39,7 +39,7 @@ def separating_direction(silent: torch.Tensor, task: torch.Tensor, seed: int) ->
     def drawn(rows: torch.Tensor) -> torch.Tensor:
         return rows[torch.randint(len(rows), (_ROWS,), generator=generator).to(rows.device)]
 
-    vector = torch.zeros(silent.shape[1] + 1, device=silent.device, requires_grad=True)  # the last is a constant
+    vector = silent.new_zeros(silent.shape[1] + 1).requires_grad_()  # the last is a constant
     optimizer = torch.optim.Adam([vector], _LEARNING_RATE)
     with torch.enable_grad():
         for _ in range(_STEPS):

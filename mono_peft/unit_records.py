@@ -101,7 +101,7 @@ class UnitRecords:
             strength, groups = preferred.strength.tolist(), preferred.group.tolist()
             selectivity, z = preferred.selectivity.tolist(), preferred.z.tolist()
             layer, adapter = self.layers[name]
-            norms = (decoder_columns(layer, adapter).norm(dim=1) * layer.scaling[adapter]).tolist()
+            norms = (decoder_columns(layer, adapter).norm(dim=1) * scale_of(layer, adapter)).tolist()
             changes = self._logit_changes(name, part)
             top, sampled = _Kept(part.top), _Kept(part.sampled)
             for i, fired in enumerate(part.tokens_fired.tolist()):
@@ -173,7 +173,7 @@ class UnitRecords:
         if self.unembedding is None or name not in self.stream.writers:
             return None
         layer, adapter = self.layers[name]
-        factor = layer.scaling[adapter] * self.stream.writers[name]
+        factor = scale_of(layer, adapter) * self.stream.writers[name]
         changes = self.unembedding.changes(decoder_columns(layer, adapter) * factor, TOKENS)
         largest = part.largest[:, None]
         return (
@@ -227,6 +227,11 @@ def decoder_columns(layer: MonoLoraLayer, adapter: str) -> torch.Tensor:
     decoder: Any = layer.monolora_decoder[adapter]
     weight: torch.Tensor = decoder.weight.detach().float()
     return weight.T
+
+
+def scale_of(layer: MonoLoraLayer, adapter: str) -> float:
+    """What a latent times its column of B is multiplied by: s, and in embeddings that scale their output that, too."""
+    return layer.scaling[adapter] * float(getattr(layer.get_base_layer(), "embed_scale", 1))
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, id_: int) -> str:

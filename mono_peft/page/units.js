@@ -290,7 +290,7 @@
     const [histogram, rates, chance, lens, writes, ablation, provenance, near, [strongest, drawn]] = found;
     if (provenance) {
       panel.append(el("p", {}, el("strong", {}, "Made by rows "),
-        provenance.map(([name]) => name).join(", "), " of the training data, the strongest first."));
+        provenance.map(([name]) => name).join(", "), " of the training data, counted from 0, the strongest first."));
     }
     panel.append(el("h3", {}, hasGroups ? "Groups beside chance" : "How often it fires"), forest(rates, chance));
     if (ablation) panel.append(effects(ablation));

@@ -206,10 +206,11 @@ class TestRefusals:
         with pytest.raises(DivergedError, match=r"down_proj.monolora_decoder"):
             certify(model, [{"input_ids": input_ids}])
 
-    def test_convolutions(self, llama, input_ids, random_adapter):
+    @pytest.mark.parametrize("sigma", [{}, {"activation": "topk", "k": 2}])
+    def test_convolutions(self, llama, input_ids, random_adapter, sigma):
         llama.model.patches = torch.nn.Conv2d(3, 4, 2)
         with pytest.raises(ValueError, match=r"patches is a convolution, whose positions are no tokens"):
-            certify(random_adapter(llama, target_modules=["q_proj", "patches"]), [{"input_ids": input_ids}])
+            certify(random_adapter(llama, target_modules=["q_proj", "patches"], **sigma), [{"input_ids": input_ids}])
 
     @pytest.mark.parametrize(
         ("batches", "message"),

@@ -47,6 +47,14 @@ class TestSavingAndLoading:
         ):
             assert torch.equal(loaded.eval()(input_ids).logits, expected)
 
+    def test_patterns_keep_their_order(self, random_adapter, llama, input_ids, tmp_path):
+        patterns = {"layers.1.self_attn.q_proj": 3, "(q|v)_proj": 6}  # in alphabetical order the other way round
+        for option in ("rank_pattern", "alpha_pattern"):
+            model = random_adapter(copy.deepcopy(llama), **{option: patterns})
+            model.save_pretrained(tmp_path / option)
+            loaded = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path / option).eval()
+            assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+
     @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
     def test_loading_beside_another_adapter(self, random_adapter, llama, input_ids, tmp_path, low_cpu_mem_usage):
         model = random_adapter(llama, "a")

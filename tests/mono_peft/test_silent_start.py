@@ -101,6 +101,13 @@ class TestStartApart:
         assert set(separated.values()) == {0.0}
         assert all((z < 0).all() for z in latents(model, SILENT[0]).values())
 
+    def test_float64(self, model):
+        model = model.double()
+        silence = Silence(model, SILENT, margin=0.2)
+        assert all(share > 0.9 for share in silence.start_apart(TASK).values())
+        for z in latents(model, SILENT[0]).values():
+            torch.testing.assert_close(z.amax(0), torch.full((4,), -0.2, dtype=torch.float64), atol=1e-9, rtol=0)
+
     def test_a_trained_adapter_is_refused(self, random_adapter, llama, input_ids):
         model = random_adapter(llama, target_modules=["q_proj"], encoder_bias=True)
         silence = Silence(model, [{"input_ids": input_ids}])

@@ -5,6 +5,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
@@ -17,6 +18,7 @@ from transformers import (
 from mono_peft.activity import active_adapters
 from mono_peft.lens import Unembedding, nearest
 from mono_peft.stream import residual_stream
+from mono_peft.unit_records import decoder_columns, scale_of
 
 SMALL = {
     "vocab_size": 100,
@@ -99,6 +101,18 @@ def test_logit_changes_are_those_of_a_step_from_a_residual_of_that_size(name, ra
         assert torch.allclose(change[found.raised[i]], found.raised_by[i].double(), rtol=0.02)
         assert torch.allclose(change[found.lowered[i]], found.lowered_by[i].double(), rtol=0.02)
         assert found.lowered_by[i].tolist() == sorted(found.lowered_by[i].tolist())
+
+
+def test_what_a_unit_of_a_scaled_embedding_writes(random_adapter):
+    config = Gemma3TextConfig(**SMALL, num_key_value_heads=4, head_dim=8)  # scales its embeddings by 32 ** 0.5
+    model = random_adapter(AutoModelForCausalLM.from_config(config), target_modules=["embed_tokens"])
+    ((_, layer, adapter),) = active_adapters(model)
+    ids = torch.arange(100)
+    with torch.no_grad():
+        written = layer(ids) - layer.base_layer(ids)
+        latents = torch.relu(layer.monolora_encoder[adapter](ids))
+        found = latents @ decoder_columns(layer, adapter) * scale_of(layer, adapter)
+    torch.testing.assert_close(found, written, rtol=1e-4, atol=1e-4)
 
 
 def test_nearest_by_cosine():

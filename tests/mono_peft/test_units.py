@@ -19,7 +19,7 @@ BASES = {
     "llama": (llama, {"target_modules": "all-linear"}, {"input_ids": IDS}),
     "llama patterns": (
         llama,
-        {"rank_pattern": {"layers.0.*v_proj": 3}, "alpha_pattern": {"q_proj": 30}, "use_rslora": True},
+        {"rank_pattern": {"layers.0.*v_proj": 3}, "alpha_pattern": {".*q_proj": 30}, "use_rslora": True},
         {"input_ids": IDS},
     ),
     "llama, bias of the encoder": (llama, {"encoder_bias": True}, {"input_ids": IDS}),
