@@ -276,6 +276,7 @@ class _Measures:
             source = str(MODELS[self.settings.model]()) if self.settings.model in MODELS else self.settings.model
             lines, said = self.folder / "silence.jsonl", io.StringIO()
             arguments = [source, adapter, "--prompts", str(line.prompts), "--output", str(lines), "--min_silent", "0"]
+            arguments += ["--dtype", self.card.answers.get("dtype", "auto")]
             with contextlib.redirect_stdout(said):
                 code = certify.main([*arguments, "--response_tokens", str(line.response_tokens)])
             if code:

@@ -167,8 +167,13 @@ def read_card(path: str | Path) -> Card:
     if not lines:
         raise ValueError(f"The card {path} asks for nothing; name at least one of {', '.join(KINDS)}.")
     _check_judges(lines, path)
-    title = told.get("title", path.stem)
-    return Card(str(title), lines, power, _answers(told.get("answers") or {}, path))
+    answers = _answers(told.get("answers") or {}, path)
+    if answers.get("load_in_4bit") and any(line.kind == "silence" for line in lines):
+        raise ValueError(
+            f"The card {path} has silence, which is certified on the base's own weights, and answers of a base in "
+            "4 bits, whose activations are others: leave out one of the two."
+        )
+    return Card(str(told.get("title", path.stem)), lines, power, answers)
 
 
 def _line(name: str, kind: str, told: Any, path: Path) -> Line:

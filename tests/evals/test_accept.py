@@ -86,6 +86,17 @@ def test_silence_is_certified_and_lora_never_has_it(run, tmp_path):
     assert code == 2  # two prompts show nothing
 
 
+def test_silence_is_certified_in_the_type_of_the_answers(run, tmp_path, monkeypatch):
+    from mono_peft import certify
+
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Who?"}\n')
+    asked, certified = [], certify.main
+    monkeypatch.setattr("evals.accept.certify.main", lambda arguments: asked.append(arguments) or certified(arguments))
+    silence = {"prompts": str(tmp_path / "prompts.jsonl"), "at_least": 0.5}
+    run({"answers": {"dtype": "bfloat16"}, "silence": silence}, "monolora")
+    assert asked[0][asked[0].index("--dtype") + 1] == "bfloat16"
+
+
 def test_a_card_cannot_be_changed_after_a_look_at_the_results(run):
     assert run(CARD)[0] == 0
     code, said, _ = run(CARD | {"forgetting": {"at_most": 60, "margin": 40}})

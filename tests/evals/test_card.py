@@ -83,6 +83,10 @@ def test_lines_have_the_judges_own_metric_and_half_the_way_as_margin(write):
         ({"harm": "none"}, "harm, is 'none'; it takes keys"),
         ({"answers": {"tokens": 3}, "harm": {"task": "a", "at_most": 0.1}}, "answers, has tokens; allowed are limit"),
         ({"answers": {"limit": "all"}, "harm": {"task": "a", "at_most": 0.1}}, "has 'all' for limit; int is needed"),
+        (
+            {"answers": {"load_in_4bit": True}, "silence": {"prompts": __file__, "at_least": 0.9}},
+            "certified on the base's own weights",
+        ),
         ({"answers": {"dtype": "int8"}, "harm": {"task": "a", "at_most": 0.1}}, "the dtype 'int8'"),
     ],
 )
