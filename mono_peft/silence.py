@@ -99,7 +99,7 @@ class Silence(LoggedMeasures):
         NeverSilentError: no adapter is active, or sigma is never exactly zero.
         ValueError: an option is out of range, `batches` has no token that counts or tokens that the model does not
             have, an adapter is frozen or not on a linear layer, something before it is trained too, or the base
-            computes NaN. In `on_train_begin`: the trainer trains another model or this one's base was changed, or it
+            computes NaN. In `on_train_begin`: the trainer trains another model or adapter, the base was changed, or it
             works in a way in which the gradient could not be added (FSDP, float16's scaled gradients, optimizers that
             step in the backward pass), the processes have other batches than one another, or all training prompts are
             among the silent texts (some are told).
@@ -320,6 +320,11 @@ class Silence(LoggedMeasures):
             raise ValueError(
                 "the trainer trains another model than the one that Silence was built for: build it with "
                 "`trainer.model`, after the trainer, which may have added the adapter or copied the model."
+            )
+        if [encoder for _, _, encoder in trainable_layers(self.model)] != [encoder for _, _, encoder in self._layers]:
+            raise ValueError(
+                "the adapters that are trained are not those that were when Silence was built: make them active "
+                "first, and build Silence last, right before training."
             )
         check_training_prompts(
             (tokens.batch for tokens in self._tokens), getattr(kwargs.get("train_dataloader"), "dataset", None)

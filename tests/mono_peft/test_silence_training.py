@@ -245,6 +245,18 @@ def test_the_tasks_own_texts_are_refused(base, rows, tokenizer, tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_another_adapter_than_the_one_that_is_kept_silent(base, rows, tokenizer, batches, tmp_path, is_frozen):
+    trainer = sft(base, rows, tokenizer, tmp_path, batches)
+    if is_frozen:
+        trainer.model.set_requires_grad("default", False)
+    else:
+        trainer.model.add_adapter("second", MonoLoraConfig(**ADAPTER))
+        trainer.model.set_adapter("second")
+    with pytest.raises(ValueError, match=r"is frozen" if is_frozen else r"not those that were when Silence was built"):
+        trainer.train()
+
+
 def test_bfloat16(base, rows, tokenizer, batches, tmp_path):
     """Autocast, which a base of float32 computes in bfloat16 by."""
     trainer = sft(base, rows, tokenizer, tmp_path, batches, bf16=True, max_steps=40)
