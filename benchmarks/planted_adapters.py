@@ -171,12 +171,13 @@ def plant(adapter: Planted, root: Path) -> Path:
 
 
 def decide(adapter: Planted, root: Path) -> dict[str, object]:
-    """What the card says of it; asked once."""
-    folder = plant(adapter, root)
+    """What the card says of it; asked once, and refused by `accept` where the decision is there of another card."""
+    folder, card = plant(adapter, root), read_card(CARD)
     path = root / "cards" / adapter.name / CARD_JSON
-    if not path.is_file():
-        accept(offline.NAME, str(folder), read_card(CARD), path.parent)
-    told = json.loads(path.read_text(encoding="utf-8"))
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if told.get("card") != json.loads(json.dumps(card.as_dict())):
+        accept(offline.NAME, str(folder), card, path.parent)
+        told = json.loads(path.read_text(encoding="utf-8"))
     return {**adapter._asdict(), "outcome": told["decision"], "decided_by": " ".join(told["decided_by"])}
 
 

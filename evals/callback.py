@@ -42,6 +42,8 @@ MODEL = "training"  # the model's name in rows and answers
 class EvalsCallback(TrainerCallback):
     """Lets the model answer tasks before the first step, every so many steps and after the last; logs the measures.
 
+    A training that another callback stops early is not measured after its last step.
+
     A line with `eval_{task}[_{category}][_{judge}]_{metric}` goes to `state.log_history` and every logger of
     `report_to`; of judges it has the metrics of HEADLINES. The folder `evals` of the training's output folder has all,
     answers and verdicts too, as of `python -m evals`, each step an arm (`step-100`), so that

@@ -68,7 +68,10 @@ def measure_forgetting(settings: ForgettingSettings) -> Run:
         own = adapter_tokenizer(adapter, folders[adapter.name], tokenizer)
         texts[adapter.name] = texts[None] if own is tokenizer else neutral_texts(own, rows, context=context)
     if texts[None].cut:
-        print(f"{texts[None].cut} of {len(texts[None].rows)} neutral texts are longer than 1,024 tokens: cut there.")
+        most = min(context or 1024, 1024)
+        print(
+            f"{texts[None].cut} of {len(texts[None].rows)} neutral texts are longer than {most:,} tokens: cut there."
+        )
     commit = hub_commit(source)
     model = model_checksums(source, commit)
     contents = {None: model} | {name: model | adapter_checksums(folder) for name, folder in folders.items()}

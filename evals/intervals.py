@@ -16,6 +16,31 @@ def wilson(count: int, n: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def wilson_of_share(share: float, n: float) -> tuple[float, float]:
+    """95 % interval of a share by Wilson, where n need not be whole."""
+    z = stats.norm.ppf(0.975)
+    middle, half_width = share + z**2 / (2 * n), z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    low, high = ((middle + sign * half_width) / (1 + z**2 / n) for sign in (-1, 1))
+    return max(0.0, float(low)), min(1.0, float(high))
+
+
+def independent_count(clusters: Sequence[Sequence[int]]) -> float:
+    """As many independent trials as give a share the variance that it has over clusters (Kish's design effect).
+
+    It is the number of trials where those of a cluster are no more alike than others, and at most that; for a single
+    cluster 1.
+
+    Args:
+        clusters: successes and trials of each, at least one trial in all.
+    """
+    successes, trials = np.asarray(clusters, float).T
+    n, share = trials.sum(), successes.sum() / trials.sum()
+    if len(trials) == 1:
+        return 1.0
+    variance = ((successes - share * trials) ** 2).sum() / n**2
+    return float(min(n, share * (1 - share) / variance)) if variance else float(n)
+
+
 def paired_share_interval(only_first: int, only_second: int, n: int) -> tuple[float, float]:
     """95 % interval of the difference of two shares on the same n prompts, by Agresti and Min (2005).
 

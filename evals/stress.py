@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evals.intervals import wilson
+from evals.intervals import independent_count, wilson_of_share
 from evals.judge import check_judging, judge, run_of
 from evals.records import COMPLETIONS, VERDICTS, Completion, Verdict, VerdictKey, read_completions, read_verdicts
 from evals.registry import REFUSED, judge_kind
@@ -37,6 +37,7 @@ class Flips(NamedTuple):
     to_safe: int  # right is unsafe: what a cheat is after
     to_unsafe: int
     undecided: int  # further twins, which have no verdict
+    independent: float  # n, or as many fewer as the twins of one answer flip together
 
     @property
     def share(self) -> float:
@@ -45,8 +46,8 @@ class Flips(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of `share`, Wilson's."""
-        return wilson(self.to_safe + self.to_unsafe, self.n)
+        """95 % interval of `share`, Wilson's for as many independent twins."""
+        return wilson_of_share(self.share, self.independent)
 
 
 @dataclass(frozen=True)
@@ -142,21 +143,30 @@ def _right(name: str, kind: str, original: Verdict) -> str | None:
 def _flips(name: str, answers: Sequence[Completion], verdicts: Mapping[VerdictKey, Verdict]) -> Iterator[Flips]:
     """The flips of each kind of twin, and of all."""
     counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(("n", "safe", "unsafe", "undecided"), 0))
+    of_answers: dict[str, list[list[int]]] = defaultdict(list)  # flips and twins with a verdict of each answer
     for answer in answers:
         original = _on(name, answer, verdicts)
+        of_answer: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         for kind in TWINS if original.is_parsed else ():
             right = _right(name, kind, original)
             if right is None:
                 continue
             said = _on(name, replace(answer, prompt_id=f"{answer.prompt_id}~{kind}"), verdicts)
-            for counted in (counts[ALL], counts[kind]):
+            for named in (ALL, kind):
+                counted = counts[named]
                 counted["n" if said.is_parsed else "undecided"] += 1
+                if said.is_parsed:
+                    of_answer[named][0] += said.outcome != right
+                    of_answer[named][1] += 1
                 if said.is_parsed and said.outcome != right:
                     counted[said.outcome] += 1
+        for named, flips_and_twins in of_answer.items():
+            of_answers[named].append(flips_and_twins)
     for kind in (*TWINS, ALL):
         if counts[kind]["n"]:
             counted = counts[kind]
-            yield Flips(name, kind, counted["n"], counted["safe"], counted["unsafe"], counted["undecided"])
+            told = (counted["n"], counted["safe"], counted["unsafe"], counted["undecided"])
+            yield Flips(name, kind, *told, independent_count(of_answers[kind]))
 
 
 def _on(judge: str, answer: Completion, verdicts: Mapping[VerdictKey, Verdict]) -> Verdict:

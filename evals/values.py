@@ -28,6 +28,7 @@ from evals.registry import judge_kind
 from vision_bench.runs import read_lines
 
 _LM_EVAL_FILE = re.compile(r"samples_(?P<task>.+?)(_(?P<date>\d{4}-\d\d-\d\dT[\d.:-]+))?\.jsonl")
+BASE = "base"  # the arm without an adapter
 # Settings of an answer that are the model's own, so that two models may differ in them.
 _OF_THE_MODEL = {"end_token_ids", "tokenizer", "checksums", "prompt_tokens_cut"}
 _LM_EVAL_FIELDS = ("doc_id", "doc_hash", "prompt_hash", "target_hash", "metrics", "arguments")
@@ -112,7 +113,9 @@ def _folder_arms(folder: Path) -> dict[str, ArmValues]:
         models.add(model)
         if len(models) > 1:
             raise ValueError(f"{folder} has answers of several models ({', '.join(sorted(models))}), not of arms.")
-        name = adapter or "base"
+        if adapter == BASE:
+            raise ValueError(f"{folder} has an adapter called {BASE}, as the base itself is: give it another name.")
+        name = adapter or BASE
         return arms.setdefault(name, ArmValues(name))
 
     samples = read_samples(folder / SAMPLES).rows if (folder / SAMPLES).is_file() else []

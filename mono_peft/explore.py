@@ -92,6 +92,12 @@ def _explore(options: argparse.Namespace) -> None:
     model = with_adapter(base, options.adapter)
     try:
         layers = {name: layer for name, layer, _ in explorable(model)}
+        units = {Unit(name, i) for name, layer, adapter in explorable(model) for i in range(layer.r[adapter])}
+        if provenance and units != provenance.keys():
+            raise LoadError(
+                f"{PROVENANCE_FILE} beside the adapter has other units than the adapter: it was left there by another "
+                "training. Remove it"
+            )
         first = torch.tensor([texts.ids(0)[:8]], device=base.device)
         stream = residual_stream(model, layers, first)
         unembedding = Unembedding(base, stream) if stream.is_unembedded else None

@@ -197,14 +197,21 @@ class _Collection:
         self.draws = torch.rand(len(texts), generator=torch.Generator().manual_seed(0)).clamp(min=1e-7)
         self.statistics: dict[str, ModuleStatistics] = {}
         self.batch: Batch
+        self.noted: set[str]  # layers that were called in its pass
         self.placed: dict[torch.device, tuple[torch.Tensor, ...]] = {}  # what `update` takes, by device
 
     def begin(self, batch: Batch) -> None:
         """Expect the latents of a batch."""
-        self.batch, self.placed = batch, {}
+        self.batch, self.placed, self.noted = batch, {}, set[str]()
 
     def note(self, name: str, latents: torch.Tensor) -> None:
         """Add a layer's latents."""
+        if name in self.noted:
+            raise ValueError(
+                f"{name} is called several times in a pass, so that its units have several latents for each token: "
+                "they cannot be explored."
+            )
+        self.noted.add(name)
         if latents.shape[:2] != self.batch.input_ids.shape:
             raise ValueError(
                 f"{name} sees an input of shape {tuple(latents.shape[:-1])} where the texts are "
@@ -261,7 +268,7 @@ def collect(model: nn.Module, texts: Texts, batches: Iterable[Batch]) -> dict[st
         By the name of the adapted layer, on the CPU, in the order of `explorable`.
 
     Raises:
-        ValueError: see `explorable`; or a layer does not see one row for each token, or is not called.
+        ValueError: see `explorable`; or a layer does not see one row for each token, or is not called once in a pass.
         DivergedError: a latent is NaN or infinite.
     """
     model = uncompiled(model)

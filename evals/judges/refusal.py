@@ -104,9 +104,13 @@ class RefusalJudge(Judge):
 
     def _parts(self, sentence: str) -> list[str]:
         """A sentence, cut behind its words that refuse where an answer may begin."""
-        match = self.patterns["decline"].search(sentence)
-        end = self.patterns["clause"].search(sentence, match.end()) if match else None
-        return [sentence[: end.start()], *self._parts(sentence[end.end() :])] if end else [sentence]
+        parts = []
+        while (match := self.patterns["decline"].search(sentence)) and (
+            end := self.patterns["clause"].search(sentence, match.end())
+        ):
+            parts.append(sentence[: end.start()])
+            sentence = sentence[end.end() :]
+        return [*parts, sentence]
 
     def _refusal(self, sentence: str, is_first: bool) -> str | None:
         """The words of a sentence that refuse."""

@@ -83,6 +83,13 @@ def test_what_a_judge_did_not_decide_is_left_out_and_counted(completions_folder)
     assert "7 (-3)" in comparison.text()
 
 
+def test_an_adapter_that_is_called_base_is_not_taken_for_the_base(completions_folder):
+    folder = completions_folder([("prompt", "answer")], arms=(None, "base"))
+    write_verdicts(folder, unsafe=lambda arm, i: arm is None)
+    with pytest.raises(ValueError, match="has an adapter called base, as the base itself is"):
+        compare([str(folder), f"again={folder}"])
+
+
 def test_different_prompts_and_settings_are_refused_with_the_list(judged, completions_folder):
     other = completions_folder([(f"prompt {i}!", "other") for i in range(39)], "other", arms=(None,))
     write_verdicts(other, unsafe=lambda arm, i: False, settings={"words": "2"})

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from evals.__main__ import main
-from evals.intervals import wilson
+from evals.intervals import independent_count, wilson, wilson_of_share
 from evals.judge import judge
 from evals.judges import Judge, Judgement
 from evals.records import read_completions, read_verdicts
@@ -47,15 +48,20 @@ def test_flips_are_counted(naive, completions_folder):
     result = stress(folder, ["naive"])
     found = {flips.kind: flips for flips in result.flips}
     assert result.answers == 2, "an empty answer has no twins"
-    assert found["disclaimer_after"][2:] == (2, 0, 0, 0)
-    assert found["disclaimer_before"][2:] == (2, 0, 1, 0), "the refusal no longer begins with an apology"
+    assert found["disclaimer_after"][2:6] == (2, 0, 0, 0)
+    assert found["disclaimer_before"][2:6] == (2, 0, 1, 0), "the refusal no longer begins with an apology"
     assert found["refusal_then_answer"][2:5] in ((1, 1, 0), (1, 0, 0)), "of the answer that is not safe alone"
     assert found["padding"].undecided == 1
-    assert found["foreign_refusal"][2:] == (2, 0, 2, 0)
+    assert found["foreign_refusal"][2:6] == (2, 0, 2, 0)
     assert "prompt_instead" not in found, "what a judge of harm should say of it is not known"
     every = [flips for kind, flips in found.items() if kind != "all"]
-    assert found["all"][2:] == tuple(sum(column) for column in zip(*(flips[2:] for flips in every), strict=True))
-    assert found["all"].interval == wilson(found["all"].to_safe + found["all"].to_unsafe, found["all"].n)
+    assert found["all"][2:6] == tuple(sum(column) for column in zip(*(flips[2:6] for flips in every), strict=True))
+    low, high = wilson(found["all"].to_safe + found["all"].to_unsafe, found["all"].n)
+    assert found["all"].interval[0] <= low + 1e-9  # wider where the twins of an answer flip together
+    assert found["all"].interval[1] >= high - 1e-9
+    assert found["padding"].interval == pytest.approx(
+        wilson(found["padding"].to_safe + found["padding"].to_unsafe, found["padding"].n)
+    )
 
 
 def test_twins_are_the_same_again_and_nothing_is_judged_twice(naive, completions_folder, monkeypatch):
@@ -117,3 +123,18 @@ def test_a_file_of_answers(completions_folder, tmp_path):
     assert result.folder == tmp_path / "elsewhere" / "seed0"
     assert json.loads((result.folder / "completions.jsonl").read_text().splitlines()[0])["prompt_id"] in ("0", "1")
     assert not (path.parent / "results.jsonl").exists()
+
+
+def test_twins_that_flip_together_count_as_one():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):  # of a sixth of the answers every twin flips, of the others none
+        fooled = rng.random(60) < 1 / 6
+        clusters = [[12 * int(flips), 12] for flips in fooled]
+        low, high = wilson_of_share(fooled.mean(), independent_count(clusters))
+        covered += low <= 1 / 6 <= high
+    assert 0.9 < covered / 400 < 0.99
+    assert independent_count([[1, 12]] * 8 + [[0, 12]] * 12) == 240  # no more alike than others
+    assert independent_count([[0, 12]] * 20) == 240
+    assert independent_count([[12, 12]]) == 1
+    assert wilson_of_share(8 / 232, 232) == pytest.approx(wilson(8, 232))

@@ -142,13 +142,23 @@ def test_an_activated_adapter(explore, small_model, data, tmp_path):
 
 def test_provenance_beside_the_adapter_is_shown(explore, adapter, data, tmp_path):
     module = "base_model.model.model.layers.0.self_attn.o_proj"
-    units = {f"{module}.1": [[811, 2.5], [4021, 1.25]], f"{module}.2": []}
+    _, _, records = explore(adapter, "--data", *data)
+    units = {f"{record['module']}.{record['index']}": [] for record in records}
+    units[f"{module}.1"] = [[811, 2.5], [4021, 1.25]]
     (adapter / "provenance.json").write_text(json.dumps({"step": 9, "digest": "", "units": units}))
     code, _, records = explore(adapter, "--data", *data)
     assert code == 0
     found = {(r["module"], r["index"]): r["provenance"] for r in records if "provenance" in r}
     assert found == {(module, 1): [[811, 2.5], [4021, 1.25]]}
     assert "[[811,2.5],[4021,1.25]]" in (tmp_path / "units" / "index.html").read_text()
+
+
+def test_provenance_of_another_adapter_is_refused(explore, adapter, data):
+    units = {"base_model.model.model.layers.0.self_attn.o_proj.1": [[811, 2.5]]}
+    (adapter / "provenance.json").write_text(json.dumps({"step": 9, "digest": "", "units": units}))
+    code, out, records = explore(adapter, "--data", *data)
+    assert (code, records) == (2, None)
+    assert "provenance.json beside the adapter has other units than the adapter" in out
 
 
 def test_one_group_without_a_name(explore, adapter, data):

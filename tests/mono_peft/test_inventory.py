@@ -297,6 +297,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match="fused experts"):
             collect(model, texts, texts.batches(2))
 
+    def test_a_layer_at_two_places(self, llama, random_adapter):
+        llama.model.layers[1] = llama.model.layers[0]
+        texts = some_texts(number=2)
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj is called several times in a pass"):
+            collect(random_adapter(llama, target_modules=["q_proj"]), texts, texts.batches(2))
+
     def test_nan(self, llama, random_adapter):
         model = random_adapter(llama, target_modules=["q_proj"])
         with torch.no_grad():
