@@ -277,6 +277,6 @@ def test_the_command_prints_the_table(folder, judges, capsys):
     assert "### Differences on the same prompts" in tables
     assert "### Agreement of judges" in tables
     assert "### Unsafe answers by category" in tables
-    for judge in ("shieldgemma=shieldgemma", "beaverdam=beaverdam"):
-        assert f"judged by {judge}\n" in out
+    for name in ("shieldgemma=shieldgemma", "beaverdam=beaverdam"):
+        assert f"judged by {name}\n" in out
     assert f"Comparisons and categories: {folder / 'results.md'}\n" in out
