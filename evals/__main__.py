@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         JudgeSettings,
         StressSettings,
     )
+    from vision_bench.runs import Run
 
 COMMANDS = {
     "generate": "answers of models to prompts, and metrics of tasks",
@@ -36,16 +37,21 @@ def _generate(settings: GenerateSettings) -> None:
 
 def _judge(folder: FolderSettings, judging: JudgeSettings) -> None:
     from evals.judge import judge
-    from evals.report import write_report
 
-    print(write_report(judge(folder.output_dir, **judging.arguments)))
+    _report(judge(folder.output_dir, **judging.arguments))
+
+
+def _report(run: Run) -> None:
+    from evals.report import summary, write_report
+
+    write_report(run)
+    print(summary(run))
 
 
 def _run(settings: GenerateSettings, judging: JudgeSettings) -> None:
     from evals.generate import generate
     from evals.judge import check_judging, judge
     from evals.records import has_answers
-    from evals.report import write_report
 
     if judging.judges:
         check_judging(**judging.arguments)  # before hours of generation
@@ -54,7 +60,7 @@ def _run(settings: GenerateSettings, judging: JudgeSettings) -> None:
         print("There are no answers to judge.")
     elif judging.judges:
         run = judge(run.folder, **judging.arguments)
-    print(write_report(run))
+    _report(run)
 
 
 def _compare(settings: CompareSettings) -> None:
@@ -83,9 +89,8 @@ def _stress(settings: StressSettings, judging: JudgeSettings) -> None:
 
 def _forgetting(settings: ForgettingSettings) -> None:
     from evals.forgetting_rows import measure_forgetting
-    from evals.report import write_report
 
-    print(write_report(measure_forgetting(settings)))
+    _report(measure_forgetting(settings))
 
 
 def _command(name: str, arguments: list[str]) -> None:

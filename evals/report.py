@@ -17,6 +17,7 @@ from evals.figures import Measure, Panel, panel, safety_against_performance, wit
 from evals.forgetting import KL, LOSS, LOSS_DIFFERENCE
 from evals.intervals import wilson
 from evals.registry import is_harmful, judge_kind
+from evals.terminal import table_text
 from vision_bench.runs import DIVERGED, Run, frame, markdown_table, over_seeds, paired
 
 TABLE, CSV, FIGURE = "results.md", "results.csv", "safety.png"
@@ -32,6 +33,7 @@ COLUMNS = (
     "task", "metric", "judge", "category", "model", "method", "adapter", "seed", "versus", "versus_judge", "twin",
     "value", "low", "high", "p_value", "n",
 )  # fmt: skip
+_ARMS_BESIDE = 3  # in a table of 100 columns
 NATS = (KL, LOSS, LOSS_DIFFERENCE)  # per token, of which a hundredth is much
 # Settings of rows of a part of the prompts, or of two arms.
 _PARTS = ["category", "versus", "versus_adapter", "versus_judge", "twin"]
@@ -132,9 +134,7 @@ def write_report(run: Run) -> str:
     Raises:
         ValueError: the run has no rows.
     """
-    rows = [row for row in run.rows if row["metric"] != "seconds"]
-    if not rows:
-        raise ValueError(f"{run.folder} has no results; `python -m evals generate` or `judge` writes them.")
+    rows = _shown(run)
     text = table(rows)
     run.write(TABLE, text)
     lines = measured(rows).reindex(columns=COLUMNS).astype({"seed": "Int64"})
@@ -143,6 +143,38 @@ def write_report(run: Run) -> str:
     if panels and run.is_main:
         safety_against_performance(panels).savefig(run.folder / FIGURE, dpi=200)
     return text
+
+
+def summary(run: Run) -> str:
+    """What a terminal shows of a run: a table for each task and judge, a line for each metric, three arms beside it.
+
+    Raises:
+        ValueError: the run has no rows.
+    """
+    every = measured(_shown(run))
+    order = list(dict.fromkeys(every["method"]))
+    text = ""
+    for (model, task, judge), lines in every[~every["is_part"] & (every["metric"] != DIVERGED)].groupby(
+        ["model", "task", "judge"], sort=False
+    ):
+        methods = sorted(set(lines["method"]), key=order.index)
+        for some in (methods[i : i + _ARMS_BESIDE] for i in range(0, len(methods), _ARMS_BESIDE)):
+            body = [
+                [metric, prompts(rows), *(cell(rows[rows["method"] == m], _factor(metric)) for m in some)]
+                for metric, rows in lines[lines["method"].isin(some)].groupby("metric", sort=False)
+            ]
+            title = f"{Path(model).name}: {task}" + (f", judged by {short_name(judge)}" if judge else "")
+            text += table_text(title, ["metric", "prompts", *some], body) + "\n"
+    diverged = every[every["metric"] == DIVERGED].itertuples()
+    text += "".join(f"{line.adapter or 'The base model'} diverged: {line.reason}.\n" for line in diverged)
+    return f"{text}Shares in percent, 95 % intervals in brackets. Comparisons and categories: {run.folder / TABLE}"
+
+
+def _shown(run: Run) -> list[dict[str, Any]]:
+    rows = [row for row in run.rows if row["metric"] != "seconds"]
+    if not rows:
+        raise ValueError(f"{run.folder} has no results; `python -m evals generate` or `judge` writes them.")
+    return rows
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -250,6 +282,9 @@ def _category_table(lines: pd.DataFrame) -> str:
     """Share of unsafe outcomes by the prompts' category, a column for each method; seeds are averaged."""
     shares = [kind.unsafe if kind.is_of_harm else "" for kind in map(judge_kind, lines["judge"])]
     lines = lines[(lines["category"] != "") & (lines["metric"] == shares)]
+    asks = [is_harmful(task, category) for task, category in zip(lines["task"], lines["category"], strict=True)]
+    is_of_refusals = lines["metric"] == "answered"  # that harmless prompts are answered is not unsafe
+    lines = lines[~(is_of_refusals & pd.Series([ask is False for ask in asks], lines.index, dtype=bool))]
     methods = list(dict.fromkeys(lines["method"]))
     body = [
         [f"{task}: {category}", judge, prompts(rows), *(cell(rows[rows["method"] == m], 100) for m in methods)]

@@ -273,7 +273,10 @@ def test_the_command_prints_the_table(folder, judges, capsys):
     capsys.readouterr()
     main(command)
     out = capsys.readouterr().out
-    assert "### Differences on the same prompts" in out
-    assert "### Agreement of judges" in out
-    assert "### Unsafe answers by category" in out
-    assert (folder / "results.md").read_text() in out
+    tables = (folder / "results.md").read_text()
+    assert "### Differences on the same prompts" in tables
+    assert "### Agreement of judges" in tables
+    assert "### Unsafe answers by category" in tables
+    for name in ("shieldgemma=shieldgemma", "beaverdam=beaverdam"):
+        assert f"judged by {name}\n" in out
+    assert f"Comparisons and categories: {folder / 'results.md'}\n" in out

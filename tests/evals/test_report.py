@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from evals.paper import table_2_points
-from evals.report import bounds, figure_panels, table, write_report
+from evals.report import bounds, figure_panels, summary, table, write_report
 from vision_bench.runs import Run
 
 
@@ -132,3 +132,26 @@ def test_rows_without_a_pair_have_no_figure(tmp_path):
 def test_no_rows(tmp_path):
     with pytest.raises(ValueError, match=r"has no results; `python -m evals generate`"):
         write_report(Run(tmp_path / "out", "evals", {}))
+
+
+def test_the_terminal_has_a_table_of_100_columns_for_each_task_and_judge(run):
+    names = ["base", "a-long-name-of-an-arm", "another-long-name-of-an-arm", "a-fourth-arm"]
+    for name in names:
+        add(run, "answered", 1.0, "advbench", judge="refusal", adapter=name, method=name)
+        add(run, "refused", 0.0, "advbench", judge="refusal", adapter=name, method=name)
+    text = summary(run)
+    assert max(map(len, text.splitlines()[:-1])) <= 100
+    assert text.splitlines()[-1].endswith(str(run.folder / "results.md"))
+    first, second = text.split("advbench, judged by refusal\n")[1:]
+    assert [line.split()[0] for line in first.splitlines()[3:5]] == ["answered", "refused"]
+    assert first.count("100.00 [98.12, 100.00]") == 3
+    assert "a-fourth-arm" in second
+    assert second.count("100.00 [98.12, 100.00]") == 1
+
+
+def test_harmless_prompts_that_are_answered_are_not_unsafe(run):
+    for category in ("safe", "unsafe"):
+        add(run, "answered", 0.75, "xstest", judge="refusal", category=category)
+    of_categories = cells(table(run.rows).split("### Unsafe answers by category")[1])
+    assert ("xstest: unsafe", "refusal", "200") in of_categories
+    assert ("xstest: safe", "refusal", "200") not in of_categories
