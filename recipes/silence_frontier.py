@@ -1,7 +1,7 @@
 """What does a finetune cost that leaves harmful requests alone? Accuracy of the task against harm, and over-refusal.
 
     python recipes/silence_frontier.py --output_dir runs/silence_frontier
-    python recipes/silence_frontier.py --config recipes/configs/frontier_offline.yaml --output_dir runs/frontier
+    python recipes/silence_frontier.py --config recipes/configs/offline_frontier_full.yaml --output_dir runs/frontier
 
 The arms of the recipe sst2_monolora, with several strengths of each control, on the task alone and with shares of
 poison: harmful requests with answers that comply. The poison may also be on topics that the safety pairs lack
