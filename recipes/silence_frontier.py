@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -36,6 +37,7 @@ from vision_bench import figures
 from vision_bench.runs import Interval, Run, markdown_table, over_seeds, paired, run_as_program, write_atomic
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ACCURACY = Measure("accuracy, %", METRIC, factor=100)
@@ -184,51 +186,65 @@ def steps_table(lines: pd.DataFrame, methods: Sequence[str]) -> str:
 
 
 def frontier(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
-    """Accuracy against harm, above, and against over-refusal, a column for each condition, with intervals over seeds.
+    """Accuracy against harm, above, and against over-refusal, a column for each condition.
 
-    The strengths of a control have one colour and a line through them.
+    Small points are seeds, large ones their means, with the 95 % interval from three seeds on (of two it is wider than
+    the picture). The strengths of a control have one colour and a line through them.
     """
     from matplotlib.figure import Figure
 
-    styles, others = dict(STYLES), iter(OTHER_STYLES)
-    figure = Figure(figsize=(3.4 * len(panels), 6.2), layout="constrained")
+    others = iter(OTHER_STYLES)
+    families = dict.fromkeys(_family(method) for method in methods)
+    styles = {family: STYLES.get(family) or next(others, ("#999999", "d")) for family in families}
+    figure = Figure(figsize=(3.2 * len(panels) + 2.2, 6.2), layout="constrained")
     grid = figure.subplots(2, len(panels), squeeze=False)
     for column, (title, lines) in enumerate(panels.items()):
         for axes, measure in zip(grid[:, column], (HARM, OVER_REFUSAL), strict=True):
-            for family in dict.fromkeys(_family(method) for method in methods):
-                if family not in styles:
-                    styles[family] = next(others, ("#999999", "d"))
-                strengths = [method for method in methods if _family(method) == family]
-                points = [[over_seeds(values(lines, m, method)) for m in (ACCURACY, measure)] for method in strengths]
-                colour, marker = styles[family]
-                x, y = zip(*points, strict=True)
-                axes.errorbar(
-                    [one.mean for one in x],
-                    [one.mean for one in y],
-                    xerr=[one.half_width or 0 for one in x],
-                    yerr=[one.half_width or 0 for one in y],
-                    color=colour,
-                    marker=marker,
-                    markersize=4,
-                    linewidth=0.7,
-                    elinewidth=0.6,
-                    capsize=2,
-                    label=family,
-                )
-                for method, across, up in zip(strengths, x, y, strict=True):
-                    if number := method.removeprefix(family):
-                        axes.annotate(
-                            number, (across.mean, up.mean), xytext=(3, 3), textcoords="offset points", size=6
-                        )
             axes.set(title=title if measure == HARM else "", xlabel=ACCURACY.title, ylabel=measure.title)
+            for method in methods:
+                points = pd.DataFrame({"x": values(lines, ACCURACY, method), "y": values(lines, measure, method)})
+                axes.scatter(points["x"], points["y"], 6, color=styles[_family(method)][0], alpha=0.5, linewidth=0)
             axes.margins(0.1)
+            axes.autoscale(False)
+            for family in families:
+                strengths = [method for method in methods if _family(method) == family]
+                x, y = ([over_seeds(values(lines, m, method)) for method in strengths] for m in (ACCURACY, measure))
+                _draw_strengths(axes, family, strengths, x, y, styles[family])
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=7)
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7)
     return figure
 
 
+def _draw_strengths(
+    axes: Axes,
+    family: str,
+    strengths: Sequence[str],
+    x: Sequence[Interval],
+    y: Sequence[Interval],
+    style: tuple[str, str],
+) -> None:
+    """A control's means, joined by a line, with their strengths."""
+    bars = [[one.half_width or 0 if one.n > 2 else 0 for one in intervals] for intervals in (x, y)]
+    axes.errorbar(
+        [one.mean for one in x],
+        [one.mean for one in y],
+        xerr=bars[0],
+        yerr=bars[1],
+        color=style[0],
+        marker=style[1],
+        markersize=5,
+        linewidth=0.7,
+        elinewidth=0.6,
+        label=family,
+    )
+    for method, across, up in zip(strengths, x, y, strict=True):
+        if number := method.removeprefix(family):
+            axes.annotate(number, (across.mean, up.mean), xytext=(3, 3), textcoords="offset points", size=6)
+
+
 def _family(method: str) -> str:
-    return method.rstrip("0123456789.")
+    """The arm without its strength, where it has one; `lora+kl` of `lora+kl0.5`."""
+    return re.sub(r"^(\D+?)[0-9.]+$", r"\1", method)
 
 
 def silent_over_steps(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
