@@ -256,6 +256,11 @@ def check_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig)
         names = [name for name, _ in controls]
         if "apart" in names and "silence" not in names:
             raise ValueError(f"--methods has {method}+apart without silence: apart from what? Give +apart+silence.")
+        if "nullspace" in names and {"bias", "apart"} & set(names):
+            raise ValueError(
+                f"--methods has {method} with nullspace and a bias: sigma(A x + b) may be above zero where A x = 0, "
+                "so that the pairs would not be in a null space. Leave one of them out."
+            )
         for name, number in controls:
             control = CONTROLS[name]
             strength = _strength(control, number, settings)
