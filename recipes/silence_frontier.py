@@ -205,6 +205,7 @@ def frontier(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
                 points = pd.DataFrame({"x": values(lines, ACCURACY, method), "y": values(lines, measure, method)})
                 axes.scatter(points["x"], points["y"], 6, color=styles[_family(method)][0], alpha=0.5, linewidth=0)
             axes.margins(0.1)
+            axes.autoscale_view()  # now, before bars that are longer than the axis
             axes.autoscale(False)
             for family in families:
                 strengths = [method for method in methods if _family(method) == family]
