@@ -59,9 +59,9 @@ def test_a_row_makes_a_judge(keywords, completions_folder, capsys):
         if row["metric"] == "unsafe" and not row["config"].get("category")
     }
     assert unsafe == {None: (0.5, 4), "lora-seed0": (0.75, 4)}
-    line = next(
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("| beavertails_eval | unsafe |")
-    )
+    assert "beavertails_eval, judged by keywords=bomb\n" in capsys.readouterr().out
+    table = (folder / "results.md").read_text()
+    line = next(line for line in table.splitlines() if line.startswith("| beavertails_eval | unsafe |"))
     assert [cell.strip() for cell in line.split("|")[3:5]] == ["keywords=bomb", "4"]
     assert "50.00 [" in line
     assert "75.00 [" in line

@@ -246,7 +246,9 @@ def test_sparsity_is_that_of_the_tokens_it_acts_on(llama):
     fired = []
     layer.monolora_activation.default.register_forward_hook(lambda module, args, latents: fired.append(latents != 0))
     measured = activation_sparsity(model, [{"input_ids": IDS, "attention_mask": MASK}])
-    acting = torch.cat([fired[0][i, start:] for i, start in enumerate(STARTS)])
+    padding = (MASK == 0).sum(1).tolist()  # in front, and moved behind the texts before they are run
+    rows = zip(fired[0], STARTS, padding, strict=True)
+    acting = torch.cat([row[start - before : len(row) - before] for row, start, before in rows])
     name = "base_model.model.model.layers.0.self_attn.q_proj"
     assert measured.per_module[name] == pytest.approx(1 - acting.float().mean().item())
     with pytest.raises(ValueError, match="no row has the invocation tokens of an activated adapter"):
