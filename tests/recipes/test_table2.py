@@ -334,7 +334,7 @@ def test_a_judge_of_another_kind_has_its_measure_of_harm_in_table_and_figure(tmp
     assert "| stars: unsafe, % | stars: stars given | accuracy, % |" in header
     assert "| 12.50 [10.00, 15.00] |" in base
     drawn = []
-    monkeypatch.setattr("evals.report.safety_against_performance", lambda panels: drawn.extend(panels) or Figure())
+    monkeypatch.setattr("evals.table_2.safety_against_performance", lambda panels: drawn.extend(panels) or Figure())
     sst2_monolora.EXPERIMENT.draw(run)
     assert [(panel.harm, [point.harm for point in panel.points]) for panel in drawn] == [
         ("stars given", [12.5, 12.5]),
