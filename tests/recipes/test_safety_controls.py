@@ -165,6 +165,7 @@ def unaligned(base, tokenizer, tmp_path):
 
 
 @pytest.mark.usefixtures("no_machine_description")
+@pytest.mark.slow
 def test_all_arms_train_and_silence_is_certified(arguments, pairs_file, unaligned, tmp_path, small_model, request):
     methods = ["base", "lora", "lora+kl", "lora+nullspace0.5", "lora+safelora", "lora+safety0.25", "monolora"]
     methods += ["monolora+silence1000", "monolora+bias+silence2000"]
