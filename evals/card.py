@@ -116,10 +116,6 @@ class Card:
         """The judges of answers, each once."""
         return list(dict.fromkeys(line.judge for line in self.lines if line.judge and line.kind != "judge_flips"))
 
-    def of_kind(self, kind: str) -> list[Line]:
-        """The lines of a kind."""
-        return [line for line in self.lines if line.kind == kind]
-
     def as_dict(self) -> dict[str, Any]:
         """What a JSON file holds of it."""
         return asdict(self)

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from evals.contents import checksum
 from evals.intervals import bootstrap
 from evals.local_files import Row, check_columns, check_text, file_rows
+from evals.models import Adapter, attached
 from evals.prompts import EncodedAnswer, encode_answer
 from mono_peft.activity import in_eval_mode
 
@@ -233,6 +234,29 @@ def _per_token(values: np.ndarray, tokens: np.ndarray) -> Estimate:
 
     low, high = bootstrap(ratio, np.stack([values, tokens], 1))
     return Estimate(float(values.sum() / tokens.sum()), low, high, len(values))
+
+
+def adapter_measures(
+    base: PreTrainedModel,
+    adapter: Adapter,
+    texts: NeutralTexts,
+    before: np.ndarray,
+    *,
+    batch_size: int = 4,
+    progress: bool = False,
+) -> list[tuple[str, Estimate, dict[str, Any]]]:
+    """Attach an adapter to a loaded base, measure it, and give the base back: `measures`.
+
+    Args:
+        before: `losses` of the base on these texts.
+
+    Raises:
+        ForgettingError: the base is another one while the adapter is disabled.
+        FloatingPointError: a probability is not finite.
+    """
+    with attached(base, adapter) as model:
+        check_base_beneath(model, texts, before)
+        return list(measures(forgetting(model, texts, batch_size=batch_size, progress=progress)))
 
 
 def measures(measured: Forgetting) -> Iterator[tuple[str, Estimate, dict[str, Any]]]:

@@ -21,11 +21,9 @@ from evals.forgetting import (
     Estimate,
     ForgettingError,
     NeutralTexts,
-    check_base_beneath,
-    forgetting,
+    adapter_measures,
     loss_per_token,
     losses,
-    measures,
     neutral_texts,
     read_neutral_texts,
 )
@@ -33,7 +31,6 @@ from evals.local_files import Row
 from evals.models import (
     WEIGHTS_FILE,
     adapter_tokenizer,
-    attached,
     check_adapter,
     check_base,
     hub_commit,
@@ -118,17 +115,14 @@ def measure_forgetting(settings: ForgettingSettings) -> Run:
             start = time.monotonic()
             own = texts[adapter.name]
             alone = before if own is texts[None] else losses(base, own, batch_size=settings.batch_size)
-            with attached(base, adapter) as adapted:
-                try:
-                    check_base_beneath(adapted, own, alone)
-                except ForgettingError as error:
-                    raise ValueError(f"{adapter.name}: {error}") from None
-                try:
-                    measured = forgetting(adapted, own, batch_size=settings.batch_size, progress=True)
-                except FloatingPointError as error:
-                    print(f"{adapter.name}: {error}")
-                    continue
-            add(adapter.name, list(measures(measured)), start)
+            try:
+                measured = adapter_measures(base, adapter, own, alone, batch_size=settings.batch_size, progress=True)
+            except ForgettingError as error:
+                raise ValueError(f"{adapter.name}: {error}") from None
+            except FloatingPointError as error:
+                print(f"{adapter.name}: {error}")
+                continue
+            add(adapter.name, measured, start)
     return run
 
 

@@ -22,11 +22,9 @@ from evals.forgetting import (
     TASK,
     ForgettingError,
     NeutralTexts,
-    check_base_beneath,
-    forgetting,
+    adapter_measures,
     loss_per_token,
     losses,
-    measures,
 )
 from evals.generate import GenerateSettings, generate, load_task, task_manager
 from evals.judge import judge
@@ -235,13 +233,11 @@ def forgetting_rows(comparison: Comparison, texts: NeutralTexts) -> None:
     for trained in lacking:
         start, rows = time.monotonic(), [(LOSS, loss_per_token(before))]
         if trained.seed is not None:
-            with attached(base, trained.adapter) as model:
-                try:
-                    check_base_beneath(model, texts, before)
-                    measured = measures(forgetting(model, texts, batch_size=batch_size))
-                except (ForgettingError, FloatingPointError) as error:
-                    print(f"{trained.name}: {error}")
-                    continue
+            try:
+                measured = adapter_measures(base, trained.adapter, texts, before, batch_size=batch_size)
+            except (ForgettingError, FloatingPointError) as error:
+                print(f"{trained.name}: {error}")
+                continue
             rows = [(metric, estimate) for metric, estimate, row in measured if not row]
         for metric, estimate in rows:
             about = {"task": TASK, "neutral_texts": texts.checksum, "low": estimate.low, "high": estimate.high}

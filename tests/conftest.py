@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -128,6 +129,39 @@ def make_tokenizer():
         return tokenizer
 
     return make
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless Chromium; the test is skipped where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("there is no Chromium on this machine")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=quiet)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium):
+    """A function that opens files in the browser, which must say nothing and ask for nothing but these files."""
+    said, asked, files = [], [], []
+
+    def open_(path, width=1400):
+        page = chromium.new_page(viewport={"width": width, "height": 800})
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        files.append(path.as_uri())
+        page.goto(files[-1])
+        return page
+
+    yield open_
+    assert said == []
+    assert {url for url in asked if not url.startswith("data:")} == set(files)
 
 
 @pytest.fixture

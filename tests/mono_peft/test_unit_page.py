@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
@@ -73,37 +72,6 @@ def made(tmp_path, layers, r, **options):
     path = tmp_path / "index.html"
     path.write_text(page.render(WORDS.__getitem__))
     return path
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("there is no Chromium on this machine")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=quiet)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(chromium):
-    """A function that opens a page, and what it said and asked for meanwhile."""
-    said, asked = [], []
-
-    def open_(path, width=1400):
-        page = chromium.new_page(viewport={"width": width, "height": 800})
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(path.as_uri())
-        return page
-
-    yield open_
-    assert said == []
-    assert len({url for url in asked if not url.startswith("data:")}) <= 1
 
 
 @pytest.mark.parametrize("width", [360, 1400])
