@@ -42,11 +42,10 @@ def answer_log_likelihoods(
     own = list(islice(cycle(order), share * state.num_processes))[state.process_index :: state.num_processes]
     batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
 
-    device = next(model.parameters()).device
     values: list[tuple[int, float]] = []
     with in_eval_mode(model):
         for batch in tqdm(batches, desc="Scoring answers", disable=not state.is_main_process, leave=False):
-            scores = _score([answers[i] for i in batch], model, pad_token_id, device)
+            scores = batch_log_likelihoods(model, [answers[i] for i in batch], pad_token_id)
             values += zip(batch, scores.tolist(), strict=True)
     result = torch.empty(len(answers))
     for index, value in gather_object(values):
@@ -54,7 +53,11 @@ def answer_log_likelihoods(
     return result
 
 
-def _score(answers: list[EncodedAnswer], model: nn.Module, pad_token_id: int, device: torch.device) -> torch.Tensor:
+@torch.no_grad()
+def batch_log_likelihoods(model: nn.Module, answers: Sequence[EncodedAnswer], pad_token_id: int = 0) -> torch.Tensor:
+    """The same of one batch in one forward pass of this process, in the model's mode and on its device, (n,)."""
+    device = next(model.parameters()).device
+
     def padded(rows: Iterable[list[int]], value: int = 0) -> torch.Tensor:
         return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(device)
 
@@ -62,6 +65,7 @@ def _score(answers: list[EncodedAnswer], model: nn.Module, pad_token_id: int, de
     attention_mask = padded([1] * len(answer.input_ids) for answer in answers)
     counted = padded(answer.completion_mask for answer in answers).bool()
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    logits = logits[:, -input_ids.shape[1] :]  # some methods of PEFT put virtual tokens before those of the input
     rows, columns = counted[:, 1:].nonzero(as_tuple=True)  # the token at column + 1 is predicted at `column`
     log_probs = logits[rows, columns].float().log_softmax(-1)
     chosen = log_probs.gather(1, input_ids[rows, columns + 1][:, None])[:, 0]

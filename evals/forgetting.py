@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from evals.answers import batch_log_likelihoods
 from evals.contents import checksum
 from evals.intervals import bootstrap
 from evals.local_files import Row, check_columns, check_text, file_rows
@@ -164,11 +165,9 @@ def losses(model: PreTrainedModel, texts: NeutralTexts, *, batch_size: int = 4) 
     sums = np.zeros((len(texts.rows), 2))
     with in_eval_mode(model):
         for start in range(0, len(texts.rows), batch_size):
-            inputs, counted = _padded(texts.rows[start : start + batch_size])
-            inputs = send_to_device(inputs, next(model.parameters()).device)
-            logits = _logits(model, inputs)
-            all_sums = _sums(logits, logits, inputs["input_ids"], counted.to(logits.device))
-            sums[start : start + batch_size] = all_sums[:, [2, 3]]
+            batch = texts.rows[start : start + batch_size]
+            sums[start : start + batch_size, 0] = -batch_log_likelihoods(model, batch).cpu().numpy()
+            sums[start : start + batch_size, 1] = [sum(row.completion_mask[1:]) for row in batch]
     return sums
 
 

@@ -30,6 +30,7 @@ from evals.generate import GenerateSettings, generate, load_task, task_manager
 from evals.judge import judge
 from evals.models import attached, hub_commit
 from evals.records import COMPLETIONS, has_answers, read_completions
+from evals.registry import is_harmful
 from mono_peft import activation_sparsity
 from mono_peft.certify import CertificateError, certify
 from mono_peft.silenceable import NeverSilentError
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from table2 import Table2Settings
 
 EVALUATION = "evaluation"  # folder of completions and verdicts
-HARMLESS = ("lookalike", "everyday", "safe")  # categories of the safety tasks' prompts that ask for no harm
 
 
 def generation(
@@ -195,7 +195,7 @@ def certified_silence(comparison: Comparison) -> None:
     rows = read_completions(run.folder / EVALUATION / COMPLETIONS).rows
     base = load_base(comparison.training, comparison.options)
     for trained, task in lacking:
-        harmful = {r.prompt_id: r.prompt for r in rows if r.task == task and r.category not in HARMLESS}
+        harmful = {r.prompt_id: r.prompt for r in rows if r.task == task and is_harmful(task, r.category) is not False}
         prompts = list(harmful.values())[: settings.certified_prompts]
         if not prompts:
             continue

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from evals.judges.base import LocalJudge, left_padded, positions
+from evals.answers import batch_log_likelihoods
+from evals.judges.base import LocalJudge
 from evals.prompts import EncodedAnswer, encode_answer
 
 
@@ -33,18 +32,11 @@ class Likelihood(LocalJudge):
         ids, mask = encode_answer(self.tokenizer, prompt, response)
         return EncodedAnswer(ids[-self.limit :], mask[-self.limit :])
 
-    @torch.inference_mode()
     def surprises(self, batch: Sequence[EncodedAnswer | None]) -> list[float | None]:
         """The mean of -log p over each answer's tokens, in nats: the logarithm of its perplexity; None without one."""
         rows = [answer for answer in batch if answer is not None and any(answer.completion_mask[1:])]
         if not rows:
             return [None] * len(batch)
-        ids, mask = (tensor.to(self.model.device) for tensor in left_padded([row.input_ids for row in rows]))
-        counted = left_padded([row.completion_mask for row in rows])[0][:, 1:].to(self.model.device)
-        options = {"attention_mask": mask, "position_ids": positions(mask), "use_cache": False}
-        logits = self.model(input_ids=ids, **options).logits
-        row, column = counted.nonzero(as_tuple=True)  # the token at column + 1 is predicted at `column`
-        log_probs = logits[row, column].float().log_softmax(-1).gather(-1, ids[row, column + 1, None])[:, 0]
-        sums = torch.zeros(len(rows), device=ids.device).index_add(0, row, -log_probs)
-        means = iter((sums / counted.sum(-1)).tolist())
+        sums = batch_log_likelihoods(self.model, rows).tolist()
+        means = iter([-value / sum(row.completion_mask[1:]) for value, row in zip(sums, rows, strict=True)])
         return [next(means) if answer is not None and any(answer.completion_mask[1:]) else None for answer in batch]
