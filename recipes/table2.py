@@ -161,7 +161,7 @@ def check(settings: Table2Settings, training: SFTConfig, options: ModelConfig) -
         if not 0 <= share <= 1:
             raise ValueError(f"--{name} is {share}, allowed is a share of the training rows from 0 to 1.")
     arms = trained_arms(settings, training, options)
-    check_safety_controls(arms, training, options, settings.eval_every)
+    check_safety_controls(arms, settings, training, options, settings.eval_every)
     needs_safety = any(arm.needs_safety_pairs for arm in arms.values())
     for name, arm in arms.items():
         if settings.poison_share + arm.safety_share > 1:
