@@ -125,9 +125,11 @@ def evaluate(comparison: Comparison, answers: GenerateSettings, judges: dict[str
     if not scored:
         return
     adapters = [trained.adapter for name, trained in scored.items() if name]
+    comparison.say(f"Asking {', '.join(answers.tasks)}: {', '.join(name or 'the base' for name in scored)}.")
     answered = generate(replace(answers, adapters=adapters, base=None in scored))
     if settings.judges and has_answers(answered.folder):
         tasks, batch_size = settings.safety_tasks, settings.judge_batch_size
+        comparison.say(f"Judging the answers: {', '.join(judges.values())}.")
         answered = judge(answered.folder, list(judges), tasks=tasks, batch_size=batch_size)
     new = []
     for row in answered.rows:
@@ -165,6 +167,7 @@ def alignment_sparsity(comparison: Comparison) -> None:
     rows = read_completions(run.folder / EVALUATION / COMPLETIONS).rows
     prompts = list({(row.task, row.prompt_id): row.prompt for row in rows if row.task in tasks}.values())
     batches = comparison.prompt_batches(prompts)
+    comparison.say("Measuring the sparsity of latents on the safety prompts.")
     base = load_base(comparison.training, comparison.options)
     for trained in lacking:
         start = time.monotonic()
@@ -193,6 +196,7 @@ def certified_silence(comparison: Comparison) -> None:
     if not lacking:
         return
     rows = read_completions(run.folder / EVALUATION / COMPLETIONS).rows
+    comparison.say("Certifying on which harmful prompts the adapters are silent.")
     base = load_base(comparison.training, comparison.options)
     for trained, task in lacking:
         harmful = {r.prompt_id: r.prompt for r in rows if r.task == task and is_harmful(task, r.category) is not False}
@@ -228,6 +232,7 @@ def forgetting_rows(comparison: Comparison, texts: NeutralTexts) -> None:
     lacking = [trained for trained in every if not run.find(LOSS, task=TASK, **trained.arm)]
     if not lacking:
         return
+    comparison.say("Measuring how far the adapters are from the base on neutral texts.")
     base = load_base(comparison.training, comparison.options)
     before = losses(base, texts, batch_size=batch_size)
     for trained in lacking:

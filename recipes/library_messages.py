@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 # By logger: a part of the message, as it is before its arguments are filled in.
 _LOGGED = {
@@ -31,23 +32,21 @@ warnings.filterwarnings(
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Let transformers and datasets draw no bars, of files that are read and rows that are tokenized."""
-    import datasets
-    from transformers.utils import logging as transformers_logging
+    """Let libraries draw no bars, of weights that are read, rows that are tokenized and requests that are built."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from lm_eval.api import task
+    from transformers.utils import logging
 
-    libraries = [
-        (datasets.is_progress_bar_enabled, datasets.disable_progress_bars, datasets.enable_progress_bars),
-        (
-            transformers_logging.is_progress_bar_enabled,
-            transformers_logging.disable_progress_bar,
-            transformers_logging.enable_progress_bar,
-        ),
-    ]
-    enabled = [(disable, enable) for is_enabled, disable, enable in libraries if is_enabled()]
-    for disable, _ in enabled:
-        disable()
+    of_datasets, of_transformers = not are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    of_lm_eval = task.tqdm
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    task.tqdm = partial(of_lm_eval, disable=True)  # lm-eval has no option for it
     try:
         yield
     finally:
-        for _, enable in enabled:
-            enable()
+        task.tqdm = of_lm_eval
+        if of_datasets:
+            enable_progress_bars()
+        if of_transformers:
+            logging.enable_progress_bar()

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import library_messages  # noqa: F401  # before the libraries that speak while they are imported
 import pandas as pd
 from arms import ADAPTERS
 from evaluation import EVALUATION
