@@ -34,12 +34,12 @@ def test_what_was_there_before_says_nothing_of_the_rest(clock, capsys):
 
 
 def test_short_work_other_processes_and_the_end_are_silent(clock, capsys):
-    short, other = Progress("a", 10, "steps"), Progress("b", 10, "steps", shown=False)
+    short, other, none = Progress("a", 10, "x"), Progress("b", 10, "x", shown=False), Progress("c", 10, "x", done=5)
     clock.now = 9.0
     short.update()
     clock.now = 30.0
     other.update()
-    short.update(0)
+    none.update(0)
     short.update(9)
     assert capsys.readouterr().out == ""
 
