@@ -127,11 +127,12 @@ def evaluate(comparison: Comparison, answers: GenerateSettings, judges: dict[str
     if not scored:
         return
     adapters = [trained.adapter for name, trained in scored.items() if name]
-    comparison.say(f"Asking {', '.join(answers.tasks)}: {', '.join(name or 'the base' for name in scored)}.")
+    names = ", ".join(name or "the base" for name in scored)
+    comparison.say(f"Making the answers to {', '.join(answers.tasks)} that are missing: {names}.")
     answered = generate(replace(answers, adapters=adapters, base=None in scored))
     if settings.judges and has_answers(answered.folder):
         tasks, batch_size = settings.safety_tasks, settings.judge_batch_size
-        comparison.say(f"Judging the answers: {', '.join(judges.values())}.")
+        comparison.say(f"Judging the answers that are not judged yet: {', '.join(judges.values())}.")
         answered = judge(answered.folder, list(judges), tasks=tasks, batch_size=batch_size)
     new = []
     for row in answered.rows:
