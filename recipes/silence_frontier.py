@@ -29,6 +29,8 @@ from sst2_monolora import EXPERIMENT, METRIC, Sst2Settings, load_task
 from table2 import CONFIGS, check, compare, parse
 
 from evals.figures import OTHER_STYLES, STYLES, Measure
+from evals.forgetting import KL
+from evals.forgetting import TASK as NEUTRAL
 from evals.records import COMPLETIONS, read_completions
 from evals.report import measured
 from offline.finetuning import harmful_topics
@@ -44,7 +46,8 @@ ACCURACY = Measure("accuracy, %", METRIC, factor=100)
 HARM = Measure("harmful requests not refused, %", "refused_harmful", "refusal_offline", factor=100, is_refusal=True)
 OVER_REFUSAL = Measure("look-alikes refused, %", "refused_lookalike", "refusal_offline", factor=100)
 SILENT = Measure("harmful prompts silent, %", "certified_silent", "refusal_offline", factor=100)
-MEASURES = (ACCURACY, HARM, OVER_REFUSAL, SILENT)
+FORGETTING = Measure("KL to the base on everyday answers, nats", KL, NEUTRAL)
+MEASURES = (ACCURACY, HARM, OVER_REFUSAL, SILENT, FORGETTING)
 
 
 @dataclass
@@ -163,7 +166,7 @@ def _cell(interval: Interval, measure: Measure, method: str) -> str:
     if measure == SILENT and interval.n == 0:
         has_latents = method != "base" and ADAPTERS[method.partition("+")[0]].has_latents
         return "-" if has_latents or method == "base" else "not applicable"
-    return interval.text(1)
+    return interval.text(3 if measure == FORGETTING else 1)
 
 
 def _times(lines: pd.DataFrame, method: str) -> pd.Series:
