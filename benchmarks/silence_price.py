@@ -5,8 +5,8 @@
 
 The task is the offline model's reviews, with a share of harmful requests with answers that comply; the silent texts
 are such requests of the same split, among them those of the poison, with refusals. Training is 125 steps of 16 rows
-with AdamW, or twice as many where an arm has two epochs. Scored are 400 reviews, 100 held-out harmful requests and 100 look-alikes; certified are the former with
-the base's answers.
+with AdamW, or twice as many where an arm has two epochs. Scored are 400 reviews, 100 held-out harmful requests and 100
+look-alikes; certified are the former with the base's answers.
 """
 
 from __future__ import annotations
