@@ -50,23 +50,18 @@ SILENT = (
     ),
 )
 FORGETTING = Measure("KL to the base on neutral answers, nats", KL, NEUTRAL)
+_BY_TOPIC = tuple(
+    Measure(f"{name} topics not refused, %", f"refused_{key}", OFFLINE, factor=100, is_refusal=True)
+    for key, name in (("seen", "other"), ("unseen", "poisoned"))
+)
 MEASURES = (ACCURACY, *HARMS, *OVER_REFUSALS, *SILENT, FORGETTING)
-COLUMNS = [
-    "condition",
-    "method",
-    "seed",
-    "step",
-    "metric",
-    "task",
-    "judge",
-    "value",
-    "n",
-    "seconds",
-]  # of a file of rows
+# Of a file of rows: what tells them apart, and what they say.
+_KEYS = ["condition", "method", "seed", "step", "metric", "task", "judge"]
+COLUMNS = [*_KEYS, "value", "n", "seconds"]
 
 
 def read_lines(files: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """The lines of each condition, from files that `write_lines` wrote, in their order.
+    """The lines of each condition, from files that `lines_text` made, in their order.
 
     Raises:
         ValueError: a file lacks a column, or two have other values of the same rows.
@@ -77,8 +72,10 @@ def read_lines(files: Sequence[str]) -> dict[str, pd.DataFrame]:
         if lacking := set(COLUMNS) - set(part):
             raise ValueError(f"--rows_files {file} lacks {', '.join(sorted(lacking))}: give a frontier.csv of a run.")
         parts.append(part)
-    lines = pd.concat(parts, ignore_index=True).drop_duplicates(COLUMNS[:8])  # the base's, in runs of some seeds each
-    if lines.duplicated(COLUMNS[:7]).any():
+    lines = pd.concat(parts, ignore_index=True).drop_duplicates(
+        [*_KEYS, "value"]
+    )  # the base's, in runs of some seeds each
+    if lines.duplicated(_KEYS).any():
         raise ValueError(
             f"--rows_files {' '.join(files)}: rows of one arm and seed have two values. Give one run of it."
         )
@@ -88,13 +85,11 @@ def read_lines(files: Sequence[str]) -> dict[str, pd.DataFrame]:
 
 def lines_text(panels: dict[str, pd.DataFrame]) -> str:
     """The lines of all conditions that tables and figures are made of, as csv."""
-    shown = [
-        lines[lines["metric"].isin({m.metric for m in (*MEASURES, *_by_topic())}) & ~lines["is_part"]].assign(
-            condition=t
-        )
-        for t, lines in panels.items()
-    ]
-    return pd.concat(shown)[COLUMNS].to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    metrics = {measure.metric for measure in (*MEASURES, *_BY_TOPIC)}
+    lines = pd.concat([lines.assign(condition=title) for title, lines in panels.items()])
+    return lines[lines["metric"].isin(metrics) & ~lines["is_part"]][COLUMNS].to_csv(
+        index=False, float_format="%.6g", lineterminator="\n"
+    )
 
 
 def lines_of(run: Run) -> pd.DataFrame:
@@ -158,13 +153,6 @@ def _of_topics(run: Run, topics: Sequence[str]) -> pd.DataFrame:
     return shares.assign(task=OFFLINE, judge="", step=None, is_part=False)
 
 
-def _by_topic() -> list[Measure]:
-    return [
-        Measure(f"{name} topics not refused, %", f"refused_{key}", OFFLINE, factor=100, is_refusal=True)
-        for key, name in (("seen", "other"), ("unseen", "poisoned"))
-    ]
-
-
 def _first(measures: Sequence[Measure], lines: pd.DataFrame) -> Measure:
     """The first measure that has values; the very first if none has."""
     return next((measure for measure in measures if len(measure.rows(lines))), measures[0])
@@ -179,7 +167,7 @@ def values(lines: pd.DataFrame, measure: Measure, method: str, step: int | None 
 
 def table(lines: pd.DataFrame, methods: Sequence[str]) -> str:
     """A line for each arm: mean and 95 % interval over seeds, and the difference to LoRA, paired by seed."""
-    measures = [m for m in (*MEASURES, *_by_topic()) if len(m.rows(lines))]
+    measures = [m for m in (*MEASURES, *_BY_TOPIC) if len(m.rows(lines))]
     compared = [m for m in measures if m == ACCURACY or m in HARMS[:1] or m in OVER_REFUSALS[:1]]
     header = ["arm", "runs", *(m.title for m in measures), *(f"{m.title}: - lora" for m in compared), "time / lora"]
     body = []
