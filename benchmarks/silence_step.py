@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import median
 
 import torch
@@ -57,7 +57,7 @@ def table_rows(options: argparse.Namespace, device: str) -> Iterator[str]:
         def hinge(silence: Silence = silence, steps: Iterator[int] = steps) -> None:
             silence.add_gradients(next(steps))
 
-        parts = {"step": step, "hinge": hinge, "lowering": silence.lower_biases}
+        parts: dict[str, Callable[[], object]] = {"step": step, "hinge": hinge, "lowering": silence.lower_biases}
         times = in_turn(parts, options.rounds, uncounted=2, clock=clock)
         cells = [f"{1e3 * median(times[name]):.1f}" for name in parts]
         for name in ("hinge", "lowering"):
