@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from vision_bench import figures, report, sae
+from vision_bench import figures, kinds, report, sae
 from vision_bench.benchmark import SAME, Row
-from vision_bench.benchmark_settings import KINDS, Settings
+from vision_bench.benchmark_settings import Settings
 from vision_bench.corruptions import CLEAN
 from vision_bench.metrics import MEASURED, chance_level
 from vision_bench.probe import NORM
@@ -96,7 +96,7 @@ class _Model:
         }
         self.relu_is_raw = "raw" in settings.features and any(row["metric"] == SAME for row in rows)
         without = {*self.diverged, *(["relu"] if self.relu_is_raw else [])}
-        self.kinds = [kind for kind in KINDS if kind in settings.features and kind not in without]
+        self.kinds = [kind for kind in settings.features if kind not in without]
         columns: dict[Hashable, dict[str, Any]] = {
             (share, rate, test): {"few_shots": share, "label_noise": rate, "test": test}
             for share, rate, test in itertools.product(
@@ -183,7 +183,12 @@ def _markdown(models: Sequence[_Model], settings: Settings) -> str:
         "also what the features are under noise and shifts.\n"
     )
     qualities = {
-        model.label: [model.value(metric) for metric in sae.QUALITY] for model in models if "sae" in model.kinds
+        model.label if kind == "sae" else f"{model.label}, {kind}": [
+            model.value(metric, features=kind) for metric in sae.QUALITY
+        ]
+        for model in models
+        for kind in kinds.AUTOENCODERS
+        if kind in model.kinds
     }
     if qualities:
         text += "\nSparse autoencoders on clean test images:\n\n"
@@ -214,8 +219,8 @@ def _accuracies(models: Sequence[_Model], tests: Sequence[str]) -> str:
     table.append(["chance level", "-", "-", "-", *chance_levels, *nothing])
     text = markdown_table([*HEADER, *tests, *DESCRIBED], table, left=2) + report.untrained(untrained)
     for model in models:
-        for reason, kinds in itertools.groupby(model.diverged, key=model.diverged.__getitem__):
-            text += f"\n{model.label}, {', '.join(kinds)}: diverged, so that nothing could be measured: {reason}.\n"
+        for reason, diverged in itertools.groupby(model.diverged, key=model.diverged.__getitem__):
+            text += f"\n{model.label}, {', '.join(diverged)}: diverged, so that nothing could be measured: {reason}.\n"
     return text
 
 

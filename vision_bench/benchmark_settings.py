@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vision_bench import models
+from vision_bench import kinds, models
 from vision_bench.corruptions import (
     CLEAN,
     CONDITIONS,
@@ -23,7 +23,9 @@ from vision_bench.probe import NORM
 from vision_bench.runs import option, recorded
 from vision_bench.sweep import Training
 
-KINDS = ("raw", "unit", "relu", "sae")  # of `kinds.KINDS`, those that one frozen model has
+FEATURES = ("raw", "unit", "relu", "sae")
+# Of `kinds.KINDS`, those of the recipes: of a second model, or another name for one of these.
+OF_RECIPES = ("poly", "poly_unit", "ncl")
 
 
 @dataclass(kw_only=True)
@@ -57,7 +59,13 @@ class Settings:
         nargs="*",
         metavar="NAME[=NUMBERS]",
     )
-    features: list[str] = option([*KINDS], help="kinds of features", metavar="KIND", changes_results=False)
+    features: list[str] = option(
+        [*FEATURES],
+        help=f"of {', '.join(kind for kind in kinds.KINDS if kind not in OF_RECIPES)}; KIND{kinds.RANDOM_BASIS}, the "
+        "twin of any of them",
+        metavar="KIND",
+        changes_results=False,
+    )
     layer: str | None = option(None, help="backbone, projector or output; by default the last one that a model has")
     seeds: list[int] = option([0, 1, 2, 3, 4], help="of probes, wrong labels and drawn images")
     sae_k: int | None = option(None, help="active latents; by default an eighth of the dimensions of the features")
@@ -79,9 +87,12 @@ class Settings:
             values = list(getattr(self, name))
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} is {values}; each may stand there once.")
-        unknown = [kind for kind in self.features if kind not in KINDS]
-        if unknown or not self.features:
-            raise ValueError(f"features has {unknown or 'nothing'}; it must be of {', '.join(KINDS)}.")
+        if not self.features:
+            raise ValueError(f"features has nothing; name kinds of features, such as {', '.join(FEATURES)}.")
+        for kind in self.features:
+            kinds.find(kind)
+            if kind.removesuffix(kinds.RANDOM_BASIS) in OF_RECIPES:
+                raise ValueError(f"features has {kind}, which recipes have; a single frozen model has raw and unit.")
         if not self.seeds or min(self.seeds) < 0:
             raise ValueError(f"seeds is {list(self.seeds)}; it takes integers of at least 0.")
         if self.layer is not None and self.layer not in models.LAYERS:
