@@ -29,8 +29,9 @@ from vision import (
     start,
 )
 
-from vision_bench import features, kinds, models, sae
+from vision_bench import features, figures, gain_parts, kinds, models, sae
 from vision_bench.data import ImageSet
+from vision_bench.label_noise import LabelNoise
 from vision_bench.metrics import chance_level
 from vision_bench.models import ContrastiveModel
 from vision_bench.probe import Probes
@@ -41,6 +42,7 @@ from vision_bench.sweep import Arm, Fitted, Grid, Measured, Test, Training, rows
 FEATURES = ("poly", "sae", "ncl")
 ARMS = (*FEATURES, "poly_decay", "poly_unit", "random_relu", "random_mask")
 RANDOM = ("poly_unit", "random_relu")  # what sae and ncl must beat to have gained by what they learnt
+NAMES = gain_parts.RawNames("poly", "poly_unit")
 METHODS = {"simclr": kinds.BASE, "ncl": kinds.NCL}
 CHUNK = 8192  # rows of features that are classified at once
 
@@ -133,22 +135,24 @@ def controlled_grid(
     training_arm: Callable[[Training], dict[str, Any]] = lambda training: {},
     test_arm: Callable[[Test], dict[str, Any]] = lambda test: {},
     losses: Mapping[str, tuple[float, float]] | None = None,
+    noises: Sequence[LabelNoise] = (0.0,),
 ) -> Grid:
-    """The probes with the models of a pretraining, for every loss, weight decay, seed and rate of wrong labels.
+    """The probes with the models of a pretraining, for every loss, weight decay, seed and noise on the labels.
 
     Args:
-        config: of the run; without noise_rates all labels are right.
+        config: of the run.
         model_seed: of the pretraining.
         tests, training_arm, test_arm: as `Grid`; rows of a training also have their weight decay.
         losses: (alpha, beta) by name; None is cross entropy without a name.
+        noises: on the training labels.
     """
     trainings = {
         name: [
-            Training(rate, alpha=alpha, beta=beta, weight_decay=decay, loss=loss, seed=seed)
+            Training(noise, alpha=alpha, beta=beta, weight_decay=decay, loss=loss, seed=seed)
             for loss, (alpha, beta) in (losses or {"": (1.0, 0.0)}).items()
             for decay in decays
             for seed in models_of(config)[model_seed]
-            for rate in config.get("noise_rates", [0.0])
+            for noise in noises
         ]
         for name, decays in {"poly_decay": config["decays"], "": [0.0]}.items()
     }
@@ -285,7 +289,8 @@ def measure(
     """Add the rows of a recipe that the run lacks, pretraining seed after pretraining seed; all processes call this.
 
     Args:
-        settings: `PretrainingSettings` and `ProbingSettings` first.
+        settings: `PretrainingSettings` and `ProbingSettings` first. What `probe_settings` of any of them returns are
+            arguments of `sweep.fit`.
         images: of a test other than the first, which has the test images as they are; by default these too.
         study: as `sweep` takes it; it is called for one arm at a time.
     """
@@ -315,6 +320,9 @@ def measure(
                 run.add(CHANCE, level, **about, **shift)
             return outputs, shown.labels
 
+        settled: dict[str, Any] = {}  # of all probes
+        for part in settings:
+            settled |= part.probe_settings() if hasattr(part, "probe_settings") else {}
         # With one test an arm is done once it is probed; the images of several tests are made once for all arms.
         parts = [{name: arm} for name, arm in whole.arms.items()] if len(whole.tests) == 1 else [whole.arms]
         for arms in parts if accelerator.is_main_process else ():
@@ -328,7 +336,7 @@ def measure(
                 lacking=run.lacking,
                 study=study,
                 progress=True,
-                **probing.probe_settings(),
+                **settled,
             )
             for batch in rows(run, batches, device):
                 run.add_rows(batch)
@@ -370,9 +378,31 @@ def over(config: Mapping[str, Any]) -> str:
     return f"Mean ± half-width of the 95 % interval over {len(config['seeds'])} seeds ({varied})."
 
 
-def notes(run: Run, table: ProbeTable, columns: Iterable[Hashable]) -> str:
-    """Explain the tables of probes, as Markdown; `columns` are those of all tables of accuracies, in their order."""
+def columns_in_words(table: ProbeTable, columns: Iterable[Hashable]) -> dict[str, Hashable]:
+    """The columns by what their settings are."""
+    return {
+        ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in table.columns[column].items()): column
+        for column in columns
+    }
+
+
+def draw_gain_parts(run: Run, table: ProbeTable, columns: Iterable[Hashable]) -> None:
+    """Draw what the gains consist of, if the twins of features are among the arms."""
+    if panels := gain_parts.dots(table, columns_in_words(table, columns), NAMES):
+        figures.save(run.folder / "gain_parts", figures.gain_dots(panels))
+
+
+def notes(run: Run, table: ProbeTable, columns: Sequence[Hashable]) -> str:
+    """Explain the tables of probes, as Markdown; `columns` are those of all tables of accuracies, in their order.
+
+    Before stands what the gains consist of, if the twins of features are among the arms.
+    """
     config = run.config
+    parts = ""
+    if gain_parts.explained_kinds(table.arms, NAMES):
+        shown, equivariant = columns_in_words(table, columns), not config["standardize"]
+        parts = "\n## What the gains over poly consist of\n\n"
+        parts += gain_parts.markdown(table, shown, NAMES, is_equivariant=equivariant)
     qualities = {
         name: [
             over_seeds(select(table.rows, metric, features=None if name == "sae" else name)["value"])
@@ -383,7 +413,7 @@ def notes(run: Run, table: ProbeTable, columns: Iterable[Hashable]) -> str:
     unscaled = "The scale of features decides how far these probes come (rescale: false).\n"
     by_column = (table.decays[column] for column in columns)
     decays = ", ".join(f"{by_arm['poly_decay']:g}" for by_arm in by_column if "poly_decay" in by_arm)
-    return (
+    return parts + (
         f"\n{over(config)}\n"
         "The paper's numbers are of another scale (ResNet-18, 200 epochs, 16384-2048 projector) unless that is what\n"
         "was run here. Consistency, sparsity and live dimensions are of the clean test images; chance is the\n"

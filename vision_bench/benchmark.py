@@ -155,6 +155,7 @@ def _measure(
         progress=progress,
         epochs=settings.probe_epochs,
         standardize=settings.standardize,
+        human_labels=settings.read_human_labels(),
     )
     measured = [row for batch in rows(results, batches, device, **common) for row in batch]
     if lacking := results.lacking(_quality_cells(subject, kind)):

