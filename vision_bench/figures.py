@@ -322,7 +322,8 @@ def _dots(
     names = [name.split("/")[-1] for name in conditions]
     names = [name if names.count(name) == 1 else whole for name, whole in zip(names, conditions, strict=True)]
     titles = [_wrapped(model, 30) for model in panels]
-    height = len(panels) * (0.2 * len(conditions) + 0.35) + 0.13 * "".join(titles).count("\n") + 0.5
+    row = max(0.2, 0.05 * max(map(len, panels.values())))
+    height = len(panels) * (row * len(conditions) + 0.35) + 0.13 * "".join(titles).count("\n") + 0.5
     figure, axes = _figure(len(panels), 1, height=height, sharex=True)
     for ax, title, kinds in zip(axes.flat, titles, panels.values(), strict=True):
         rows = np.arange(len(conditions))

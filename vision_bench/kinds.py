@@ -83,8 +83,8 @@ def of_base(function: Callable[[torch.Tensor, Frozen], torch.Tensor]) -> Kind:
 def in_random_basis(kind: Kind) -> Kind:
     """The twin of a kind: its features times a random orthogonal matrix.
 
-    For d dimensions the matrix is drawn once, in time O(d^3) and with a memory of about 40 d^2 bytes; then n samples
-    are one product of n d^2 multiplications. docs/basis.md has the seconds.
+    For d dimensions the matrix is drawn once, in time O(d^3) and with a memory of several times 8 d^2 bytes; the
+    features of n samples are then multiplied by it, n d^2 multiplications.
     """
 
     def of_models(frozen: Frozen) -> Make:
