@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import DistributedType
@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 from .activity import uncompiled
+from .hinge import Hinge, hinges_of
 from .layer import MonoLoraLayer
 from .logged import LoggedMeasures
 from .overlap import check_training_prompts
@@ -34,14 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHANGED = 0.05  # relative difference of the base's inputs from which on it counts as another base
-
-
-class Hinge(NamedTuple):
-    """The hinge of a module on the rows of a step."""
-
-    gradients: list[torch.Tensor]  # of the weighted hinge, for A (r, in) and, where there is one, b (r,)
-    mean: torch.Tensor  # over rows and units, without the weight
-    fired: torch.Tensor  # share of the rows on which a unit fires
 
 
 class Silence(LoggedMeasures):
@@ -92,6 +85,10 @@ class Silence(LoggedMeasures):
         memory_budget: bytes of the cache that are kept on the modules' device. The rows of the modules that do not fit
             any more are memory-mapped from a temporary file (`mapped_bytes`), in the folder that the environment
             variable TMPDIR names; it vanishes with this object, or the process. Each process has its own.
+        lower_every: steps after which a trainer calls `lower_biases`, and once more when training ends. With 1 the
+            adapter is silent on every cached row at every step, and the task learns around it: that is cheaper for
+            the task than lowering once, after training. It takes a product of A and all cached rows each time. None:
+            never. Needs `encoder_bias`; in a loop of your own call `lower_biases` after the optimizer's step.
         seed: of the draw of the cache, and with the step's number of the rows of a step, so that a resumed run
             equals an uninterrupted one. 0 to 2^31 - 1.
 
@@ -115,18 +112,22 @@ class Silence(LoggedMeasures):
         rows_per_step: int = 256,
         rows_per_module: int = 4096,
         memory_budget: int = 2**32,
+        lower_every: int | None = None,
         seed: int = 0,
     ) -> None:
-        check_ranges(weight, margin, rows_per_step, rows_per_module, memory_budget, seed)
+        check_ranges(weight, margin, rows_per_step, rows_per_module, memory_budget, lower_every, seed)
         self.model = uncompiled(model)
         self.weight, self.margin, self.rows_per_step, self.seed = weight, margin, rows_per_step, seed
+        self.lower_every = lower_every
         self._layers = trainable_layers(self.model)
         check_what_trains(self.model, self._layers)
+        if lower_every is not None:
+            self._check_biases("lower_every")
         if isinstance(batches, Mapping):
             raise ValueError("`batches` must be a list of batches, got one batch: put it in a list.")
         tokens, self.silent_tokens = draw_tokens(self.model, batches, rows_per_module, seed)
         self._tokens = tokens
-        self._digest = digest_of(tokens, (weight, margin, rows_per_step, seed))
+        self._digest = digest_of(tokens, (weight, margin, rows_per_step, lower_every, seed))
         self._memory_budget, self._rows_per_module = memory_budget, rows_per_module
         self._groups: list[Group] = []
         self._hooks: list[RemovableHandle] = []
@@ -227,9 +228,8 @@ class Silence(LoggedMeasures):
         """
         self._check_biases("lower_biases")
         return {
-            name: lower_bias(encoder, silent, self.margin).max().item()
+            name: lower_bias(encoder, group.rows, self.margin).max().item()
             for group in self._groups
-            for silent in [_as_computed(group)]
             for name, encoder in group.encoders.items()
         }
 
@@ -269,23 +269,8 @@ class Silence(LoggedMeasures):
 
     def _hinges_of(self, rows: torch.Tensor, encoders: list[nn.Linear]) -> list[Hinge]:
         """The hinges of modules with the same rows, on those of the step."""
-        matrices = [whole(encoder.weight) for encoder in encoders]
-        units = [len(matrix) for matrix in matrices]
-        dtype, device = torch.promote_types(matrices[0].dtype, torch.float32), matrices[0].device
-        x = rows.index_select(0, self._drawn[len(rows)].to(rows.device)).to(device, dtype)
-        latents = torch.cat(matrices).to(dtype) @ x.t()  # (units of all modules, rows)
-        for encoder, latent in zip(encoders, latents.split(units), strict=True):
-            if encoder.bias is not None:
-                latent += whole(encoder.bias).to(dtype)[:, None]
-        above = (latents + self.margin).clamp_(min=0)
-        counted = (above > 0).to(dtype)
-        parts = (tensor.split(units) for tensor in (above, latents, counted @ x, counted))
-        hinges = []
-        for encoder, hinge, latent, gradient, count in zip(encoders, *parts, strict=True):
-            factor = self.weight / hinge.numel()
-            gradients = [gradient.mul_(factor)] + ([] if encoder.bias is None else [count.sum(1).mul_(factor)])
-            hinges.append(Hinge(gradients, hinge.mean(), (latent > 0).any(0).float().mean()))
-        return hinges
+        x = rows.index_select(0, self._drawn[len(rows)].to(rows.device))
+        return hinges_of(x, encoders, self.weight, self.margin)
 
     def _end_step(self) -> None:
         """Note the measures of the step's rows over all modules."""
@@ -345,6 +330,11 @@ class Silence(LoggedMeasures):
                 for part in group.rows.split(1024):
                     part.copy_(broadcast(part.to(group.device)))
         if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+            if self.lower_every is not None:
+                raise ValueError(
+                    "DeepSpeed's optimizer keeps copies of the weights, which undo what `lower_every` does to b at "
+                    "the next step: train with DDP, or leave it out and call `lower_biases` after training."
+                )
             self._add_in_backward()
             if getattr(getattr(kwargs.get("optimizer"), "optimizer", None), "clip_grad", 0):
                 warnings.warn(
@@ -416,10 +406,18 @@ class Silence(LoggedMeasures):
         if self._measured:
             self._end_step()
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.lower_every is not None and state.global_step % self.lower_every == 0:
+            self.lower_biases()
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._remove_hooks()
+        if self.lower_every is not None:
+            self.lower_biases()
         shares = self.fired_by_module()
         if any(shares.values()):
             most = max(shares, key=lambda name: shares[name])
@@ -428,7 +426,7 @@ class Silence(LoggedMeasures):
                 f"{sum(shares.values()) / len(shares):.2%} of the pairs of a module and a cached row, most in {most} "
                 f"({shares[most]:.2%} of its rows). Texts that the task shares tokens with cannot be silent on them; "
                 "else train longer, with a larger weight, or fewer modules, or, with `encoder_bias`, call "
-                "`start_apart` before training and `lower_biases` after it. `mono_peft.certify` says which are.",
+                "`start_apart` before training, and give `lower_every`. `mono_peft.certify` says which are.",
                 stacklevel=2,
             )
 

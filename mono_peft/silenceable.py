@@ -49,15 +49,24 @@ def silenceable_adapters(model: nn.Module) -> list[tuple[str, MonoLoraLayer, str
 
 
 def check_ranges(
-    weight: float, margin: float, rows_per_step: int, rows_per_module: int, memory_budget: int, seed: int
+    weight: float,
+    margin: float,
+    rows_per_step: int,
+    rows_per_module: int,
+    memory_budget: int,
+    lower_every: int | None,
+    seed: int,
 ) -> None:
     if not 0 < weight < float("inf"):
         raise ValueError(f"`weight` must be a positive, finite number, got {weight!r}.")
     if not 0 <= margin < float("inf"):
         raise ValueError(f"`margin` must be a finite number that is not negative, got {margin!r}.")
-    for name, rows in {"rows_per_step": rows_per_step, "rows_per_module": rows_per_module}.items():
-        if not isinstance(rows, int) or rows < 1:
-            raise ValueError(f"`{name}` must be a positive integer, got {rows!r}.")
+    counts = {"rows_per_step": rows_per_step, "rows_per_module": rows_per_module}
+    if lower_every is not None:
+        counts["lower_every"] = lower_every
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"`{name}` must be a positive integer, got {count!r}.")
     if memory_budget < 0:
         raise ValueError(f"`memory_budget` is a number of bytes and must not be negative, got {memory_budget!r}.")
     if not isinstance(seed, int) or not 0 <= seed < 2**31:

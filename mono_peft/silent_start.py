@@ -76,15 +76,17 @@ def lower_bias(encoder: nn.Linear, silent: torch.Tensor, margin: float, only_dow
     """Move b so that A x + b <= -margin on all rows, and return how far each unit's was lowered, (r,).
 
     Args:
+        silent: (rows, in_features), on any device; they come to the encoder's in parts, judged in float32 at least.
         only_down: leave the units alone that are below the margin; else the highest row of each comes to lie on it.
     """
-    matrix = encoder.weight.to(silent.dtype)
-    highest = torch.stack([(rows @ matrix.t()).amax(0) for rows in silent.split(1024)]).amax(0)
-    before = encoder.bias.to(silent.dtype, copy=True)
+    dtype, device = torch.promote_types(encoder.weight.dtype, torch.float32), encoder.weight.device
+    matrix = encoder.weight.to(dtype)
+    highest = torch.stack([(rows.to(device, dtype) @ matrix.t()).amax(0) for rows in silent.split(1024)]).amax(0)
+    before = encoder.bias.to(dtype, copy=True)
     wanted = -margin - highest
     if only_down:
         wanted = torch.minimum(wanted, before)
     rounded = wanted.to(encoder.bias.dtype)
-    too_high = rounded.to(silent.dtype) > wanted
+    too_high = rounded.to(dtype) > wanted
     encoder.bias.copy_(torch.where(too_high, rounded.nextafter(torch.full_like(rounded, -torch.inf)), rounded))
-    return before - encoder.bias.to(silent.dtype)
+    return before - encoder.bias.to(dtype)

@@ -48,6 +48,9 @@ class ArmSettings:
     silence_rows: int = field(
         default=4096, metadata={"help": "Tokens of the safety texts whose inputs they keep, of each module."}
     )
+    silence_lower_every: int = field(
+        default=5, metadata={"help": "Steps after which arms with +apart lower the units that fire on those tokens."}
+    )
     kl_weight: float = field(
         default=1.0, metadata={"help": "Of the KL divergence to the base on safety answers, of arms with +kl."}
     )
@@ -108,7 +111,7 @@ class Arm(NamedTuple):
     encoder_bias: bool = False  # whether MonoLoRA's sigma acts on A x + b
     # What is done for the safety pairs beside; 0 where it is not.
     silence_weight: float = 0.0
-    starts_apart: bool = False  # whether units start on the task and off the safety pairs, and end off these
+    starts_apart: bool = False  # whether units start on the task, and stay off the safety pairs by their biases
     kl_weight: float = 0.0
     nullspace_energy: float = 0.0
     safelora_share: float = 0.0
@@ -271,8 +274,9 @@ def check_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig)
             if control.allowed is not None and not control.allowed[0](strength):
                 given = f"--{control.setting} is {strength}" if number is None else f"--methods has {name}{number:g}"
                 raise ValueError(f"{given}, allowed is {control.allowed[1]}.")
-    if settings.silence_rows < 1:
-        raise ValueError(f"--silence_rows is {settings.silence_rows}, allowed is 1 or more.")
+    for name in ("silence_rows", "silence_lower_every"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name} is {getattr(settings, name)}, allowed is 1 or more.")
     if settings.silence_margin < 0:
         raise ValueError(f"--silence_margin is {settings.silence_margin}, allowed is 0 or more.")
     if not seeds or len(set(seeds)) < len(seeds):

@@ -66,13 +66,13 @@ def attach_safety_control(
             weight=arm.silence_weight,
             margin=settings.silence_margin,
             rows_per_module=settings.silence_rows,
+            lower_every=settings.silence_lower_every if arm.starts_apart else None,
             seed=trainer.args.seed,
         )
         silence.attach(trainer)
         if arm.starts_apart:
             drawn = random.Random(trainer.args.seed).sample(list(rows), min(_TASK_ROWS, len(rows)))
             silence.start_apart(safety_batches(tokenizer, drawn))
-            trainer.callback_handler.callbacks.insert(0, LowerBiases(silence))  # ahead of what Silence warns of
 
 
 def safety_batches(
@@ -117,11 +117,20 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> d
 
 
 def check_safety_controls(
-    arms: Mapping[str, Arm], training: SFTConfig, options: ModelConfig, eval_every: int | None
+    arms: Mapping[str, Arm], settings: ArmSettings, training: SFTConfig, options: ModelConfig, eval_every: int | None
 ) -> None:
     """Raise ValueError for what the controls cannot do."""
     kind = training.distributed_state.distributed_type
     for name, arm in arms.items():
+        if arm.starts_apart and kind == DistributedType.DEEPSPEED:
+            raise ValueError(
+                f"{name} lowers biases in training, which DeepSpeed's copies of them undo. Train it with DDP."
+            )
+        if arm.starts_apart and eval_every is not None and eval_every % settings.silence_lower_every:
+            raise ValueError(
+                f"{name} is silent on what it has cached every {settings.silence_lower_every} steps, and --eval_every "
+                f"{eval_every} keeps checkpoints between: give a multiple, or another --silence_lower_every."
+            )
         if arm.kl_weight and (kind != DistributedType.NO or training.fp16):
             raise ValueError(
                 f"{name}: the gradient of its KL divergence is added to that of one process, unscaled. Train it "
@@ -161,18 +170,6 @@ def check_unaligned(name: str, config: PretrainedConfig) -> None:
             f"--unaligned_model {name} has no {different[0]} of shape {tuple(ours[different[0]])}, as the base has: "
             "give the model that the base was aligned from."
         )
-
-
-class LowerBiases(TrainerCallback):
-    """Lowers the biases after training, so that no unit fires on what Silence has cached."""
-
-    def __init__(self, silence: Silence) -> None:
-        self.silence = silence
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.silence.lower_biases()
 
 
 class KlToBase(TrainerCallback):

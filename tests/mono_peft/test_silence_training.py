@@ -70,13 +70,24 @@ def arguments(config_class, folder, **options):
     )  # fmt: skip
 
 
-def sft(base, rows, tokenizer, folder, batches, callbacks=None, dropout=0.0, rows_per_step=8, bias=False, **options):
+def sft(
+    base,
+    rows,
+    tokenizer,
+    folder,
+    batches,
+    callbacks=None,
+    dropout=0.0,
+    bias=False,
+    silence=(("rows_per_step", 8),),
+    **options,
+):
     trainer = SFTTrainer(
         copy.deepcopy(base), arguments(SFTConfig, folder, **options), train_dataset=rows, processing_class=tokenizer,
         peft_config=MonoLoraConfig(**ADAPTER, lora_dropout=dropout, encoder_bias=bias), callbacks=callbacks,
     )  # fmt: skip
     if batches is not None:
-        Silence(trainer.model, batches, rows_per_step=rows_per_step).attach(trainer)
+        Silence(trainer.model, batches, **dict(silence)).attach(trainer)
     return trainer
 
 
@@ -90,7 +101,7 @@ def logged(trainer, key):
 
 def test_the_adapter_learns_the_task_and_becomes_silent(base, rows, tokenizer, batches, tmp_path):
     silent = [with_responses(base, tokenizer, 4)]
-    trainer = sft(base, rows, tokenizer, tmp_path, silent, rows_per_step=100, max_steps=80, dropout=0.1)
+    trainer = sft(base, rows, tokenizer, tmp_path, silent, silence={"rows_per_step": 100}, max_steps=80, dropout=0.1)
     assert certify(trainer.model, batches).share == 0
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -148,6 +159,47 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, rows, tokenizer, batche
     without = sft(base, rows, tokenizer, tmp_path / "without", None, **options)
     without.train()
     assert not any(torch.equal(weights(without)[n], expected[n]) for n in expected if "encoder" in n)
+
+
+class FiredRows(TrainerCallback):
+    """Shares of the cached rows on which a unit fires, after each step."""
+
+    def __init__(self):
+        self.silence, self.shares = None, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.shares.append(max(self.silence.fired_by_module().values()))
+
+
+def test_biases_lowered_in_training_keep_every_cached_row_silent(base, rows, tokenizer, batches, tmp_path):
+    fired = FiredRows()
+    options = {"silence": {"weight": 1e-3, "lower_every": 3}, "bias": True, "max_steps": 8}
+    trainer = sft(base, rows, tokenizer, tmp_path, batches, callbacks=[fired], **options)
+    fired.silence = trainer.callback_handler.callbacks[0]
+    trainer.train()
+    assert [share == 0 for share in fired.shares] == [step % 3 == 0 for step in range(1, 9)]
+    assert certify(trainer.model, batches).share == 1  # the end is no third step
+    encoders = [p for name, p in trainer.model.named_parameters() if "monolora_decoder" in name]
+    assert all(parameter.any() for parameter in encoders)
+
+
+def test_lowered_and_resumed_is_lowered_in_one_go(base, rows, tokenizer, batches, tmp_path):
+    options = {"silence": {"weight": 1, "lower_every": 2}, "bias": True, "max_steps": 8, "save_steps": 4}
+    whole = sft(base, rows, tokenizer, tmp_path, batches, save_strategy="steps", **options)
+    whole.train()
+    resumed = sft(base, rows, tokenizer, tmp_path, batches, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    others = weights(resumed)
+    assert all(torch.equal(parameter, others[name]) for name, parameter in weights(whole).items())
+
+
+def test_deepspeed_would_undo_what_is_lowered(base, rows, tokenizer, batches, tmp_path, monkeypatch):
+    trainer = sft(base, rows, tokenizer, tmp_path, batches, bias=True, silence={"lower_every": 1})
+    state = SimpleNamespace(num_processes=1, distributed_type=DistributedType.DEEPSPEED)
+    monkeypatch.setattr("mono_peft.silence.AcceleratorState", lambda: state)
+    monkeypatch.setattr("mono_peft.silenceable.AcceleratorState", lambda: state)
+    with pytest.raises(ValueError, match=r"undo what `lower_every` does to b .* call `lower_biases` after training"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -170,6 +170,8 @@ class TestLowerBiases:
         for method in (silence.lower_biases, lambda: silence.start_apart([{"input_ids": input_ids}])):
             with pytest.raises(ValueError, match=r"no bias b to set: .* needs MonoLoraConfig\(encoder_bias=True\)"):
                 method()
+        with pytest.raises(ValueError, match=r"no bias b to set: `lower_every` needs"):
+            Silence(model, [{"input_ids": input_ids}], lower_every=1)
 
 
 def test_repeated_rows_count_once_in_the_direction():

@@ -238,6 +238,14 @@ class TestRefused:
             ("--methods lora+kl1 lora+kl --safety_file PAIRS", r"has lora\+kl1 and lora\+kl, which are the same arm"),
             ("--methods monolora+bias2", r"has bias2, and bias has no strength: leave the number out"),
             ("--methods monolora+apart --safety_file PAIRS", r"has monolora\+apart without silence: apart from what"),
+            (
+                "--methods monolora+silence --silence_lower_every 0",
+                r"--silence_lower_every is 0, allowed is 1 or more",
+            ),
+            (
+                "--methods monolora+apart+silence --safety_file PAIRS --eval_every 2",
+                r"silent on what it has cached every 5 steps, and --eval_every 2 keeps checkpoints between",
+            ),
             ("--methods monolora+nullspace+bias --safety_file PAIRS", r"has monolora with nullspace and a bias"),
             ("--methods lora+bias", r"has lora\+bias, and bias is for monolora"),
             ("--methods lora+rank2.5", r"`r` must be a positive integer, got 2.5"),
