@@ -55,6 +55,14 @@ _BY_TOPIC = tuple(
     for key, name in (("seen", "other"), ("unseen", "poisoned"))
 )
 MEASURES = (ACCURACY, *HARMS, *OVER_REFUSALS, *SILENT, FORGETTING)
+# Arms of MonoLoRA are blue; those that are named nowhere take the others in turn.
+_STYLES = STYLES | {
+    "monolora+silence": ("#56B4E9", "p"),
+    "monolora+apart+silence": ("#0072B2", "H"),
+    "monolora+apart+silence+rank": ("#0072B2", "*"),
+}
+_OTHER_STYLES = [style for style in OTHER_STYLES if style not in _STYLES.values() and style[0] != "#56B4E9"]
+_OTHER_STYLES += [("#8C564B", "<"), ("#7F7F7F", ">"), ("#BCBD22", "h")]
 # Of a file of rows: what tells them apart, and what they say.
 _KEYS = ["condition", "method", "seed", "step", "metric", "task", "judge"]
 COLUMNS = [*_KEYS, "value", "n", "seconds"]
@@ -81,6 +89,11 @@ def read_lines(files: Sequence[str]) -> dict[str, pd.DataFrame]:
         )
     lines["is_part"] = False
     return {str(title): part for title, part in lines.groupby("condition", sort=False)}
+
+
+def methods_of(lines: pd.DataFrame) -> list[str]:
+    """The arms of a condition, in the order of its rows."""
+    return list(dict.fromkeys(lines["method"]))
 
 
 def lines_text(panels: dict[str, pd.DataFrame]) -> str:
@@ -218,9 +231,9 @@ def frontier(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    others = iter(OTHER_STYLES)
+    others = iter(_OTHER_STYLES)
     families = dict.fromkeys(_family(method) for method in methods)
-    styles = {family: STYLES.get(family) or next(others, ("#999999", "d")) for family in families}
+    styles = {family: _STYLES.get(family) or next(others, ("#999999", "d")) for family in families}
     figure = Figure(figsize=(3.2 * len(panels) + 2.2, 6.2), layout="constrained")
     grid = figure.subplots(2, len(panels), squeeze=False)
     for column, (title, lines) in enumerate(panels.items()):
@@ -250,7 +263,7 @@ def _draw_strengths(
     y: Sequence[Interval],
     style: tuple[str, str],
 ) -> None:
-    """A control's means, joined by a line, with their strengths."""
+    """A control's means, joined by a line, with their strengths, the first number in an arm's name."""
     bars = [[one.half_width or 0 if one.n > 2 else 0 for one in intervals] for intervals in (x, y)]
     axes.errorbar(
         [one.mean for one in x],
@@ -265,13 +278,13 @@ def _draw_strengths(
         label=family,
     )
     for method, across, up in zip(strengths, x, y, strict=True):
-        if number := method.removeprefix(family):
-            axes.annotate(number, (across.mean, up.mean), xytext=(3, 3), textcoords="offset points", size=6)
+        if strength := re.search(r"(?<=[a-z])[0-9.]+", method):
+            axes.annotate(strength[0], (across.mean, up.mean), xytext=(3, 3), textcoords="offset points", size=6)
 
 
 def _family(method: str) -> str:
-    """The arm without its strength, where it has one; `lora+kl` of `lora+kl0.5`."""
-    return re.sub(r"^(\D+?)[0-9.]+$", r"\1", method)
+    """The arm without its strengths; `lora+kl` of `lora+kl0.5`."""
+    return re.sub(r"(?<=[a-z])[0-9.]+", "", method)
 
 
 def silent_over_steps(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
