@@ -23,7 +23,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from probing import FEATURES, ControlSettings, controlled_grid, experiment, notes, probe_table, run_experiment
+from probing import (
+    FEATURES,
+    ControlSettings,
+    LearnerSettings,
+    controlled_grid,
+    experiment,
+    notes,
+    probe_table,
+    run_experiment,
+)
 from vision import PretrainingSettings, ProbingSettings, models_of
 
 from vision_bench import figures
@@ -65,7 +74,7 @@ class InputNoiseSettings:
                 raise ValueError(f"scales has {scale}; for {noise} it must be {allowed_scales}.")
 
 
-SETTINGS = (PretrainingSettings, ProbingSettings, ControlSettings, InputNoiseSettings)
+SETTINGS = (PretrainingSettings, ProbingSettings, ControlSettings, LearnerSettings, InputNoiseSettings)
 
 
 def levels(config: dict[str, Any], noise: str) -> list[tuple[str, float]]:

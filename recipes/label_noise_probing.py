@@ -22,7 +22,16 @@ from functools import partial
 from typing import Any
 
 from paper import TABLE_1, TABLE_1_RATES
-from probing import FEATURES, ControlSettings, controlled_grid, experiment, notes, probe_table, run_experiment
+from probing import (
+    FEATURES,
+    ControlSettings,
+    LearnerSettings,
+    controlled_grid,
+    experiment,
+    notes,
+    probe_table,
+    run_experiment,
+)
 from vision import PretrainingSettings, ProbingSettings, check_rates, highest_with_signal
 
 from vision_bench import figures
@@ -41,7 +50,7 @@ class LabelNoiseSettings:
         check_rates(self.noise_rates)
 
 
-SETTINGS = (PretrainingSettings, ProbingSettings, ControlSettings, LabelNoiseSettings)
+SETTINGS = (PretrainingSettings, ProbingSettings, ControlSettings, LearnerSettings, LabelNoiseSettings)
 
 
 def grid(config: dict[str, Any], model_seed: int) -> Grid:

@@ -29,12 +29,13 @@ from vision import (
     start,
 )
 
-from vision_bench import features, kinds, models, sae
+from vision_bench import features, kinds, learners, models, sae
 from vision_bench.data import ImageSet
+from vision_bench.learners import LEARNERS, PROBE
 from vision_bench.metrics import chance_level
 from vision_bench.models import ContrastiveModel
 from vision_bench.probe import Probes
-from vision_bench.report import CHANCE, DECAY, TRAINING_NOTE, Comparison, ProbeTable, unexplained
+from vision_bench.report import CHANCE, DECAY, TRAINING_NOTE, Comparison, ProbeTable, learner_title, unexplained
 from vision_bench.runs import Cell, Run, defaults, device_name, interval, option, over_seeds, select
 from vision_bench.sweep import Arm, Fitted, Grid, Measured, Test, Training, rows, sweep
 
@@ -61,6 +62,18 @@ class ControlSettings:
         names = [*kinds.KINDS, "poly_decay"]
         if not set(self.arms) <= set(names) or "poly" not in self.arms or len(set(self.arms)) < len(self.arms):
             raise ValueError(f"arms is {self.arms}; it takes poly and others of {', '.join(names)}, each once.")
+
+
+@dataclass
+class LearnerSettings:
+    """What learns from the features."""
+
+    learners: list[str] = option([PROBE], help=f"Of {', '.join(LEARNERS)}; with {PROBE}, on the same labels.")
+
+    def __post_init__(self) -> None:
+        learners.check(self.learners)
+        if PROBE not in self.learners:
+            raise ValueError(f"learners is {self.learners}; the tables need {PROBE}, give it too.")
 
 
 @dataclass
@@ -135,14 +148,15 @@ def controlled_grid(
     """The probes with the models of a pretraining, for every loss, weight decay, seed and rate of wrong labels.
 
     Args:
-        config: of the run; without noise_rates all labels are right.
+        config: of the run; without noise_rates all labels are right, without learners there are linear probes alone.
         model_seed: of the pretraining.
         tests, training_arm, test_arm: as `Grid`; rows of a training also have their weight decay.
         losses: (alpha, beta) by name; None is cross entropy without a name.
     """
     trainings = {
         name: [
-            Training(rate, alpha=alpha, beta=beta, weight_decay=decay, loss=loss, seed=seed)
+            Training(rate, alpha=alpha, beta=beta, weight_decay=decay, loss=loss, learner=learner, seed=seed)
+            for learner in (config.get("learners", [PROBE]) if name == "" else [PROBE])
             for loss, (alpha, beta) in (losses or {"": (1.0, 0.0)}).items()
             for decay in decays
             for seed in models_of(config)[model_seed]
@@ -346,7 +360,7 @@ def over(config: Mapping[str, Any]) -> str:
 
 def notes(run: Run, table: ProbeTable, columns: Iterable[Hashable]) -> str:
     """Explain the tables of probes, as Markdown; `columns` are those of all tables of accuracies, in their order."""
-    config = run.config
+    config, columns = run.config, list(columns)
     quality = [over_seeds(select(table.rows, metric)["value"]) for metric in sae.QUALITY]
     fvu, l0, dead = (interval.text(3) for interval in quality)
     unscaled = "The scale of features decides how far these probes come (rescale: false).\n"
@@ -362,4 +376,20 @@ def notes(run: Run, table: ProbeTable, columns: Iterable[Hashable]) -> str:
         "poly_unit, random_relu, random_mask: see vision_bench/kinds.py.\n"
         f"{TRAINING_NOTE}{unscaled * (not config['rescale'])}"
         f"SAE on test images: FVU {fvu}, L0 {l0}, dead {dead}.\n" + unexplained({"sae": quality[0].mean})
-    )
+    ) + other_learners(run, table, columns)
+
+
+def other_learners(run: Run, table: ProbeTable, columns: Sequence[Hashable]) -> str:
+    """Tables of the learners other than the linear probe, with the columns of `table`, as Markdown; '' without any."""
+    text = ""
+    header = [", ".join(f"{name} {value}" for name, value in table.columns[column].items()) for column in columns]
+    arms = [arm for arm in table.arms if arm != "poly_decay"]
+    comparisons = [one for one in table.comparisons if {one.arm, one.over} <= set(arms)]
+    for name in run.config.get("learners", [PROBE]):
+        if name == PROBE:
+            continue
+        by_learner = ProbeTable(run.rows, table.columns, arms, comparisons, learner=name)
+        text += f"\n## {learner_title(name, run.config['standardize'])}\n\nTop-1 accuracy on the test images, %.\n\n"
+        text += by_learner.accuracy_table(header, columns)
+        text += f"\nPoints gained over poly, paired by seed.\n\n{by_learner.gain_table(header, columns)}"
+    return text

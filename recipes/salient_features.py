@@ -166,7 +166,7 @@ def study(
 ) -> list[Measured]:
     """What is measured of one kind of features, with the features (n, d) and labels (n,) of the test images."""
     salient = salient_dimensions(features, labels, config["absolute"])
-    right = predictions(fitted.probes, features) == labels
+    right = predictions(fitted.linear, features) == labels
     return [
         measured
         for training, of_seed in zip(fitted.trainings, right, strict=True)

@@ -125,8 +125,8 @@ def study(
         details |= {"samples_shown": top[index].tolist(), "consistency": consistency[index].item()}
         add(metric, pure[index].item(), samples, arm, **details)
 
-    predicted = predictions(fitted.probes, features)
-    for training, weights, classes in zip(fitted.trainings, fitted.probes.weights, predicted, strict=True):
+    predicted = predictions(fitted.linear, features)
+    for training, weights, classes in zip(fitted.trainings, fitted.linear.weights, predicted, strict=True):
         accuracy = class_accuracies(classes, labels, images.num_classes)
         generator = torch.Generator().manual_seed(training.seed)
         shuffled = labels[torch.randperm(len(labels), generator=generator)]

@@ -97,7 +97,7 @@ def run(settings: Settings) -> tuple[list[Subject], list[Row]]:
 def _grid(subject: Subject, kind: str, settings: Settings) -> Grid:
     """The rows of a kind of features of a model, but for those of `_quality_cells`."""
     return Grid(
-        {kind: Arm(kind, settings.conditions.trainings(settings.seeds))},
+        {kind: Arm(kind, settings.conditions.trainings(settings.seeds, settings.learners))},
         [Test(name) for name in settings.conditions.tests()],
         lambda training: {
             "few_shots": training.fraction,

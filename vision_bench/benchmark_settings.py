@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vision_bench import models
+from vision_bench import learners, models
 from vision_bench.corruptions import (
     CLEAN,
     CONDITIONS,
@@ -19,6 +19,7 @@ from vision_bench.corruptions import (
     TRAINING_LABELS,
     InputNoise,
 )
+from vision_bench.learners import LEARNERS, PROBE
 from vision_bench.probe import NORM
 from vision_bench.runs import option, recorded
 from vision_bench.sweep import Training
@@ -58,6 +59,9 @@ class Settings:
         metavar="NAME[=NUMBERS]",
     )
     features: list[str] = option([*KINDS], help="kinds of features", metavar="KIND", changes_results=False)
+    learners: list[str] = option(
+        [PROBE], help=f"of {', '.join(LEARNERS)}; all on the same labels", metavar="LEARNER", changes_results=False
+    )
     layer: str | None = option(None, help="backbone, projector or output; by default the last one that a model has")
     seeds: list[int] = option([0, 1, 2, 3, 4], help="of probes, wrong labels and drawn images")
     sae_k: int | None = option(None, help="active latents; by default an eighth of the dimensions of the features")
@@ -82,6 +86,7 @@ class Settings:
         unknown = [kind for kind in self.features if kind not in KINDS]
         if unknown or not self.features:
             raise ValueError(f"features has {unknown or 'nothing'}; it must be of {', '.join(KINDS)}.")
+        learners.check(self.learners)
         if not self.seeds or min(self.seeds) < 0:
             raise ValueError(f"seeds is {list(self.seeds)}; it takes integers of at least 0.")
         if self.layer is not None and self.layer not in models.LAYERS:
@@ -145,10 +150,13 @@ class Conditions(NamedTuple):
             tests[" + ".join(parts) or CLEAN] = shift, noise
         return tests
 
-    def trainings(self, seeds: Sequence[int]) -> list[Training]:
+    def trainings(self, seeds: Sequence[int], learners: Sequence[str] = (PROBE,)) -> list[Training]:
         """How the probes are trained."""
-        ways = itertools.product(self.few_shots, seeds, self.label_noise)
-        return [Training(label_noise=rate, fraction=share, seed=seed) for share, seed, rate in ways]
+        ways = itertools.product(learners, self.few_shots, seeds, self.label_noise)
+        return [
+            Training(label_noise=rate, fraction=share, seed=seed, learner=learner)
+            for learner, share, seed, rate in ways
+        ]
 
 
 def parse_conditions(words: Sequence[str]) -> Conditions:
