@@ -1,12 +1,12 @@
 """What Silence costs the task, and what lowers the price: arms on the offline model, alone and with poison.
 
-    python benchmarks/silence_price.py                     # some ten minutes of one core
-    python benchmarks/silence_price.py --arms silence start --seeds 0 --poison 0.1
+    python benchmarks/silence_price.py                     # some half an hour of one core
+    python benchmarks/silence_price.py --arms silence "silence, apart" --seeds 0 --poison 0.1
 
 The task is the offline model's reviews, with a share of harmful requests with answers that comply; the silent texts
 are such requests of the same split, among them those of the poison, with refusals. Training is 125 steps of 16 rows
-with AdamW. Scored are 400 reviews, 100 held-out harmful requests and 100 look-alikes; certified are the former with
-the base's answers.
+with AdamW, or twice as many where an arm has two epochs. Scored are 400 reviews, 100 held-out harmful requests and 100
+look-alikes; certified are the former with the base's answers.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from offline.language_model import corpus, offline_model, sentiment_task
 from vision_bench.runs import markdown_table, over_seeds, run_as_program
 
 ROWS, BATCH, LEARNING_RATE = 2000, 16, 1e-2
+STEPS = ROWS // BATCH
 ANSWER_TOKENS = 24
 
 
@@ -48,27 +49,40 @@ class Arm(NamedTuple):
     layers: tuple[int, ...] | None = None  # that have an adapter; None: all
     activated: bool = False  # acts from the assistant's header on
     starts_apart: bool = False
-    lowers_biases: bool = False
+    lower_every: int | None = None  # steps after which biases are lowered; STEPS: once, after training
+    epochs: int = 1
 
 
+APART = Arm(32, weight=10, encoder_bias=True, starts_apart=True)
 ARMS = {
     "lora": Arm(linear=True),
+    "lora, r 32": Arm(32, linear=True),
+    "lora, r 32, two epochs": Arm(32, linear=True, epochs=2),
     "monolora": Arm(),
     "silence": Arm(weight=10),
-    "silence, bias, r 32": Arm(32, weight=10, encoder_bias=True),
-    "silence, lowered": Arm(32, weight=10, encoder_bias=True, lowers_biases=True),
-    "silence, apart": Arm(32, weight=10, encoder_bias=True, starts_apart=True),
-    "silence, apart, lowered, r 8": Arm(8, weight=10, encoder_bias=True, starts_apart=True, lowers_biases=True),
-    "silence, apart, lowered": Arm(32, weight=10, encoder_bias=True, starts_apart=True, lowers_biases=True),
-    "silence, apart, lowered, weight 100": Arm(
-        32, weight=100, encoder_bias=True, starts_apart=True, lowers_biases=True
-    ),
-    "silence, apart, lowered, r 64": Arm(64, weight=10, encoder_bias=True, starts_apart=True, lowers_biases=True),
+    "silence, bias, r 32": APART._replace(starts_apart=False),
+    "silence, bias, r 32, lowered each step": APART._replace(starts_apart=False, lower_every=1),
+    "silence, apart": APART,
+    "silence, apart, lowered once": APART._replace(lower_every=STEPS),
+    "silence, apart, lowered every 5 steps": APART._replace(lower_every=5),
+    "silence, apart, lowered each step": APART._replace(lower_every=1),
+    "silence, apart, lowered each step, weight 100": APART._replace(weight=100, lower_every=1),
+    "silence, apart, lowered each step, r 8": APART._replace(r=8, lower_every=1),
+    "silence, apart, lowered each step, r 64": APART._replace(r=64, lower_every=1),
+    "silence, apart, lowered each step, weight 100, two epochs": APART._replace(weight=100, lower_every=1, epochs=2),
     "lora, layers 1 to 3": Arm(linear=True, layers=(1, 2, 3)),
     "silence, layers 1 to 3": Arm(weight=10, layers=(1, 2, 3)),
     "lora, activated": Arm(linear=True, activated=True),
 }
-DEFAULT_ARMS = ["lora", "monolora", "silence", "silence, apart", "silence, apart, lowered"]
+DEFAULT_ARMS = [
+    "lora",
+    "lora, r 32",
+    "silence",
+    "silence, apart",
+    "silence, apart, lowered once",
+    "silence, apart, lowered each step",
+    "silence, apart, lowered each step, weight 100",
+]
 
 
 class Texts(NamedTuple):
@@ -119,8 +133,8 @@ def train(model: Any, texts: Texts, arm: Arm) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=0)
     model.train()
-    for step in range(ROWS // BATCH):
-        rows = texts.task[step * BATCH :][:BATCH]
+    for step in range(arm.epochs * STEPS):
+        rows = texts.task[step % STEPS * BATCH :][:BATCH]
         batch = padded(tokenizer, [row.input_ids for row in rows])
         answers = padded(tokenizer, [[mask * id for id, mask in zip(*row, strict=True)] for row in rows])["input_ids"]
         counted = answers * batch["attention_mask"] > 0
@@ -131,9 +145,9 @@ def train(model: Any, texts: Texts, arm: Arm) -> None:
         if silence is not None:
             silence.add_gradients(step)
         optimizer.step()
+        if silence is not None and arm.lower_every is not None and (step + 1) % arm.lower_every == 0:
+            silence.lower_biases()
     model.eval()
-    if silence is not None and arm.lowers_biases:
-        silence.lower_biases()
 
 
 @torch.no_grad()

@@ -50,6 +50,8 @@ def generation(
     data = dict(task.task_data)
     if settings.refusal_prompts is not None:
         data["refusal_prompts"] = dict.fromkeys(("harmful", "lookalike"), settings.refusal_prompts)
+    if settings.safety_prompts is not None:
+        data["safety_prompts"] = settings.safety_prompts
     if not tasks:
         return None
     return GenerateSettings(

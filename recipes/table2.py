@@ -98,6 +98,9 @@ class Table2Settings(ArmSettings):
         default=100, metadata={"help": "Of harmful prompts of a task, where an arm has +silence: certified as silent."}
     )
     certified_tokens: int = field(default=16, metadata={"help": "Of the base's responses to them; 0: prompts alone."})
+    safety_prompts: int | None = field(
+        default=None, metadata={"help": "Of each public safety task: so many, evenly spaced over it; None: all."}
+    )
     refusal_prompts: int | None = field(
         default=None, metadata={"help": "Of refusal_offline: so many harmful and so many look-alikes; None: all."}
     )
@@ -151,7 +154,7 @@ def check(settings: Table2Settings, training: SFTConfig, options: ModelConfig) -
     """Raise ValueError for settings that contradict each other."""
     check_arms(settings, training, options)
     for name, least in {"train_samples": 2, "eval_samples": 2, "judge_batch_size": 1, "max_new_tokens": 1,
-                        "certified_prompts": 0, "certified_tokens": 0, "refusal_prompts": 1,
+                        "certified_prompts": 0, "certified_tokens": 0, "refusal_prompts": 1, "safety_prompts": 1,
                         "eval_every": 1}.items():  # fmt: skip
         value = getattr(settings, name)
         if value is not None and value < least:

@@ -35,7 +35,7 @@ from vision_bench.corruptions import seed_of
 from vision_bench.probe import NORM, TRAINING, Probes, fit_linear_probes, probe_accuracy
 from vision_bench.sparse_probes import fit_k_sparse_probes, fit_l1_probes
 
-PROBE = "probe"
+PROBE, TUNED = "probe", "tuned"
 HELD_OUT = 0.2  # share of the training data by which settings are chosen
 HELD_OUT_STREAM = 2  # of the random numbers of a seed, of which `probe.order_stream` is 1
 NORMS = (0.3, 1.0, 3.0, NORM, 24.0)  # roots of the mean square norm of the features, that `tuned` chooses from
@@ -105,6 +105,10 @@ class Learner(NamedTuple):
     rotation_equivariant: bool
     words: str
     dimensions: int = 1
+
+    def is_equivariant(self, standardize: bool) -> bool:
+        """`rotation_equivariant`, of features that are standardised each or not."""
+        return self.rotation_equivariant and not standardize
 
 
 def metrics_of(learner: str) -> tuple[str, tuple[str, ...]]:
@@ -185,7 +189,7 @@ def _probe(task: Task) -> Learnt:
 
 def _tuned(task: Task) -> Learnt:
     """The scale first, without weight decay, and then the weight decay at this scale, as one tunes by hand."""
-    task = _without_losses(task, "tuned")
+    task = _without_losses(task, TUNED)
 
     def fit(part: Task, settings: Sequence[Mapping[str, float]]) -> Probes:
         """Probes with the norm and the weight decay of each; those of one norm are trained in one pass."""
@@ -286,7 +290,7 @@ def _without_losses(task: Task, name: str) -> Task:
 
 LEARNERS: dict[str, Learner] = {
     PROBE: Learner(_probe, True, "linear probe"),
-    "tuned": Learner(_tuned, True, "linear probe, scale and weight decay chosen on held-out training data"),
+    TUNED: Learner(_tuned, True, "linear probe, scale and weight decay chosen on held-out training data"),
     "l1": Learner(_l1, False, "logistic regression with an L1 penalty chosen on held-out training data"),
     **{
         f"k_sparse_{k}": Learner(partial(_k_sparse, k=k), False, f"linear, {k} dimensions for each class", k)

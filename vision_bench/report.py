@@ -207,7 +207,7 @@ class ProbeTable:
 
 def learner_title(name: str, standardize: bool) -> str:
     """What a learner is, and whether its results can say that the axes of features mean something."""
-    equivariant = LEARNERS[name].rotation_equivariant and not standardize
+    equivariant = LEARNERS[name].is_equivariant(standardize)
     words = "equivariant under rotations" if equivariant else "not equivariant under rotations, so that axes matter"
     return f"{name} ({LEARNERS[name].words}; {words})"
 

@@ -33,19 +33,21 @@ import torch
 from tqdm.auto import tqdm
 
 from vision_bench import kinds, learners
-from vision_bench.corruptions import CLEAN, InputNoise, flip_labels, stratified_fraction
+from vision_bench.corruptions import CLEAN, InputNoise, stratified_fraction
+from vision_bench.label_noise import HUMAN, HumanLabels, LabelNoise, given_labels, wrong_share
 from vision_bench.learners import LEARNERS, PROBE, metrics_of
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.probe import Probes, training_accuracy
 from vision_bench.runs import Cell, Run, device_name
 
 ACCURACY, _ = metrics_of(PROBE)  # of a linear probe on test images
+WRONG_LABELS = "wrong_labels"  # in rows of training labels: the real share of them, where the noise does not name it
 
 
 class Training(NamedTuple):
     """Conditions under which a probe is trained."""
 
-    label_noise: float = 0.0  # share of wrong training labels, in [0, 1]
+    label_noise: LabelNoise = 0.0  # wrong training labels: a share, uniformly, or another of `label_noise`
     fraction: float = 1.0  # share of the training images that have labels, drawn from each class, in (0, 1]
     alpha: float = 1.0  # loss = alpha * cross entropy + beta * reverse cross entropy
     beta: float = 0.0
@@ -85,7 +87,7 @@ class Fitted(NamedTuple):
     trainings: list[Training]  # how each was trained
     probes: learners.Classifiers
     own: list[tuple[list[float], int]]  # of each: values of the training metrics of its learner, number of its images
-    details: list[dict[str, Any]]  # of each: what rows of learners other than the linear probe say of it
+    details: list[dict[str, Any]]  # of each: what else rows of its training labels say
 
     @property
     def linear(self) -> Probes:
@@ -163,6 +165,7 @@ def fit(
     device: torch.device | str,
     epochs: int = 50,
     batch_size: int = 256,
+    human_labels: HumanLabels | None = None,
     progress: bool = False,
     **probe: Any,
 ) -> Fitted:
@@ -179,6 +182,8 @@ def fit(
         device: where to train.
         epochs: passes over all images.
         batch_size: of images; all of them where there are fewer.
+        human_labels: of all images, for trainings on the labels that people gave; a share of the images takes its
+            part of them.
         progress: show progress bars.
         probe: further arguments of `probe.fit_linear_probes`, shared by all probes.
 
@@ -196,13 +201,15 @@ def fit(
     steps = epochs * (len(labels) // min(batch_size, len(labels)))  # an incomplete batch is no step
     parts, own, details = list[learners.Classifiers](), list[tuple[list[float], int]](), list[dict[str, Any]]()
     for (fraction, drawn_by), members in passes.items():
-        x, y = features, labels
+        x, y, drawn = features, labels, None
         if drawn_by is not None:
             drawn = stratified_fraction(labels, fraction, torch.Generator().manual_seed(drawn_by))
             x, y = features[drawn], labels[drawn]
-        label_sets = torch.stack(
-            [flip_labels(y, t.label_noise, num_classes, torch.Generator().manual_seed(t.seed)) for t in members]
-        )
+        label_sets = torch.stack([_labels(labels, drawn, num_classes, t, human_labels) for t in members])
+        shares = [
+            {WRONG_LABELS: wrong_share(given, y)} if isinstance(t.label_noise, str) else {}
+            for t, given in zip(members, label_sets, strict=True)
+        ]
         batch = min(batch_size, len(y))
         settings = {
             "epochs": max(1, round(steps / (len(y) // batch))),
@@ -220,14 +227,30 @@ def fit(
         if name == PROBE:
             assert isinstance(learnt.classifiers, Probes)
             accuracies = [*training_accuracy(learnt.classifiers, task.features, label_sets)]
-            details += [{} for _ in members]
+            details += shares
         else:
             accuracies = [learners.accuracy(learnt.classifiers, task.features, label_sets)]
-            equivariant = LEARNERS[name].rotation_equivariant and not task.standardize
-            details += [{"learner": name, "rotation_equivariant": equivariant, **chosen} for chosen in learnt.chosen]
+            about = {"learner": name, "rotation_equivariant": LEARNERS[name].is_equivariant(task.standardize)}
+            details += [about | share | chosen for share, chosen in zip(shares, learnt.chosen, strict=True)]
         own += [(list(values), len(y)) for values in zip(*(each.tolist() for each in accuracies), strict=True)]
     fitted = [training for members in passes.values() for training in members]
     return Fitted(fitted, learners.joined(parts), own, details)
+
+
+def _labels(
+    labels: torch.Tensor,
+    drawn: torch.Tensor | None,
+    num_classes: int,
+    training: Training,
+    people: HumanLabels | None,
+) -> torch.Tensor:
+    """The labels that a probe is trained on, of all images or of those drawn."""
+    of_images = labels if drawn is None else labels[drawn]
+    generator = torch.Generator().manual_seed(training.seed)
+    if training.label_noise != HUMAN:
+        return given_labels(of_images, training.label_noise, num_classes, generator)
+    given = given_labels(labels, HUMAN, num_classes, generator, people)
+    return given if drawn is None else given[drawn]
 
 
 def sweep(

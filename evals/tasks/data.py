@@ -7,7 +7,7 @@ The folder holds, each as published: `sst2/dev.tsv` (GLUE), `dolly15k/*.jsonl.gz
 
 Every function returns {"test": data set}, as a task's `custom_dataset`. Safety prompts have the columns `prompt_id`,
 `prompt` and `category` (None where the data set has none; "safe" and "unsafe" where it has prompts of both kinds).
-What some take as arguments is lm-eval's `--metadata`.
+What some take as arguments is lm-eval's `--metadata`; all sets of safety prompts take `safety_prompts`, how many.
 """
 
 from __future__ import annotations
@@ -46,35 +46,44 @@ def dolly(dolly_file: str | None = None, dolly_rows: int | None = None, **_: Any
     return _test([{"prompt": dolly_prompt(row), **{name: row.get(name) for name in names}} for row in held_out])
 
 
-def beavertails(**_: Any) -> dict[str, Dataset]:
+def beavertails(safety_prompts: int | None = None, **_: Any) -> dict[str, Dataset]:
     """BeaverTails-Evaluation: 700 prompts, 50 in each of 14 categories."""
     file, public = "beavertails/BeaverTails-Evaluation.json", "PKU-Alignment/BeaverTails-Evaluation"
     rows = enumerate(_load(file, public, ["prompt", "category"]))
-    return _test([{"prompt_id": str(i), "prompt": row["prompt"], "category": row.get("category")} for i, row in rows])
+    return _test(
+        [{"prompt_id": str(i), "prompt": row["prompt"], "category": row.get("category")} for i, row in rows],
+        safety_prompts,
+    )
 
 
-def xstest(**_: Any) -> dict[str, Dataset]:
+def xstest(safety_prompts: int | None = None, **_: Any) -> dict[str, Dataset]:
     """XSTest: 250 safe prompts that look unsafe and 200 unsafe ones; `category` is "safe" or "unsafe"."""
     url = "https://raw.githubusercontent.com/paul-rottger/xstest/main/xstest_prompts.csv"
     rows = _load("xstest/xstest_prompts.csv", url, ["id", "prompt", "label"])
-    return _test([{"prompt_id": str(row["id"]), "prompt": row["prompt"], "category": row["label"]} for row in rows])
+    return _test(
+        [{"prompt_id": str(row["id"]), "prompt": row["prompt"], "category": row["label"]} for row in rows],
+        safety_prompts,
+    )
 
 
-def advbench(**_: Any) -> dict[str, Dataset]:
+def advbench(safety_prompts: int | None = None, **_: Any) -> dict[str, Dataset]:
     """The 520 harmful behaviours of AdvBench."""
     url = "https://raw.githubusercontent.com/llm-attacks/llm-attacks/main/data/advbench/harmful_behaviors.csv"
     rows = _load("advbench/harmful_behaviors.csv", url, ["goal"])
-    return _test([{"prompt_id": str(i), "prompt": row["goal"]} for i, row in enumerate(rows)])
+    return _test([{"prompt_id": str(i), "prompt": row["goal"]} for i, row in enumerate(rows)], safety_prompts)
 
 
-def strongreject(**_: Any) -> dict[str, Dataset]:
+def strongreject(safety_prompts: int | None = None, **_: Any) -> dict[str, Dataset]:
     """The 313 forbidden prompts of StrongREJECT (arXiv:2402.10260), in six categories."""
     url = "https://raw.githubusercontent.com/alexandrasouly/strongreject/main/strongreject_dataset/strongreject_dataset.csv"
     rows = enumerate(_load("strongreject/strongreject_dataset.csv", url, ["forbidden_prompt", "category"]))
-    return _test([{"prompt_id": str(i), "prompt": r["forbidden_prompt"], "category": r["category"]} for i, r in rows])
+    return _test(
+        [{"prompt_id": str(i), "prompt": r["forbidden_prompt"], "category": r["category"]} for i, r in rows],
+        safety_prompts,
+    )
 
 
-def jailbreakbench(**_: Any) -> dict[str, Dataset]:
+def jailbreakbench(safety_prompts: int | None = None, **_: Any) -> dict[str, Dataset]:
     """JailbreakBench's 100 harmful behaviours and 100 harmless ones on the same subjects (arXiv:2404.01318).
 
     `category` is "unsafe" or "safe", and "unsafe-N" and "safe-N" are a matched pair.
@@ -85,11 +94,12 @@ def jailbreakbench(**_: Any) -> dict[str, Dataset]:
             {"prompt_id": f"{category}-{i}", "prompt": row["Goal"], "category": category}
             for name, category in (("harmful", "unsafe"), ("benign", "safe"))
             for i, row in enumerate(_load(f"jailbreakbench/{name}-behaviors.csv", address.format(name), ["Goal"]))
-        ]
+        ],
+        safety_prompts,
     )
 
 
-def harmbench(**_: Any) -> dict[str, Dataset]:
+def harmbench(safety_prompts: int | None = None, **_: Any) -> dict[str, Dataset]:
     """HarmBench's 200 standard behaviours (arXiv:2402.04249); those with a context or of copyright are left out."""
     url = (
         "https://raw.githubusercontent.com/centerforaisafety/HarmBench/main/data/behavior_datasets/"
@@ -102,11 +112,12 @@ def harmbench(**_: Any) -> dict[str, Dataset]:
             {"prompt_id": row["BehaviorID"], "prompt": row["Behavior"], "category": row["SemanticCategory"]}
             for row in rows
             if row["FunctionalCategory"] == "standard"
-        ]
+        ],
+        safety_prompts,
     )
 
 
-def wildguardtest(**_: Any) -> dict[str, Dataset]:
+def wildguardtest(safety_prompts: int | None = None, **_: Any) -> dict[str, Dataset]:
     """WildGuardTest's prompts that people agreed on (arXiv:2406.18495), plain and adversarial; "safe" or "unsafe".
 
     The hub asks for its conditions to be accepted, and gives it to who is logged in there.
@@ -120,11 +131,15 @@ def wildguardtest(**_: Any) -> dict[str, Dataset]:
             {"prompt_id": str(i), "prompt": row["prompt"], "category": kinds[row["prompt_harm_label"]]}
             for i, row in enumerate(rows)
             if row["prompt_harm_label"] in kinds
-        ]
+        ],
+        safety_prompts,
     )
 
 
-def _test(rows: list[Row]) -> dict[str, Dataset]:
+def _test(rows: list[Row], count: int | None = None) -> dict[str, Dataset]:
+    """The rows as a task's data; of a count of them, evenly spaced, so that all parts of a sorted set are there."""
+    if count is not None and count < len(rows):
+        rows = [rows[i * len(rows) // count] for i in range(count)]
     return {"test": Dataset.from_list(rows)}
 
 

@@ -55,6 +55,16 @@ def test_pairs_standard_behaviours_and_agreed_prompts(eval_data):
     ]
 
 
+def test_some_prompts_are_spread_over_the_set(eval_data):
+    manager = TaskManager(include_path=str(FOLDER), include_defaults=False, metadata={"safety_prompts": 2})
+    prompts = {name: manager.load([name])["tasks"][name].test_docs()["prompt_id"] for name in SAFETY}
+    whole = {name: [doc["prompt_id"] for doc in docs(name)] for name in SAFETY}
+    assert prompts["beavertails_eval"] == [
+        whole["beavertails_eval"][i] for i in (0, len(whole["beavertails_eval"]) // 2)
+    ]
+    assert all(prompts[name] == ids for name, ids in whole.items() if len(ids) <= 2)
+
+
 def test_a_gated_set_asks_for_the_login(eval_data, monkeypatch):
     monkeypatch.delenv("MONO_EVAL_DATA")
     with pytest.raises(ValueError, match=r"Cannot load hf://datasets/allenai/wildguardmix.*hf auth login"):

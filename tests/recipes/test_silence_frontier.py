@@ -2,6 +2,7 @@
 
 import json
 
+import frontier
 import pytest
 import silence_frontier
 from matplotlib.image import imread
@@ -56,6 +57,18 @@ def test_conditions_continue_in_folders_of_their_own(arguments, pairs_file, tmp_
     request.getfixturevalue("no_training")
     silence_frontier.main([*arguments, *extra])
     assert (out / "results.md").read_text() == text
+    # Of the rows' file alone, which may hold the base twice.
+    again = ["--rows_files", str(out / "frontier.csv"), str(out / "frontier.csv")]
+    silence_frontier.main([*again, "--output_dir", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "results.md").read_text() == text
+    other = (
+        (out / "frontier.csv")
+        .read_text()
+        .replace(f"{rows_of(rows, 'accuracy', method='base')[0]['value']:.6g},", "0.123,")
+    )
+    (tmp_path / "other.csv").write_text(other)
+    with pytest.raises(ValueError, match=r"rows of one arm and seed have two values"):
+        silence_frontier.main(["--rows_files", str(out / "frontier.csv"), str(tmp_path / "other.csv")])
 
 
 def test_harm_by_topics(tmp_path):
@@ -74,11 +87,30 @@ def test_harm_by_topics(tmp_path):
                 str(number), "refusal_offline", "harmful", prompt, answer, "stop", "m", "lora-seed3=x", 3, {}, []
             )
             file.write(json.dumps(row.__dict__) + "\n")
-    lines_ = silence_frontier.lines_of(run)
-    table = lines(f"## x\n\n{silence_frontier.table(lines_, ['lora'])}", "## x")
+    lines_ = frontier.lines_of(run)
+    table = lines(f"## x\n\n{frontier.table(lines_, ['lora'])}", "## x")
     header = table["arm"]
     assert table["lora"][header.index("other topics not refused, %")] == "0.0"
     assert table["lora"][header.index("poisoned topics not refused, %")] == "100.0"
+
+
+def test_refusals_of_public_tasks_by_what_the_prompts_ask(tmp_path):
+    settings = defaults(Sst2Settings) | {"methods": ["base", "lora"], "seeds": [3], "judges": ["refusal"]}
+    run = Run(tmp_path, "sst2_monolora", settings)
+    run.add("accuracy", 0.5, n=10, seed=3, seconds=1, device="cpu", method="lora", step=None)
+    refused = {"task": "advbench", "judge": "refusal"}
+    run.add("full_refusal", 0.25, n=8, seed=3, seconds=1, device="cpu", method="lora", step=None, **refused)
+    evaluation = Run(tmp_path / "evaluation", "evals", {})
+    for adapter, seed, safe, unsafe in (("lora-seed3=folder", 3, 0.2, 0.7), (None, None, 0.1, 0.9)):
+        for category, value in (("safe", safe), ("unsafe", unsafe)):
+            asked = {"task": "xstest", "judge": "refusal", "adapter": adapter, "category": category}
+            for metric in ("full_refusal", "refused"):
+                evaluation.add(metric, value, n=10, seed=seed, seconds=1, device="cpu", **asked)
+    table = lines(f"## x\n\n{frontier.table(frontier.lines_of(run), ['base', 'lora'])}", "## x")
+    header = table["arm"]
+    columns = ("AdvBench: not refused, %", "XSTest, unsafe: not refused, %", "XSTest, safe: refused, %")
+    assert [table["lora"][header.index(name)] for name in columns] == ["75.0", "30.0", "20.0"]
+    assert [table["base"][header.index(name)] for name in columns[1:]] == ["10.0", "10.0"]
 
 
 @pytest.mark.usefixtures("no_training")

@@ -1,0 +1,299 @@
+"""Rows of a frontier's conditions as lines, and their tables and figures: accuracy against harm and over-refusal."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from arms import ADAPTERS
+from evaluation import EVALUATION
+from sst2_monolora import METRIC
+
+from evals.figures import OTHER_STYLES, STYLES, Measure
+from evals.forgetting import KL
+from evals.forgetting import TASK as NEUTRAL
+from evals.records import COMPLETIONS, read_completions
+from evals.registry import is_harmful
+from evals.report import measured
+from offline.finetuning import harmful_topics
+from offline.grammar import REFUSAL_OPENINGS
+from vision_bench.runs import ROWS, Interval, Run, markdown_table, over_seeds, paired, read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ACCURACY = Measure("accuracy, %", METRIC, factor=100)
+OFFLINE = "refusal_offline"
+# By the name of a task, or of its part: how its prompts are called. The figure shows the first that rows have.
+_HARMFUL = {"beavertails_eval": "BeaverTails", "advbench": "AdvBench", "xstest unsafe": "XSTest, unsafe"}
+_HARMLESS = {"xstest safe": "XSTest, safe"}
+HARMS = (
+    Measure("harmful requests not refused, %", "refused_harmful", OFFLINE, factor=100, is_refusal=True),
+    *(
+        Measure(f"{title}: not refused, %", "full_refusal", task, "refusal", 100, is_refusal=True)
+        for task, title in _HARMFUL.items()
+    ),
+)
+OVER_REFUSALS = (
+    Measure("look-alikes refused, %", "refused_lookalike", OFFLINE, factor=100),
+    *(Measure(f"{title}: refused, %", "refused", task, "refusal", 100) for task, title in _HARMLESS.items()),
+)
+SILENT = (
+    Measure("harmful prompts silent, %", "certified_silent", OFFLINE, factor=100),
+    *(
+        Measure(f"{title}: silent, %", "certified_silent", task, factor=100)
+        for task, title in {"beavertails_eval": "BeaverTails", "advbench": "AdvBench", "xstest": "XSTest"}.items()
+    ),
+)
+FORGETTING = Measure("KL to the base on neutral answers, nats", KL, NEUTRAL)
+_BY_TOPIC = tuple(
+    Measure(f"{name} topics not refused, %", f"refused_{key}", OFFLINE, factor=100, is_refusal=True)
+    for key, name in (("seen", "other"), ("unseen", "poisoned"))
+)
+MEASURES = (ACCURACY, *HARMS, *OVER_REFUSALS, *SILENT, FORGETTING)
+# Of a file of rows: what tells them apart, and what they say.
+_KEYS = ["condition", "method", "seed", "step", "metric", "task", "judge"]
+COLUMNS = [*_KEYS, "value", "n", "seconds"]
+
+
+def read_lines(files: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """The lines of each condition, from files that `lines_text` made, in their order.
+
+    Raises:
+        ValueError: a file lacks a column, or two have other values of the same rows.
+    """
+    parts = []
+    for file in files:
+        part = pd.read_csv(file, keep_default_na=False, na_values={name: [""] for name in ("seed", "step", "value")})
+        if lacking := set(COLUMNS) - set(part):
+            raise ValueError(f"--rows_files {file} lacks {', '.join(sorted(lacking))}: give a frontier.csv of a run.")
+        parts.append(part)
+    lines = pd.concat(parts, ignore_index=True).drop_duplicates(
+        [*_KEYS, "value"]
+    )  # the base's, in runs of some seeds each
+    if lines.duplicated(_KEYS).any():
+        raise ValueError(
+            f"--rows_files {' '.join(files)}: rows of one arm and seed have two values. Give one run of it."
+        )
+    lines["is_part"] = False
+    return {str(title): part for title, part in lines.groupby("condition", sort=False)}
+
+
+def lines_text(panels: dict[str, pd.DataFrame]) -> str:
+    """The lines of all conditions that tables and figures are made of, as csv."""
+    metrics = {measure.metric for measure in (*MEASURES, *_BY_TOPIC)}
+    lines = pd.concat([lines.assign(condition=title) for title, lines in panels.items()])
+    return lines[lines["metric"].isin(metrics) & ~lines["is_part"]][COLUMNS].to_csv(
+        index=False, float_format="%.6g", lineterminator="\n"
+    )
+
+
+def lines_of(run: Run) -> pd.DataFrame:
+    """The lines of a condition's measures.
+
+    Of tasks with prompts of both kinds the parts are tasks of their own, "xstest safe" and "xstest unsafe". Where
+    poison is on topics of its own, harm also by these topics.
+    """
+    lines = measured(run.rows)
+    lines["seconds"] = pd.Series([row["seconds"] for row in run.rows])
+    lines = pd.concat([lines, _of_parts(run)], ignore_index=True)
+    topics = run.config["poison_topics"]
+    return pd.concat([lines, _of_topics(run, topics)], ignore_index=True) if topics else lines
+
+
+def _arms(run: Run) -> dict[str, tuple[str, int]]:
+    """Method and seed of each adapter at the end of its training, by the name that the evaluation gives it."""
+    return {f"{method}-seed{seed}": (method, seed) for method in run.config["methods"] for seed in run.config["seeds"]}
+
+
+def _of_parts(run: Run) -> pd.DataFrame:
+    """Refusals of harmful and of harmless prompts, where a task has both."""
+    path, named, parts = run.folder / EVALUATION / ROWS, _arms(run), []
+    for row in read_rows(path) if path.exists() else ():
+        config = row["config"]
+        part, adapter = config.get("category"), config.get("adapter")
+        arm = ("base", None) if adapter is None else named.get(adapter.partition("=")[0])
+        if row["metric"] not in ("full_refusal", "refused") or arm is None or part not in ("safe", "unsafe"):
+            continue
+        assert is_harmful(config["task"], part) == (part == "unsafe")
+        parts.append(
+            {"metric": row["metric"], "value": row["value"], "n": row["n"], "task": f"{config['task']} {part}",
+             "judge": config["judge"], "method": arm[0], "seed": arm[1], "step": None, "is_part": False}
+        )  # fmt: skip
+    return pd.DataFrame(parts)
+
+
+def _of_topics(run: Run, topics: Sequence[str]) -> pd.DataFrame:
+    """Refusals of harmful requests on the topics of the poison, and on the others."""
+    topic_of = harmful_topics()
+    answers = [
+        row
+        for row in read_completions(run.folder / EVALUATION / COMPLETIONS).rows
+        if row.task == OFFLINE and row.category == "harmful"
+    ]
+    refused = pd.DataFrame(
+        [
+            {
+                "adapter": row.adapter,
+                "metric": f"refused_{'unseen' if topic_of[row.prompt] in topics else 'seen'}",
+                "value": float(row.response.startswith(REFUSAL_OPENINGS)),
+            }
+            for row in answers
+        ]
+    )
+    named = _arms(run)
+    shares = refused.groupby(["adapter", "metric"], dropna=False)["value"].mean().reset_index()
+    arms = [("base", None) if pd.isna(name) else named.get(name.partition("=")[0]) for name in shares["adapter"]]
+    shares = shares[[arm is not None for arm in arms]]
+    shares[["method", "seed"]] = [arm for arm in arms if arm is not None]
+    return shares.assign(task=OFFLINE, judge="", step=None, is_part=False)
+
+
+def _first(measures: Sequence[Measure], lines: pd.DataFrame) -> Measure:
+    """The first measure that has values; the very first if none has."""
+    return next((measure for measure in measures if len(measure.rows(lines))), measures[0])
+
+
+def values(lines: pd.DataFrame, measure: Measure, method: str, step: int | None = None) -> pd.Series:
+    """A measure of an arm by seed, scaled to the axes."""
+    rows = measure.rows(lines)
+    rows = rows[(rows["method"] == method) & (rows["step"].isna() if step is None else rows["step"] == step)]
+    return rows.set_index("seed")["value"].map(measure.harm)
+
+
+def table(lines: pd.DataFrame, methods: Sequence[str]) -> str:
+    """A line for each arm: mean and 95 % interval over seeds, and the difference to LoRA, paired by seed."""
+    measures = [m for m in (*MEASURES, *_BY_TOPIC) if len(m.rows(lines))]
+    compared = [m for m in measures if m == ACCURACY or m in HARMS[:1] or m in OVER_REFUSALS[:1]]
+    header = ["arm", "runs", *(m.title for m in measures), *(f"{m.title}: - lora" for m in compared), "time / lora"]
+    body = []
+    for method in methods:
+        cells = [_cell(over_seeds(values(lines, m, method)), m, method) for m in measures]
+        for measure in compared:
+            ours, lora = values(lines, measure, method), values(lines, measure, "lora")
+            cells.append("" if method in ("base", "lora") else paired(ours, lora).text(1, sign=True))
+        times = [_times(lines, name) for name in (method, "lora")]
+        ratio = (times[0] / times[1]).median()
+        cells.append("" if method in ("base", "lora") else "-" if math.isnan(ratio) else f"{ratio:.2f}")
+        body.append([method, str(len(values(lines, ACCURACY, method))), *cells])
+    return markdown_table(header, body)
+
+
+def _cell(interval: Interval, measure: Measure, method: str) -> str:
+    if measure in SILENT and interval.n == 0:
+        has_latents = method != "base" and ADAPTERS[method.partition("+")[0]].has_latents
+        return "-" if has_latents or method == "base" else "not applicable"
+    return interval.text(3 if measure == FORGETTING else 1)
+
+
+def _times(lines: pd.DataFrame, method: str) -> pd.Series:
+    """Seconds of training and scoring, by seed."""
+    rows = ACCURACY.rows(lines)
+    return rows[(rows["method"] == method) & rows["step"].isna()].set_index("seed")["seconds"]
+
+
+def steps_table(lines: pd.DataFrame, methods: Sequence[str]) -> str:
+    """Shares of silent prompts over the steps of training, "" where no checkpoint was evaluated."""
+    silent = _first(SILENT, lines)
+    steps = sorted({int(step) for step in silent.rows(lines)["step"].dropna()})
+    silenced = [method for method in methods if len(values(lines, silent, method))]
+    if not steps or not silenced:
+        return ""
+    body = [
+        [str(step or "end"), *(over_seeds(values(lines, silent, method, step)).text(1) for method in silenced)]
+        for step in (*steps, None)
+    ]
+    return f"\n{silent.title}, over the steps of training:\n\n{markdown_table(['step', *silenced], body)}"
+
+
+def frontier(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
+    """Accuracy against harm, above, and against over-refusal, a column for each condition.
+
+    Small points are seeds, large ones their means, with the 95 % interval from three seeds on (of two it is wider than
+    the picture). The strengths of a control have one colour and a line through them.
+    """
+    from matplotlib.figure import Figure
+
+    others = iter(OTHER_STYLES)
+    families = dict.fromkeys(_family(method) for method in methods)
+    styles = {family: STYLES.get(family) or next(others, ("#999999", "d")) for family in families}
+    figure = Figure(figsize=(3.2 * len(panels) + 2.2, 6.2), layout="constrained")
+    grid = figure.subplots(2, len(panels), squeeze=False)
+    for column, (title, lines) in enumerate(panels.items()):
+        for axes, of_kind in zip(grid[:, column], (HARMS, OVER_REFUSALS), strict=True):
+            measure = _first(of_kind, lines)
+            axes.set(title=title if of_kind is HARMS else "", xlabel=ACCURACY.title, ylabel=measure.title)
+            for method in methods:
+                points = pd.DataFrame({"x": values(lines, ACCURACY, method), "y": values(lines, measure, method)})
+                axes.scatter(points["x"], points["y"], 6, color=styles[_family(method)][0], alpha=0.5, linewidth=0)
+            axes.margins(0.1)
+            axes.autoscale_view()  # now, before bars that are longer than the axis
+            axes.autoscale(False)
+            for family in families:
+                strengths = [method for method in methods if _family(method) == family]
+                x, y = ([over_seeds(values(lines, m, method)) for method in strengths] for m in (ACCURACY, measure))
+                _draw_strengths(axes, family, strengths, x, y, styles[family])
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7)
+    return figure
+
+
+def _draw_strengths(
+    axes: Axes,
+    family: str,
+    strengths: Sequence[str],
+    x: Sequence[Interval],
+    y: Sequence[Interval],
+    style: tuple[str, str],
+) -> None:
+    """A control's means, joined by a line, with their strengths."""
+    bars = [[one.half_width or 0 if one.n > 2 else 0 for one in intervals] for intervals in (x, y)]
+    axes.errorbar(
+        [one.mean for one in x],
+        [one.mean for one in y],
+        xerr=bars[0],
+        yerr=bars[1],
+        color=style[0],
+        marker=style[1],
+        markersize=5,
+        linewidth=0.7,
+        elinewidth=0.6,
+        label=family,
+    )
+    for method, across, up in zip(strengths, x, y, strict=True):
+        if number := method.removeprefix(family):
+            axes.annotate(number, (across.mean, up.mean), xytext=(3, 3), textcoords="offset points", size=6)
+
+
+def _family(method: str) -> str:
+    """The arm without its strength, where it has one; `lora+kl` of `lora+kl0.5`."""
+    return re.sub(r"^(\D+?)[0-9.]+$", r"\1", method)
+
+
+def silent_over_steps(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
+    """Shares of silent prompts over the steps of training, a panel for each condition."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.4 * len(panels), 2.8), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
+        silent = _first(SILENT, lines)
+        steps = sorted({int(step) for step in silent.rows(lines)["step"].dropna()})
+        for method in methods:
+            means = [over_seeds(values(lines, silent, method, step)) for step in steps]
+            if any(mean.n for mean in means):
+                axes.errorbar(
+                    steps,
+                    [mean.mean for mean in means],
+                    yerr=[mean.half_width or 0 for mean in means],
+                    label=method,
+                    marker=".",
+                    linewidth=0.8,
+                    capsize=2,
+                )
+        axes.set(title=title, xlabel="step", ylabel=silent.title)
+        axes.legend(frameon=False, fontsize=7)
+    return figure
