@@ -66,6 +66,8 @@ class ControlSettings:
         for arm in self.arms:
             if arm != "poly_decay":
                 kinds.find(arm)
+            if kinds.head_of(arm) is not None:
+                raise ValueError(f"arms has {arm}, a head of a frozen model, which python -m vision_bench trains.")
 
 
 @dataclass

@@ -81,6 +81,8 @@ class Settings:
     seeds: list[int] = option([0, 1, 2, 3, 4], help="of probes, wrong labels and drawn images")
     sae_k: int | None = option(None, help="active latents; by default an eighth of the dimensions of the features")
     sae_epochs: int = option(50, help="of the training of autoencoders")
+    head_views: int = option(3, help="augmented views of each training image that heads are trained on")
+    head_epochs: int = option(20, help="of the training of heads")
     probe_epochs: int = option(50, help="of the training of probes")
     standardize: bool = option(False, help="standardise each feature before probing")
     batch_size: int = option(256, help="images of a forward pass", changes_results=False)
@@ -107,9 +109,11 @@ class Settings:
         learners.check(self.learners)
         if not self.seeds or min(self.seeds) < 0:
             raise ValueError(f"seeds is {list(self.seeds)}; it takes integers of at least 0.")
+        if self.head_views < 2:
+            raise ValueError(f"head_views is {self.head_views}; a head is trained on pairs of views, at least 2.")
         if self.layer is not None and self.layer not in models.LAYERS:
             raise ValueError(f"layer is {self.layer!r}; it must be one of {', '.join(models.LAYERS)}.")
-        for name in ("image_size", "limit", "sae_k", "sae_epochs", "probe_epochs", "batch_size"):
+        for name in ("image_size", "limit", "sae_k", "sae_epochs", "head_epochs", "probe_epochs", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
@@ -120,6 +124,11 @@ class Settings:
         self.read_human_labels()
         if self.cache.exists() and not self.cache.is_dir():
             raise ValueError(f"cache_dir is {self.cache}, which is a file; name a folder.")
+
+    @property
+    def heads(self) -> list[str]:
+        """The heads that kinds of features are made with."""
+        return list(dict.fromkeys(head for head in map(kinds.head_of, self.features) if head is not None))
 
     @property
     def cache(self) -> Path:
