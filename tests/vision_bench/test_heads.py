@@ -145,6 +145,6 @@ def test_the_command_measures_heads_and_learners_beside_raw(tmp_path, monkeypatc
     # One more learner and head: no image is passed again, and what was measured stays.
     before = rows(tmp_path, "tree_top1")
     monkeypatch.setattr(features, "embed", lambda *_, **__: pytest.fail("a forward pass"))
-    main([*arguments[:-5], "simclr_head", "raw", "--learners", "k_sparse_1", "tree", "--resume"])
+    main([*arguments[:-5], "simclr_head", "--learners", "k_sparse_1", "tree", "--resume"])
     assert rows(tmp_path, "k_sparse_1_top1", features="simclr_head")
     assert rows(tmp_path, "tree_top1")[: len(before)] == before
