@@ -42,6 +42,9 @@ class Settings:
 
     models: list[str] = option([], help="see above", positional=True, metavar="MODEL", changes_results=False)
     random_init: list[str] = option([], help="also NAMEs of timm, or small_conv, at random", changes_results=False)
+    weights: str | None = option(
+        None, help="safetensors file for a MODEL of timm, as MODEL=FILE; names are mapped", changes_results=False
+    )
     output_dir: str = option(help="gets the table, the figure and results.jsonl", changes_results=False)
     dataset: str = option("digits", help="or cifar10, cifar100, imagenet100, a folder, a set of the hub")
     data_root: str | None = option(None, help="folder of the data set's files", changes_results=False)
@@ -96,6 +99,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.models and not self.random_init:
             raise ValueError("models is empty; name at least one, or give --random_init NAME.")
+        if self.weights is not None and len(self.models) != 1:
+            raise ValueError(f"weights is {self.weights}, the file of one model; name one, not {len(self.models)}.")
         for name in ("models", "random_init", "seeds", "features"):
             values = list(getattr(self, name))
             if len(set(values)) < len(values):
@@ -124,6 +129,11 @@ class Settings:
         self.read_human_labels()
         if self.cache.exists() and not self.cache.is_dir():
             raise ValueError(f"cache_dir is {self.cache}, which is a file; name a folder.")
+
+    @property
+    def model_names(self) -> list[str]:
+        """The models as `zoo.load` takes them."""
+        return [name if self.weights is None else f"{name}={self.weights}" for name in self.models]
 
     @property
     def heads(self) -> list[str]:

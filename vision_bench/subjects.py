@@ -152,7 +152,7 @@ def find_subjects(settings: Settings, device: torch.device, progress: bool) -> l
         ValueError: a model, a corruption or a data set is not as it must be.
     """
     # Every model before any image, because to read the images may take long.
-    frozen = [zoo.load(name) for name in settings.models]
+    frozen = [zoo.load(name) for name in settings.model_names]
     frozen += [zoo.load(name, random=True) for name in settings.random_init]
     for model in frozen:
         _layer(model, settings)
