@@ -252,4 +252,5 @@ def _head(subject: Subject, name: str, settings: Settings, accelerator: Accelera
     checkpoint_dir = folder.parent / f"{name}-{source}-epochs{settings.head_epochs}-k{config.k}"
     # Another run with this cache may be training the same head.
     with locked(checkpoint_dir, timeout=-1) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()  # so that all find the same in the folder
         return fit_head(checkpoint_dir, name, load, source, config, accelerator, progress=True)

@@ -58,14 +58,14 @@ class Frozen:
         train: features (n, d) of the training images under each frozen model, for kinds that are fitted to them.
         fit_autoencoder: trains an autoencoder of the `directions` of `BASE`, or reads it, given which half of it
             keeps its random weights ("encoder", "decoder" or None); called once for each that a kind needs.
-        heads: the trained heads of `BASE` by their names, of `heads.HEADS`, for the kinds of these names.
         seed: of what is drawn at random.
+        heads: the trained heads of `BASE` by their names, of `heads.HEADS`, for the kinds of these names.
     """
 
     train: Outputs
     fit_autoencoder: Callable[[str | None], sae.TopKAutoencoder] | None = None
-    heads: Mapping[str, Head] = field(default_factory=dict)
     seed: int = 0
+    heads: Mapping[str, Head] = field(default_factory=dict)
     _fitted: dict[str | None, sae.TopKAutoencoder] = field(default_factory=dict, init=False, repr=False)
 
     def autoencoder(self, frozen: str | None = None) -> sae.TopKAutoencoder:
