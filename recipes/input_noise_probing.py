@@ -23,17 +23,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from probing import (
-    FEATURES,
-    ControlSettings,
-    LearnerSettings,
-    controlled_grid,
-    draw_gain_parts,
-    experiment,
-    notes,
-    probe_table,
-    run_experiment,
-)
+from probe_report import draw_gain_parts, notes, probe_table
+from probing import FEATURES, ControlSettings, LearnerSettings, controlled_grid, experiment, run_experiment
 from vision import PretrainingSettings, ProbingSettings, models_of
 
 from vision_bench import figures

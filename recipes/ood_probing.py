@@ -37,17 +37,8 @@ from typing import Any
 import pandas as pd
 import yaml
 from experiments import CannotShow
-from probing import (
-    FEATURES,
-    ControlSettings,
-    LearnerSettings,
-    controlled_grid,
-    draw_gain_parts,
-    experiment,
-    measure,
-    notes,
-    probe_table,
-)
+from probe_report import draw_gain_parts, notes, probe_table
+from probing import FEATURES, ControlSettings, LearnerSettings, controlled_grid, experiment, measure
 from vision import PretrainingSettings, ProbingSettings, begin, finish, load_splits
 
 from vision_bench import figures

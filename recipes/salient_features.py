@@ -32,17 +32,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from probing import (
-    FEATURES,
-    NoisyProbeSettings,
-    experiment,
-    noisy_grid,
-    over,
-    predictions,
-    probe_table,
-    run_experiment,
-    where_there_is_one,
-)
+from probe_report import over, probe_table, where_there_is_one
+from probing import FEATURES, NoisyProbeSettings, experiment, noisy_grid, predictions, run_experiment
 from vision import PretrainingSettings, ProbingSettings
 
 from vision_bench import figures

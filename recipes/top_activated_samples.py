@@ -28,18 +28,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from probing import (
-    FEATURES,
-    NoisyProbeSettings,
-    experiment,
-    measure,
-    noisy_grid,
-    over,
-    predictions,
-    probe_table,
-    seed_of_models,
-    where_there_is_one,
-)
+from probe_report import over, probe_table, where_there_is_one
+from probing import FEATURES, NoisyProbeSettings, experiment, measure, noisy_grid, predictions, seed_of_models
 from scipy.stats import spearmanr
 from vision import PretrainingSettings, ProbingSettings, finish, start
 

@@ -223,9 +223,10 @@ class _Run(training.Training):
             self.idle = torch.where(fired > 0, 0, self.idle + self.batch_size)
         else:
             z = self.module(pairs)
-        loss = info_nce(*z.chunk(2), self.config.temperature)
-        one, two = F.normalize(z.detach()).chunk(2)
-        self.learn(objective + loss, loss, one @ two.T, rows)
+        one, two = z.chunk(2)
+        loss = info_nce(one, two, self.config.temperature)
+        logits = F.normalize(one.detach()) @ F.normalize(two.detach()).T
+        self.learn(objective + loss, loss, logits, rows)
 
     def more_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return {"idle": self.idle}, {}
