@@ -30,6 +30,7 @@ from measuring import machine, options_of, ratios, seconds
 from torch.nn import functional as F
 
 from vision_bench import sae
+from vision_bench.geometric_median import geometric_median
 from vision_bench.metrics import fraction_of_variance_unexplained
 
 SIZES = ((2048, 2048, 256), (768, 12288, 32))
@@ -56,7 +57,7 @@ def start(d: int, d_latent: int, k: int, dead: float) -> sae.TopKAutoencoder:
     """Equal weights for every arm; a share of the latents is turned off."""
     model = sae.TopKAutoencoder(d, d_latent, k, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        model.pre_bias.copy_(sae.geometric_median(samples(1024, d, 1)))
+        model.pre_bias.copy_(geometric_median(samples(1024, d, 1)))
         model.latent_bias[: int(dead * d_latent)] = -100
     return model.train()
 

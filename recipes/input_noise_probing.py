@@ -23,7 +23,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from probing import FEATURES, ControlSettings, controlled_grid, experiment, notes, probe_table, run_experiment
+from probing import (
+    FEATURES,
+    ControlSettings,
+    controlled_grid,
+    draw_gain_parts,
+    experiment,
+    notes,
+    probe_table,
+    run_experiment,
+)
 from vision import PretrainingSettings, ProbingSettings, models_of
 
 from vision_bench import figures
@@ -127,6 +136,7 @@ def draw(run: Run) -> None:
         chance = [table.chance(CLEAN)] * len(columns)
         drawing = figures.band_curves([scale for _, scale in columns], table.curves(columns), label, chance)
         figures.save(run.folder / f"figure_2_{noise}", drawing)
+    draw_gain_parts(run, table, list(table.columns))
     noise, scale = PAPER_BAR
     if noise not in config["noises"] or scale not in config["scales"]:
         noise, scale = config["noises"][-1], max(config["scales"])
@@ -145,6 +155,7 @@ EXPERIMENT = experiment(
     pictures={
         "figure_2_*": "Figure 2(a, b): {} noise, ours",
         "figure_1b": "Figure 1(b), input noise: ours",
+        "gain_parts": "What the gains over poly consist of: ours",
     },
     report=report,
     draw=draw,

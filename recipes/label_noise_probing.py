@@ -3,7 +3,9 @@
     python recipes/label_noise_probing.py --output_dir runs/label_noise
     accelerate launch recipes/label_noise_probing.py --config recipes/configs/cifar100.yaml --output_dir runs/table1
 
-Linear classifiers on frozen features, trained on labels of which a share is wrong, tested on clean ones. The features
+Linear classifiers on frozen features, trained on labels of which a share is wrong, tested on clean ones. Wrong labels
+are uniform over the other classes; `--pair_flips` adds columns of labels that are those of the next class, and
+`--human_labels` one of the labels that people gave, from a table of counts or a file of labels. The features
 and the controls are those of vision_bench/kinds.py, and `poly_decay`, poly probed with the weight decay that is best
 for the rate.
 
@@ -17,18 +19,31 @@ of the features decides how far a probe comes, sae is about 9 points over poly a
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from paper import TABLE_1, TABLE_1_RATES
-from probing import FEATURES, ControlSettings, controlled_grid, experiment, notes, probe_table, run_experiment
+from probing import (
+    FEATURES,
+    ControlSettings,
+    controlled_grid,
+    draw_gain_parts,
+    experiment,
+    notes,
+    probe_table,
+    run_experiment,
+)
 from vision import PretrainingSettings, ProbingSettings, check_rates, highest_with_signal
 
 from vision_bench import figures
+from vision_bench.data import ImageSet
+from vision_bench.label_noise import HUMAN, LabelNoise, named, read_human_labels, words
+from vision_bench.probe import TRAINING
 from vision_bench.report import ProbeTable, with_widths
-from vision_bench.runs import Run, option, run_as_program
-from vision_bench.sweep import Grid, Test
+from vision_bench.runs import Run, file_checksum, option, over_seeds, run_as_program
+from vision_bench.sweep import WRONG_LABELS, Grid, Test
 
 
 @dataclass
@@ -36,30 +51,65 @@ class LabelNoiseSettings:
     """The noise on the training labels."""
 
     noise_rates: list[float] = option([i / 10 for i in range(10)], help="Shares of wrong training labels.")
+    pair_flips: list[float] = option([], help="Shares of labels that are those of the next class.")
+    human_labels: str | None = option(
+        None,
+        help="CSV file of what people said: counts of the true class (line) and the class given (column), or a label "
+        "for each training image.",
+        changes_results=False,
+    )
+    human_labels_sha256: str | None = field(default=None, init=False)  # which a run records, not where the file is
 
     def __post_init__(self) -> None:
         check_rates(self.noise_rates)
+        if self.pair_flips:
+            check_rates(self.pair_flips, "pair_flips")
+        if self.human_labels is not None:
+            read_human_labels(self.human_labels)
+            self.human_labels_sha256 = file_checksum(self.human_labels)
+
+    def probe_settings(self) -> dict[str, Any]:
+        """The labels that people gave, for all probes."""
+        return {"human_labels": None if self.human_labels is None else read_human_labels(self.human_labels)}
+
+    def check(self, pretraining: PretrainingSettings, splits: Mapping[str, ImageSet]) -> None:
+        """Raise ValueError if the labels that people gave are not of the training images."""
+        if people := self.probe_settings()["human_labels"]:
+            people.check(splits["train"].labels, splits["train"].num_classes)
 
 
 SETTINGS = (PretrainingSettings, ProbingSettings, ControlSettings, LabelNoiseSettings)
 
 
+def noises_of(config: Mapping[str, Any]) -> list[LabelNoise]:
+    """The noises on the training labels, which rows have as their `noise_rate`."""
+    pairs = [named("pair_flips", rate) for rate in config["pair_flips"]]
+    return [*config["noise_rates"], *pairs, *([HUMAN] if config["human_labels_sha256"] else [])]
+
+
 def grid(config: dict[str, Any], model_seed: int) -> Grid:
-    """The probes with the models of a pretraining: each arm at every rate, tested on the clean test images."""
+    """The probes with the models of a pretraining: each arm with every noise, tested on the clean test images."""
     return controlled_grid(
-        config, model_seed, [Test()], training_arm=lambda training: {"noise_rate": training.label_noise}
+        config,
+        model_seed,
+        [Test()],
+        training_arm=lambda training: {"noise_rate": training.label_noise},
+        noises=noises_of(config),
     )
 
 
 def table_of(run: Run) -> ProbeTable:
-    """The accuracies, a column for each rate."""
-    return probe_table(run, {rate: {"noise_rate": rate} for rate in run.config["noise_rates"]})
+    """The accuracies, a column for each noise."""
+    return probe_table(run, {noise: {"noise_rate": noise} for noise in noises_of(run.config)})
 
 
 def report(run: Run) -> str:
     """Table 1 with intervals, gains, what the features are, and the paper's numbers beside ours, as Markdown."""
     config, table = run.config, table_of(run)
-    rates, header = config["noise_rates"], [f"{100 * rate:g} %" for rate in config["noise_rates"]]
+    rates, header = noises_of(config), [words(noise) for noise in noises_of(config)]
+    if HUMAN in rates:
+        wrong = over_seeds(table.select(TRAINING[0], HUMAN, features="poly")[WRONG_LABELS])
+        header[-1] += f" ({100 * wrong.mean:.1f} % wrong)"
     accuracies, gains = [], []
     for (data, published), name in itertools.product(TABLE_1.items(), FEATURES):
         values = dict(zip(TABLE_1_RATES, published[name], strict=True))
@@ -99,6 +149,7 @@ def draw(run: Run) -> None:
         }
         for data, by in TABLE_1.items()
     }
+    draw_gain_parts(run, table, noises_of(run.config))
     if ours:
         beside = figures.gains_beside_paper(percents, ours, published, "wrong labels, %")
         figures.save(run.folder / "gains_beside_paper", beside)
@@ -116,6 +167,7 @@ EXPERIMENT = experiment(
         "figure_1b": "Figure 1(b), label noise: ours",
         "gains_beside_paper": "Table 1 as gains: ours (line, 95 % band) and the paper's (markers)",
         "all_rates": "Table 1, ours: all features and controls",
+        "gain_parts": "What the gains over poly consist of: ours",
     },
     report=report,
     draw=draw,

@@ -37,7 +37,16 @@ from typing import Any
 import pandas as pd
 import yaml
 from experiments import CannotShow
-from probing import FEATURES, ControlSettings, controlled_grid, experiment, measure, notes, probe_table
+from probing import (
+    FEATURES,
+    ControlSettings,
+    controlled_grid,
+    draw_gain_parts,
+    experiment,
+    measure,
+    notes,
+    probe_table,
+)
 from vision import PretrainingSettings, ProbingSettings, begin, finish, load_splits
 
 from vision_bench import figures
@@ -243,6 +252,7 @@ def draw(run: Run) -> None:
     config, table = run.config, table_of(run)
     bars = table.bars({"no shift": CLEAN, **{name: name for name in config["shifts"]}}, FEATURES)
     figures.save(run.folder / "figure_2c", figures.accuracy_bars(*bars))
+    draw_gain_parts(run, table, [CLEAN, *config["shifts"]])
     for name in config["corruptions"]:
         columns: list[Hashable] = [CLEAN, *((name, severity) for severity in range(1, SEVERITIES + 1))]
         chance = [table.chance(column) for column in columns]
@@ -261,6 +271,7 @@ EXPERIMENT = experiment(
     "numbers).",
     pictures={
         "figure_2c": "Figure 2(c): ours",
+        "gain_parts": "What the gains over poly consist of: ours",
         "severities_*": "Accuracy by severity of the corruptions of {}: ours",
     },
     report=report,

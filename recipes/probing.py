@@ -29,8 +29,9 @@ from vision import (
     start,
 )
 
-from vision_bench import features, kinds, models, sae
+from vision_bench import features, figures, gain_parts, kinds, models, sae
 from vision_bench.data import ImageSet
+from vision_bench.label_noise import LabelNoise
 from vision_bench.metrics import chance_level
 from vision_bench.models import ContrastiveModel
 from vision_bench.probe import Probes
@@ -41,6 +42,7 @@ from vision_bench.sweep import Arm, Fitted, Grid, Measured, Test, Training, rows
 FEATURES = ("poly", "sae", "ncl")
 ARMS = (*FEATURES, "poly_decay", "poly_unit", "random_relu", "random_mask")
 RANDOM = ("poly_unit", "random_relu")  # what sae and ncl must beat to have gained by what they learnt
+NAMES = gain_parts.RawNames("poly", "poly_unit")
 METHODS = {"simclr": kinds.BASE, "ncl": kinds.NCL}
 CHUNK = 8192  # rows of features that are classified at once
 
@@ -53,14 +55,16 @@ class ControlSettings:
     """The arms of a table of probes."""
 
     decays: list[float] = option([1e-4, 1e-3, 1e-2, 1e-1], help="Weight decays that poly_decay may take.")
-    arms: list[str] = option(list(ARMS), help="Kinds of features of vision_bench/kinds.py, and poly_decay; with poly.")
+    arms: list[str] = option(list(ARMS), help="Kinds of vision_bench/kinds.py, poly_decay; with poly.")
 
     def __post_init__(self) -> None:
         if not self.decays or len(set(self.decays)) < len(self.decays) or min(self.decays) < 0:
             raise ValueError(f"decays is {self.decays}; it takes different weight decays of at least 0.")
-        names = [*kinds.KINDS, "poly_decay"]
-        if not set(self.arms) <= set(names) or "poly" not in self.arms or len(set(self.arms)) < len(self.arms):
-            raise ValueError(f"arms is {self.arms}; it takes poly and others of {', '.join(names)}, each once.")
+        if "poly" not in self.arms or len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"arms is {self.arms}; it takes poly and others, each once.")
+        for arm in self.arms:
+            if arm != "poly_decay":
+                kinds.find(arm)
 
 
 @dataclass
@@ -131,22 +135,24 @@ def controlled_grid(
     training_arm: Callable[[Training], dict[str, Any]] = lambda training: {},
     test_arm: Callable[[Test], dict[str, Any]] = lambda test: {},
     losses: Mapping[str, tuple[float, float]] | None = None,
+    noises: Sequence[LabelNoise] = (0.0,),
 ) -> Grid:
-    """The probes with the models of a pretraining, for every loss, weight decay, seed and rate of wrong labels.
+    """The probes with the models of a pretraining, for every loss, weight decay, seed and noise on the labels.
 
     Args:
-        config: of the run; without noise_rates all labels are right.
+        config: of the run.
         model_seed: of the pretraining.
         tests, training_arm, test_arm: as `Grid`; rows of a training also have their weight decay.
         losses: (alpha, beta) by name; None is cross entropy without a name.
+        noises: on the training labels.
     """
     trainings = {
         name: [
-            Training(rate, alpha=alpha, beta=beta, weight_decay=decay, loss=loss, seed=seed)
+            Training(noise, alpha=alpha, beta=beta, weight_decay=decay, loss=loss, seed=seed)
             for loss, (alpha, beta) in (losses or {"": (1.0, 0.0)}).items()
             for decay in decays
             for seed in models_of(config)[model_seed]
-            for rate in config.get("noise_rates", [0.0])
+            for noise in noises
         ]
         for name, decays in {"poly_decay": config["decays"], "": [0.0]}.items()
     }
@@ -184,10 +190,23 @@ def cells_of(grid: Grid, model_seed: int) -> Iterator[Cell]:
     A chance level is of all rows, and of each shift, as the classes of its images may have other shares.
     """
     yield from (cell for name in grid.arms for cell in grid.cells(name))
-    yield from (Cell(metric, model_seed) for metric in sae.QUALITY)
+    yield from (
+        Cell(metric, model_seed, {"features": None if name == "sae" else name})
+        for name in autoencoders(grid.arms)
+        for metric in sae.QUALITY
+    )
     arms = [grid.test_arm(test) for test in grid.tests]
     shifts = dict.fromkeys(arm["shift"] for arm in arms if "shift" in arm)
     yield from (Cell(CHANCE, None, arm) for arm in ({}, *({"shift": shift} for shift in shifts)))
+
+
+def autoencoders(arms: Iterable[str]) -> list[str]:
+    """The kinds that are latents of an autoencoder whose quality is measured: `sae`, and those among the arms.
+
+    Rows of `sae` do not name it, as they did not when it was the only one.
+    """
+    named = {arm.removesuffix(kinds.RANDOM_BASIS) for arm in arms}
+    return [name for name in kinds.AUTOENCODERS if name == "sae" or name in named]
 
 
 class FrozenModels(NamedTuple):
@@ -203,10 +222,15 @@ def frozen_models(
     pretraining: PretrainingSettings,
     probing: ProbingSettings,
     seed: int,
+    arms: Iterable[str],
     splits: Mapping[str, ImageSet],
     accelerator: Accelerator,
 ) -> FrozenModels:
-    """The models of a seed, trained or loaded, by all processes; adds the rows of the autoencoder and of chance."""
+    """The models of a seed, trained or loaded, by all processes; adds the rows of autoencoders and of chance.
+
+    Args:
+        arms: which decide what autoencoders there are beside that of `sae`.
+    """
     trained = {
         method: pretrained(pretraining, method, seed, splits, accelerator).model.to(accelerator.device)
         for method in METHODS
@@ -220,30 +244,36 @@ def frozen_models(
                 folder, model, images, split, [probing.layer], progress=True, checkpoint=checkpoint
             )
             outputs[split][METHODS[method]] = features.load(folder, probing.layer, source)
-    train, test = (F.normalize(outputs[split][kinds.BASE]) for split in ("train", "test"))
-    directions = train[train.any(dim=1)]  # a row of zeros has none
-    encoder = sae.fit(
-        directions,
-        probing.sae_latents or train.shape[1],
-        probing.sae_k,
-        epochs=probing.sae_epochs,
-        learning_rate=probing.sae_learning_rate,
-        batch_size=min(256, len(directions)),
-        seed=seed,
-        accelerator=accelerator,
-        checkpoint_dir=run.folder / "sae" / str(seed),
-        progress=True,
-    ).autoencoder
+    directions, test = kinds.directions(outputs["train"][kinds.BASE]), F.normalize(outputs["test"][kinds.BASE])
+    halves = {name: kinds.AUTOENCODERS[name] for name in autoencoders(arms)}
+    fitted = {
+        half: sae.fit(
+            directions,
+            probing.sae_latents or directions.shape[1],
+            probing.sae_k,
+            epochs=probing.sae_epochs,
+            learning_rate=probing.sae_learning_rate,
+            batch_size=min(256, len(directions)),
+            seed=seed,
+            frozen=half,
+            accelerator=accelerator,
+            checkpoint_dir=run.folder / "sae" / (str(seed) if half is None else f"{seed}-frozen-{half}"),
+            progress=True,
+        ).autoencoder
+        for half in halves.values()
+    }
     if accelerator.is_main_process:
         timed: dict[str, Any] = {"n": len(test), "seconds": 0.0, "device": device_name(accelerator.device)}
         if not run.find(CHANCE):
             level = chance_level(splits["test"].labels, splits["test"].num_classes)
             run.add(CHANCE, level, seed=None, **timed, split="test")
-        for metric, value in zip(sae.QUALITY, sae.evaluate(encoder, test), strict=True):
-            if not run.find(metric, seed=seed):
-                run.add(metric, value, seed=seed, **timed)
+        for name, half in halves.items():
+            arm = {} if name == "sae" else {"features": name}
+            for metric, value in zip(sae.QUALITY, sae.evaluate(fitted[half], test), strict=True):
+                if not run.find(metric, seed=seed, features=arm.get("features")):
+                    run.add(metric, value, seed=seed, **timed, **arm)
     by_kind = {METHODS[method]: model for method, model in trained.items()}
-    return FrozenModels(by_kind, kinds.Frozen(outputs["train"], lambda: encoder, seed), outputs["test"])
+    return FrozenModels(by_kind, kinds.Frozen(outputs["train"], fitted.__getitem__, seed), outputs["test"])
 
 
 def measure(
@@ -259,7 +289,8 @@ def measure(
     """Add the rows of a recipe that the run lacks, pretraining seed after pretraining seed; all processes call this.
 
     Args:
-        settings: `PretrainingSettings` and `ProbingSettings` first.
+        settings: `PretrainingSettings` and `ProbingSettings` first. What `probe_settings` of any of them returns are
+            arguments of `sweep.fit`.
         images: of a test other than the first, which has the test images as they are; by default these too.
         study: as `sweep` takes it; it is called for one arm at a time.
     """
@@ -270,7 +301,7 @@ def measure(
         whole = grid(run.config, model_seed)
         if not run.lacking(cells_of(whole, model_seed)):
             return
-        models = frozen_models(run, settings[0], probing, model_seed, splits, accelerator)
+        models = frozen_models(run, settings[0], probing, model_seed, whole.arms, splits, accelerator)
 
         def load(test: Test) -> tuple[kinds.Outputs, torch.Tensor]:
             start, shown = time.monotonic(), splits["test"] if images is None else images(test)
@@ -289,6 +320,9 @@ def measure(
                 run.add(CHANCE, level, **about, **shift)
             return outputs, shown.labels
 
+        settled: dict[str, Any] = {}  # of all probes
+        for part in settings:
+            settled |= part.probe_settings() if hasattr(part, "probe_settings") else {}
         # With one test an arm is done once it is probed; the images of several tests are made once for all arms.
         parts = [{name: arm} for name, arm in whole.arms.items()] if len(whole.tests) == 1 else [whole.arms]
         for arms in parts if accelerator.is_main_process else ():
@@ -302,7 +336,7 @@ def measure(
                 lacking=run.lacking,
                 study=study,
                 progress=True,
-                **probing.probe_settings(),
+                **settled,
             )
             for batch in rows(run, batches, device):
                 run.add_rows(batch)
@@ -344,15 +378,42 @@ def over(config: Mapping[str, Any]) -> str:
     return f"Mean ± half-width of the 95 % interval over {len(config['seeds'])} seeds ({varied})."
 
 
-def notes(run: Run, table: ProbeTable, columns: Iterable[Hashable]) -> str:
-    """Explain the tables of probes, as Markdown; `columns` are those of all tables of accuracies, in their order."""
+def columns_in_words(table: ProbeTable, columns: Iterable[Hashable]) -> dict[str, Hashable]:
+    """The columns by what their settings are."""
+    return {
+        ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in table.columns[column].items()): column
+        for column in columns
+    }
+
+
+def draw_gain_parts(run: Run, table: ProbeTable, columns: Iterable[Hashable]) -> None:
+    """Draw what the gains consist of, if the twins of features are among the arms."""
+    if panels := gain_parts.dots(table, columns_in_words(table, columns), NAMES):
+        figures.save(run.folder / "gain_parts", figures.gain_dots(panels))
+
+
+def notes(run: Run, table: ProbeTable, columns: Sequence[Hashable]) -> str:
+    """Explain the tables of probes, as Markdown; `columns` are those of all tables of accuracies, in their order.
+
+    Before stands what the gains consist of, if the twins of features are among the arms.
+    """
     config = run.config
-    quality = [over_seeds(select(table.rows, metric)["value"]) for metric in sae.QUALITY]
-    fvu, l0, dead = (interval.text(3) for interval in quality)
+    parts = ""
+    if gain_parts.explained_kinds(table.arms, NAMES):
+        shown, equivariant = columns_in_words(table, columns), not config["standardize"]
+        parts = "\n## What the gains over poly consist of\n\n"
+        parts += gain_parts.markdown(table, shown, NAMES, is_equivariant=equivariant)
+    qualities = {
+        name: [
+            over_seeds(select(table.rows, metric, features=None if name == "sae" else name)["value"])
+            for metric in sae.QUALITY
+        ]
+        for name in autoencoders(table.arms)
+    }
     unscaled = "The scale of features decides how far these probes come (rescale: false).\n"
     by_column = (table.decays[column] for column in columns)
     decays = ", ".join(f"{by_arm['poly_decay']:g}" for by_arm in by_column if "poly_decay" in by_arm)
-    return (
+    return parts + (
         f"\n{over(config)}\n"
         "The paper's numbers are of another scale (ResNet-18, 200 epochs, 16384-2048 projector) unless that is what\n"
         "was run here. Consistency, sparsity and live dimensions are of the clean test images; chance is the\n"
@@ -361,5 +422,11 @@ def notes(run: Run, table: ProbeTable, columns: Iterable[Hashable]) -> str:
         f"themselves, which favours it (those it took, column after column of all tables: {decays});\n"
         "poly_unit, random_relu, random_mask: see vision_bench/kinds.py.\n"
         f"{TRAINING_NOTE}{unscaled * (not config['rescale'])}"
-        f"SAE on test images: FVU {fvu}, L0 {l0}, dead {dead}.\n" + unexplained({"sae": quality[0].mean})
+        + "".join(
+            "{} on test images: FVU {}, L0 {}, dead {}.\n".format(
+                "SAE" if name == "sae" else name, *(interval.text(3) for interval in quality)
+            )
+            for name, quality in qualities.items()
+        )
+        + unexplained({name: quality[0].mean for name, quality in qualities.items()})
     )

@@ -24,7 +24,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from probing import FEATURES, ControlSettings, controlled_grid, experiment, notes, probe_table, run_experiment
+from probing import (
+    FEATURES,
+    ControlSettings,
+    controlled_grid,
+    draw_gain_parts,
+    experiment,
+    notes,
+    probe_table,
+    run_experiment,
+)
 from vision import PretrainingSettings, ProbingSettings, check_rates, highest_with_signal
 
 from vision_bench import figures
@@ -62,6 +71,7 @@ def grid(config: dict[str, Any], model_seed: int) -> Grid:
         [Test()],
         training_arm=lambda training: {"loss": training.loss, "noise_rate": training.label_noise},
         losses={"ce": (1.0, 0.0), "sce": (alpha, beta), "ce_scaled": (alpha, 0.0)},
+        noises=config["noise_rates"],
     )
 
 
@@ -110,7 +120,7 @@ def report(run: Run) -> str:
         for name in config["arms"]
         if name != "poly"
     ]
-    text += markdown_table(["features", *header], lines) + notes(run, table, table.columns)
+    text += markdown_table(["features", *header], lines) + notes(run, table, list(table.columns))
     limit = 100 * (config["num_classes"] - 1) / config["num_classes"]
     text += f"With {config['num_classes']} classes, no signal is left at a rate of {limit:g} %.\n"
     return text + "The paper shows Fig. 6 as a picture only: no numbers of it stand beside ours.\n"
@@ -120,6 +130,7 @@ def draw(run: Run) -> None:
     """Fig. 6 at the highest rate that leaves a signal, and the curves over all rates."""
     table, rates = table_of(run), sorted(run.config["noise_rates"])
     highest = highest_with_signal(rates, run.config["num_classes"])
+    draw_gain_parts(run, table, list(table.columns))
     short = {"ce": "CE", "sce": "SCE", "ce_scaled": f"{run.config['alpha']:g} CE"}
     bars = table.bars({short[loss]: (loss, highest) for loss in LOSSES}, FEATURES)
     figures.save(run.folder / "figure_6", figures.accuracy_bars(*bars))
@@ -140,7 +151,11 @@ EXPERIMENT = experiment(
     title="Figure 6: a robust loss under label noise",
     claim="The paper: symmetric cross entropy helps polysemantic and monosemantic features, and monosemantic "
     "features help with either loss (a picture without numbers).",
-    pictures={"figure_6": "Figure 6: ours", "all_rates": "All rates, ours"},
+    pictures={
+        "figure_6": "Figure 6: ours",
+        "all_rates": "All rates, ours",
+        "gain_parts": "What the gains over poly consist of: ours",
+    },
     report=report,
     draw=draw,
     facts=("num_classes",),

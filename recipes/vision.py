@@ -311,13 +311,13 @@ def measure_seeds(run: Run, accelerator: Accelerator, measure: Callable[[int], N
         raise FloatingPointError(f"every seed diverged, so that there is nothing to report: {reason}")
 
 
-def check_rates(rates: Sequence[float]) -> None:
-    """Raise ValueError unless `rates`, a setting noise_rates, has different shares of wrong labels."""
+def check_rates(rates: Sequence[float], name: str = "noise_rates") -> None:
+    """Raise ValueError unless `rates`, a setting of this name, has different shares of wrong labels."""
     for rate in rates:
         if not 0 <= rate <= 1:
-            raise ValueError(f"noise_rates has {rate}; each must be in [0, 1], 0.9 for 90 % of the labels.")
+            raise ValueError(f"{name} has {rate}; each must be in [0, 1], 0.9 for 90 % of the labels.")
     if not rates or len(set(rates)) < len(rates):
-        raise ValueError(f"noise_rates takes different numbers, got {rates}.")
+        raise ValueError(f"{name} takes different numbers, got {rates}.")
 
 
 def highest_with_signal(rates: Sequence[float], num_classes: int) -> float:

@@ -112,7 +112,7 @@ def _grid(subject: Subject, kind: str, settings: Settings) -> Grid:
 def _quality_cells(subject: Subject, kind: str) -> list[Cell]:
     """The rows that say how well an autoencoder does on the clean test images."""
     arm = {"features": kind, "features_id": subject.id}
-    return [Cell(metric, None, arm) for metric in sae.QUALITY] if kind == "sae" else []
+    return [Cell(metric, None, arm) for metric in sae.QUALITY] if kind in kinds.AUTOENCODERS else []
 
 
 def _is_lacking(results: Run, subject: Subject, kind: str, settings: Settings) -> bool:
@@ -142,7 +142,7 @@ def _measure(
         return [results.row(SAME, 1.0, n=len(train), seed=None, **timed, **common, **arm)]
     frozen = kinds.Frozen(
         train={kinds.BASE: train},
-        fit_encoder=lambda: _autoencoder(subject, train, settings, device, progress),
+        fit_autoencoder=lambda half: _autoencoder(subject, train, half, settings, device, progress),
     )
     batches = sweep(
         _grid(subject, kind, settings),
@@ -155,11 +155,13 @@ def _measure(
         progress=progress,
         epochs=settings.probe_epochs,
         standardize=settings.standardize,
+        human_labels=settings.read_human_labels(),
     )
     measured = [row for batch in rows(results, batches, device, **common) for row in batch]
     if lacking := results.lacking(_quality_cells(subject, kind)):
         clean = F.normalize(subject.load(CLEAN))
-        quality = dict(zip(sae.QUALITY, sae.evaluate(frozen.encoder, clean), strict=True))
+        autoencoder = frozen.autoencoder(kinds.AUTOENCODERS[kind])
+        quality = dict(zip(sae.QUALITY, sae.evaluate(autoencoder, clean), strict=True))
         measured += [
             results.row(cell.metric, quality[cell.metric], n=len(clean), seed=None, **timed, **common, **cell.arm)
             for cell in lacking
@@ -184,15 +186,16 @@ def _diverged(results: Run, subject: Subject, kind: str, reason: str, device: to
 
 
 def _autoencoder(
-    subject: Subject, train: torch.Tensor, settings: Settings, device: torch.device, progress: bool
+    subject: Subject, train: torch.Tensor, half: str | None, settings: Settings, device: torch.device, progress: bool
 ) -> sae.TopKAutoencoder:
     """Trained on the L2-normalised training features, without labels; continued or taken from the cache."""
-    directions = F.normalize(train[train.any(dim=1)])  # a row of zeros has none
+    directions = kinds.directions(train)
     if not len(directions):
         raise sae.NoVariance("all training features are 0")
     folder = subject.train.folder
     k = settings.sae_k or max(1, round(train.shape[1] / 8))
-    checkpoint_dir = folder.parent / f"sae-{folder.name.rpartition('-')[2]}-k{k}-epochs{settings.sae_epochs}"
+    name = f"sae-{folder.name.rpartition('-')[2]}-k{k}-epochs{settings.sae_epochs}"
+    checkpoint_dir = folder.parent / (name if half is None else f"{name}-frozen-{half}")
     with locked(checkpoint_dir, timeout=-1):  # Another run with this cache may be training the same autoencoder.
         return sae.fit(
             directions,
@@ -201,6 +204,7 @@ def _autoencoder(
             epochs=settings.sae_epochs,
             batch_size=min(256, len(directions)),
             seed=SAE_SEED,
+            frozen=half,
             device=device,
             checkpoint_dir=checkpoint_dir,
             progress=progress,

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from vision_bench import figures, report, sae
+from vision_bench import figures, gain_parts, kinds, label_noise, report, sae
 from vision_bench.benchmark import SAME, Row
-from vision_bench.benchmark_settings import KINDS, Settings
+from vision_bench.benchmark_settings import Settings
 from vision_bench.corruptions import CLEAN
 from vision_bench.metrics import MEASURED, chance_level
-from vision_bench.probe import NORM
-from vision_bench.runs import DIVERGED, Interval, markdown_table, select, write_atomic
+from vision_bench.probe import NORM, TRAINING
+from vision_bench.runs import DIVERGED, Interval, markdown_table, over_seeds, select, write_atomic
 from vision_bench.subjects import Subject
+from vision_bench.sweep import WRONG_LABELS
 
 # What gains are over, with the column of their half-widths and words for it.
 BASES = {
     "raw": ("gain_half_width", "raw features"),
     "unit": ("gain_over_unit_half_width", "L2-normalised raw features (unit)"),
 }
-TEXT, TABLE, DATA, FIGURE = "results.md", "results.csv", "results.json", "robustness"
+TEXT, TABLE, DATA, FIGURE, PARTS = "results.md", "results.csv", "results.json", "robustness", "gain_parts"
+NAMES = gain_parts.RawNames("raw", "unit")
 HEADER = ["model", "features", "images", "wrong labels"]  # of the tables in Markdown
 DESCRIBED = ["own training labels", "semantic consistency", "chance", "sparsity", "live"]
 
@@ -74,6 +76,15 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
         figures.save(folder / FIGURE, figures.robustness_dots(panels))
     else:
         figures.delete(folder / FIGURE)
+    parts = {
+        f"{model.label}, {kind}" if len(models) > 1 else kind: panel
+        for model in models
+        for kind, panel in gain_parts.dots(model.table, model.single, NAMES).items()
+    }
+    if parts:
+        figures.save(folder / PARTS, figures.gain_dots(parts))
+    else:
+        figures.delete(folder / PARTS)
     return text
 
 
@@ -87,6 +98,7 @@ class _Model:
         kinds: the kinds of features asked for that have numbers.
         table: their accuracies, by share of the images, share of wrong labels and test.
         lines: of results.csv, one for every way of training and of testing the probes on a kind of features.
+        single: the columns of the table in which at most one thing is corrupted, by what it is, the clean one first.
     """
 
     def __init__(self, subject: Subject, label: str, rows: Sequence[Row], settings: Settings) -> None:
@@ -96,7 +108,7 @@ class _Model:
         }
         self.relu_is_raw = "raw" in settings.features and any(row["metric"] == SAME for row in rows)
         without = {*self.diverged, *(["relu"] if self.relu_is_raw else [])}
-        self.kinds = [kind for kind in KINDS if kind in settings.features and kind not in without]
+        self.kinds = [kind for kind in settings.features if kind not in without]
         columns: dict[Hashable, dict[str, Any]] = {
             (share, rate, test): {"few_shots": share, "label_noise": rate, "test": test}
             for share, rate, test in itertools.product(
@@ -105,6 +117,8 @@ class _Model:
         }
         self.table = report.ProbeTable(rows, columns, self.kinds)
         self.lines = [self._line(kind, column) for kind in self.kinds for column in columns]
+        conditions_of = ((_condition(settings_of), column) for column, settings_of in columns.items())
+        self.single = {name: column for name, column in conditions_of if name is not None}
 
     def _line(self, kind: str, column: Hashable) -> Line:
         test, accuracy = self.table.columns[column]["test"], self.table.mean(kind, column)
@@ -134,10 +148,18 @@ class _Model:
             "trained": own.trained,
             **gains,
             **{name: self.value(name, features=kind, test=test) for name in MEASURED},
+            WRONG_LABELS: self.wrong_labels(kind, column),
             "test_images": int(rows["n"].iloc[0]),
             "training_images": int(rows["training_images"].iloc[0]),
             "features_id": self.subject.id,
         }
+
+    def wrong_labels(self, kind: str, column: Hashable) -> float:
+        """The real share of wrong training labels, a mean over seeds where it is drawn."""
+        noise = self.table.columns[column]["label_noise"]
+        if not isinstance(noise, str):
+            return float(noise)
+        return over_seeds(self.table.select(TRAINING[0], column, features=kind)[WRONG_LABELS]).mean
 
     def value(self, metric: str, **settings: Any) -> float | None:
         """The value of the one row of a metric, None where it is undefined."""
@@ -147,8 +169,10 @@ class _Model:
     def by_training(self) -> Iterable[tuple[list[str], list[Line]]]:
         """The cells of `HEADER` and a line for each test, by kind of features and way of training the probes."""
         by = itertools.groupby(self.lines, key=lambda line: (line["features"], line["few_shots"], line["label_noise"]))
-        for (kind, share, rate), lines in by:
-            yield [self.label, kind, f"{100 * share:g} %", f"{100 * rate:g} %"], list(lines)
+        for (kind, share, noise), group in by:
+            lines = list(group)
+            real = f" ({100 * lines[0][WRONG_LABELS]:.1f} %)" if noise == label_noise.HUMAN else ""
+            yield [self.label, kind, f"{100 * share:g} %", label_noise.words(noise) + real], lines
 
 
 def _markdown(models: Sequence[_Model], settings: Settings) -> str:
@@ -164,6 +188,10 @@ def _markdown(models: Sequence[_Model], settings: Settings) -> str:
     text += "\nTop-1 accuracy of linear probes, %, by what they are tested on.\n\n"
     text += _accuracies(models, tests)
     text += _gains(models, tests)
+    for model in models:
+        if gain_parts.explained_kinds(model.kinds, NAMES):
+            text += f"\n{model.label}: what the gains over raw features consist of.\n\n"
+            text += gain_parts.markdown(model.table, model.single, NAMES, is_equivariant=not settings.standardize)
     seeds = len(settings.seeds)
     scaled = "standardised features" if settings.standardize else "features"
     text += (
@@ -183,7 +211,12 @@ def _markdown(models: Sequence[_Model], settings: Settings) -> str:
         "also what the features are under noise and shifts.\n"
     )
     qualities = {
-        model.label: [model.value(metric) for metric in sae.QUALITY] for model in models if "sae" in model.kinds
+        model.label if kind == "sae" else f"{model.label}, {kind}": [
+            model.value(metric, features=kind) for metric in sae.QUALITY
+        ]
+        for model in models
+        for kind in kinds.AUTOENCODERS
+        if kind in model.kinds
     }
     if qualities:
         text += "\nSparse autoencoders on clean test images:\n\n"
@@ -214,8 +247,8 @@ def _accuracies(models: Sequence[_Model], tests: Sequence[str]) -> str:
     table.append(["chance level", "-", "-", "-", *chance_levels, *nothing])
     text = markdown_table([*HEADER, *tests, *DESCRIBED], table, left=2) + report.untrained(untrained)
     for model in models:
-        for reason, kinds in itertools.groupby(model.diverged, key=model.diverged.__getitem__):
-            text += f"\n{model.label}, {', '.join(kinds)}: diverged, so that nothing could be measured: {reason}.\n"
+        for reason, diverged in itertools.groupby(model.diverged, key=model.diverged.__getitem__):
+            text += f"\n{model.label}, {', '.join(diverged)}: diverged, so that nothing could be measured: {reason}.\n"
     return text
 
 
@@ -236,17 +269,26 @@ def _gains(models: Sequence[_Model], tests: Sequence[str]) -> str:
     return text
 
 
+def _condition(settings: Mapping[str, Any]) -> str | None:
+    """What is corrupted under the settings of a column or line, in words; None if more than one thing is."""
+    parts = []
+    if noise := settings["label_noise"]:
+        parts.append(
+            label_noise.words(noise) if isinstance(noise, str) else f"{label_noise.words(noise)} wrong labels"
+        )
+    if settings["few_shots"] < 1:
+        parts.append(f"{100 * settings['few_shots']:g} % of the images")
+    if settings["test"] != CLEAN:
+        parts.append(settings["test"])
+    if len(parts) > 1 or " + " in settings["test"]:
+        return None
+    return parts[0] if parts else CLEAN
+
+
 def _one_at_a_time(lines: Iterable[Line]) -> dict[str, tuple[float, float, float]]:
     """Accuracy, half-width and chance level where at most one thing is corrupted, by what it is, the clean first."""
-    points = {}
-    for line in lines:
-        parts = []
-        if line["label_noise"]:
-            parts.append(f"{100 * line['label_noise']:g} % wrong labels")
-        if line["few_shots"] < 1:
-            parts.append(f"{100 * line['few_shots']:g} % of the images")
-        if line["test"] != CLEAN:
-            parts.append(line["test"])
-        if len(parts) <= 1 and " + " not in line["test"]:
-            points[parts[0] if parts else CLEAN] = line["top1"], line["top1_half_width"] or 0.0, line["chance_top1"]
-    return points
+    return {
+        name: (line["top1"], line["top1_half_width"] or 0.0, line["chance_top1"])
+        for line in lines
+        if (name := _condition(line)) is not None
+    }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vision_bench import models
+from vision_bench import kinds, models
 from vision_bench.corruptions import (
     CLEAN,
     CONDITIONS,
@@ -19,11 +19,14 @@ from vision_bench.corruptions import (
     TRAINING_LABELS,
     InputNoise,
 )
+from vision_bench.label_noise import HUMAN, UNIFORM, HumanLabels, LabelNoise, named, read_human_labels
 from vision_bench.probe import NORM
-from vision_bench.runs import option, recorded
+from vision_bench.runs import file_checksum, option, recorded
 from vision_bench.sweep import Training
 
-KINDS = ("raw", "unit", "relu", "sae")  # of `kinds.KINDS`, those that one frozen model has
+FEATURES = ("raw", "unit", "relu", "sae")
+# Of `kinds.KINDS`, those of the recipes: of a second model, or another name for one of these.
+OF_RECIPES = ("poly", "poly_unit", "ncl")
 
 
 @dataclass(kw_only=True)
@@ -57,7 +60,19 @@ class Settings:
         nargs="*",
         metavar="NAME[=NUMBERS]",
     )
-    features: list[str] = option([*KINDS], help="kinds of features", metavar="KIND", changes_results=False)
+    human_labels: str | None = option(
+        None,
+        help=f"CSV file of what people said, for {UNIFORM}={HUMAN}: counts of the true class (line) and the class "
+        "given (column), or a label for each training image",
+        changes_results=False,
+    )
+    features: list[str] = option(
+        [*FEATURES],
+        help=f"of {', '.join(kind for kind in kinds.KINDS if kind not in OF_RECIPES)}; KIND{kinds.RANDOM_BASIS}, the "
+        "twin of any of them",
+        metavar="KIND",
+        changes_results=False,
+    )
     layer: str | None = option(None, help="backbone, projector or output; by default the last one that a model has")
     seeds: list[int] = option([0, 1, 2, 3, 4], help="of probes, wrong labels and drawn images")
     sae_k: int | None = option(None, help="active latents; by default an eighth of the dimensions of the features")
@@ -79,9 +94,12 @@ class Settings:
             values = list(getattr(self, name))
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} is {values}; each may stand there once.")
-        unknown = [kind for kind in self.features if kind not in KINDS]
-        if unknown or not self.features:
-            raise ValueError(f"features has {unknown or 'nothing'}; it must be of {', '.join(KINDS)}.")
+        if not self.features:
+            raise ValueError(f"features has nothing; name kinds of features, such as {', '.join(FEATURES)}.")
+        for kind in self.features:
+            kinds.find(kind)
+            if kind.removesuffix(kinds.RANDOM_BASIS) in OF_RECIPES:
+                raise ValueError(f"features has {kind}, which recipes have; a single frozen model has raw and unit.")
         if not self.seeds or min(self.seeds) < 0:
             raise ValueError(f"seeds is {list(self.seeds)}; it takes integers of at least 0.")
         if self.layer is not None and self.layer not in models.LAYERS:
@@ -90,7 +108,11 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
-        parse_conditions(self.corruptions)
+        is_human = HUMAN in parse_conditions(self.corruptions).label_noise
+        if is_human != (self.human_labels is not None):
+            asked, lacking = f"corruptions {UNIFORM}={HUMAN}", "human_labels FILE"
+            raise ValueError("{} needs {}.".format(*((asked, lacking) if is_human else (lacking, asked))))
+        self.read_human_labels()
         if self.cache.exists() and not self.cache.is_dir():
             raise ValueError(f"cache_dir is {self.cache}, which is a file; name a folder.")
 
@@ -104,10 +126,15 @@ class Settings:
         """The conditions that the words of `corruptions` name."""
         return parse_conditions(self.corruptions)
 
+    def read_human_labels(self) -> HumanLabels | None:
+        """The labels that people gave, None without any; raises ValueError for a file of something else."""
+        return None if self.human_labels is None else read_human_labels(self.human_labels)
+
     @property
     def recorded(self) -> dict[str, Any]:
         """Settings that all rows of a folder share; models and kinds of features may differ between its rows."""
-        return recorded(self) | {"probe_norm": NORM}
+        people = {} if self.human_labels is None else {"human_labels_sha256": file_checksum(self.human_labels)}
+        return recorded(self) | {"probe_norm": NORM} | people
 
 
 class Shift(NamedTuple):
@@ -131,7 +158,7 @@ class Shift(NamedTuple):
 class Conditions(NamedTuple):
     """Every combination of these is measured; each field holds the clean condition first."""
 
-    label_noise: tuple[float, ...]  # shares of wrong training labels, 0 first
+    label_noise: tuple[LabelNoise, ...]  # wrong training labels, none (0) first
     few_shots: tuple[float, ...]  # shares of the training images that have labels, 1 first
     noises: tuple[InputNoise | None, ...]  # on the test images
     shifts: tuple[Shift | None, ...]  # of the test images
@@ -154,12 +181,13 @@ class Conditions(NamedTuple):
 def parse_conditions(words: Sequence[str]) -> Conditions:
     """The conditions of words NAME or NAME=NUMBER,NUMBER,... with names of the table, or folder=PATH.
 
-        parse_conditions(["label_noise=0.2,0.8", "gaussian", "rotated", "folder=data/sketches"]).tests()
+        parse_conditions(["label_noise=0.2,human", "gaussian", "rotated", "folder=data/sketches"]).tests()
 
     Raises:
         ValueError: an unknown name, or a number that is none or out of its range.
     """
-    rates, shares, noises, shifts = [0.0], [1.0], list[InputNoise | None]([None]), list[Shift | None]([None])
+    labels, shares = list[LabelNoise]([0.0]), [1.0]
+    noises, shifts = list[InputNoise | None]([None]), list[Shift | None]([None])
     for word in words:
         name, _, values = word.partition("=")
         if name == FOLDER:
@@ -173,19 +201,29 @@ def parse_conditions(words: Sequence[str]) -> Conditions:
                 f"corruptions has {word!r}, which is unknown; there are {', '.join([*CONDITIONS, FOLDER])}"
                 + (f". Do you mean {near[0]}?" if near else ".")
             )
-        changes, numbers = CONDITIONS[name].changes, _numbers(name, word, values)
+        changes = CONDITIONS[name].changes
         if changes == TRAINING_LABELS:
-            rates += numbers
-        elif changes == TRAINING_IMAGES:
+            labels += _label_noises(name, word, values)
+            continue
+        numbers = _numbers(name, word, values)
+        if changes == TRAINING_IMAGES:
             shares += numbers
         elif changes == NORMALISED_IMAGES:
             noises += [InputNoise(name, number) for number in numbers]
         else:
             shifts += [Shift(name, strength) for strength in numbers or (None,)]
-    conditions = Conditions(tuple(rates), tuple(shares), tuple(noises), tuple(shifts))
+    conditions = Conditions(tuple(labels), tuple(shares), tuple(noises), tuple(shifts))
     if any(len(set(values)) < len(values) for values in conditions):
         raise ValueError(f"corruptions is {' '.join(words)}; the same one stands there twice.")
     return conditions
+
+
+def _label_noises(name: str, word: str, values: str) -> list[LabelNoise]:
+    """The noises of a condition that changes training labels; `UNIFORM` may have `HUMAN` among its numbers."""
+    numbers = [value for value in values.split(",") if name != UNIFORM or value != HUMAN]
+    people = [HUMAN] * (len(values.split(",")) - len(numbers))
+    shares = _numbers(name, word, ",".join(numbers)) if numbers else ()
+    return [*(named(name, share) for share in shares), *people]
 
 
 def _numbers(name: str, word: str, values: str) -> tuple[float, ...]:

@@ -85,22 +85,60 @@ def flip_labels(
         TypeError: the labels are not integers.
         ValueError: a label, the rate or the number of classes is out of its range, or only one class has samples.
     """
+    lowest = 0 if allow_true_class else 1
+    # An offset of 1 to classes - 1 reaches each of the other classes with the same probability.
+    return _flipped(
+        labels,
+        noise_rate,
+        num_classes,
+        generator,
+        lambda flipped, classes: torch.randint(
+            lowest, classes, (flipped,), generator=generator, device=generator.device
+        ),
+        least_classes=1 if allow_true_class else 2,
+    )
+
+
+def pair_flips(labels: torch.Tensor, noise_rate: float, num_classes: int, generator: torch.Generator) -> torch.Tensor:
+    """Pair flips: exactly round(noise_rate * n) samples, drawn without replacement, get the label of the next class.
+
+    The next class of i is i + 1, and of the last one the first (Han et al., 2018, arXiv:1804.06872); classes without
+    samples are passed over. From a rate of 0.5 on, wrong labels are as many as right ones, which nothing tells apart.
+
+    Args, returns and raises: as `flip_labels`.
+    """
+    return _flipped(labels, noise_rate, num_classes, generator, lambda flipped, classes: torch.ones(flipped).long())
+
+
+def _flipped(
+    labels: torch.Tensor,
+    noise_rate: float,
+    num_classes: int,
+    generator: torch.Generator,
+    offsets: Callable[[int, int], torch.Tensor],
+    least_classes: int = 2,
+) -> torch.Tensor:
+    """Labels of which some are moved to another class that has samples, as `flip_labels` says.
+
+    Args:
+        offsets: of the numbers of samples to move and of classes with samples; by how many of these classes each of
+            the samples is moved, (flipped,) int64.
+        least_classes: with samples, if a label is to change.
+    """
     check_labels(labels, num_classes)
     if not 0 <= noise_rate <= 1:
         raise ValueError(f"noise_rate is {noise_rate}; it must be in [0, 1], 0.9 for 90 % of the labels.")
     flipped = round(noise_rate * len(labels))
     classes, positions = labels.long().unique(return_inverse=True)
-    if flipped and len(classes) < 2 and not allow_true_class:
+    if flipped and len(classes) < least_classes:
         raise ValueError(
             f"labels has samples of 1 class, with num_classes {num_classes}; a label can only change if there are "
             "samples of at least 2 classes."
         )
-    device = generator.device
-    chosen = torch.randperm(len(labels), generator=generator, device=device)[:flipped].to(labels.device)
-    # An offset of 1 to len(classes) - 1 reaches each of the other classes with the same probability.
-    lowest = 0 if allow_true_class else 1
-    offset = torch.randint(lowest, len(classes), (flipped,), generator=generator, device=device) if flipped else chosen
-    positions[chosen] = (positions[chosen] + offset.to(labels.device)) % max(1, len(classes))
+    chosen = torch.randperm(len(labels), generator=generator, device=generator.device)[:flipped].to(labels.device)
+    if flipped:
+        moved = positions[chosen] + offsets(flipped, len(classes)).to(labels.device)
+        positions[chosen] = moved % len(classes)
     return classes[positions]
 
 
@@ -222,6 +260,9 @@ class Condition:
 CONDITIONS: dict[str, Condition] = {
     "label_noise": Condition(
         TRAINING_LABELS, flip_labels, "wrong labels, %", Range(0, 1, True, "0.4 for 40 % wrong labels"), (0.4, 0.8)
+    ),
+    "pair_flips": Condition(
+        TRAINING_LABELS, pair_flips, "labels of the next class, %", Range(0, 1, True, "0.4 for 40 %"), (0.4,)
     ),
     "few_shots": Condition(
         TRAINING_IMAGES,

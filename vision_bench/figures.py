@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from vision_bench.styles import MONO, POLY, Style, style_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,47 +27,9 @@ SUFFIXES = ("png", "pdf")
 REFERENCES = ("poly", "ce")  # arms that others are compared with: a panel without them shows differences
 
 
-class Style(NamedTuple):
-    """What tells an arm apart; in black and white prints the line, the hatch or the marker does."""
-
-    colour: Any
-    line: Any = "-"
-    hatch: str = ""
-    marker: str = "o"
-
-
-_MONO, _POLY = Style("#0072B2"), Style("#D55E00", "--", "////")
-# The colours are Okabe and Ito's, which colour-blind readers can tell apart.
-_STYLES = {
-    **dict.fromkeys(("mono", "ncl", "nce"), _MONO),
-    **dict.fromkeys(("poly", "ce"), _POLY),
-    "sae": Style("#009E73", marker="^"),
-    "poly_decay": Style("#E69F00", ":", "...."),
-    "poly_unit": Style("#000000", (0, (1, 1)), "----"),
-    "random_relu": Style("#CC79A7", "-.", "\\\\\\\\"),
-    "random_mask": Style("#999999", (0, (4, 1, 1, 1, 1, 1)), "xxxx"),
-    "raw": Style("#D55E00"),
-    "unit": Style("#000000", marker="D"),
-    "relu": Style("#0072B2", marker="s"),
-    "ce+weight_decay": Style("#E69F00", ":"),
-    "ce+dropout": Style("#000000", (0, (1, 1))),
-    "ce+early_stopping": Style("#CC79A7", "-."),
-    "lora": Style("#999999", (0, (4, 1, 1, 1, 1, 1))),
-    "monolora": Style("#009E73"),
-}
 _HOLLOW: dict[str, Any] = {"color": "black", "markersize": 3.5, "markerfacecolor": "none", "markeredgewidth": 0.7}
 _CHANCE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 0.8, "label": "chance level"}
 _SETTINGS: dict[Any, Any] = {"font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.2}
-
-
-def _style(arm: str) -> Style:
-    """The style of an arm; one that is not listed gets a colour of its own, which it keeps."""
-    if arm not in _STYLES:
-        place = len(_STYLES)
-        hue = 0.618034 * place % 1  # the golden ratio keeps any number of hues apart
-        line, hatch, marker = ("-.", "-", "--", ":")[place % 4], 4 * "+o*"[place % 3], "vP*X"[place % 4]
-        _STYLES[arm] = Style(colorsys.hsv_to_rgb(hue, 0.8, 0.6), line, hatch, marker)
-    return _STYLES[arm]
 
 
 def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -109,7 +72,7 @@ def separability_curves(panels: Sequence[Sequence[Mapping[str, Any]]]) -> Figure
     figure, axes = _figure(len(panels), len(panels[0]), height=1.45 * len(panels))
     for ax, panel in zip(axes.flat, chain(*panels), strict=True):
         for arm in ("mono", "poly"):
-            ax.plot(panel["levels"], panel[arm], _style(arm).line, color=_style(arm).colour, label=arm)
+            ax.plot(panel["levels"], panel[arm], style_of(arm).line, color=style_of(arm).colour, label=arm)
         ax.set(title=panel["title"], xlabel=panel["label"], xlim=(panel["levels"][0], panel["levels"][-1]))
         crossing = panel["crossing"]
         text = "no crossing" if crossing is None else f"crossing at {crossing:.3f}"
@@ -150,7 +113,7 @@ def accuracy_bars(
     width = 0.8 / len(arms)
     for i, arm in enumerate(arms):
         means, errors = zip(*(values[arm] for values in conditions.values()), strict=True)
-        style, middle = _style(arm), places + (i - (len(arms) - 1) / 2) * width
+        style, middle = style_of(arm), places + (i - (len(arms) - 1) / 2) * width
         look = {"color": style.colour, "hatch": style.hatch, "edgecolor": "white", "linewidth": 0}
         look |= {"yerr": errors, "error_kw": {"elinewidth": 0.8, "capsize": 2}}
         ax.bar(middle, means, 0.95 * width, label=arm.replace("_", " "), **look)
@@ -190,7 +153,7 @@ def band_curves(
         for arm, curve in curves.items():
             text = ", ".join(filter(None, [arm.replace("_", " "), (notes or {}).get(arm)]))
             # Bands of the controls are fainter: five of them hide each other.
-            _curve(ax, levels, curve, _style(arm), text, band=0.07 if "+" in arm else 0.2, marker=marker)
+            _curve(ax, levels, curve, style_of(arm), text, band=0.07 if "+" in arm else 0.2, marker=marker)
         ax.set_ylabel(name)
         if logarithmic:
             ax.set_xscale("log")
@@ -216,7 +179,7 @@ def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], Curve]
     ax = axes.flat[0]
     losses = list(dict.fromkeys(loss for _, loss in curves))
     for (arm, loss), curve in curves.items():
-        style = _style(arm)._replace(line=("--", "-")[losses.index(loss)])
+        style = style_of(arm)._replace(line=("--", "-")[losses.index(loss)])
         _curve(ax, levels, curve, style, f"{arm.replace('_', ' ')}, {loss}", band=0.15)
     ax.set(xlabel="share of wrong training labels, %", ylabel="test accuracy, %")
     _finish_accuracies(ax, levels, [chance] * len(levels))
@@ -278,7 +241,7 @@ def gains_beside_paper(
     """
     figure, axes = _figure(1, len(ours), height=2.0)
     for ax, (arm, curve) in zip(axes.flat, ours.items(), strict=True):
-        _curve(ax, levels, curve, _style(arm), "ours")
+        _curve(ax, levels, curve, style_of(arm), "ours")
         for marker, (data, arms) in zip("o^sD", published.items(), strict=False):
             places, values = zip(*sorted(arms[arm].items()), strict=True)
             ax.plot(places, values, marker, **_HOLLOW, label=f"paper, {data}")
@@ -305,7 +268,7 @@ def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]], bins: 
     means with their intervals; dotted lines mark their chance levels.
     """
     figure, axes = _figure(len(panels), 1, height=1.3 * len(panels) + 0.3)
-    styles = {"right": (_MONO, 0.93), "wrong": (_POLY._replace(marker="s"), 0.83)}
+    styles = {"right": (MONO, 0.93), "wrong": (POLY._replace(marker="s"), 0.83)}
     for ax, (name, groups) in zip(axes.flat, panels.items(), strict=True):
         ends = [int((np.cumsum(h.shares) < 1 - 5e-3).sum()) for h in groups.values()]  # without a far tail of samples
         last = max(*ends, *(int(bins * h.interval[1]) + 1 for h in groups.values())) + 1
@@ -335,24 +298,46 @@ def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, 
     `panels` has, by model, kind of features and corruption, mean and half-width of the accuracy and its chance level,
     in percent; the corruptions, the clean condition first, are the same in all.
     """
+    return _dots(panels, "test accuracy of linear probes, %", _CHANCE, xlim=(0, None))
+
+
+@_styled
+def gain_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]]) -> Figure:
+    """Parts of gains: mean and half-width, in points of accuracy, by kind of features, part and corruption."""
+    zeros = {
+        kind: {part: {name: (*value, 0.0) for name, value in by_name.items()} for part, by_name in by_part.items()}
+        for kind, by_part in panels.items()
+    }
+    return _dots(zeros, "points of accuracy", {"color": "black", "linewidth": 0.6})
+
+
+def _dots(
+    panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]],
+    label: str,
+    reference: Mapping[str, Any],
+    xlim: tuple[float | None, float | None] = (None, None),
+) -> Figure:
+    """Panels above each other, each with a row of dots for a condition and a line, `reference`, behind it."""
     conditions = list(next(iter(next(iter(panels.values())).values())))
     names = [name.split("/")[-1] for name in conditions]
     names = [name if names.count(name) == 1 else whole for name, whole in zip(names, conditions, strict=True)]
     titles = [_wrapped(model, 30) for model in panels]
-    height = len(panels) * (0.2 * len(conditions) + 0.35) + 0.13 * "".join(titles).count("\n") + 0.5
+    row = max(0.2, 0.05 * max(map(len, panels.values())))
+    height = len(panels) * (row * len(conditions) + 0.35) + 0.13 * "".join(titles).count("\n") + 0.5
     figure, axes = _figure(len(panels), 1, height=height, sharex=True)
     for ax, title, kinds in zip(axes.flat, titles, panels.values(), strict=True):
         rows = np.arange(len(conditions))
         for i, (kind, values) in enumerate(kinds.items()):
             means, errors, chance = zip(*(values[name] for name in conditions), strict=True)
-            places, style = rows + 0.22 * (i - (len(kinds) - 1) / 2), _style(kind)
+            places = rows + min(0.22, 0.85 / len(kinds)) * (i - (len(kinds) - 1) / 2)
+            style = style_of(kind)
             bars = {"xerr": errors, "elinewidth": 0.8, "capsize": 1.5}
             ax.errorbar(means, places, fmt=style.marker, color=style.colour, markersize=3, label=kind, **bars)
-        ax.vlines(chance, rows - 0.45, rows + 0.45, **_CHANCE)
+        ax.vlines(chance, rows - 0.45, rows + 0.45, **reference)
         ax.set(title=title, yticks=range(len(conditions)), yticklabels=[_wrapped(name, 24) for name in names])
         ax.set(ylim=(len(conditions) - 0.5, -0.5), axisbelow=True)
         ax.grid(axis="x", linewidth=0.3)
-    axes.flat[-1].set(xlabel="test accuracy of linear probes, %", xlim=(0, None))
+    axes.flat[-1].set(xlabel=label, xlim=xlim)
     return _with_legend(figure, *axes.flat)
 
 
@@ -401,7 +386,7 @@ def image_grids(blocks: Mapping[str, Sequence[ImageGrid]]) -> Figure:
                 name = name if len(name) < 15 else f"{name[:13]}…"
                 ax.set_title(name, size=4.5, weight="bold" if same else "normal", pad=1.5)
                 for spine in ax.spines.values():
-                    spine.set(color=_MONO.colour if same else "#999999", linewidth=1.4 if same else 0.4)
+                    spine.set(color=MONO.colour if same else "#999999", linewidth=1.4 if same else 0.4)
     return figure
 
 

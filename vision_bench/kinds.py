@@ -3,10 +3,19 @@
 `raw` are the features of a model as they are, `unit` the same L2-normalised, `relu` after ReLU, `sae` the latents of
 a top-k sparse autoencoder of the normalised ones. The recipes call the raw features of SimCLR `poly`, and `ncl` are
 those of a second model, of non-negative contrastive learning. The controls that a claim about `sae` and `ncl` must
-survive: `poly_unit`, poly L2-normalised, from which the latents are computed (without rescaling, a small scale
-regularises a probe of few steps by itself); `random_relu`, ReLU of a random projection of these (non-negative and as
-wide as the latents, but nothing is learnt); and `random_mask`, poly with a random choice of dimensions kept in each
-sample (as sparse as the latents).
+survive:
+
+- `poly_unit`, poly L2-normalised, from which the latents are computed (without rescaling, a small scale regularises a
+  probe of few steps by itself).
+- `random_relu`, ReLU of a random projection of these (non-negative and as wide as the latents, but nothing is learnt).
+- `random_mask`, poly with a random choice of dimensions kept in each sample (as sparse as the latents).
+- `pca`, the scores of principal components of the normalised features: as many components as the autoencoder has
+  latents, or as there are if it has more, and of each sample the k scores of largest magnitude (as sparse as the
+  latents are, but a linear and orthonormal code).
+- `sae_frozen_decoder` and `sae_frozen_encoder`, the latents of an autoencoder of which this half keeps its random
+  weights; all else is trained as for `sae`.
+- KIND`_random_basis`, the twin of any kind: its features times an orthogonal matrix, one for all images, drawn
+  uniformly by the seed. All distances and angles stay as they are, and no axis means anything (docs/basis.md).
 
     import torch
     from vision_bench import kinds
@@ -20,15 +29,19 @@ sample (as sparse as the latents).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import ortho_group
 
 from vision_bench import sae
 
 BASE, NCL = "base", "ncl"  # the model whose features most kinds are made from, and the non-negative one of the recipes
+RANDOM_BASIS = "_random_basis"  # behind the name of a kind: its twin
+# The kinds that are latents of an autoencoder, and which half of it stays random.
+AUTOENCODERS = {"sae": None, "sae_frozen_decoder": "decoder", "sae_frozen_encoder": "encoder"}
 
 Outputs = Mapping[str, torch.Tensor]  # features (n, d) of the same n images under each frozen model, by its name
 Make = Callable[[Outputs], torch.Tensor]  # gives features (n, d') on the CPU
@@ -40,21 +53,23 @@ class Frozen:
 
     Args:
         train: features (n, d) of the training images under each frozen model, for kinds that are fitted to them.
-        fit_encoder: trains an autoencoder of the L2-normalised features of `BASE`, or reads it; called once, if a
-            kind of features needs it.
+        fit_autoencoder: trains an autoencoder of the `directions` of `BASE`, or reads it, given which half of it
+            keeps its random weights ("encoder", "decoder" or None); called once for each that a kind needs.
         seed: of what is drawn at random.
     """
 
     train: Outputs
-    fit_encoder: Callable[[], sae.TopKAutoencoder] | None = None
+    fit_autoencoder: Callable[[str | None], sae.TopKAutoencoder] | None = None
     seed: int = 0
+    _fitted: dict[str | None, sae.TopKAutoencoder] = field(default_factory=dict, init=False, repr=False)
 
-    @cached_property
-    def encoder(self) -> sae.TopKAutoencoder:
-        """The autoencoder, fitted when it is first asked for."""
-        assert self.fit_encoder is not None, "this kind of features needs an autoencoder"
-        with torch.enable_grad():  # which is off while features are made
-            return self.fit_encoder()
+    def autoencoder(self, frozen: str | None = None) -> sae.TopKAutoencoder:
+        """The autoencoder, by the half that stays random; it is fitted when it is first asked for."""
+        if frozen not in self._fitted:
+            assert self.fit_autoencoder is not None, "this kind of features needs an autoencoder"
+            with torch.enable_grad():  # which is off while features are made
+                self._fitted[frozen] = self.fit_autoencoder(frozen)
+        return self._fitted[frozen]
 
 
 Kind = Callable[[Frozen], Make]  # is called once for the models; what it returns makes training and test features
@@ -65,42 +80,118 @@ def of_base(function: Callable[[torch.Tensor, Frozen], torch.Tensor]) -> Kind:
     return lambda frozen: lambda outputs: function(outputs[BASE], frozen)
 
 
+def in_random_basis(kind: Kind) -> Kind:
+    """The twin of a kind: its features times a random orthogonal matrix.
+
+    For d dimensions the matrix is drawn once, in time O(d^3) and with a memory of several times 8 d^2 bytes; the
+    features of n samples are then multiplied by it, n d^2 multiplications.
+    """
+
+    def of_models(frozen: Frozen) -> Make:
+        make = kind(frozen)
+
+        @cache
+        def basis(d: int) -> torch.Tensor:
+            return random_orthogonal(d, frozen.seed)
+
+        def turned(outputs: Outputs) -> torch.Tensor:
+            features = make(outputs)
+            return features @ basis(features.shape[1]).to(features)
+
+        return turned
+
+    return of_models
+
+
+def random_orthogonal(d: int, seed: int) -> torch.Tensor:
+    """An orthogonal matrix (d, d) in float64 on the CPU, drawn uniformly (Haar's measure) by the seed."""
+    return torch.from_numpy(ortho_group.rvs(d, random_state=seed))
+
+
+def directions(features: torch.Tensor) -> torch.Tensor:
+    """The L2-normalised rows of features (n, d), without rows of zeros, which have no direction."""
+    return F.normalize(features[features.any(dim=1)])
+
+
+def _latents(half: str | None) -> Kind:
+    """The latents of the normalised features, of an autoencoder with this half random."""
+    return of_base(lambda features, frozen: sae.normalised_latents(frozen.autoencoder(half), features))
+
+
+def _pca(frozen: Frozen) -> Make:
+    """Scores of principal components of the normalised features, of which each sample keeps the largest."""
+    from sklearn.decomposition import PCA  # takes half a second to import
+
+    autoencoder, train = frozen.autoencoder(), directions(frozen.train[BASE])
+    width = min(autoencoder.d_latent, train.shape[1], len(train) - 1)  # others have no variance
+    pca = PCA(width, svd_solver="covariance_eigh").fit(train.numpy())
+
+    def make(outputs: Outputs) -> torch.Tensor:
+        scores = torch.from_numpy(pca.transform(F.normalize(outputs[BASE]).numpy()))
+        kept = scores.abs().topk(min(autoencoder.k, width), dim=1).indices
+        return torch.zeros_like(scores).scatter(1, kept, scores.gather(1, kept))
+
+    return make
+
+
 def _random_relu(features: torch.Tensor, frozen: Frozen) -> torch.Tensor:
     """ReLU of a random projection of the normalised features, to as many dimensions as the autoencoder has latents."""
-    shape = frozen.encoder.d_in, frozen.encoder.d_latent
+    shape = frozen.autoencoder().d_in, frozen.autoencoder().d_latent
     projection = torch.randn(shape, generator=torch.Generator().manual_seed(frozen.seed)) / shape[1] ** 0.5
     return F.relu(F.normalize(features) @ projection)
 
 
 def _random_mask(features: torch.Tensor, frozen: Frozen) -> torch.Tensor:
     """Each sample keeps as large a share of its dimensions, drawn at random, as the autoencoder has active latents."""
-    kept = round(frozen.encoder.k / frozen.encoder.d_latent * frozen.encoder.d_in)
+    autoencoder = frozen.autoencoder()
+    kept = round(autoencoder.k / autoencoder.d_latent * autoencoder.d_in)
     draws = torch.rand(features.shape, generator=torch.Generator().manual_seed(frozen.seed))
     return features * (draws.argsort(dim=1) < kept)
 
 
+# The controls at an autoencoder's width and k: with `AUTOENCODERS` all kinds that need one.
+AT_ITS_SIZE = ("random_relu", "random_mask", "pca")
 KINDS: dict[str, Kind] = {
     "raw": of_base(lambda features, frozen: features),
     "unit": of_base(lambda features, frozen: F.normalize(features)),
     "relu": of_base(lambda features, frozen: F.relu(features)),
-    "sae": of_base(lambda features, frozen: sae.normalised_latents(frozen.encoder, features)),
+    **{name: _latents(half) for name, half in AUTOENCODERS.items()},
     "poly": of_base(lambda features, frozen: features),
     "ncl": lambda frozen: lambda outputs: outputs[NCL],
     "poly_unit": of_base(lambda features, frozen: F.normalize(features)),
     "random_relu": of_base(_random_relu),
     "random_mask": of_base(_random_mask),
+    "pca": _pca,
 }
+
+
+def find(name: str) -> Kind:
+    """The kind of a name of `KINDS`, or of one with `RANDOM_BASIS` behind it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    base = name.removesuffix(RANDOM_BASIS)
+    if base not in KINDS:
+        raise ValueError(
+            f"{name!r} is no kind of features; there are {', '.join(KINDS)}, and the twin of each, such as "
+            f"raw{RANDOM_BASIS}."
+        )
+    return KINDS[name] if name in KINDS else in_random_basis(KINDS[base])
+
+
+def needs_autoencoder(name: str) -> bool:
+    """Whether a kind, or the one that it is the twin of, is made with an autoencoder."""
+    return name.removesuffix(RANDOM_BASIS) in (*AUTOENCODERS, *AT_ITS_SIZE)
 
 
 def maker(name: str, frozen: Frozen) -> Make:
     """The function that makes features of a kind from those of the frozen models.
 
     Raises:
-        ValueError: `name` is not in `KINDS`.
+        ValueError: there is no kind of this name.
     """
-    if name not in KINDS:
-        raise ValueError(f"{name!r} is no kind of features; there are {', '.join(KINDS)}.")
-    kind = KINDS[name](frozen)
+    kind = find(name)(frozen)
 
     @torch.no_grad()
     def make(outputs: Outputs) -> torch.Tensor:

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from vision_bench import storage
-from vision_bench.checks import check_features, check_finite
+from vision_bench.checks import check_features, check_finite, check_name
+from vision_bench.geometric_median import geometric_median
 from vision_bench.runs import locked
 from vision_bench.sae_kernels import Active, Decode, Encode
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT_KIND = "sparse autoencoder in training"
 CHECKPOINT = "autoencoder.safetensors"
+HALVES = ("encoder", "decoder")  # the weights of which one may stay random
 QUALITY = ("sae_fvu", "sae_l0", "sae_dead_share")  # the fields of `Quality`, as rows of results name them
 MEDIAN_ROWS = 4096  # of the features, for the initial b_pre
 CHUNK = 4096  # rows of a pass over all features
@@ -183,6 +185,7 @@ def fit(
     batch_size: int = 256,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    frozen: str | None = None,
     accelerator: Accelerator | None = None,
     device: torch.device | str | None = None,
     checkpoint_dir: str | Path | None = None,
@@ -205,6 +208,7 @@ def fit(
         batch_size: samples of a step over all processes, in [1, n].
         learning_rate: of Adam, above 0.
         seed: of the initial weights and the order.
+        frozen: "encoder" or "decoder", which keeps its random initial weights as a control; all else is trained.
         accelerator: trains on all its processes, each on its share of every batch; the gradients are averaged.
         device: where to train without an accelerator, by default where the features are.
         checkpoint_dir: folder, which all processes see, of a checkpoint to continue from if there is one, and to
@@ -227,6 +231,9 @@ def fit(
     n, d = check_features(features).shape
     features = features.detach()
     autoencoder = TopKAutoencoder(d, d_latent, k, torch.Generator().manual_seed(seed))
+    if frozen is not None:
+        check_name("frozen", frozen, HALVES)
+        getattr(autoencoder, frozen).requires_grad_(False)
     processes, rank = (accelerator.num_processes, accelerator.process_index) if accelerator is not None else (1, 0)
     if not 1 <= batch_size <= n:
         raise ValueError(f"batch_size is {batch_size} for {n} samples; it must be in [1, {n}].")
@@ -248,7 +255,7 @@ def fit(
     training = _Training(autoencoder, learning_rate, n, variance, accelerator)
     settings = {
         "d_latent": d_latent, "k": k, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
-        "log_every": log_every, "features": storage.fingerprint({"features": features}),
+        "frozen": frozen, "log_every": log_every, "features": storage.fingerprint({"features": features}),
     }  # fmt: skip
     total = epochs * steps_per_epoch
     checkpoint = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
@@ -311,7 +318,8 @@ class _Training:
     ) -> None:
         self.autoencoder, self.dead_after, self.variance = autoencoder, dead_after, variance
         self.accelerator, self.processes = accelerator, 1 if accelerator is None else accelerator.num_processes
-        self.optimizer = torch.optim.Adam(autoencoder.parameters(), lr=learning_rate, fused=True)
+        self.trained = [parameter for parameter in autoencoder.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(self.trained, lr=learning_rate, fused=True)
         self.step = 0
         device = autoencoder.decoder.device
         self.idle = torch.zeros(autoencoder.d_latent, dtype=torch.int64, device=device)  # samples since above 0
@@ -331,12 +339,13 @@ class _Training:
             missed = model.auxiliary_error(x, output, dead, k_aux).square().mean(dim=1)
             total = loss + AUX_COEFFICIENT * (missed / power).mean()
         total.backward()
-        for parameter in model.parameters():
+        for parameter in self.trained:
             parameter.grad = self._reduced(parameter.grad, "mean")
         model.project_decoder_gradient()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        model.normalize_decoder()
+        if model.decoder.requires_grad:
+            model.normalize_decoder()
         self.step += 1
 
         with torch.no_grad():
@@ -409,25 +418,6 @@ def normalised_latents(autoencoder: TopKAutoencoder, features: torch.Tensor) -> 
     """Latents (n, d_latent), on the CPU, of features (n, d) once their rows are L2-normalised."""
     parts = F.normalize(features).split(CHUNK)
     return torch.cat([autoencoder.encode(part.to(autoencoder.decoder)).cpu() for part in parts])
-
-
-def geometric_median(points: torch.Tensor, iterations: int = 100, tolerance: float = 1e-6) -> torch.Tensor:
-    """The point (d,) of least summed distance to the points (n, d), by Weiszfeld's iteration from their mean.
-
-    Stops when a step is shorter than `tolerance` times the mean distance.
-    """
-    points = points.double()
-    median = points.mean(dim=0)
-    for _ in range(iterations):
-        distances = (points - median).norm(dim=1)
-        scale = distances.mean()
-        if scale == 0:
-            break
-        weights = 1 / distances.clamp(min=1e-12 * scale.item())
-        before, median = median, (weights @ points) / weights.sum()
-        if (median - before).norm() <= tolerance * scale:
-            break
-    return median
 
 
 def _variance(features: torch.Tensor, zeros: bool = False) -> float:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vision_bench import features, models, zoo
+from vision_bench import features, kinds, models, zoo
 from vision_bench.benchmark_settings import Settings
 from vision_bench.corruptions import CLEAN, InputNoise, stratified_fraction
 from vision_bench.data import ImageSet, load_splits
@@ -200,6 +200,8 @@ def _load(settings: Settings, size: int | None, progress: bool) -> _Images:
         raise ValueError(
             f"{settings.dataset} has images of one class, {train.class_names[0]}; a probe needs at least two."
         )
+    if people := settings.read_human_labels():
+        people.check(train.labels, train.num_classes)
     for share in settings.conditions.few_shots:
         _drawn(train, share, f"few_shots is {share:g}")
     sets = {TRAIN: train, CLEAN: test}
@@ -245,7 +247,8 @@ def _subject(frozen: zoo.Frozen, random: bool, settings: Settings, images: _Imag
     }
     is_missing = any(features.missing(part.folder, part.source) for part in (train, *tests.values()))
     width = _tried_width(frozen, layer, sets, device) if is_missing else train.width()
-    if settings.sae_k is not None and width is not None and settings.sae_k > width and "sae" in settings.features:
+    has_latents = any(map(kinds.needs_autoencoder, settings.features))
+    if settings.sae_k is not None and width is not None and settings.sae_k > width and has_latents:
         raise ValueError(
             f"sae_k is {settings.sae_k}; {frozen.name} has {width} features, and it must not exceed them."
         )

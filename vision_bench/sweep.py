@@ -33,18 +33,20 @@ import torch
 from tqdm.auto import tqdm
 
 from vision_bench import kinds
-from vision_bench.corruptions import CLEAN, InputNoise, flip_labels, stratified_fraction
+from vision_bench.corruptions import CLEAN, InputNoise, stratified_fraction
+from vision_bench.label_noise import HUMAN, HumanLabels, LabelNoise, given_labels, wrong_share
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.probe import TRAINING, Probes, fit_linear_probes, probe_accuracy, training_accuracy
 from vision_bench.runs import Cell, Run, device_name
 
 ACCURACY = "offline_probe_top1"  # of a probe on test images
+WRONG_LABELS = "wrong_labels"  # in rows of training labels: the real share of them, where the noise does not name it
 
 
 class Training(NamedTuple):
     """Conditions under which a probe is trained."""
 
-    label_noise: float = 0.0  # share of wrong training labels, in [0, 1]
+    label_noise: LabelNoise = 0.0  # wrong training labels: a share, uniformly, or another of `label_noise`
     fraction: float = 1.0  # share of the training images that have labels, drawn from each class, in (0, 1]
     alpha: float = 1.0  # loss = alpha * cross entropy + beta * reverse cross entropy
     beta: float = 0.0
@@ -83,6 +85,7 @@ class Fitted(NamedTuple):
     trainings: list[Training]  # how each was trained
     probes: Probes
     own: list[tuple[float, float, int]]  # of each: both values of `probe.training_accuracy`, number of its images
+    details: list[dict[str, Any]]  # of each: what else rows of its training labels say
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ def fit(
     device: torch.device | str,
     epochs: int = 50,
     batch_size: int = 256,
+    human_labels: HumanLabels | None = None,
     progress: bool = False,
     **probe: Any,
 ) -> Fitted:
@@ -163,6 +167,8 @@ def fit(
         device: where to train.
         epochs: passes over all images.
         batch_size: of images; all of them where there are fewer.
+        human_labels: of all images, for trainings on the labels that people gave; a share of the images takes its
+            part of them.
         progress: show progress bars.
         probe: further arguments of `probe.fit_linear_probes`, shared by all probes.
 
@@ -175,15 +181,17 @@ def fit(
         drawn_by = None if training.fraction == 1 else training.seed
         passes.setdefault((training.fraction, drawn_by), []).append(training)
     steps = epochs * (len(labels) // min(batch_size, len(labels)))  # an incomplete batch is no step
-    parts, own = [], list[tuple[float, float, int]]()
+    parts, own, details = [], list[tuple[float, float, int]](), list[dict[str, Any]]()
     for (fraction, drawn_by), members in passes.items():
-        x, y = features, labels
+        x, y, drawn = features, labels, None
         if drawn_by is not None:
             drawn = stratified_fraction(labels, fraction, torch.Generator().manual_seed(drawn_by))
             x, y = features[drawn], labels[drawn]
-        label_sets = torch.stack(
-            [flip_labels(y, t.label_noise, num_classes, torch.Generator().manual_seed(t.seed)) for t in members]
-        )
+        label_sets = torch.stack([_labels(labels, drawn, num_classes, t, human_labels) for t in members])
+        details += [
+            {WRONG_LABELS: wrong_share(given, y)} if isinstance(t.label_noise, str) else {}
+            for t, given in zip(members, label_sets, strict=True)
+        ]
         batch = min(batch_size, len(y))
         x = x.to(device)
         probes = fit_linear_probes(
@@ -204,7 +212,23 @@ def fit(
         accuracies = (values.tolist() for values in training_accuracy(probes, x, label_sets))
         own += [(*values, len(y)) for values in zip(*accuracies, strict=True)]
     fitted = [training for members in passes.values() for training in members]
-    return Fitted(fitted, Probes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))), own)
+    return Fitted(fitted, Probes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))), own, details)
+
+
+def _labels(
+    labels: torch.Tensor,
+    drawn: torch.Tensor | None,
+    num_classes: int,
+    training: Training,
+    people: HumanLabels | None,
+) -> torch.Tensor:
+    """The labels that a probe is trained on, of all images or of those drawn."""
+    of_images = labels if drawn is None else labels[drawn]
+    generator = torch.Generator().manual_seed(training.seed)
+    if training.label_noise != HUMAN:
+        return given_labels(of_images, training.label_noise, num_classes, generator)
+    given = given_labels(labels, HUMAN, num_classes, generator, people)
+    return given if drawn is None else given[drawn]
 
 
 def sweep(
@@ -257,8 +281,10 @@ def sweep(
             **probe,
         )
         yield [
-            Measured(cell, value, n)
-            for training, (*values, n) in zip(fitted[name].trainings, fitted[name].own, strict=True)
+            Measured(cell, value, n, details)
+            for training, (*values, n), details in zip(
+                fitted[name].trainings, fitted[name].own, fitted[name].details, strict=True
+            )
             for cell, value in zip(grid.training_cells(name, training), values, strict=True)
             if lacking([cell])
         ]

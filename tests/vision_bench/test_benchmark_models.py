@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tests.conftest import rows
 from vision_bench import features, models, pretrain, storage, timm_models, zoo
 from vision_bench.__main__ import main
-from vision_bench.benchmark_settings import KINDS
+from vision_bench.benchmark_settings import FEATURES
 from vision_bench.data import load_images
 from vision_bench.runs import DIVERGED
 from vision_bench.subjects import limited
@@ -193,7 +193,7 @@ def test_a_run_in_which_everything_diverged_ends_with_its_table(tmp_path):
     assert (tmp_path / "robustness.png").exists()
     main(["--random_init", "always_infinite", "--resume", *command])
     text = (tmp_path / "results.md").read_text()
-    assert text.count("| diverged |") == len(KINDS)
+    assert text.count("| diverged |") == len(FEATURES)
     assert "Sparse autoencoders" not in text  # of which there is none
     assert not list(tmp_path.glob("robustness.*"))  # the old figure is of another model
     assert json.loads((tmp_path / "results.json").read_text())["table"] == []

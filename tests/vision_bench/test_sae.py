@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vision_bench import sae, storage
+from vision_bench.geometric_median import geometric_median
 from vision_bench.metrics import fraction_of_variance_unexplained
-from vision_bench.sae import TopKAutoencoder, evaluate, fit, geometric_median
+from vision_bench.sae import TopKAutoencoder, evaluate, fit
 
 
 def randomised(d, d_latent, k, dtype=torch.float32, seed=0):
@@ -361,3 +362,26 @@ def test_bad_input(change, error, message):
 def test_input_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"x has the shape \(3, 7\); it must be \(b, 6\)"):
         TopKAutoencoder(6, 50, 4)(torch.randn(3, 7))
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_a_frozen_half_keeps_its_random_weights_and_all_else_is_trained(half, tmp_path):
+    x = torch.nn.functional.normalize(torch.randn(400, 12, generator=torch.Generator().manual_seed(0)))
+    start = TopKAutoencoder(12, 24, 4, torch.Generator().manual_seed(3))
+    settings = {"epochs": 4, "batch_size": 50, "learning_rate": 1e-2, "seed": 3}
+    trained = fit(x, 24, 4, frozen=half, **settings).autoencoder
+    for name, parameter in trained.named_parameters():
+        assert torch.equal(parameter, getattr(start, name)) == (name == half)
+    assert evaluate(trained, x).fvu < 0.9 * evaluate(start, x).fvu
+    # one that was stopped goes on to the same bits
+    fit(x, 24, 4, frozen=half, checkpoint_dir=tmp_path, **settings | {"epochs": 2})
+    again = fit(x, 24, 4, frozen=half, checkpoint_dir=tmp_path, **settings).autoencoder
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, getattr(trained, name))
+    with pytest.raises(ValueError, match=f"of another training .frozen: '{half}' there, None now"):
+        fit(x, 24, 4, checkpoint_dir=tmp_path, **settings)
+
+
+def test_an_unknown_half_is_named():
+    with pytest.raises(ValueError, match="frozen is 'bias'; it must be one of 'encoder', 'decoder'"):
+        fit(torch.randn(60, 4), 8, 2, frozen="bias", batch_size=20)

@@ -7,6 +7,7 @@ import torch
 
 from vision_bench import kinds, sweep
 from vision_bench.corruptions import InputNoise, flip_labels, stratified_fraction
+from vision_bench.label_noise import HumanLabels
 from vision_bench.metrics import MEASURED, semantic_consistency
 from vision_bench.probe import TRAINING, fit_linear_probes, probe_accuracy, training_accuracy
 from vision_bench.runs import Cell, Run
@@ -137,3 +138,24 @@ def test_rows_have_the_arm_and_the_details_in_their_config(tmp_path):
     (row,) = run.find("largest", seed=0, features="raw", model="m")
     assert (row["value"], row["n"], row["config"]["at"]) == (1.5, 45, "here")
     assert run.lacking([measured.cell]) == []
+
+
+def test_people_label_all_images_and_a_share_of_them_takes_its_part():
+    people = HumanLabels(torch.tensor([[30, 10, 0], [0, 40, 0], [8, 8, 24]]))
+    noises = [Training("human", fraction, seed=seed) for seed in (0, 1) for fraction in (1.0, 0.5)]
+    fitted = sweep.fit(
+        TRAIN[kinds.BASE], LABELS, 3, [*noises, Training(0.4)], device="cpu", human_labels=people, **PROBE
+    )
+    for training, own, details in zip(fitted.trainings, fitted.own, fitted.details, strict=True):
+        if training.label_noise == 0.4:
+            assert details == {}
+            continue
+        given = people.draw(LABELS, torch.Generator().manual_seed(training.seed))
+        part = torch.arange(120)
+        if training.fraction < 1:
+            part = stratified_fraction(LABELS, 0.5, torch.Generator().manual_seed(training.seed))
+        assert details == {"wrong_labels": pytest.approx((given[part] != LABELS[part]).double().mean().item())}
+        settings = PROBE | {"epochs": 3 if len(part) == 120 else 9}
+        probes = fit_linear_probes(TRAIN[kinds.BASE][part], given[part][None], 3, **settings, seeds=training.seed)
+        expected = training_accuracy(probes, TRAIN[kinds.BASE][part], given[part][None])
+        assert own == (*(pytest.approx(value.item(), abs=1.1 / 60) for value in expected), len(part))
