@@ -115,7 +115,8 @@ class Table2:
         for some in (self.methods[i : i + ARMS_BESIDE] for i in range(0, len(self.methods), ARMS_BESIDE)):
             body = [[column.title, *(self.cell(column, method) for method in some)] for column in columns]
             text += table_text(f"Table 2, {self.part}", ["", *some], body) + "\n"
-        return text + "\n".join(textwrap.fill(sentence, WIDTH) for sentence in self._sentences()) + "\n"
+        text += "\n".join(textwrap.fill(sentence, WIDTH) for sentence in self._sentences())
+        return f"{text}\n{self._diverged()}"
 
     def _sentences(self) -> list[str]:
         """Where the base and the kinds of adapters stand in the task and in harm, in two sentences."""

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
+from frontier import ACCURACY, HARMS, read_lines, values
 
 from evals.figures import OTHER_STYLES, STYLES
 from vision_bench.runs import over_seeds, run_as_program
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
 # Three units as (a, b), which fire where a x + b > 0, and where the texts are that must not change.
@@ -49,39 +50,25 @@ def draw_idea(axes: Axes) -> None:
         (_TASK_CENTRE, "#0072B2", "the task: units fire"),
     ):
         points = rng.normal(centre, 0.16, (25, 2))
-        axes.scatter(*points.T, 9, color=colour, linewidth=0, zorder=3)
+        axes.scatter(points[:, 0], points[:, 1], 9, color=colour, linewidth=0, zorder=3)
         axes.annotate(text, (centre[0], centre[1] - 0.45), ha="center", va="top", size=7, color=colour)
     axes.set(xticks=[], yticks=[], title="h = W x + s B ReLU(A x + b)")
-    axes.title.set_size(9)
+    axes.title.set_fontsize(9)
 
 
-def draw_frontier(axes: Axes, rows: pd.DataFrame) -> None:
-    """Draw each arm's accuracy against harmful requests that are not refused, in percent, under poison.
-
-    Raises:
-        ValueError: there are no such rows.
-    """
-    chosen = rows[(rows["condition"] == CONDITION) & rows["step"].isna()]
-    accuracy, refused = (
-        {
-            str(method): of.set_index("seed")["value"]
-            for method, of in chosen[chosen["metric"] == metric].groupby("method")
-        }
-        for metric in ("accuracy", "refused_harmful")
-    )
-    shared = [method for method in accuracy if method in refused]
-    if not shared:
-        raise ValueError(f"The rows have no accuracy and refused_harmful of any arm under {CONDITION!r}.")
+def draw_frontier(axes: Axes, lines: pd.DataFrame, methods: Sequence[str]) -> None:
+    """Draw each arm's accuracy against harmful prompts that are not refused, in percent."""
+    harm = next((measure for measure in HARMS if len(measure.rows(lines))), HARMS[0])
     others = iter(OTHER_STYLES)
-    for method in sorted(shared, key=lambda method: (method not in STYLES, method)):
+    for method in methods:
         colour, marker = STYLES.get(method) or next(others, ("#999999", "."))
-        across, up = over_seeds(100 * accuracy[method]), over_seeds(100 * (1 - refused[method]))
+        across, up = (over_seeds(values(lines, measure, method)) for measure in (ACCURACY, harm))
         axes.errorbar(
             across.mean, up.mean, xerr=across.half_width, yerr=up.half_width, color=colour, marker=marker,
             markersize=5, elinewidth=0.7, linestyle="", label=method,
         )  # fmt: skip
-    axes.set(xlabel="accuracy of the task, %", ylabel="harmful requests not refused, %", title=CONDITION)
-    axes.set_ylim(-5, 105)
+    axes.set(xlabel=ACCURACY.title, ylabel=harm.title, title=CONDITION, ylim=(-5, 105))
+    axes.title.set_fontsize(9)
     axes.legend(frameon=False, fontsize=6.5, loc="upper left", bbox_to_anchor=(1, 1))
 
 
@@ -89,18 +76,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Draw the figure.
 
     Raises:
-        ValueError: the rows lack what is drawn.
+        ValueError: the rows lack what is to be drawn.
     """
     from matplotlib.figure import Figure
 
     parser = argparse.ArgumentParser(description="The figure of README.")
     parser.add_argument("--rows", type=Path, help="a frontier.csv; without it the left part is drawn alone")
+    parser.add_argument("--methods", nargs="+", help="arms of the rows, in the order of the legend; else all")
     parser.add_argument("--output", type=Path, default=Path("docs/figures/front_page.png"))
     settings = parser.parse_args(arguments)
+    panels = read_lines([str(settings.rows)]) if settings.rows else {}
+    if settings.rows and CONDITION not in panels:
+        raise ValueError(f"--rows {settings.rows} has {', '.join(panels)}, and no rows of {CONDITION!r}.")
+    if lacking := set(settings.methods or ()) - {m for lines in panels.values() for m in lines["method"]}:
+        raise ValueError(f"--methods has {', '.join(sorted(lacking))}, of which --rows {settings.rows} has no rows.")
     figure = Figure(figsize=(8.2 if settings.rows else 3.6, 2.9), layout="constrained")
     if settings.rows:
         idea, frontier = figure.subplots(1, 2, width_ratios=[1, 1])
-        draw_frontier(frontier, pd.read_csv(settings.rows))
+        lines = panels[CONDITION]
+        draw_frontier(frontier, lines, settings.methods or list(dict.fromkeys(lines["method"])))
     else:
         idea = figure.subplots()
     draw_idea(idea)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -21,8 +21,13 @@ _LOGGED = {
     "DeepSpeed": "Setting accelerator to CPU",
 }
 
+
+def _without(part: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: part not in str(record.msg)
+
+
 for _name, _part in _LOGGED.items():
-    logging.getLogger(_name).addFilter(lambda record, part=_part: part not in str(record.msg))
+    logging.getLogger(_name).addFilter(_without(_part))
 
 # transformers 5 renames the option within itself and TRL; both names work, and older versions know one only.
 warnings.filterwarnings(

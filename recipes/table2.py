@@ -340,7 +340,7 @@ def show(run: Run, experiment: Experiment) -> None:
     """Write the run's tables, draw its figure, and print what fits a terminal."""
     if run.is_main:
         run.write("results.md", experiment.render(run, run.folder))
-        print(f"\n{experiment.summary(run)}\n{textwrap.fill(experiment.claim, WIDTH)}")
+        print(f"\n{(experiment.summary or experiment.report)(run)}\n{textwrap.fill(experiment.claim, WIDTH)}")
         print(f"Intervals of all differences, and the paper's table: {run.folder / 'results.md'}")
 
 

@@ -73,6 +73,12 @@ def test_readme_is_short_and_its_figure_small():
     assert (ROOT / figure).stat().st_size < 100_000
 
 
+def test_one_version_stands_everywhere():
+    (version,) = re.findall(r'^version = "(.+)"', text_of(ROOT / "pyproject.toml"), re.MULTILINE)
+    assert re.search(rf"^version: {re.escape(version)}$", text_of(ROOT / "CITATION.cff"), re.MULTILINE)
+    assert re.search(r"^## (\S+)", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)[1] == version
+
+
 # Commands
 
 
