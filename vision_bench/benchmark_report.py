@@ -200,7 +200,7 @@ def _markdown(models: Sequence[_Model], settings: Settings) -> str:
         else f"\nOne seed ({settings.seeds[0]}) of probes, wrong labels and drawn images, so there are no intervals;\n"
     )
     text += (
-        "the models, the autoencoder and the noise on the images are the same for all seeds. Probes:\n"
+        "the models, the autoencoder, random bases and the noise on the images are the same for all seeds. Probes:\n"
         f"{settings.probe_epochs} epochs, LARS 0.4, {scaled} times the number that makes the mean square norm of the\n"
         f"training rows {NORM:g} squared, so that their scale decides nothing; of few images as many steps as of\n"
         "all, up to whole epochs.\n"
