@@ -10,10 +10,10 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from mono_peft.activity import in_eval_mode
 
+from .progress import Progress
 from .prompts import EncodedAnswer
 
 
@@ -44,9 +44,11 @@ def answer_log_likelihoods(
 
     values: list[tuple[int, float]] = []
     with in_eval_mode(model):
-        for batch in tqdm(batches, desc="Scoring answers", disable=not state.is_main_process, leave=False):
+        progress = Progress("Scoring answers", len(batches), "batches", shown=state.is_main_process)
+        for batch in batches:
             scores = batch_log_likelihoods(model, [answers[i] for i in batch], pad_token_id)
             values += zip(batch, scores.tolist(), strict=True)
+            progress.update()
     result = torch.empty(len(answers))
     for index, value in gather_object(values):
         result[index] = value

@@ -18,11 +18,11 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import configure_pad_token, normalize_gen_kwargs, postprocess_generated_text
-from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from evals.contents import checksum
 from evals.models import method_and_seed
+from evals.progress import Progress
 from evals.prompts import answer_opening, template_options
 from evals.records import COMPLETIONS, Completion, CompletionKey
 from evals.registry import TASK_FOLDERS
@@ -167,12 +167,13 @@ class CompletionsLM(HFLM):
                 "they lose their beginning (`prompt_tokens_cut` in their rows)."
             )
         name = f"Generating ({self._arm.name or 'base'})"
-        with tqdm(total=len(rows), initial=len(rows) - len(missing), disable=disable_tqdm, desc=name) as bar:
-            for batch in self._batches(missing):
-                done = list(self._answers(batch))
-                self._file.append(asdict(row) for row in done)
-                self._done |= {row.key: row for row in done}
-                bar.update(len(done))
+        done_before = len(rows) - len(missing)
+        progress = Progress(name, len(rows), "answers", done=done_before, shown=not disable_tqdm)
+        for batch in self._batches(missing):
+            done = list(self._answers(batch))
+            self._file.append(asdict(row) for row in done)
+            self._done |= {row.key: row for row in done}
+            progress.update(len(done))
         answers = [self._done[row.key] for row in rows]
         for opener, closer in set(MARKERS) - set(self._arm.thoughts.markers):
             count = sum(row.response.lstrip().startswith(opener) or closer in row.response for row in answers)

@@ -19,7 +19,6 @@ import torch
 from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evals.answers import batch_log_likelihoods
@@ -27,6 +26,7 @@ from evals.contents import checksum
 from evals.intervals import bootstrap
 from evals.local_files import Row, check_columns, check_text, file_rows
 from evals.models import Adapter, attached
+from evals.progress import Progress
 from evals.prompts import EncodedAnswer, encode_answer
 from mono_peft.activity import in_eval_mode
 
@@ -139,7 +139,8 @@ def forgetting(model: PeftModel, texts: NeutralTexts, *, batch_size: int = 4, pr
     starts = range(0, len(order), batch_size)
     sums = np.zeros((len(order), 4))  # KL, loss, base's loss and number of tokens of each text
     with in_eval_mode(model):
-        for start in tqdm(starts, desc="Neutral texts", disable=not progress, leave=False):
+        lines = Progress("Neutral texts", len(starts), "batches", shown=progress)
+        for start in starts:
             batch = order[start : start + batch_size]
             inputs, counted = _padded([texts.rows[i] for i in batch])
             inputs = send_to_device(inputs, next(model.parameters()).device)
@@ -147,6 +148,7 @@ def forgetting(model: PeftModel, texts: NeutralTexts, *, batch_size: int = 4, pr
             with model.disable_adapter():
                 base = _logits(model, inputs)
             sums[batch] = _sums(adapted, base, inputs["input_ids"], counted.to(adapted.device))
+            lines.update()
     if not np.isfinite(sums).all():
         raise FloatingPointError("probabilities on the neutral texts are not finite: adapter or base diverged.")
     kl, loss, base_loss, tokens = sums.T

@@ -73,7 +73,6 @@ def generate(settings: GenerateSettings) -> Run:
             task is unknown or its data cannot be had, or the folder holds answers made with other settings or by
             other contents.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default
     _check_names(_folder(settings), settings)  # at once; and again when the folder is held
     source = str(MODELS[settings.model]()) if settings.model in MODELS else settings.model
     tokenizer, config = check_base(source)
@@ -198,6 +197,7 @@ def task_manager(names: list[str], task_data: dict[str, Any] | None = None) -> T
     Raises:
         ValueError: no task, group or tag has the name; says which are like it.
     """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default
     folders = [str(folder) for folder in TASK_FOLDERS]
     manager = TaskManager(include_path=folders, include_defaults=False, metadata=task_data)
     if set(names) <= set(manager.all_tasks):

@@ -14,9 +14,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from evals.judges import Judge, Judgement, NoAnswerError
+from evals.progress import Progress
 from evals.records import COMPLETIONS, VERDICTS, Completion, Verdict, read_completions, read_verdicts, verdicts_on
 from evals.registry import JUDGES, JudgeOptions, judge_kind, make_judge
 from evals.scores import add_scores
@@ -169,21 +168,21 @@ def _judge_with(
     judge.load()
     encoded: list[Any] = [judge.encode_completion(completion) for completion in completions]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    with tqdm(total=len(order), desc=f"Judging ({name})") as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            begin = time.monotonic()
-            problem = None
-            try:
-                judgements: Sequence[Judgement | None] = judge.judge([encoded[i] for i in batch])
-            except NoAnswerError as error:
-                problem, judgements = error, error.judgements
-            seconds = round((time.monotonic() - begin) / len(batch), 4)
-            pairs = zip(batch, judgements, strict=True)
-            new = [verdict(completions[i], judgement, seconds) for i, judgement in pairs if judgement is not None]
-            file.append(map(asdict, new))
-            if problem is not None:
-                raise problem
-            verdicts += new
-            bar.update(len(new))
+    progress = Progress(f"Judging ({name})", len(order), "answers")
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        begin = time.monotonic()
+        problem = None
+        try:
+            judgements: Sequence[Judgement | None] = judge.judge([encoded[i] for i in batch])
+        except NoAnswerError as error:
+            problem, judgements = error, error.judgements
+        seconds = round((time.monotonic() - begin) / len(batch), 4)
+        pairs = zip(batch, judgements, strict=True)
+        new = [verdict(completions[i], judgement, seconds) for i, judgement in pairs if judgement is not None]
+        file.append(map(asdict, new))
+        if problem is not None:
+            raise problem
+        verdicts += new
+        progress.update(len(new))
     return verdicts

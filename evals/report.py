@@ -33,7 +33,7 @@ COLUMNS = (
     "task", "metric", "judge", "category", "model", "method", "adapter", "seed", "versus", "versus_judge", "twin",
     "value", "low", "high", "p_value", "n",
 )  # fmt: skip
-_ARMS_BESIDE = 3  # in a table of 100 columns
+ARMS_BESIDE = 3  # in a table of 100 columns
 NATS = (KL, LOSS, LOSS_DIFFERENCE)  # per token, of which a hundredth is much
 # Settings of rows of a part of the prompts, or of two arms.
 _PARTS = ["category", "versus", "versus_adapter", "versus_judge", "twin"]
@@ -158,7 +158,7 @@ def summary(run: Run) -> str:
         ["model", "task", "judge"], sort=False
     ):
         methods = sorted(set(lines["method"]), key=order.index)
-        for some in (methods[i : i + _ARMS_BESIDE] for i in range(0, len(methods), _ARMS_BESIDE)):
+        for some in (methods[i : i + ARMS_BESIDE] for i in range(0, len(methods), ARMS_BESIDE)):
             body = [
                 [metric, prompts(rows), *(cell(rows[rows["method"] == m], _factor(metric)) for m in some)]
                 for metric, rows in lines[lines["method"].isin(some)].groupby("metric", sort=False)

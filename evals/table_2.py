@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -12,6 +14,7 @@ from evals.forgetting import TASK as FORGETTING
 from evals.paper import TABLE_2, TABLE_2_HEADER
 from evals.registry import judge_kind
 from evals.report import (
+    ARMS_BESIDE,
     FIGURE,
     REFUSED,
     cell,
@@ -23,6 +26,7 @@ from evals.report import (
     seeds_and_diverged,
     short_name,
 )
+from evals.terminal import WIDTH, table_text
 from vision_bench.runs import DIVERGED, Interval, Run, markdown_table, paired
 
 
@@ -102,6 +106,44 @@ class Table2:
             "\nShieldGemma's scores (x 100), sparsities, the share that BeaverDam flags, and performance, in %. One "
             "run.\n"
         )
+
+    def summary(self) -> str:
+        """What a terminal shows: a line for each measure beside three arms at most, and what they say in words."""
+        columns = [*self.performance, *(column for column in self.columns if column not in self.performance)]
+        columns = [column for column in columns if not column.metric.startswith("score_")]  # of single policies
+        text = ""
+        for some in (self.methods[i : i + ARMS_BESIDE] for i in range(0, len(self.methods), ARMS_BESIDE)):
+            body = [[column.title, *(self.cell(column, method) for method in some)] for column in columns]
+            text += table_text(f"Table 2, {self.part}", ["", *some], body) + "\n"
+        text += "\n".join(textwrap.fill(sentence, WIDTH) for sentence in self._sentences())
+        return f"{text}\n{self._diverged()}"
+
+    def _sentences(self) -> list[str]:
+        """Where the base and the kinds of adapters stand in the task and in harm, in two sentences."""
+        task, zeros = self._standing(self.performance[0]), Measure("", "task_sparsity", factor=100)
+        for method in self._named():
+            if len(rows := zeros.rows(self._arm(method))):
+                task += f"; {100 * rows['value'].mean():.1f} % of the latents of {method} are zero"
+        harm = next((harm for harm in self.harms if len(harm.rows(self.lines))), None)
+        safety = self._standing(harm) if harm else "No prompts were asked that tell of harm"
+        if self.run.config["demonstration"]:
+            safety += "; this is a demonstration on a small offline model, which says nothing of large ones"
+        return [f"{task}.", f"{safety}."]
+
+    def _named(self) -> list[str]:
+        return [method for method in ("base", *self.adapters) if method in self.methods] or self.methods
+
+    def _standing(self, measure: Measure) -> str:
+        """The means over seeds of a measure, an arm after the other."""
+        name, _, unit = measure.title.partition(", ")
+        stand = []
+        for method in self._named():
+            mean = measure.rows(self._arm(method))["value"].mean()  # NaN where an arm diverged
+            value = (
+                "no value" if math.isnan(mean) else f"{measure.harm(mean):.{digits(measure.metric)}f} {unit}".strip()
+            )
+            stand.append(f"{'the base' if method == 'base' else method} has {value}")
+        return f"In {name} {', '.join(stand)}"
 
     def draw(self) -> None:
         """Write the figure of safety against performance into the run's folder, where safety was measured."""

@@ -23,12 +23,20 @@ from datasets import Dataset
 from peft import get_peft_model
 from safety_controls import attach_safety_control
 from task import Pair, Task, fitting, mixed
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from training_progress import TrainingProgress
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+)
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
 from evals.contents import adapter_checksums, checksum, non_finite_of_file
 from evals.models import WEIGHTS_FILE, Adapter, attached, check_adapter, load_tokenizer_and_config
+from evals.progress import duration
 from evals.prompts import encode_answer, training_row
 from evals.thoughts import thoughts_of
 from mono_peft import SparsityCallback, activation_sparsity
@@ -96,6 +104,11 @@ class Comparison:
         """Fields that rows of a measurement from `start` on share; n is the number of scored prompts by default."""
         seconds = time.monotonic() - start
         return {"n": n or len(self.task.scored), "seconds": seconds, "device": device_name(self.training.device)}
+
+    def say(self, text: str) -> None:
+        """Print what is done now; the main process does."""
+        if self.run.is_main:
+            print(text, flush=True)
 
     def score(self, model: torch.nn.Module) -> float:
         """The task's metric, not finite if any score behind it is not."""
@@ -168,9 +181,14 @@ def train(comparison: Comparison, pairs: dict[str, list[Pair]]) -> None:
     task, run, settings, training = comparison.task, comparison.run, comparison.settings, comparison.training
     batches = comparison.prompt_batches(task.prompts)
     drawn: dict[int, list[Pair]] = {}
-    for cell in run.lacking(cells(run.config, task.metric)):
+    every = run.lacking(cells(run.config, task.metric))
+    begin = time.monotonic()
+    for place, cell in enumerate(every):
         start, score = time.monotonic(), math.nan
         trained = comparison.trained(cell.arm["method"], cell.seed)
+        left = f", about {duration((start - begin) / place * (len(every) - place))} left" if place > 1 else ""
+        what = "Scoring the base" if cell.seed is None else f"Training and scoring {trained.name}"
+        comparison.say(f"{what} ({place + 1} of {len(every)}{left}).")
         if cell.seed is None:
             score = comparison.score(load_base(training, comparison.options))
             add_score(comparison, score, None, start, trained)
@@ -228,6 +246,7 @@ def add_score(comparison: Comparison, score: float, reason: str | None, start: f
     if trained.seed is not None and run.is_main:
         common["adapter_checksum"] = checksum(adapter_checksums(trained.folder))
     run.add(metric, score, **common)
+    comparison.say(f"{trained.name or 'The base'}: {metric} {score:.3f}")
 
 
 def divergence(adapter: Path, log: Sequence[dict[str, Any]] = ()) -> str | None:
@@ -265,7 +284,7 @@ def finetuning(comparison: Comparison, trained: Trained, rows: Dataset) -> SFTTr
     arguments.weight_decay = arm.weight_decay
     arguments.model_init_kwargs = _model_options(options)
     arguments.logging_nan_inf_filter = False  # else a loss that is not finite is logged as the one before it
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=options.model_name_or_path,
         args=arguments,
         train_dataset=rows,
@@ -273,6 +292,10 @@ def finetuning(comparison: Comparison, trained: Trained, rows: Dataset) -> SFTTr
         peft_config=adapter_config(arm, comparison.settings, options),
         quantization_config=get_quantization_config(options),
     )
+    if not arguments.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(TrainingProgress(str(trained.name)))
+    return trainer
 
 
 def load_tokenizer(

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import library_messages  # noqa: F401  # before the libraries that speak while they are imported
 import torch
 from accelerate import PartialState
 from table2 import CONFIGS, Table2Settings, check, compare, experiment, parse, show

@@ -127,9 +127,12 @@ def evaluate(comparison: Comparison, answers: GenerateSettings, judges: dict[str
     if not scored:
         return
     adapters = [trained.adapter for name, trained in scored.items() if name]
+    names = ", ".join(name or "the base" for name in scored)
+    comparison.say(f"Making the answers to {', '.join(answers.tasks)} that are missing: {names}.")
     answered = generate(replace(answers, adapters=adapters, base=None in scored))
     if settings.judges and has_answers(answered.folder):
         tasks, batch_size = settings.safety_tasks, settings.judge_batch_size
+        comparison.say(f"Judging the answers that are not judged yet: {', '.join(judges.values())}.")
         answered = judge(answered.folder, list(judges), tasks=tasks, batch_size=batch_size)
     new = []
     for row in answered.rows:
@@ -167,6 +170,7 @@ def alignment_sparsity(comparison: Comparison) -> None:
     rows = read_completions(run.folder / EVALUATION / COMPLETIONS).rows
     prompts = list({(row.task, row.prompt_id): row.prompt for row in rows if row.task in tasks}.values())
     batches = comparison.prompt_batches(prompts)
+    comparison.say("Measuring the sparsity of latents on the safety prompts.")
     base = load_base(comparison.training, comparison.options)
     for trained in lacking:
         start = time.monotonic()
@@ -195,6 +199,7 @@ def certified_silence(comparison: Comparison) -> None:
     if not lacking:
         return
     rows = read_completions(run.folder / EVALUATION / COMPLETIONS).rows
+    comparison.say("Certifying on which harmful prompts the adapters are silent.")
     base = load_base(comparison.training, comparison.options)
     for trained, task in lacking:
         harmful = {r.prompt_id: r.prompt for r in rows if r.task == task and is_harmful(task, r.category) is not False}
@@ -230,6 +235,7 @@ def forgetting_rows(comparison: Comparison, texts: NeutralTexts) -> None:
     lacking = [trained for trained in every if not run.find(LOSS, task=TASK, **trained.arm)]
     if not lacking:
         return
+    comparison.say("Measuring how far the adapters are from the base on neutral texts.")
     base = load_base(comparison.training, comparison.options)
     before = losses(base, texts, batch_size=batch_size)
     for trained in lacking:

@@ -51,6 +51,7 @@ class Experiment:
         report: tables of a whole run, as Markdown.
         draw: draws `pictures` into the folder of a whole run. None: what they show stands in no row, so that the
             pictures in the folder of the recipe's own run are taken.
+        summary: what a terminal shows of a whole run. None: the report.
         facts: names of the facts that `report` needs, such as num_classes; see `vision_bench.runs.Run`.
         defaults: whatever settings the recipe records, at their default: a setting that a run lacks was at it, and a
             run with a setting that is not here is not shown. None: settings are taken as they are.
@@ -66,6 +67,7 @@ class Experiment:
     report: Callable[[Run], str]
     draw: Callable[[Run], None] | None
     facts: tuple[str, ...] = ()
+    summary: Callable[[Run], str] | None = None
     defaults: Mapping[str, Any] | None = field(default=None, repr=False)
     overridden: frozenset[str] = frozenset()
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
+import library_messages  # noqa: F401  # before the libraries that speak while they are imported
 import pandas as pd
 from frontier import frontier, lines_of, lines_text, read_lines, silent_over_steps, steps_table, table
 from sst2_monolora import EXPERIMENT, Sst2Settings, load_task

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import library_messages  # noqa: F401  # before the libraries that speak while they are imported
 import torch
 from table2 import CONFIGS, Table2Settings, check, compare, experiment, show
 from table2 import parse as parse_table2

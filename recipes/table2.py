@@ -7,6 +7,7 @@ adapter per arm and seed (`comparison`); after that `evals` works in the folder 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -28,6 +29,7 @@ from evaluation import (
     generation,
 )
 from experiments import CannotShow, Experiment
+from library_messages import no_progress_bars
 from safety_controls import check_safety_controls, check_safety_pairs, check_unaligned
 from task import Content, Pair, Task, check_contents, fitted, fitting, load_pairs
 from transformers import PretrainedConfig
@@ -41,8 +43,10 @@ from evals.judge import check_judging
 from evals.models import hub_commit
 from evals.report import short_name
 from evals.table_2 import Table2
+from evals.terminal import WIDTH
 from offline.finetuning import TOPICS, poison_pairs, safety_pairs
 from offline.judge import offline_judge
+from offline.language_model import one_thread
 from offline.unaligned import unaligned_model
 from vision_bench.runs import Run, defaults
 
@@ -222,9 +226,22 @@ def check(settings: Table2Settings, training: SFTConfig, options: ModelConfig) -
 def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: ModelConfig) -> Run:
     """Train and evaluate what the output folder has no results of; returns the run, whole in the main process.
 
+    Where no model is named it is the offline one, which a second thread makes slower on a machine with other work.
+
     Raises:
         ValueError: before training, for whatever cannot work.
     """
+    if options.model_name_or_path is not None:
+        return _compare(task, settings, training, options)
+    if PartialState().is_main_process:
+        print(
+            "A demonstration on the offline model: it and its judge are built once, in about two minutes.", flush=True
+        )
+    with one_thread(), no_progress_bars():
+        return _compare(task, settings, training, options)
+
+
+def _compare(task: Task, settings: Table2Settings, training: SFTConfig, options: ModelConfig) -> Run:
     arms = trained_arms(settings, training, options)
     pairs = _mixture_pairs(settings, arms)
     _check_steps(settings, training, task.drawn)
@@ -314,16 +331,17 @@ def experiment(recipe: str, part: str, metric: str, performance: Sequence[Measur
         pictures={"safety": "Safety against task performance: ours, and the paper's"},
         cells=partial(cells, metric=metric),
         report=lambda run: table(run).text(),
+        summary=lambda run: table(run).summary(),
         draw=lambda run: table(run).draw(),
     )
 
 
 def show(run: Run, experiment: Experiment) -> None:
-    """Write and print the run's table, and draw its figure."""
+    """Write the run's tables, draw its figure, and print what fits a terminal."""
     if run.is_main:
-        text = experiment.render(run, run.folder)
-        run.write("results.md", text)
-        print(text)
+        run.write("results.md", experiment.render(run, run.folder))
+        print(f"\n{(experiment.summary or experiment.report)(run)}\n{textwrap.fill(experiment.claim, WIDTH)}")
+        print(f"Intervals of all differences, and the paper's table: {run.folder / 'results.md'}")
 
 
 def identity(

@@ -22,7 +22,7 @@ from vision_bench.losses import LEAST_PROBABILITY, LOG_OF_ZERO
 OPTIMIZERS = ("lars", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 TRUST_COEFFICIENT, LARS_EPS = 0.02, 1e-8
-NORM = 8.0  # root of the mean square norm of rescaled features; chosen by measurement, see docs/measurements.md
+NORM = 8.0  # root of the mean square norm of rescaled features; by docs/measurements/gains_of_scale.md
 TRAINING = ("probe_training_top1", "class_means_training_top1")  # of `training_accuracy`, as rows of results name them
 NEIGHBOUR_CHUNK = 1024  # rows whose neighbours are sought at once, among a chunk of the others
 

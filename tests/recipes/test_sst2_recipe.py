@@ -1,6 +1,7 @@
 """sst2_monolora.py in this process, on a small local model and files."""
 
 import json
+import re
 
 import comparison
 import pytest
@@ -45,7 +46,13 @@ def test_three_arms_two_seeds(arguments, tmp_path, capsys):
     assert "94.84" in table
     assert "MonoLoRA - LoRA, paired by seed" in table
     assert "demonstration" not in table
-    assert table in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Training and scoring monolora-seed1 (5 of 5, about" in shown
+    _, shown = shown.split("\nTable 2, SST-2\n")
+    assert max(map(len, shown.splitlines()[:-1])) <= 100
+    assert re.search(r"In accuracy the base has [\d.]+ %, lora has [\d.]+ %, monolora has [\d.]+ %;", shown)
+    assert "No prompts were asked that tell of harm." in shown
+    assert shown.endswith(f"{tmp_path / 'out' / 'results.md'}\n")
 
     first, second = (tmp_path / "out" / f"monolora-seed{seed}" / "adapter" for seed in (0, 1))
     config = PeftConfig.from_pretrained(first)
@@ -64,7 +71,8 @@ def test_the_same_configuration_reprints_and_another_is_refused(arguments, tmp_p
     request.getfixturevalue("no_training")
     sst2_monolora.main([*arguments, "--methods", "monolora"])
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
-    assert table in capsys.readouterr().out
+    assert (tmp_path / "out" / "results.md").read_text() == table
+    assert "In accuracy monolora has " in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"another configuration \(training: .*'learning_rate': 0\.1"):
         sst2_monolora.main([*arguments, "--methods", "monolora", "--learning_rate", "0.1"])
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == before

@@ -110,7 +110,11 @@ def test_the_columns_of_table_2_and_the_path_over_steps(judged, tmp_path, small_
     request.getfixturevalue("no_training")
     sst2_monolora.main(judged)
     assert (out / "results.jsonl").read_bytes() == before
-    assert text in capsys.readouterr().out
+    assert (out / "results.md").read_text() == text
+    shown = capsys.readouterr().out
+    assert "Training" not in shown
+    assert max(map(len, shown.partition("Table 2, SST-2")[2].splitlines()[:-1])) <= 100
+    assert "monolora+safety+rank" in shown
     (out / "lora-seed0" / "checkpoint-2").rename(out / "lora-seed0" / "checkpoint-3")
     with pytest.raises(
         ValueError, match=r"--eval_every 2: .*lora-seed0 has no checkpoint of step 2, only of \[3, 4\]"

@@ -64,7 +64,8 @@ class TestDivergence:
         request.getfixturevalue("no_training")
         sst2_monolora.main(arguments)
         assert (tmp_path / "out" / "results.jsonl").read_text() == text
-        assert table in capsys.readouterr().out
+        assert (tmp_path / "out" / "results.md").read_text() == table
+        assert "- lora, seed 1, step 2: " in capsys.readouterr().out
 
     def test_all_arms_diverge(self, arguments, tmp_path):
         sst2_monolora.main([*arguments, *self.DIVERGING, "--methods", "lora", "monolora"])
