@@ -7,7 +7,7 @@ from typing import Any
 
 from probing import FEATURES, autoencoders
 
-from vision_bench import figures, gain_parts, sae
+from vision_bench import figures, gain_parts, label_noise, sae
 from vision_bench.learners import LEARNERS, PROBE, TUNED
 from vision_bench.report import TRAINING_NOTE, Comparison, ProbeTable, learner_title, unexplained
 from vision_bench.runs import Run, interval, over_seeds, select
@@ -42,10 +42,11 @@ def over(config: Mapping[str, Any]) -> str:
 
 def columns_in_words(table: ProbeTable, columns: Iterable[Hashable]) -> dict[str, Hashable]:
     """The columns by what their settings are."""
-    return {
-        ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in table.columns[column].items()): column
-        for column in columns
-    }
+
+    def words(name: str, value: Any) -> str:
+        return label_noise.condition(value) if name == "noise_rate" else f"{name.replace('_', ' ')} {value}"
+
+    return {", ".join(words(*setting) for setting in table.columns[column].items()): column for column in columns}
 
 
 def draw_gain_parts(run: Run, table: ProbeTable, columns: Iterable[Hashable]) -> None:

@@ -298,9 +298,7 @@ def _condition(settings: Mapping[str, Any]) -> str | None:
     """What is corrupted under the settings of a column or line, in words; None if more than one thing is."""
     parts = []
     if noise := settings["label_noise"]:
-        parts.append(
-            label_noise.words(noise) if isinstance(noise, str) else f"{label_noise.words(noise)} wrong labels"
-        )
+        parts.append(label_noise.condition(noise))
     if settings["few_shots"] < 1:
         parts.append(f"{100 * settings['few_shots']:g} % of the images")
     if settings["test"] != CLEAN:

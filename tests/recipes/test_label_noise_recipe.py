@@ -273,7 +273,7 @@ def test_controls_and_the_labels_that_people_gave(folder, tmp_path, capsys):
     assert "| sae, the paper, CIFAR-100 | 54.4 | 50.5 | - | - |" in text
     explained = text.split("## What the gains over poly consist of")[1].split("\nPoints of accuracy")[0]
     assert "| gain over raw | scale | tuning | kernel | basis |" in explained
-    assert "| sae | noise rate human | " in explained
+    assert "| sae | human labels | " in explained
     assert (tmp_path / "run" / "gain_parts.png").exists()
     assert len(values(tmp_path / "run", "sae_fvu")) == 4  # of sae and of the one with a frozen decoder
     assert "sae_frozen_decoder on test images: FVU " in text
