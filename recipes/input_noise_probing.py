@@ -23,16 +23,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from probing import (
-    FEATURES,
-    ControlSettings,
-    controlled_grid,
-    draw_gain_parts,
-    experiment,
-    notes,
-    probe_table,
-    run_experiment,
-)
+from probe_report import draw_gain_parts, notes, probe_table
+from probing import FEATURES, ControlSettings, LearnerSettings, controlled_grid, experiment, run_experiment
 from vision import PretrainingSettings, ProbingSettings, models_of
 
 from vision_bench import figures
@@ -74,7 +66,7 @@ class InputNoiseSettings:
                 raise ValueError(f"scales has {scale}; for {noise} it must be {allowed_scales}.")
 
 
-SETTINGS = (PretrainingSettings, ProbingSettings, ControlSettings, InputNoiseSettings)
+SETTINGS = (PretrainingSettings, ProbingSettings, ControlSettings, LearnerSettings, InputNoiseSettings)
 
 
 def levels(config: dict[str, Any], noise: str) -> list[tuple[str, float]]:

@@ -25,16 +25,8 @@ from functools import partial
 from typing import Any
 
 from paper import TABLE_1, TABLE_1_RATES
-from probing import (
-    FEATURES,
-    ControlSettings,
-    controlled_grid,
-    draw_gain_parts,
-    experiment,
-    notes,
-    probe_table,
-    run_experiment,
-)
+from probe_report import draw_gain_parts, notes, probe_table
+from probing import FEATURES, ControlSettings, LearnerSettings, controlled_grid, experiment, run_experiment
 from vision import PretrainingSettings, ProbingSettings, check_rates, highest_with_signal
 
 from vision_bench import figures
@@ -78,7 +70,7 @@ class LabelNoiseSettings:
             people.check(splits["train"].labels, splits["train"].num_classes)
 
 
-SETTINGS = (PretrainingSettings, ProbingSettings, ControlSettings, LabelNoiseSettings)
+SETTINGS = (PretrainingSettings, ProbingSettings, ControlSettings, LearnerSettings, LabelNoiseSettings)
 
 
 def noises_of(config: Mapping[str, Any]) -> list[LabelNoise]:

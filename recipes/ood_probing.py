@@ -37,16 +37,8 @@ from typing import Any
 import pandas as pd
 import yaml
 from experiments import CannotShow
-from probing import (
-    FEATURES,
-    ControlSettings,
-    controlled_grid,
-    draw_gain_parts,
-    experiment,
-    measure,
-    notes,
-    probe_table,
-)
+from probe_report import draw_gain_parts, notes, probe_table
+from probing import FEATURES, ControlSettings, LearnerSettings, controlled_grid, experiment, measure
 from vision import PretrainingSettings, ProbingSettings, begin, finish, load_splits
 
 from vision_bench import figures
@@ -115,7 +107,7 @@ class OodSettings:
         return {name: {str(k): str(v) for k, v in classes.items()} for name, classes in maps.items()}
 
 
-SETTINGS = (PretrainingSettings, ProbingSettings, ControlSettings, OodSettings)
+SETTINGS = (PretrainingSettings, ProbingSettings, ControlSettings, LearnerSettings, OodSettings)
 
 
 def load_shifts(

@@ -7,7 +7,7 @@ that is best for a column of the table, on the test labels themselves, which fav
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,20 +29,19 @@ from vision import (
     start,
 )
 
-from vision_bench import features, figures, gain_parts, kinds, models, sae
+from vision_bench import features, kinds, learners, models, sae
 from vision_bench.data import ImageSet
 from vision_bench.label_noise import LabelNoise
+from vision_bench.learners import LEARNERS, PROBE
 from vision_bench.metrics import chance_level
 from vision_bench.models import ContrastiveModel
 from vision_bench.probe import Probes
-from vision_bench.report import CHANCE, DECAY, TRAINING_NOTE, Comparison, ProbeTable, unexplained
-from vision_bench.runs import Cell, Run, defaults, device_name, interval, option, over_seeds, select
+from vision_bench.report import CHANCE, DECAY
+from vision_bench.runs import Cell, Run, defaults, device_name, option
 from vision_bench.sweep import Arm, Fitted, Grid, Measured, Test, Training, rows, sweep
 
 FEATURES = ("poly", "sae", "ncl")
 ARMS = (*FEATURES, "poly_decay", "poly_unit", "random_relu", "random_mask")
-RANDOM = ("poly_unit", "random_relu")  # what sae and ncl must beat to have gained by what they learnt
-NAMES = gain_parts.RawNames("poly", "poly_unit")
 METHODS = {"simclr": kinds.BASE, "ncl": kinds.NCL}
 CHUNK = 8192  # rows of features that are classified at once
 
@@ -65,6 +64,20 @@ class ControlSettings:
         for arm in self.arms:
             if arm != "poly_decay":
                 kinds.find(arm)
+            if kinds.head_of(arm) is not None:
+                raise ValueError(f"arms has {arm}, a head of a frozen model, which python -m vision_bench trains.")
+
+
+@dataclass
+class LearnerSettings:
+    """What learns from the features."""
+
+    learners: list[str] = option([PROBE], help=f"Of {', '.join(LEARNERS)}; with {PROBE}, on the same labels.")
+
+    def __post_init__(self) -> None:
+        learners.check(self.learners)
+        if PROBE not in self.learners:
+            raise ValueError(f"learners is {self.learners}; the tables need {PROBE}, give it too.")
 
 
 @dataclass
@@ -140,7 +153,7 @@ def controlled_grid(
     """The probes with the models of a pretraining, for every loss, weight decay, seed and noise on the labels.
 
     Args:
-        config: of the run.
+        config: of the run; without learners there are linear probes alone.
         model_seed: of the pretraining.
         tests, training_arm, test_arm: as `Grid`; rows of a training also have their weight decay.
         losses: (alpha, beta) by name; None is cross entropy without a name.
@@ -148,7 +161,8 @@ def controlled_grid(
     """
     trainings = {
         name: [
-            Training(noise, alpha=alpha, beta=beta, weight_decay=decay, loss=loss, seed=seed)
+            Training(noise, alpha=alpha, beta=beta, weight_decay=decay, loss=loss, learner=learner, seed=seed)
+            for learner in (config.get("learners", [PROBE]) if name == "" else [PROBE])
             for loss, (alpha, beta) in (losses or {"": (1.0, 0.0)}).items()
             for decay in decays
             for seed in models_of(config)[model_seed]
@@ -352,81 +366,3 @@ def predictions(probes: Probes, features: torch.Tensor) -> torch.Tensor:
         torch.einsum("nd,kcd->knc", part.to(weights), weights) + biases[:, None] for part in features.split(CHUNK)
     ]
     return torch.cat([logits.argmax(dim=2).cpu() for logits in parts], dim=1)
-
-
-def where_there_is_one(run: Run, metric: str, name: str, digits: int) -> str:
-    """Mean over seeds, signed, of a metric that a seed may have no value of: "-" if none has, else how many have."""
-    rows, seeds = run.find(metric, features=name), len(run.config["seeds"])
-    if not rows:
-        return "-"
-    few = f" ({len(rows)} of {seeds} seeds)" if len(rows) < seeds else ""
-    return interval([row["value"] for row in rows]).text(digits, sign=True) + few
-
-
-def probe_table(run: Run, columns: Mapping[Any, Mapping[str, Any]], arms: Sequence[str] | None = None) -> ProbeTable:
-    """The accuracies of a run, with gains of each arm over poly, and of sae and ncl over the random controls."""
-    arms = run.config["arms"] if arms is None else arms
-    comparisons = [Comparison(name, name, "poly") for name in arms if name != "poly"]
-    comparisons += [Comparison(f"{n} over {o}", n, o) for n in FEATURES[1:] for o in RANDOM if {n, o} <= set(arms)]
-    return ProbeTable(run.rows, columns, arms, comparisons)
-
-
-def over(config: Mapping[str, Any]) -> str:
-    """Say what the intervals of a table are over."""
-    shared = config["shared_pretraining"]
-    varied = "probes and noise, the models are the same" if shared else "pretraining, noise and probes"
-    return f"Mean ± half-width of the 95 % interval over {len(config['seeds'])} seeds ({varied})."
-
-
-def columns_in_words(table: ProbeTable, columns: Iterable[Hashable]) -> dict[str, Hashable]:
-    """The columns by what their settings are."""
-    return {
-        ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in table.columns[column].items()): column
-        for column in columns
-    }
-
-
-def draw_gain_parts(run: Run, table: ProbeTable, columns: Iterable[Hashable]) -> None:
-    """Draw what the gains consist of, if the twins of features are among the arms."""
-    if panels := gain_parts.dots(table, columns_in_words(table, columns), NAMES):
-        figures.save(run.folder / "gain_parts", figures.gain_dots(panels))
-
-
-def notes(run: Run, table: ProbeTable, columns: Sequence[Hashable]) -> str:
-    """Explain the tables of probes, as Markdown; `columns` are those of all tables of accuracies, in their order.
-
-    Before stands what the gains consist of, if the twins of features are among the arms.
-    """
-    config = run.config
-    parts = ""
-    if gain_parts.explained_kinds(table.arms, NAMES):
-        shown, equivariant = columns_in_words(table, columns), not config["standardize"]
-        parts = "\n## What the gains over poly consist of\n\n"
-        parts += gain_parts.markdown(table, shown, NAMES, is_equivariant=equivariant)
-    qualities = {
-        name: [
-            over_seeds(select(table.rows, metric, features=None if name == "sae" else name)["value"])
-            for metric in sae.QUALITY
-        ]
-        for name in autoencoders(table.arms)
-    }
-    unscaled = "The scale of features decides how far these probes come (rescale: false).\n"
-    by_column = (table.decays[column] for column in columns)
-    decays = ", ".join(f"{by_arm['poly_decay']:g}" for by_arm in by_column if "poly_decay" in by_arm)
-    return parts + (
-        f"\n{over(config)}\n"
-        "The paper's numbers are of another scale (ResNet-18, 200 epochs, 16384-2048 projector) unless that is what\n"
-        "was run here. Consistency, sparsity and live dimensions are of the clean test images; chance is the\n"
-        "consistency with shuffled labels. A consistency means little without the sparsity beside it.\n"
-        f"poly_decay takes the best of {len(config['decays'])} weight decays for each column on the test labels\n"
-        f"themselves, which favours it (those it took, column after column of all tables: {decays});\n"
-        "poly_unit, random_relu, random_mask: see vision_bench/kinds.py.\n"
-        f"{TRAINING_NOTE}{unscaled * (not config['rescale'])}"
-        + "".join(
-            "{} on test images: FVU {}, L0 {}, dead {}.\n".format(
-                "SAE" if name == "sae" else name, *(interval.text(3) for interval in quality)
-            )
-            for name, quality in qualities.items()
-        )
-        + unexplained({name: quality[0].mean for name, quality in qualities.items()})
-    )

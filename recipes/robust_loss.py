@@ -24,16 +24,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from probing import (
-    FEATURES,
-    ControlSettings,
-    controlled_grid,
-    draw_gain_parts,
-    experiment,
-    notes,
-    probe_table,
-    run_experiment,
-)
+from probe_report import draw_gain_parts, notes, probe_table
+from probing import FEATURES, ControlSettings, controlled_grid, experiment, run_experiment
 from vision import PretrainingSettings, ProbingSettings, check_rates, highest_with_signal
 
 from vision_bench import figures

@@ -32,17 +32,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from probing import (
-    FEATURES,
-    NoisyProbeSettings,
-    experiment,
-    noisy_grid,
-    over,
-    predictions,
-    probe_table,
-    run_experiment,
-    where_there_is_one,
-)
+from probe_report import over, probe_table, where_there_is_one
+from probing import FEATURES, NoisyProbeSettings, experiment, noisy_grid, predictions, run_experiment
 from vision import PretrainingSettings, ProbingSettings
 
 from vision_bench import figures
@@ -166,7 +157,7 @@ def study(
 ) -> list[Measured]:
     """What is measured of one kind of features, with the features (n, d) and labels (n,) of the test images."""
     salient = salient_dimensions(features, labels, config["absolute"])
-    right = predictions(fitted.probes, features) == labels
+    right = predictions(fitted.linear, features) == labels
     return [
         measured
         for training, of_seed in zip(fitted.trainings, right, strict=True)

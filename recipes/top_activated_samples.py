@@ -28,18 +28,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from probing import (
-    FEATURES,
-    NoisyProbeSettings,
-    experiment,
-    measure,
-    noisy_grid,
-    over,
-    predictions,
-    probe_table,
-    seed_of_models,
-    where_there_is_one,
-)
+from probe_report import over, probe_table, where_there_is_one
+from probing import FEATURES, NoisyProbeSettings, experiment, measure, noisy_grid, predictions, seed_of_models
 from scipy.stats import spearmanr
 from vision import PretrainingSettings, ProbingSettings, finish, start
 
@@ -125,8 +115,8 @@ def study(
         details |= {"samples_shown": top[index].tolist(), "consistency": consistency[index].item()}
         add(metric, pure[index].item(), samples, arm, **details)
 
-    predicted = predictions(fitted.probes, features)
-    for training, weights, classes in zip(fitted.trainings, fitted.probes.weights, predicted, strict=True):
+    predicted = predictions(fitted.linear, features)
+    for training, weights, classes in zip(fitted.trainings, fitted.linear.weights, predicted, strict=True):
         accuracy = class_accuracies(classes, labels, images.num_classes)
         generator = torch.Generator().manual_seed(training.seed)
         shuffled = labels[torch.randperm(len(labels), generator=generator)]

@@ -14,6 +14,9 @@ process of a launch computes its share of the features, then takes its share of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -26,13 +29,16 @@ from tqdm.auto import tqdm
 from vision_bench import kinds, sae
 from vision_bench.benchmark_settings import Settings
 from vision_bench.corruptions import CLEAN
+from vision_bench.heads import Head, HeadConfig
+from vision_bench.heads import fit as fit_head
 from vision_bench.runs import CONFIG, DIVERGED, Cell, Run, defaults, device_name, locked
-from vision_bench.subjects import Subject, find_subjects
+from vision_bench.subjects import Subject, digest, find_subjects
 from vision_bench.sweep import Arm, Grid, Test, rows, sweep
 
 RECIPE = "vision_bench"
 SAME = "equals_raw"  # the metric of the row that stands for a kind of features which is not measured again
 SAE_SEED = 0
+HEAD_BATCH = 256  # images of a step of the training of heads, over all processes
 
 Row = dict[str, Any]
 
@@ -64,7 +70,7 @@ def run(settings: Settings) -> tuple[list[Subject], list[Row]]:
     subjects = find_subjects(settings, device, is_main)
     accelerator.wait_for_everyone()  # until all processes have read the rows that the folder has
     results.bind()
-    units = []
+    units, heads = [], dict[tuple[str, str], Head]()
     for subject in subjects:
         if is_main:
             height, width = subject.train.source.image_size
@@ -78,16 +84,25 @@ def run(settings: Settings) -> tuple[list[Subject], list[Row]]:
             continue
         try:
             subject.extract(settings.batch_size)
-            units += [(subject, kind) for kind in lacking]
         except FloatingPointError as error:
             results.add_rows([_diverged(results, subject, kind, str(error), device) for kind in lacking])
+            continue
+        for name in dict.fromkeys(filter(None, map(kinds.head_of, lacking))):
+            try:
+                heads[subject.id, name] = _head(subject, name, settings, accelerator)
+            except FloatingPointError as error:
+                broken = [kind for kind in lacking if kinds.head_of(kind) == name]
+                lacking = [kind for kind in lacking if kind not in broken]
+                results.add_rows([_diverged(results, subject, kind, str(error), device) for kind in broken])
+        units += [(subject, kind) for kind in lacking]
     processes = accelerator.num_processes
     for first in tqdm(range(0, len(units), processes), desc="kinds of features", disable=not is_main or not units):
         measured: list[Row] = []
         if first + accelerator.process_index < len(units):
             subject, kind = units[first + accelerator.process_index]
             try:
-                measured = _measure(results, subject, kind, settings, device, is_main)
+                own = {name: head for (id, name), head in heads.items() if id == subject.id}
+                measured = _measure(results, subject, kind, own, settings, device, is_main)
             except (FloatingPointError, sae.NoVariance) as error:
                 measured = [_diverged(results, subject, kind, str(error), device)]
         results.add_rows(gather_object(measured))
@@ -97,7 +112,7 @@ def run(settings: Settings) -> tuple[list[Subject], list[Row]]:
 def _grid(subject: Subject, kind: str, settings: Settings) -> Grid:
     """The rows of a kind of features of a model, but for those of `_quality_cells`."""
     return Grid(
-        {kind: Arm(kind, settings.conditions.trainings(settings.seeds))},
+        {kind: Arm(kind, settings.conditions.trainings(settings.seeds, settings.learners))},
         [Test(name) for name in settings.conditions.tests()],
         lambda training: {
             "few_shots": training.fraction,
@@ -125,7 +140,13 @@ def _is_lacking(results: Run, subject: Subject, kind: str, settings: Settings) -
 
 
 def _measure(
-    results: Run, subject: Subject, kind: str, settings: Settings, device: torch.device, progress: bool
+    results: Run,
+    subject: Subject,
+    kind: str,
+    heads: Mapping[str, Head],
+    settings: Settings,
+    device: torch.device,
+    progress: bool,
 ) -> list[Row]:
     """The rows that a kind of features of a model lacks; a single one where `relu` equals `raw`, which is measured."""
     train = subject.train.load()
@@ -143,6 +164,7 @@ def _measure(
     frozen = kinds.Frozen(
         train={kinds.BASE: train},
         fit_autoencoder=lambda half: _autoencoder(subject, train, half, settings, device, progress),
+        heads=heads,
     )
     batches = sweep(
         _grid(subject, kind, settings),
@@ -209,3 +231,26 @@ def _autoencoder(
             checkpoint_dir=checkpoint_dir,
             progress=progress,
         ).autoencoder
+
+
+def _head(subject: Subject, name: str, settings: Settings, accelerator: Accelerator) -> Head:
+    """A head trained on the views of the training images, by all processes; continued or taken from the cache."""
+    n, (folder, width) = len(subject.train.images), (subject.train.folder, subject.train.width())
+    batch = min(HEAD_BATCH, n)
+    k = settings.sae_k or max(1, round(width / 8))
+    config = HeadConfig(
+        epochs=settings.head_epochs, batch_size=batch - batch % accelerator.num_processes, k=k if name == "csr" else 1
+    )
+    source = digest([asdict(view.source) for view in subject.views])
+
+    def load() -> torch.Tensor:
+        views = torch.empty(len(subject.views), n, width)
+        for part, view in zip(views, subject.views, strict=True):
+            part.copy_(view.load())
+        return views
+
+    checkpoint_dir = folder.parent / f"{name}-{source}-epochs{settings.head_epochs}-k{config.k}"
+    # Another run with this cache may be training the same head.
+    with locked(checkpoint_dir, timeout=-1) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()  # so that all find the same in the folder
+        return fit_head(checkpoint_dir, name, load, source, config, accelerator, progress=True)

@@ -14,8 +14,9 @@ from vision_bench import figures, gain_parts, kinds, label_noise, report, sae
 from vision_bench.benchmark import SAME, Row
 from vision_bench.benchmark_settings import Settings
 from vision_bench.corruptions import CLEAN
+from vision_bench.learners import LEARNERS, PROBE, TUNED
 from vision_bench.metrics import MEASURED, chance_level
-from vision_bench.probe import NORM, TRAINING
+from vision_bench.probe import NORM
 from vision_bench.runs import DIVERGED, Interval, markdown_table, over_seeds, select, write_atomic
 from vision_bench.subjects import Subject
 from vision_bench.sweep import WRONG_LABELS
@@ -67,7 +68,10 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
     write_atomic(folder / DATA, json.dumps(whole, indent=1, allow_nan=False) + "\n")
     panels = {
         model.label: {
-            kind: _one_at_a_time(line for line in model.lines if line["features"] == kind) for kind in model.kinds
+            kind: _one_at_a_time(
+                line for line in model.lines if line["features"] == kind and line["learner"] == settings.learners[0]
+            )
+            for kind in model.kinds
         }
         for model in models
         if model.kinds
@@ -79,7 +83,9 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
     parts = {
         f"{model.label}, {kind}" if len(models) > 1 else kind: panel
         for model in models
-        for kind, panel in gain_parts.dots(model.table, model.single, NAMES).items()
+        for kind, panel in gain_parts.dots(
+            model.tables[settings.learners[0]], model.single, NAMES, model.tables.get(TUNED)
+        ).items()
     }
     if parts:
         figures.save(folder / PARTS, figures.gain_dots(parts))
@@ -96,9 +102,9 @@ class _Model:
         diverged: why nothing could be measured, by kind of features.
         relu_is_raw: whether `relu` was not measured because it equals `raw`.
         kinds: the kinds of features asked for that have numbers.
-        table: their accuracies, by share of the images, share of wrong labels and test.
-        lines: of results.csv, one for every way of training and of testing the probes on a kind of features.
-        single: the columns of the table in which at most one thing is corrupted, by what it is, the clean one first.
+        tables: their accuracies by each learner, by share of the images, share of wrong labels and test.
+        lines: of results.csv, one for every learner, way of training and of testing it on a kind of features.
+        single: the columns of the tables in which at most one thing is corrupted, by what it is, the clean one first.
     """
 
     def __init__(self, subject: Subject, label: str, rows: Sequence[Row], settings: Settings) -> None:
@@ -115,18 +121,20 @@ class _Model:
                 conditions.few_shots, conditions.label_noise, conditions.tests()
             )
         }
-        self.table = report.ProbeTable(rows, columns, self.kinds)
-        self.lines = [self._line(kind, column) for kind in self.kinds for column in columns]
+        self.tables = {name: report.ProbeTable(rows, columns, self.kinds, learner=name) for name in settings.learners}
+        ways = itertools.product(settings.learners, self.kinds, columns)
+        self.lines = [self._line(learner, kind, column, settings) for learner, kind, column in ways]
         conditions_of = ((_condition(settings_of), column) for column, settings_of in columns.items())
         self.single = {name: column for name, column in conditions_of if name is not None}
 
-    def _line(self, kind: str, column: Hashable) -> Line:
-        test, accuracy = self.table.columns[column]["test"], self.table.mean(kind, column)
-        own, images = self.table.own_labels(kind, column), self.subject.tests[test].images
-        rows = self.table.select(report.ACCURACY, column, features=kind)
+    def _line(self, learner: str, kind: str, column: Hashable, settings: Settings) -> Line:
+        table = self.tables[learner]
+        test, accuracy = table.columns[column]["test"], table.mean(kind, column)
+        own, images = table.own_labels(kind, column), self.subject.tests[test].images
+        rows = table.select(table.accuracy_metric, column, features=kind)
         gains: dict[str, float | None] = {}
         for base, (width, _) in BASES.items():
-            gain = self.table.gain(kind, column, over=base)
+            gain = table.gain(kind, column, over=base)
             exists = kind != base and gain.n > 0
             gains |= {f"gain_over_{base}": gain.mean if exists else None, width: gain.half_width if exists else None}
         return {
@@ -137,42 +145,47 @@ class _Model:
             "preprocessing": self.subject.preprocessing,
             "dimensions": int(rows["dimensions"].iloc[0]),
             "features": kind,
-            **self.table.columns[column],
+            "learner": learner,
+            "rotation_equivariant": LEARNERS[learner].is_equivariant(settings.standardize),
+            **table.columns[column],
             "top1": accuracy.mean,
             "top1_half_width": accuracy.half_width,
             "seeds": accuracy.n,
             "chance_top1": 100 * chance_level(images.labels, images.num_classes),
             "training_top1": own.accuracy.mean,
             "training_half_width": own.accuracy.half_width,
-            "class_means_training_top1": own.class_means.mean,
+            "class_means_training_top1": None if own.class_means is None else own.class_means.mean,
             "trained": own.trained,
             **gains,
             **{name: self.value(name, features=kind, test=test) for name in MEASURED},
-            WRONG_LABELS: self.wrong_labels(kind, column),
+            WRONG_LABELS: _wrong_labels(table, kind, column),
             "test_images": int(rows["n"].iloc[0]),
             "training_images": int(rows["training_images"].iloc[0]),
             "features_id": self.subject.id,
         }
 
-    def wrong_labels(self, kind: str, column: Hashable) -> float:
-        """The real share of wrong training labels, a mean over seeds where it is drawn."""
-        noise = self.table.columns[column]["label_noise"]
-        if not isinstance(noise, str):
-            return float(noise)
-        return over_seeds(self.table.select(TRAINING[0], column, features=kind)[WRONG_LABELS]).mean
-
     def value(self, metric: str, **settings: Any) -> float | None:
         """The value of the one row of a metric, None where it is undefined."""
-        value = float(select(self.table.rows, metric, **settings)["value"].iloc[0])
+        rows = next(iter(self.tables.values())).rows
+        value = float(select(rows, metric, **settings)["value"].iloc[0])
         return None if value != value else value
 
-    def by_training(self) -> Iterable[tuple[list[str], list[Line]]]:
-        """The cells of `HEADER` and a line for each test, by kind of features and way of training the probes."""
-        by = itertools.groupby(self.lines, key=lambda line: (line["features"], line["few_shots"], line["label_noise"]))
+    def by_training(self, learner: str) -> Iterable[tuple[list[str], list[Line]]]:
+        """The cells of `HEADER` and a line for each test, by kind of features and way of training a learner."""
+        own = (line for line in self.lines if line["learner"] == learner)
+        by = itertools.groupby(own, key=lambda line: (line["features"], line["few_shots"], line["label_noise"]))
         for (kind, share, noise), group in by:
             lines = list(group)
             real = f" ({100 * lines[0][WRONG_LABELS]:.1f} %)" if noise == label_noise.HUMAN else ""
             yield [self.label, kind, f"{100 * share:g} %", label_noise.words(noise) + real], lines
+
+
+def _wrong_labels(table: report.ProbeTable, kind: str, column: Hashable) -> float:
+    """The real share of wrong training labels, a mean over seeds where it is drawn."""
+    noise = table.columns[column]["label_noise"]
+    if not isinstance(noise, str):
+        return float(noise)
+    return over_seeds(table.select(table.training_metrics[0], column, features=kind)[WRONG_LABELS]).mean
 
 
 def _markdown(models: Sequence[_Model], settings: Settings) -> str:
@@ -185,13 +198,18 @@ def _markdown(models: Sequence[_Model], settings: Settings) -> str:
         if "relu" in settings.features and model.relu_is_raw:
             text += "  No feature is negative: `relu` equals `raw` and was not measured again.\n"
     tests = list(settings.conditions.tests())
-    text += "\nTop-1 accuracy of linear probes, %, by what they are tested on.\n\n"
-    text += _accuracies(models, tests)
-    text += _gains(models, tests)
-    for model in models:
-        if gain_parts.explained_kinds(model.kinds, NAMES):
-            text += f"\n{model.label}: what the gains over raw features consist of.\n\n"
-            text += gain_parts.markdown(model.table, model.single, NAMES, is_equivariant=not settings.standardize)
+    for learner in settings.learners:
+        title = "linear probes" if learner == PROBE else report.learner_title(learner, settings.standardize)
+        text += f"\nTop-1 accuracy of {title}, %, by what they are tested on.\n\n"
+        text += _accuracies(models, tests, learner)
+        text += _gains(models, tests, learner)
+        for model in models:
+            if gain_parts.explained_kinds(model.kinds, NAMES):
+                text += f"\n{model.label}, {learner}: what the gains over raw features consist of.\n\n"
+                tuned = model.tables.get(TUNED) if learner == PROBE else None
+                equivariant = LEARNERS[learner].is_equivariant(settings.standardize)
+                table = model.tables[learner]
+                text += gain_parts.markdown(table, model.single, NAMES, tuned, is_equivariant=equivariant)
     seeds = len(settings.seeds)
     scaled = "standardised features" if settings.standardize else "features"
     text += (
@@ -200,7 +218,7 @@ def _markdown(models: Sequence[_Model], settings: Settings) -> str:
         else f"\nOne seed ({settings.seeds[0]}) of probes, wrong labels and drawn images, so there are no intervals;\n"
     )
     text += (
-        "the models, the autoencoder and the noise on the images are the same for all seeds. Probes:\n"
+        "the models, autoencoders, heads and the noise on the images are the same for all seeds. Probes:\n"
         f"{settings.probe_epochs} epochs, LARS 0.4, {scaled} times the number that makes the mean square norm of the\n"
         f"training rows {NORM:g} squared, so that their scale decides nothing; of few images as many steps as of\n"
         "all, up to whole epochs.\n"
@@ -226,13 +244,15 @@ def _markdown(models: Sequence[_Model], settings: Settings) -> str:
     return text
 
 
-def _accuracies(models: Sequence[_Model], tests: Sequence[str]) -> str:
-    """The table of accuracies and of what the features are, with its warnings."""
+def _accuracies(models: Sequence[_Model], tests: Sequence[str], learner: str) -> str:
+    """The table of accuracies of a learner and of what the features are, with its warnings."""
     table, untrained, chance_levels = list[list[str]](), list[str](), ["-"] * len(tests)
     for model in models:
-        for start, lines in model.by_training():
+        for start, lines in model.by_training(learner):
             clean = lines[0]
-            own = model.table.own_labels(clean["features"], (clean["few_shots"], clean["label_noise"], CLEAN))
+            own = model.tables[learner].own_labels(
+                clean["features"], (clean["few_shots"], clean["label_noise"], CLEAN)
+            )
             if not own.trained:
                 name, kind, share, rate = start
                 untrained.append(f"{name}, {kind}, {share} of the images, {rate} wrong labels ({own.words})")
@@ -252,15 +272,15 @@ def _accuracies(models: Sequence[_Model], tests: Sequence[str]) -> str:
     return text
 
 
-def _gains(models: Sequence[_Model], tests: Sequence[str]) -> str:
-    """A table of gains over each base."""
+def _gains(models: Sequence[_Model], tests: Sequence[str], learner: str) -> str:
+    """A table of gains over each base by the same learner."""
     text = ""
     for base, (width, words) in BASES.items():
         gain = f"gain_over_{base}"
         table = [
             [*start, *(Interval(line[gain], line[width], line["seeds"]).text(1, sign=True) for line in lines)]
             for model in models
-            for start, lines in model.by_training()
+            for start, lines in model.by_training(learner)
             if lines[0]["features"] != "raw" and lines[0][gain] is not None
         ]
         if table:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vision_bench import kinds, models
+from vision_bench import kinds, learners, models
 from vision_bench.corruptions import (
     CLEAN,
     CONDITIONS,
@@ -20,6 +20,7 @@ from vision_bench.corruptions import (
     InputNoise,
 )
 from vision_bench.label_noise import HUMAN, UNIFORM, HumanLabels, LabelNoise, named, read_human_labels
+from vision_bench.learners import LEARNERS, PROBE
 from vision_bench.probe import NORM
 from vision_bench.runs import file_checksum, option, recorded
 from vision_bench.sweep import Training
@@ -41,6 +42,9 @@ class Settings:
 
     models: list[str] = option([], help="see above", positional=True, metavar="MODEL", changes_results=False)
     random_init: list[str] = option([], help="also NAMEs of timm, or small_conv, at random", changes_results=False)
+    weights: str | None = option(
+        None, help="safetensors file for a MODEL of timm, as MODEL=FILE; names are mapped", changes_results=False
+    )
     output_dir: str = option(help="gets the table, the figure and results.jsonl", changes_results=False)
     dataset: str = option("digits", help="or cifar10, cifar100, imagenet100, a folder, a set of the hub")
     data_root: str | None = option(None, help="folder of the data set's files", changes_results=False)
@@ -73,10 +77,15 @@ class Settings:
         metavar="KIND",
         changes_results=False,
     )
+    learners: list[str] = option(
+        [PROBE], help=f"of {', '.join(LEARNERS)}; all on the same labels", metavar="LEARNER", changes_results=False
+    )
     layer: str | None = option(None, help="backbone, projector or output; by default the last one that a model has")
     seeds: list[int] = option([0, 1, 2, 3, 4], help="of probes, wrong labels and drawn images")
     sae_k: int | None = option(None, help="active latents; by default an eighth of the dimensions of the features")
     sae_epochs: int = option(50, help="of the training of autoencoders")
+    head_views: int = option(3, help="augmented views of each training image that heads are trained on")
+    head_epochs: int = option(20, help="of the training of heads")
     probe_epochs: int = option(50, help="of the training of probes")
     standardize: bool = option(False, help="standardise each feature before probing")
     batch_size: int = option(256, help="images of a forward pass", changes_results=False)
@@ -90,6 +99,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.models and not self.random_init:
             raise ValueError("models is empty; name at least one, or give --random_init NAME.")
+        if self.weights is not None and len(self.models) != 1:
+            raise ValueError(f"weights is {self.weights}, the file of one model; name one, not {len(self.models)}.")
         for name in ("models", "random_init", "seeds", "features"):
             values = list(getattr(self, name))
             if len(set(values)) < len(values):
@@ -100,11 +111,14 @@ class Settings:
             kinds.find(kind)
             if kind.removesuffix(kinds.RANDOM_BASIS) in OF_RECIPES:
                 raise ValueError(f"features has {kind}, which recipes have; a single frozen model has raw and unit.")
+        learners.check(self.learners)
         if not self.seeds or min(self.seeds) < 0:
             raise ValueError(f"seeds is {list(self.seeds)}; it takes integers of at least 0.")
+        if self.head_views < 2:
+            raise ValueError(f"head_views is {self.head_views}; a head is trained on pairs of views, at least 2.")
         if self.layer is not None and self.layer not in models.LAYERS:
             raise ValueError(f"layer is {self.layer!r}; it must be one of {', '.join(models.LAYERS)}.")
-        for name in ("image_size", "limit", "sae_k", "sae_epochs", "probe_epochs", "batch_size"):
+        for name in ("image_size", "limit", "sae_k", "sae_epochs", "head_epochs", "probe_epochs", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
@@ -115,6 +129,16 @@ class Settings:
         self.read_human_labels()
         if self.cache.exists() and not self.cache.is_dir():
             raise ValueError(f"cache_dir is {self.cache}, which is a file; name a folder.")
+
+    @property
+    def model_names(self) -> list[str]:
+        """The models as `zoo.load` takes them."""
+        return [name if self.weights is None else f"{name}={self.weights}" for name in self.models]
+
+    @property
+    def heads(self) -> list[str]:
+        """The heads that kinds of features are made with."""
+        return list(dict.fromkeys(head for head in map(kinds.head_of, self.features) if head is not None))
 
     @property
     def cache(self) -> Path:
@@ -172,10 +196,13 @@ class Conditions(NamedTuple):
             tests[" + ".join(parts) or CLEAN] = shift, noise
         return tests
 
-    def trainings(self, seeds: Sequence[int]) -> list[Training]:
+    def trainings(self, seeds: Sequence[int], learners: Sequence[str] = (PROBE,)) -> list[Training]:
         """How the probes are trained."""
-        ways = itertools.product(self.few_shots, seeds, self.label_noise)
-        return [Training(label_noise=rate, fraction=share, seed=seed) for share, seed, rate in ways]
+        ways = itertools.product(learners, self.few_shots, seeds, self.label_noise)
+        return [
+            Training(label_noise=rate, fraction=share, seed=seed, learner=learner)
+            for learner, share, seed, rate in ways
+        ]
 
 
 def parse_conditions(words: Sequence[str]) -> Conditions:

@@ -14,6 +14,8 @@ survive:
   latents are, but a linear and orthonormal code).
 - `sae_frozen_decoder` and `sae_frozen_encoder`, the latents of an autoencoder of which this half keeps its random
   weights; all else is trained as for `sae`.
+- `simclr_head`, `ncl_head` and `csr`, what heads make of the features that are trained without labels on augmented
+  views of the training images (`heads`).
 - KIND`_random_basis`, the twin of any kind: its features times an orthogonal matrix, one for all images, drawn
   uniformly by the seed. All distances and angles stay as they are, and no axis means anything (docs/basis.md).
 
@@ -37,6 +39,7 @@ import torch.nn.functional as F
 from scipy.stats import ortho_group
 
 from vision_bench import sae
+from vision_bench.heads import HEADS, Head
 
 BASE, NCL = "base", "ncl"  # the model whose features most kinds are made from, and the non-negative one of the recipes
 RANDOM_BASIS = "_random_basis"  # behind the name of a kind: its twin
@@ -56,11 +59,13 @@ class Frozen:
         fit_autoencoder: trains an autoencoder of the `directions` of `BASE`, or reads it, given which half of it
             keeps its random weights ("encoder", "decoder" or None); called once for each that a kind needs.
         seed: of what is drawn at random.
+        heads: the trained heads of `BASE` by their names, of `heads.HEADS`, for the kinds of these names.
     """
 
     train: Outputs
     fit_autoencoder: Callable[[str | None], sae.TopKAutoencoder] | None = None
     seed: int = 0
+    heads: Mapping[str, Head] = field(default_factory=dict)
     _fitted: dict[str | None, sae.TopKAutoencoder] = field(default_factory=dict, init=False, repr=False)
 
     def autoencoder(self, frozen: str | None = None) -> sae.TopKAutoencoder:
@@ -113,6 +118,11 @@ def directions(features: torch.Tensor) -> torch.Tensor:
     return F.normalize(features[features.any(dim=1)])
 
 
+def _of_head(name: str) -> Kind:
+    """What a head makes of the features."""
+    return of_base(lambda features, frozen: frozen.heads[name](features))
+
+
 def _latents(half: str | None) -> Kind:
     """The latents of the normalised features, of an autoencoder with this half random."""
     return of_base(lambda features, frozen: sae.normalised_latents(frozen.autoencoder(half), features))
@@ -162,6 +172,7 @@ KINDS: dict[str, Kind] = {
     "random_relu": of_base(_random_relu),
     "random_mask": of_base(_random_mask),
     "pca": _pca,
+    **{name: _of_head(name) for name in HEADS},
 }
 
 
@@ -183,6 +194,12 @@ def find(name: str) -> Kind:
 def needs_autoencoder(name: str) -> bool:
     """Whether a kind, or the one that it is the twin of, is made with an autoencoder."""
     return name.removesuffix(RANDOM_BASIS) in (*AUTOENCODERS, *AT_ITS_SIZE)
+
+
+def head_of(name: str) -> str | None:
+    """The head that a kind, or the one that it is the twin of, is made with; None for others."""
+    base = name.removesuffix(RANDOM_BASIS)
+    return base if base in HEADS else None
 
 
 def maker(name: str, frozen: Frozen) -> Make:

@@ -130,11 +130,7 @@ class ContrastiveModel(nn.Module):
         # num_features is not the output's width where timm's head has a hidden layer.
         width: Any = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
         self.num_features = int(width)
-        self.projector = nn.Sequential(
-            nn.Linear(self.num_features, config.projector_hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(config.projector_hidden, config.projector_out),
-        )
+        self.projector = projector(self.num_features, config.projector_hidden, config.projector_out)
         self.non_negative = NON_NEGATIVE[config.non_negative]
 
     def forward(self, images: torch.Tensor) -> Features:
@@ -142,6 +138,11 @@ class ContrastiveModel(nn.Module):
         backbone = self.backbone(images)
         projected = self.projector(backbone)
         return Features(backbone, projected, self.non_negative(projected))
+
+
+def projector(d: int, hidden: int, out: int) -> nn.Sequential:
+    """The network d -> hidden -> ReLU -> out between a backbone and the loss, of random weights."""
+    return nn.Sequential(nn.Linear(d, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out))
 
 
 def build_backbone(config: ModelConfig) -> nn.Module:

@@ -52,6 +52,7 @@ def fit_linear_probes(
     beta: PerProbe = 0.0,
     standardize: bool = False,
     rescale: bool = True,
+    norm: float = NORM,
     seeds: int | Sequence[int] = 0,
     order_seed: int | None = None,
     device: torch.device | str | None = None,
@@ -80,10 +81,11 @@ def fit_linear_probes(
         alpha, beta: at least 0; the loss is `losses.symmetric_cross_entropy`, by default plain cross entropy.
         standardize: train on (x - mean) / standard deviation of each feature. The result is for raw features all
             the same; a feature that is constant gets the weight 0.
-        rescale: train on features times one number, by which the root of the mean square norm of a row is `NORM`, so
+        rescale: train on features times one number, by which the root of the mean square norm of a row is `norm`, so
             that learning rate and weight decay mean the same whatever the scale: the logits for c x are those for x.
             The result is for the features as given. False is the paper's protocol, in which the scale of the
             features decides how fast a probe learns and how strongly its weights decay.
+        norm: above 0; unused without `rescale`.
         seeds: of the initial weights, and of the order of the samples and views unless `order_seed` is given. Probes
             of equal seed start equal.
         order_seed: the same order for all probes: one read of the features a step whatever the seeds.
@@ -122,13 +124,15 @@ def fit_linear_probes(
         raise ValueError(f"batch_size is {batch_size} for {n} samples; it must be in [1, {n}].")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum is {momentum}; it must be in [0, 1).")
+    if not 0 < norm < math.inf:
+        raise ValueError(f"norm is {norm}; it must be above 0 and finite.")
     if any(not 0 < milestone < 1 for milestone in milestones):
         raise ValueError(f"milestones are {tuple(milestones)}; they are shares of the epochs, each in (0, 1).")
     check_finite("features", views)
 
     device = views.device if device is None else torch.device(device)
     dtype = torch.float64 if views.dtype == torch.float64 else torch.float32
-    shift, factor = (part.to(device, dtype) for part in _scaling(views, standardize, rescale))
+    shift, factor = (part.to(device, dtype) for part in _scaling(views, standardize, norm if rescale else None))
 
     # Probes of one seed see the same batches: one product for all of them, one for each seed otherwise.
     keys = [seed if order_seed is None else order_seed for seed in seeds]
@@ -421,15 +425,16 @@ def _schedule(schedule: str, milestones: Sequence[float], epoch: int, epochs: in
     return 0.1 ** sum(epoch >= milestone * epochs for milestone in milestones) if schedule == "step" else 1.0
 
 
-def _scaling(views: torch.Tensor, standardize: bool, rescale: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _scaling(views: torch.Tensor, standardize: bool, norm: float | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Shift and factor, (d,) in float64, of the features (x - shift) * factor that probes are trained on.
 
-    Statistics are over all views and samples. A feature that does not vary has the factor 0 if standardised.
+    Statistics are over all views and samples. A feature that does not vary has the factor 0 if standardised. `norm`
+    None leaves the norm of the rows.
     """
     count = views.shape[0] * views.shape[1]
     shift = torch.zeros(views.shape[2], dtype=torch.float64, device=views.device)
     factor = torch.ones_like(shift)
-    if not (standardize or rescale):
+    if not (standardize or norm):
         return shift, factor
     if standardize:
         for chunk in chunks(views):
@@ -440,5 +445,5 @@ def _scaling(views: torch.Tensor, standardize: bool, rescale: bool) -> tuple[tor
     if standardize:
         constant = square <= (1e-6 * shift.abs()).square()
         factor = torch.where(constant, 0.0, square.rsqrt())
-    norm = (square * factor.square()).sum().sqrt()
-    return shift, factor * (NORM / norm if rescale and norm > 0 else 1.0)
+    present = (square * factor.square()).sum().sqrt()
+    return shift, factor * (norm / present if norm and present > 0 else 1.0)

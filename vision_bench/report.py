@@ -1,4 +1,4 @@
-"""Tables of linear probes, for recipes and the command: accuracies, gains, their growth, and what to beware of."""
+"""Tables of probes, for recipes and the command: accuracies, gains, their growth, and what to beware of."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from vision_bench.learners import LEARNERS, PROBE, metrics_of
 from vision_bench.metrics import MEASURED
-from vision_bench.probe import TRAINING
 from vision_bench.runs import Interval, frame, markdown_table, over_seeds, paired, select
-from vision_bench.sweep import ACCURACY
 
 CHANCE = "chance_top1"
 DECAY = "probe_weight_decay"
@@ -36,12 +35,13 @@ class OwnLabels(NamedTuple):
     """What probes fit of the labels that they were trained on, in percent."""
 
     accuracy: Interval
-    class_means: Interval  # of the nearest class mean by the same labels, which needs no training
+    # Of the nearest class mean by the same labels, which needs no training; not measured but for linear probes.
+    class_means: Interval | None = None
 
     @property
     def trained(self) -> bool:
         """Whether the probes fit their labels at least as often as class means do."""
-        return self.accuracy.mean >= self.class_means.mean
+        return self.class_means is None or self.accuracy.mean >= self.class_means.mean
 
     @property
     def text(self) -> str:
@@ -51,11 +51,12 @@ class OwnLabels(NamedTuple):
     @property
     def words(self) -> str:
         """Both numbers, for the warning."""
+        assert self.class_means is not None, "there is a warning only where class means are measured"
         return f"{self.accuracy.mean:.1f} %, class means {self.class_means.mean:.1f} %"
 
 
 class ProbeTable:
-    """Accuracies of linear probes in percent: arms of features x columns, with intervals over seeds.
+    """Accuracies of probes of one learner in percent: arms of features x columns, with intervals over seeds.
 
         from vision_bench.report import ProbeTable
         from vision_bench.runs import read_rows
@@ -73,6 +74,7 @@ class ProbeTable:
             as those of training labels on the test images, are found without it.
         arms: names of features, in the order of the lines.
         comparisons: lines of the tables of gains.
+        learner: of `learners.LEARNERS`.
     """
 
     def __init__(
@@ -81,7 +83,9 @@ class ProbeTable:
         columns: Mapping[Hashable, Mapping[str, Any]],
         arms: Sequence[str],
         comparisons: Sequence[Comparison] = (),
+        learner: str = PROBE,
     ) -> None:
+        self.accuracy_metric, self.training_metrics = metrics_of(learner)
         self.rows = frame(rows)
         self.columns, self.arms, self.comparisons = columns, arms, comparisons
         self.decays: dict[Hashable, dict[str, float]] = {}  # by column and arm
@@ -89,7 +93,7 @@ class ProbeTable:
 
     def _by_seed(self, column: Hashable) -> pd.DataFrame:
         """Accuracies in percent, a line for each arm and a column for each seed."""
-        rows = select(self.rows, ACCURACY, **self.columns[column])
+        rows = select(self.rows, self.accuracy_metric, **self.columns[column])
         if DECAY in rows:
             means = rows.groupby(["features", DECAY], sort=False)["value"].agg(lambda values: over_seeds(values).mean)
             self.decays[column] = dict(means.groupby("features", sort=False).idxmax().tolist())
@@ -125,7 +129,7 @@ class ProbeTable:
     def own_labels(self, arm: str, column: Hashable) -> OwnLabels:
         """Accuracy of the probes of a column on their own training labels."""
         decay = {DECAY: self.decays[column][arm]} if column in self.decays else {}
-        rows = (self.select(metric, column, features=arm, **decay) for metric in TRAINING)
+        rows = (self.select(metric, column, features=arm, **decay) for metric in self.training_metrics)
         return OwnLabels(*(over_seeds(100 * chosen["value"]) for chosen in rows))
 
     def chance(self, column: Hashable) -> float:
@@ -199,6 +203,13 @@ class ProbeTable:
             for label, group in means.items()
         }
         return bars, [self.chance(column) for column in conditions.values()]
+
+
+def learner_title(name: str, standardize: bool) -> str:
+    """What a learner is, and whether its results can say that the axes of features mean something."""
+    equivariant = LEARNERS[name].is_equivariant(standardize)
+    words = "equivariant under rotations" if equivariant else "not equivariant under rotations, so that axes matter"
+    return f"{name} ({LEARNERS[name].words}; {words})"
 
 
 def with_widths(intervals: Sequence[Interval]) -> tuple[list[float], list[float]]:

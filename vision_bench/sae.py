@@ -295,6 +295,11 @@ def fit(
     return Fit(autoencoder.eval(), training.log)
 
 
+def auxiliary_latents(autoencoder: TopKAutoencoder) -> int:
+    """How many dead latents AuxK takes: the power of two nearest to d / 2."""
+    return min(autoencoder.d_latent, 2 ** max(round(math.log2(autoencoder.d_in / 2)), 0))
+
+
 def _steps(checkpoint: Path) -> int:
     """The steps that a checkpoint was trained for, 0 if there is none."""
     return int(storage.read_header(checkpoint, CHECKPOINT_KIND)["step"]) if checkpoint.exists() else 0
@@ -335,8 +340,7 @@ class _Training:
         total = loss = (squares / power).mean()
         dead = self.idle >= self.dead_after
         if dead.any():
-            k_aux = min(model.d_latent, 2 ** max(round(math.log2(model.d_in / 2)), 0))
-            missed = model.auxiliary_error(x, output, dead, k_aux).square().mean(dim=1)
+            missed = model.auxiliary_error(x, output, dead, auxiliary_latents(model)).square().mean(dim=1)
             total = loss + AUX_COEFFICIENT * (missed / power).mean()
         total.backward()
         for parameter in self.trained:

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vision_bench import features, kinds, models, zoo
+from vision_bench import features, kinds, learners, models, zoo
 from vision_bench.benchmark_settings import Settings
-from vision_bench.corruptions import CLEAN, InputNoise, stratified_fraction
+from vision_bench.corruptions import CLEAN, InputNoise, seed_of, stratified_fraction
 from vision_bench.data import ImageSet, load_splits
 from vision_bench.shifts import load_shifted, synthetic
+from vision_bench.viewed_images import viewed
 
 TRAIN = "train"  # the name of the pass over the training images
+VIEW, VIEW_STREAM = "view", 3  # before the number of a pass over views of them, and of the random numbers of that
 
 
 class Pass(NamedTuple):
@@ -51,6 +53,7 @@ class Subject:
         preprocessing: in words, how its images are made.
         train: the pass over the training images.
         tests: the passes over test images, by the names of `Conditions.tests`.
+        views: the passes over augmented views of the training images, if a kind of features needs them.
         model: None once its features are in the cache. Until then it stays in memory, because its file, read again
             later, could have become that of another model.
     """
@@ -62,17 +65,18 @@ class Subject:
     preprocessing: str
     train: Pass
     tests: dict[str, Pass]
+    views: list[Pass]
     model: nn.Module | None
 
     @property
     def passes(self) -> list[Pass]:
-        """All of them, that over the training images first."""
+        """All of them that are measured, that over the training images first."""
         return [self.train, *self.tests.values()]
 
     @cached_property
     def id(self) -> str:
         """12 digits that follow from the weights, the layer, and all images as the model gets them."""
-        return _digest([asdict(part.source) for part in self.passes])
+        return digest([asdict(part.source) for part in self.passes])
 
     @property
     def label(self) -> str:
@@ -102,7 +106,7 @@ class Subject:
         model, self.model = self.model, None
         if model is None:
             return
-        for images, noise, folder, source in self.passes:
+        for images, noise, folder, source in (*self.passes, *self.views):
             features.extract(
                 folder,
                 model,
@@ -148,7 +152,7 @@ def find_subjects(settings: Settings, device: torch.device, progress: bool) -> l
         ValueError: a model, a corruption or a data set is not as it must be.
     """
     # Every model before any image, because to read the images may take long.
-    frozen = [zoo.load(name) for name in settings.models]
+    frozen = [zoo.load(name) for name in settings.model_names]
     frozen += [zoo.load(name, random=True) for name in settings.random_init]
     for model in frozen:
         _layer(model, settings)
@@ -210,6 +214,10 @@ def _load(settings: Settings, size: int | None, progress: bool) -> _Images:
             sets[str(shift)] = limited(load_shifted(shift.folder, train, **reading), settings.limit)
         else:
             sets[str(shift)] = synthetic(shift.name, test, shift.strength)
+    if settings.heads:
+        sets |= {
+            f"{VIEW} {number}": viewed(train, seed_of(number, VIEW_STREAM)) for number in range(settings.head_views)
+        }
     return _Images(sets, whole.fingerprint)
 
 
@@ -238,15 +246,17 @@ def _subject(frozen: zoo.Frozen, random: bool, settings: Settings, images: _Imag
     def pass_over(split: str, name: str, noise: InputNoise | None) -> Pass:
         source = features.source(frozen.model, sets[name], split, [layer], noise=noise, checkpoint=checkpoint)
         words = re.sub(r"[^\w.]+", "_", f"{Path(frozen.name).name}-{split}".replace("-", "_"))
-        return Pass(sets[name], noise, settings.cache / f"{words[-60:]}-{_digest(asdict(source))}", source)
+        return Pass(sets[name], noise, settings.cache / f"{words[-60:]}-{digest(asdict(source))}", source)
 
     train = pass_over(TRAIN, TRAIN, None)
     tests = {
         name: pass_over(f"test, {name}", str(shift or CLEAN), noise)
         for name, (shift, noise) in settings.conditions.tests().items()
     }
-    is_missing = any(features.missing(part.folder, part.source) for part in (train, *tests.values()))
+    views = [pass_over(name, name, None) for name in sets if name.startswith(VIEW)]
+    is_missing = any(features.missing(part.folder, part.source) for part in (train, *tests.values(), *views))
     width = _tried_width(frozen, layer, sets, device) if is_missing else train.width()
+    learners.check(settings.learners, width)
     has_latents = any(map(kinds.needs_autoencoder, settings.features))
     if settings.sae_k is not None and width is not None and settings.sae_k > width and has_latents:
         raise ValueError(
@@ -262,6 +272,7 @@ def _subject(frozen: zoo.Frozen, random: bool, settings: Settings, images: _Imag
         "{}; mean {}, standard deviation {}".format(cut, *numbers),
         train,
         tests,
+        views,
         frozen.model if is_missing else None,
     )
 
@@ -301,6 +312,6 @@ def _tried_width(frozen: zoo.Frozen, layer: str, images: dict[str, ImageSet], de
     return next(iter(widths.values()), None)
 
 
-def _digest(content: Any) -> str:
+def digest(content: Any) -> str:
     """12 hexadecimal digits that follow from what can be JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""The sweep of linear probes: how they are trained x what they are tested on x kinds of features -> rows of results.
+"""The sweep of probes: how they are trained x what they are tested on x kinds of features -> rows of results.
 
 `Grid` says which rows there are, `sweep` measures those that are lacking, and `rows` makes rows of a run of them. The
 recipes of Table 1, Fig. 2 and Fig. 6 and the command `python -m vision_bench` are grids of their own:
@@ -32,14 +32,15 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from vision_bench import kinds
+from vision_bench import kinds, learners
 from vision_bench.corruptions import CLEAN, InputNoise, stratified_fraction
 from vision_bench.label_noise import HUMAN, HumanLabels, LabelNoise, given_labels, wrong_share
+from vision_bench.learners import LEARNERS, PROBE, metrics_of
 from vision_bench.metrics import MEASURED, semantic_consistency
-from vision_bench.probe import TRAINING, Probes, fit_linear_probes, probe_accuracy, training_accuracy
+from vision_bench.probe import Probes, training_accuracy
 from vision_bench.runs import Cell, Run, device_name
 
-ACCURACY = "offline_probe_top1"  # of a probe on test images
+ACCURACY, _ = metrics_of(PROBE)  # of a linear probe on test images
 WRONG_LABELS = "wrong_labels"  # in rows of training labels: the real share of them, where the noise does not name it
 
 
@@ -52,6 +53,7 @@ class Training(NamedTuple):
     beta: float = 0.0
     weight_decay: float = 0.0
     loss: str = ""  # a name of alpha and beta for the rows, where losses are compared
+    learner: str = PROBE  # of `learners.LEARNERS`; those other than it and `tuned` take plain cross entropy alone
     seed: int = 0  # of the wrong labels, the drawn images, the initial weights and the order of the samples
 
 
@@ -80,12 +82,18 @@ class Measured(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """k probes of one kind of features."""
+    """k classifiers of one kind of features, of one learner."""
 
     trainings: list[Training]  # how each was trained
-    probes: Probes
-    own: list[tuple[float, float, int]]  # of each: both values of `probe.training_accuracy`, number of its images
+    probes: learners.Classifiers
+    own: list[tuple[list[float], int]]  # of each: values of the training metrics of its learner, number of its images
     details: list[dict[str, Any]]  # of each: what else rows of its training labels say
+
+    @property
+    def linear(self) -> Probes:
+        """The classifiers of a learner that is linear."""
+        assert isinstance(self.probes, Probes)
+        return self.probes
 
 
 @dataclass(frozen=True)
@@ -110,14 +118,14 @@ class Grid:
     model_seed: int | None = None
 
     def training_cells(self, name: str, training: Training) -> list[Cell]:
-        """The cells of `TRAINING`: what a probe fits of its own training labels."""
+        """The cells of what a probe fits of its own training labels."""
         arm = {"features": name, **self.training_arm(training)}
-        return [Cell(metric, training.seed, arm) for metric in TRAINING]
+        return [Cell(metric, training.seed, arm) for metric in metrics_of(training.learner)[1]]
 
     def accuracy_cell(self, name: str, training: Training, test: Test) -> Cell:
         """The cell of the accuracy of a probe."""
         arm = {"features": name, **self.test_arm(test), **self.training_arm(training)}
-        return Cell(ACCURACY, training.seed, arm)
+        return Cell(metrics_of(training.learner)[0], training.seed, arm)
 
     def described_cells(self, name: str, test: Test) -> list[Cell]:
         """The cells of `MEASURED`: what the features of an arm are on the images of a test."""
@@ -130,6 +138,13 @@ class Grid:
         """All cells of an arm on one test."""
         accuracies = [self.accuracy_cell(name, training, test) for training in self.tested(name, test)]
         return accuracies + self.described_cells(name, test)
+
+    def learner_cells(self, name: str, learner: str) -> list[Cell]:
+        """The cells of the probes of an arm that are of one learner."""
+        own = [training for training in self.arms[name].trainings if training.learner == learner]
+        tested = [(training, test) for test in self.tests for training in self.tested(name, test) if training in own]
+        trained = [cell for training in own for cell in self.training_cells(name, training)]
+        return trained + [self.accuracy_cell(name, *pair) for pair in tested]
 
     def tested(self, name: str, test: Test) -> list[Training]:
         """The trainings of an arm whose probes are tested on the images of a test."""
@@ -154,7 +169,7 @@ def fit(
     progress: bool = False,
     **probe: Any,
 ) -> Fitted:
-    """A probe for each training. Those that see the same images are one pass, in the order of `trainings`.
+    """A classifier for each training. Those that see the same images are one pass, in the order of `trainings`.
 
     With all images this is one pass of all seeds. With a share of them each seed draws its own. Probes of few images
     take as many steps as those of all images, up to whole epochs.
@@ -163,7 +178,7 @@ def fit(
         features: (n, d) of the training images.
         labels: (n,) integer in [0, num_classes), the right ones.
         num_classes: at least 2.
-        trainings: at least one.
+        trainings: at least one, all of one learner.
         device: where to train.
         epochs: passes over all images.
         batch_size: of images; all of them where there are fewer.
@@ -173,46 +188,53 @@ def fit(
         probe: further arguments of `probe.fit_linear_probes`, shared by all probes.
 
     Raises:
-        ValueError: as `fit_linear_probes`; or a class is left without images.
+        ValueError: as `fit_linear_probes`; the learner does not exist or does not take a training; or a class is left
+            without images.
         FloatingPointError: the training of a probe diverged.
     """
+    name = trainings[0].learner
+    learners.check([name], features.shape[1])
     passes: dict[tuple[float, int | None], list[Training]] = {}
     for training in trainings:
         drawn_by = None if training.fraction == 1 else training.seed
         passes.setdefault((training.fraction, drawn_by), []).append(training)
     steps = epochs * (len(labels) // min(batch_size, len(labels)))  # an incomplete batch is no step
-    parts, own, details = [], list[tuple[float, float, int]](), list[dict[str, Any]]()
+    parts, own, details = list[learners.Classifiers](), list[tuple[list[float], int]](), list[dict[str, Any]]()
     for (fraction, drawn_by), members in passes.items():
         x, y, drawn = features, labels, None
         if drawn_by is not None:
             drawn = stratified_fraction(labels, fraction, torch.Generator().manual_seed(drawn_by))
             x, y = features[drawn], labels[drawn]
         label_sets = torch.stack([_labels(labels, drawn, num_classes, t, human_labels) for t in members])
-        details += [
+        shares = [
             {WRONG_LABELS: wrong_share(given, y)} if isinstance(t.label_noise, str) else {}
             for t, given in zip(members, label_sets, strict=True)
         ]
         batch = min(batch_size, len(y))
-        x = x.to(device)
-        probes = fit_linear_probes(
-            x,
-            label_sets,
-            num_classes,
-            epochs=max(1, round(steps / (len(y) // batch))),
-            batch_size=batch,
-            weight_decay=[training.weight_decay for training in members],
-            alpha=[training.alpha for training in members],
-            beta=[training.beta for training in members],
-            seeds=[training.seed for training in members],
-            device=device,
-            progress=progress,
+        settings = {
+            "epochs": max(1, round(steps / (len(y) // batch))),
+            "batch_size": batch,
+            "weight_decay": [training.weight_decay for training in members],
+            "alpha": [training.alpha for training in members],
+            "beta": [training.beta for training in members],
             **probe,
+        }
+        task = learners.Task(
+            x.to(device), label_sets, num_classes, [t.seed for t in members], device, progress, settings
         )
-        parts.append(probes)
-        accuracies = (values.tolist() for values in training_accuracy(probes, x, label_sets))
-        own += [(*values, len(y)) for values in zip(*accuracies, strict=True)]
+        learnt = LEARNERS[name].fit(task)
+        parts.append(learnt.classifiers)
+        if name == PROBE:
+            assert isinstance(learnt.classifiers, Probes)
+            accuracies = [*training_accuracy(learnt.classifiers, task.features, label_sets)]
+            details += shares
+        else:
+            accuracies = [learners.accuracy(learnt.classifiers, task.features, label_sets)]
+            about = {"learner": name, "rotation_equivariant": LEARNERS[name].is_equivariant(task.standardize)}
+            details += [about | share | chosen for share, chosen in zip(shares, learnt.chosen, strict=True)]
+        own += [(list(values), len(y)) for values in zip(*(each.tolist() for each in accuracies), strict=True)]
     fitted = [training for members in passes.values() for training in members]
-    return Fitted(fitted, Probes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))), own, details)
+    return Fitted(fitted, learners.joined(parts), own, details)
 
 
 def _labels(
@@ -246,8 +268,8 @@ def sweep(
 ) -> Iterator[list[Measured]]:
     """Measure the cells of a grid that are lacking.
 
-    Every arm that lacks a cell is fitted as a whole, so that a run that was stopped goes on to the same values. The
-    features of the images of a test are loaded once and serve all arms.
+    Every learner of an arm that lacks a cell is fitted as a whole, so that a run that was stopped goes on to the same
+    values. The features of the images of a test are loaded once and serve all arms.
 
     Args:
         frozen: what the frozen models make of the training images, and what kinds of features need beside it.
@@ -269,25 +291,22 @@ def sweep(
         FloatingPointError: the training of a probe diverged.
     """
     makers = {name: kinds.maker(arm.kind, frozen) for name, arm in grid.arms.items() if lacking(grid.cells(name))}
-    fitted: dict[str, Fitted] = {}
+    fitted: dict[str, list[Fitted]] = {}
     for name, make in makers.items():
-        fitted[name] = fit(
-            make(frozen.train),
-            labels,
-            num_classes,
-            grid.arms[name].trainings,
-            device=device,
-            progress=progress,
-            **probe,
-        )
-        yield [
-            Measured(cell, value, n, details)
-            for training, (*values, n), details in zip(
-                fitted[name].trainings, fitted[name].own, fitted[name].details, strict=True
-            )
-            for cell, value in zip(grid.training_cells(name, training), values, strict=True)
-            if lacking([cell])
-        ]
+        fitted[name] = []
+        train = make(frozen.train)
+        for learner in dict.fromkeys(training.learner for training in grid.arms[name].trainings):
+            if study is None and not lacking(grid.learner_cells(name, learner)):
+                continue
+            trainings = [training for training in grid.arms[name].trainings if training.learner == learner]
+            learnt = fit(train, labels, num_classes, trainings, device=device, progress=progress, **probe)
+            fitted[name].append(learnt)
+            yield [
+                Measured(cell, value, n, details)
+                for training, (values, n), details in zip(learnt.trainings, learnt.own, learnt.details, strict=True)
+                for cell, value in zip(grid.training_cells(name, training), values, strict=True)
+                if lacking([cell])
+            ]
     tests = [test for test in grid.tests if any(lacking(grid.test_cells(name, test)) for name in makers)]
     for test in tqdm(tests, desc="test sets", unit="set", disable=not progress or len(tests) < 2):
         outputs, answers = load(test)
@@ -295,24 +314,23 @@ def sweep(
         for name, make in makers.items():
             if not lacking(grid.test_cells(name, test)):
                 continue
-            features = make(outputs)
-            studied = study(name, fitted[name], features, answers) if study else []
-            tested = set(grid.tested(name, test))
-            chosen = [i for i, training in enumerate(fitted[name].trainings) if training in tested]
-            weights, biases = (part[chosen] for part in fitted[name].probes)
-            accuracies = probe_accuracy(weights, biases, features, answers, topk=(1,))[1].tolist()
-            cells = [grid.accuracy_cell(name, fitted[name].trainings[i], test) for i in chosen]
-            described = grid.described_cells(name, test)
+            features, tested = make(outputs), set(grid.tested(name, test))
+            new, described = list[Measured](), grid.described_cells(name, test)
+            for learnt in fitted[name]:
+                measured += study(name, learnt, features, answers) if study else []
+                chosen = [i for i, training in enumerate(learnt.trainings) if training in tested]
+                accuracies = learners.accuracy(learners.select(learnt.probes, chosen), features, answers).tolist()
+                new += [
+                    Measured(
+                        grid.accuracy_cell(name, learnt.trainings[i], test), value, len(answers), learnt.details[i]
+                    )
+                    for i, value in zip(chosen, accuracies, strict=True)
+                ]
             if lacking(described):
-                cells += described
-                accuracies += semantic_consistency(features, answers).summary.values()
-            done = [measurement.cell for measurement in studied]
-            measured += studied
-            measured += [
-                Measured(cell, value, len(answers))
-                for cell, value in zip(cells, accuracies, strict=True)
-                if cell not in done
-            ]
+                values = semantic_consistency(features, answers).summary.values()
+                new += [Measured(cell, value, len(answers)) for cell, value in zip(described, values, strict=True)]
+            studied = [measurement.cell for measurement in measured]
+            measured += [measurement for measurement in new if measurement.cell not in studied]
         yield [measurement for measurement in measured if lacking([measurement.cell])]
 
 

@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from timm.models import get_pretrained_cfg, parse_model_name
 from torch import nn
 
-from vision_bench import models, storage
+from vision_bench import models, storage, weights
 from vision_bench.data import Statistics
 from vision_bench.timm_models import TRAINING  # which also makes our own backbones known to timm
 
@@ -95,21 +94,11 @@ def _random(name: str) -> Frozen:
 
 def _with_weights(name: str, architecture: str, file: Path) -> Frozen:
     """A model of timm with the weights in a file, of which only the classifier may be left over."""
+    state, is_mapped = weights.fitting(file, architecture)
     model = timm.create_model(architecture, num_classes=0)
-    try:
-        result = model.load_state_dict(load_file(file), strict=False)
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{file} does not fit {architecture}: {_short(error)}") from None
-    classifiers = model.pretrained_cfg.get("classifier") or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    unexpected = [key for key in result.unexpected_keys if key.rpartition(".")[0] not in classifiers]
-    if result.missing_keys or unexpected:
-        raise ValueError(
-            f"{file} does not fit {architecture}: it lacks {len(result.missing_keys)} tensors of the model "
-            f"({', '.join(result.missing_keys[:3])}, ...) and has {len(unexpected)} others "
-            f"({', '.join(unexpected[:3])}, ...). Name the model that it is of."
-        )
-    return _frozen(name, model, f"weights in {file}, whatever they were trained on")
+    model.load_state_dict(state)
+    words = " (under other names, mapped in their order)" if is_mapped else ""
+    return _frozen(name, model, f"weights in {file}{words}, whatever they were trained on")
 
 
 def _local(name: str, path: Path) -> Frozen:
@@ -220,9 +209,9 @@ def _conversion(pickled: Path, converted: Path, name: str) -> str:
     return (
         f" Two lines of Python convert {pickled} without running code in it; name the model as {name} then. Where the "
         "weights lie deeper in the file, write a key such as ['state_dict'] behind torch.load(...).\n"
-        "import torch, safetensors.torch\n"
-        f"safetensors.torch.save_file(torch.load({str(pickled)!r}, map_location='cpu', weights_only=True), "
-        f"{str(converted)!r})"
+        "import json, torch, safetensors.torch\n"
+        f"safetensors.torch.save_file(tensors := torch.load({str(pickled)!r}, map_location='cpu', weights_only=True), "
+        f"{str(converted)!r}, {{{weights.ORDER!r}: json.dumps(list(tensors))}})"
     )
 
 

@@ -18,6 +18,7 @@ from vision_bench.data import load_images
 from vision_bench.features import embed
 from vision_bench.probe import TRAINING, fit_linear_probes, probe_accuracy, training_accuracy
 from vision_bench.runs import interval
+from vision_bench.sparse_probes import fit_k_sparse_probes
 
 SMALL = [*CONTROLLED, "--noise_rates", "0", "0.6"]
 
@@ -201,7 +202,7 @@ def test_shared_pretraining_probes_one_model_with_every_seed(folder, tmp_path, m
 def test_a_kind_of_features_that_is_added_to_the_table_gets_rows_and_lines(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(kinds.KINDS, "squared", kinds.of_base(lambda features, frozen: features.square()))
     command = ["--output_dir", str(tmp_path), *SMALL, "--checkpoints", str(folder / "models")]
-    main([*command, "--arms", "poly", "ncl", "squared"])
+    main([*command, "--arms", "poly", "ncl", "squared", "--learners", "probe", "k_sparse_1"])
     assert {row["config"]["features"] for row in rows(tmp_path, ACCURACY)} == {"poly", "ncl", "squared"}
     assert values(tmp_path, features="ncl") == values(folder, features="ncl")
     train, test = load_images("digits", "train"), load_images("digits", "test")
@@ -212,7 +213,13 @@ def test_a_kind_of_features_that_is_added_to_the_table_gets_rows_and_lines(folde
     found = values(tmp_path, features="squared", noise_rate=0.6, seed=1)
     assert found == pytest.approx(expected.tolist(), abs=1.1 / 360)
     table = (tmp_path / "results.md").read_text()
-    assert table.count("| squared |") == 3  # accuracies, own training labels, gains
+    assert (
+        table.count("| squared |") == 5
+    )  # accuracies, own training labels, gains; those of k_sparse_1 but its labels
+    assert "## k_sparse_1 (linear, 1 dimensions for each class; not equivariant under rotations" in table
+    chosen = values(tmp_path, "k_sparse_1_top1", features="squared", noise_rate=0.6, seed=1)
+    sparse = fit_k_sparse_probes(x, labels[None], 10, 1)
+    assert chosen == pytest.approx(probe_accuracy(*sparse, y, test.labels, topk=(1,))[1].tolist(), abs=1.1 / 360)
     assert "| poly_decay |" not in table
     for name in ("figure_1b", "all_rates", "gains_beside_paper"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
@@ -224,6 +231,8 @@ def test_a_kind_of_features_that_is_added_to_the_table_gets_rows_and_lines(folde
         (["--noise_rates", "0", "90"], "noise_rates has 90.0; each must be in"),
         (["--noise_rates", "0.1", "0.1"], "noise_rates takes different numbers"),
         (["--decays", "-1"], "decays is"),
+        (["--learners", "tree"], "learners is .'tree'.; the tables need probe, give it too"),
+        (["--arms", "poly", "csr"], "arms has csr, a head of a frozen model, which python -m vision_bench trains"),
         (["--decays", "0.1", "0.1"], "decays is .0.1, 0.1.; it takes different weight decays"),
         (["--decays", "nan"], "decays is .nan.; JSON has no NaN"),
         (["--probe_learning_rate", "inf"], "probe_learning_rate is inf; JSON has no NaN and no infinity"),

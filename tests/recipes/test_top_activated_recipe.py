@@ -92,7 +92,7 @@ def test_a_correlation_that_there_is_not_has_no_row(tmp_path, recwarn):
     for name, seed in itertools.product(("poly", "sae", "ncl"), (0, 1)):
         weights = torch.eye(3)
         weights[2, 2] = -1.0 if name == "ncl" else 1.0  # NCL's probe gets the last class wrong
-        fitted = Fitted([Training(0.8, seed=seed)], Probes(weights[None], torch.zeros(1, 3)), [(0.5, 0.5, 6)], [{}])
+        fitted = Fitted([Training(0.8, seed=seed)], Probes(weights[None], torch.zeros(1, 3)), [([0.5, 0.5], 6)], [{}])
         (batch,) = rows_to_add(run, [study(config, images, name, fitted, features, labels)], torch.device("cpu"))
         run.add_rows(batch)
         for metric in (*MEASURED, *TRAINING):

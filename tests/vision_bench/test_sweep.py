@@ -158,4 +158,4 @@ def test_people_label_all_images_and_a_share_of_them_takes_its_part():
         settings = PROBE | {"epochs": 3 if len(part) == 120 else 9}
         probes = fit_linear_probes(TRAIN[kinds.BASE][part], given[part][None], 3, **settings, seeds=training.seed)
         expected = training_accuracy(probes, TRAIN[kinds.BASE][part], given[part][None])
-        assert own == (*(pytest.approx(value.item(), abs=1.1 / 60) for value in expected), len(part))
+        assert own == ([pytest.approx(value.item(), abs=1.1 / 60) for value in expected], len(part))
