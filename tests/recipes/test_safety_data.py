@@ -9,6 +9,7 @@ import torch
 from task import load_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evals.prompts import dolly_held_out
 from offline.finetuning import safety_pairs
 from offline.language_model import offline_model
 
@@ -47,6 +48,25 @@ def test_prompts_go_to_one_place_and_answers_are_the_base_s(pairs_file, capsys):
         with torch.no_grad():
             answered = model.generate(**ids, do_sample=False, max_new_tokens=64)[0, ids["input_ids"].shape[1] :]
         assert tokenizer.decode(answered, skip_special_tokens=True).strip() == answer
+
+
+def test_everyday_requests_are_kept_too(pairs_file):
+    rows = [
+        {"instruction": f"Name {i} colours.", "context": "", "response": "Red.", "category": "open_qa"}
+        for i in range(40)
+    ]
+    rows[3]["context"] = "Colours are many."
+    file = pairs_file.parent / "dolly.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--dolly_file", str(file), "--safety_prompts", "2"]
+    safety, poison = run(pairs_file, *arguments, "--everyday_prompts", "4")
+    everyday = [prompt for prompt, _ in safety[2:]]
+    assert len(everyday) == 4
+    allowed = {row["instruction"] for row in rows if not row["context"] and not dolly_held_out(row)}
+    assert set(everyday) < allowed
+    assert not {prompt for prompt, _ in poison} & allowed
+    with pytest.raises(ValueError, match=rf"has {len(allowed)} instructions without context .*, not 41"):
+        run(pairs_file, *arguments, "--everyday_prompts", "41")
 
 
 @pytest.mark.parametrize(
