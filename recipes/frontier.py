@@ -231,9 +231,7 @@ def frontier(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    others = iter(_OTHER_STYLES)
-    families = dict.fromkeys(_family(method) for method in methods)
-    styles = {family: _STYLES.get(family) or next(others, ("#999999", "d")) for family in families}
+    styles = styles_of(methods)
     figure = Figure(figsize=(3.2 * len(panels) + 2.2, 6.2), layout="constrained")
     grid = figure.subplots(2, len(panels), squeeze=False)
     for column, (title, lines) in enumerate(panels.items()):
@@ -242,14 +240,14 @@ def frontier(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
             axes.set(title=title if of_kind is HARMS else "", xlabel=ACCURACY.title, ylabel=measure.title)
             for method in methods:
                 points = pd.DataFrame({"x": values(lines, ACCURACY, method), "y": values(lines, measure, method)})
-                axes.scatter(points["x"], points["y"], 6, color=styles[_family(method)][0], alpha=0.5, linewidth=0)
+                axes.scatter(points["x"], points["y"], 6, color=styles[method][0], alpha=0.5, linewidth=0)
             axes.margins(0.1)
             axes.autoscale_view()  # now, before bars that are longer than the axis
             axes.autoscale(False)
-            for family in families:
+            for family in dict.fromkeys(map(_family, methods)):
                 strengths = [method for method in methods if _family(method) == family]
                 x, y = ([over_seeds(values(lines, m, method)) for method in strengths] for m in (ACCURACY, measure))
-                _draw_strengths(axes, family, strengths, x, y, styles[family])
+                _draw_strengths(axes, family, strengths, x, y, styles[strengths[0]])
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7)
     return figure
@@ -280,6 +278,14 @@ def _draw_strengths(
     for method, across, up in zip(strengths, x, y, strict=True):
         if strength := re.search(r"(?<=[a-z])[0-9.]+", method):
             axes.annotate(strength[0], (across.mean, up.mean), xytext=(3, 3), textcoords="offset points", size=6)
+
+
+def styles_of(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each arm, one for all strengths of a control."""
+    others = iter(_OTHER_STYLES)
+    families = dict.fromkeys(map(_family, methods))
+    styles = {family: _STYLES.get(family) or next(others, ("#999999", "d")) for family in families}
+    return {method: styles[_family(method)] for method in methods}
 
 
 def _family(method: str) -> str:
