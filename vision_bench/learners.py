@@ -293,7 +293,9 @@ LEARNERS: dict[str, Learner] = {
     TUNED: Learner(_tuned, True, "linear probe, scale and weight decay chosen on held-out training data"),
     "l1": Learner(_l1, False, "logistic regression with an L1 penalty chosen on held-out training data"),
     **{
-        f"k_sparse_{k}": Learner(partial(_k_sparse, k=k), False, f"linear, {k} dimensions for each class", k)
+        f"k_sparse_{k}": Learner(
+            partial(_k_sparse, k=k), False, f"linear, {k} dimension{'s' * (k > 1)} for each class", k
+        )
         for k in DIMENSIONS
     },
     "tree": Learner(_tree, False, f"decision tree of depth {TREE_DEPTH}"),
