@@ -188,7 +188,10 @@ def _probe(task: Task) -> Learnt:
 
 
 def _tuned(task: Task) -> Learnt:
-    """The scale first, without weight decay, and then the weight decay at this scale, as one tunes by hand."""
+    """The scale first, without weight decay, and then the weight decay at this scale, as one tunes by hand.
+
+    The scale is chosen whatever the setting `rescale` of other probes is.
+    """
     task = _without_losses(task, TUNED)
 
     def fit(part: Task, settings: Sequence[Mapping[str, float]]) -> Probes:
