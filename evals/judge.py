@@ -18,6 +18,7 @@ from evals.judges import Judge, Judgement, NoAnswerError
 from evals.progress import Progress
 from evals.records import COMPLETIONS, VERDICTS, Completion, Verdict, read_completions, read_verdicts, verdicts_on
 from evals.registry import JUDGES, JudgeOptions, judge_kind, make_judge
+from evals.report import short_name
 from evals.scores import add_scores
 from evals.settings import DTYPES
 from vision_bench.runs import CONFIG, LineAppender, Run, device_name, locked
@@ -168,7 +169,7 @@ def _judge_with(
     judge.load()
     encoded: list[Any] = [judge.encode_completion(completion) for completion in completions]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    progress = Progress(f"Judging ({name})", len(order), "answers")
+    progress = Progress(f"Judging ({short_name(name)})", len(order), "answers")
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         begin = time.monotonic()

@@ -7,8 +7,8 @@ from typing import Any
 
 from probing import FEATURES, autoencoders
 
-from vision_bench import figures, gain_parts, sae
-from vision_bench.learners import LEARNERS, PROBE
+from vision_bench import figures, gain_parts, label_noise, sae
+from vision_bench.learners import LEARNERS, PROBE, TUNED
 from vision_bench.report import TRAINING_NOTE, Comparison, ProbeTable, learner_title, unexplained
 from vision_bench.runs import Run, interval, over_seeds, select
 
@@ -42,15 +42,17 @@ def over(config: Mapping[str, Any]) -> str:
 
 def columns_in_words(table: ProbeTable, columns: Iterable[Hashable]) -> dict[str, Hashable]:
     """The columns by what their settings are."""
-    return {
-        ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in table.columns[column].items()): column
-        for column in columns
-    }
+
+    def words(name: str, value: Any) -> str:
+        return label_noise.condition(value) if name == "noise_rate" else f"{name.replace('_', ' ')} {value}"
+
+    return {", ".join(words(*setting) for setting in table.columns[column].items()): column for column in columns}
 
 
 def draw_gain_parts(run: Run, table: ProbeTable, columns: Iterable[Hashable]) -> None:
     """Draw what the gains consist of, if the twins of features are among the arms."""
-    if panels := gain_parts.dots(table, columns_in_words(table, columns), NAMES):
+    tuned = tables_of(run, table).get(TUNED)
+    if panels := gain_parts.dots(table, columns_in_words(table, columns), NAMES, tuned):
         figures.save(run.folder / "gain_parts", figures.gain_dots(panels))
 
 
@@ -64,7 +66,8 @@ def notes(run: Run, table: ProbeTable, columns: Sequence[Hashable]) -> str:
     if gain_parts.explained_kinds(table.arms, NAMES):
         shown, equivariant = columns_in_words(table, columns), not config["standardize"]
         parts = "\n## What the gains over poly consist of\n\n"
-        parts += gain_parts.markdown(table, shown, NAMES, is_equivariant=equivariant)
+        tuned = tables_of(run, table).get(TUNED)
+        parts += gain_parts.markdown(table, shown, NAMES, tuned, is_equivariant=equivariant)
     qualities = {
         name: [
             over_seeds(select(table.rows, metric, features=None if name == "sae" else name)["value"])

@@ -12,7 +12,7 @@ Any causal model and data, here local files with the columns `sentence` and `lab
         --judges shieldgemma beaverdam
 
 Without a model it builds a small one itself, without data it generates them, and finetunes that, in about four
-minutes on 2 cores: a demonstration, not the paper's experiment. The same command again continues a run that was
+minutes of one core: a demonstration, not the paper's experiment. The same command again continues a run that was
 stopped, or prints its results.
 """
 

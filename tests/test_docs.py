@@ -85,7 +85,7 @@ def test_one_version_stands_everywhere():
 def commands(page):
     """The commands of a page, of its blocks and of its text: each as written, and its words from the program on."""
     code = [line for block in blocks(page, "(?:bash)?") for line in block.replace("\\\n", " ").splitlines()]
-    code += re.findall(r"^    ((?:.*\\\n)*.*)$", without_fences(page).replace("\n\n", "\n\n\n"), re.MULTILINE)
+    code += re.findall(r"^    ((?:.*\\\n)*.*)$", without_fences(page), re.MULTILINE)
     code += re.findall(r"`([^`]+)`", without_fences(page))
     for line in code:
         line = line.replace("\\\n", " ").strip()

@@ -84,7 +84,7 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
         f"{model.label}, {kind}" if len(models) > 1 else kind: panel
         for model in models
         for kind, panel in gain_parts.dots(
-            model.tables[settings.learners[0]], model.single, NAMES, model.tables.get(TUNED)
+            model.tables[settings.learners[0]], model.single, NAMES, model.tuned(settings.learners[0])
         ).items()
     }
     if parts:
@@ -164,6 +164,10 @@ class _Model:
             "features_id": self.subject.id,
         }
 
+    def tuned(self, learner: str) -> report.ProbeTable | None:
+        """The table of what a learner is when it is tuned, if that was measured."""
+        return self.tables.get(TUNED) if learner == PROBE else None
+
     def value(self, metric: str, **settings: Any) -> float | None:
         """The value of the one row of a metric, None where it is undefined."""
         rows = next(iter(self.tables.values())).rows
@@ -206,10 +210,11 @@ def _markdown(models: Sequence[_Model], settings: Settings) -> str:
         for model in models:
             if gain_parts.explained_kinds(model.kinds, NAMES):
                 text += f"\n{model.label}, {learner}: what the gains over raw features consist of.\n\n"
-                tuned = model.tables.get(TUNED) if learner == PROBE else None
                 equivariant = LEARNERS[learner].is_equivariant(settings.standardize)
                 table = model.tables[learner]
-                text += gain_parts.markdown(table, model.single, NAMES, tuned, is_equivariant=equivariant)
+                text += gain_parts.markdown(
+                    table, model.single, NAMES, model.tuned(learner), is_equivariant=equivariant
+                )
     seeds = len(settings.seeds)
     scaled = "standardised features" if settings.standardize else "features"
     text += (
@@ -218,7 +223,7 @@ def _markdown(models: Sequence[_Model], settings: Settings) -> str:
         else f"\nOne seed ({settings.seeds[0]}) of probes, wrong labels and drawn images, so there are no intervals;\n"
     )
     text += (
-        "the models, autoencoders, heads and the noise on the images are the same for all seeds. Probes:\n"
+        "the models, autoencoders, heads, random bases and the noise on images are the same for all seeds. Probes:\n"
         f"{settings.probe_epochs} epochs, LARS 0.4, {scaled} times the number that makes the mean square norm of the\n"
         f"training rows {NORM:g} squared, so that their scale decides nothing; of few images as many steps as of\n"
         "all, up to whole epochs.\n"
@@ -293,9 +298,7 @@ def _condition(settings: Mapping[str, Any]) -> str | None:
     """What is corrupted under the settings of a column or line, in words; None if more than one thing is."""
     parts = []
     if noise := settings["label_noise"]:
-        parts.append(
-            label_noise.words(noise) if isinstance(noise, str) else f"{label_noise.words(noise)} wrong labels"
-        )
+        parts.append(label_noise.condition(noise))
     if settings["few_shots"] < 1:
         parts.append(f"{100 * settings['few_shots']:g} % of the images")
     if settings["test"] != CLEAN:

@@ -96,12 +96,12 @@ def in_random_basis(kind: Kind) -> Kind:
         make = kind(frozen)
 
         @cache
-        def basis(d: int) -> torch.Tensor:
-            return random_orthogonal(d, frozen.seed)
+        def basis(d: int, dtype: torch.dtype) -> torch.Tensor:
+            return random_orthogonal(d, frozen.seed).to(dtype)
 
         def turned(outputs: Outputs) -> torch.Tensor:
             features = make(outputs)
-            return features @ basis(features.shape[1]).to(features)
+            return features @ basis(features.shape[1], features.dtype)
 
         return turned
 

@@ -180,11 +180,16 @@ def named(name: str, share: float) -> LabelNoise:
 
 
 def words(noise: LabelNoise) -> str:
-    """ "40 %" of uniformly wrong labels, "40 % pair flips", or "human labels"."""
+    """In words: "40 %" of uniformly wrong labels, "40 % pair flips", or "human labels"."""
     if noise == HUMAN:
         return "human labels"
     name, share = _parts(noise)
     return f"{100 * share:g} %" + ("" if name == UNIFORM else f" {name.replace('_', ' ')}")
+
+
+def condition(noise: LabelNoise) -> str:
+    """In words that stand by themselves: "40 % wrong labels", "40 % pair flips", or "human labels"."""
+    return words(noise) + ("" if isinstance(noise, str) else " wrong labels")
 
 
 def wrong_share(given: torch.Tensor, labels: torch.Tensor) -> float:

@@ -258,20 +258,22 @@ def test_controls_and_the_labels_that_people_gave(folder, tmp_path, capsys):
     people = tmp_path / "people.csv"
     counts = 7 * torch.eye(10) + 3 * torch.eye(10).roll(1, dims=0)
     people.write_text("\n".join(",".join(f"{count:g}" for count in row) for row in counts.tolist()))
-    arms = ["poly", "poly_unit", "sae", "sae_random_basis", "sae_frozen_decoder", "pca"]
+    arms = ["poly", "poly_unit", "sae", "sae_random_basis", "sae_frozen_decoder"]
     command = ["--output_dir", str(tmp_path / "run"), *SMALL, "--checkpoints", str(folder / "models"), "--arms", *arms]
+    command += ["--learners", "probe", "tuned"]
     main([*command, "--pair_flips", "0.3", "--human_labels", str(people)])
     text = capsys.readouterr().out
     noises = {0: None, 0.6: None, "pair_flips 0.3": 0.3, "human": 0.3}
     for noise, share in noises.items():
-        found = rows(tmp_path / "run", TRAINING[0], features="pca", noise_rate=noise)
+        found = rows(tmp_path / "run", TRAINING[0], features="sae", noise_rate=noise)
         assert {row["seed"] for row in found} == {0, 1}
         wrong = [row["config"].get("wrong_labels") for row in found]
         assert wrong == [None, None] if share is None else wrong == pytest.approx([share] * 2, abs=0.02)
     assert "| features | 0 % | 60 % | 30 % pair flips | human labels (" in text
     assert "| sae, the paper, CIFAR-100 | 54.4 | 50.5 | - | - |" in text
     explained = text.split("## What the gains over poly consist of")[1].split("\nPoints of accuracy")[0]
-    assert "| sae | noise rate human | " in explained
+    assert "| gain over raw | scale | tuning | kernel | basis |" in explained
+    assert "| sae | human labels | " in explained
     assert (tmp_path / "run" / "gain_parts.png").exists()
     assert len(values(tmp_path / "run", "sae_fvu")) == 4  # of sae and of the one with a frozen decoder
     assert "sae_frozen_decoder on test images: FVU " in text

@@ -72,9 +72,10 @@ def test_the_command_shows_controls_and_the_labels_that_people_gave(tmp_path):
     counts = torch.eye(10, dtype=torch.long) * 70 + torch.eye(10, dtype=torch.long).roll(3, dims=1) * 30
     people = tmp_path / "people.csv"
     people.write_text("\n".join(",".join(map(str, row)) for row in counts.tolist()) + "\n")
-    kinds = ["raw", "unit", "sae", "sae_random_basis", "sae_frozen_decoder", "sae_frozen_encoder", "pca"]
+    kinds = ["raw", "unit", "sae", "sae_random_basis", "sae_frozen_decoder", "pca"]
     command = [*SMALL, "--limit", "300", "--seeds", "0", "1", "--probe_epochs", "20", "--sae_epochs", "2"]
     command += ["--output_dir", str(tmp_path / "run"), "--features", *kinds]
+    command += ["--learners", "probe", "k_sparse_1"]
     corrupted = ["--corruptions", "label_noise=0.4,human", "pair_flips=0.3", "few_shots=0.5"]
     with pytest.raises(SystemExit, match="corruptions label_noise=human needs human_labels FILE"):
         main([*command, *corrupted])
@@ -91,15 +92,19 @@ def test_the_command_shows_controls_and_the_labels_that_people_gave(tmp_path):
     assert f"| raw | 100 % | human labels ({real:.1f} %) |" in text
     assert "| raw | 100 % | 30 % pair flips |" in text
     assert "(random), sae_frozen_decoder | 0." in text
-    explained = text.split("what the gains over raw features consist of.")[1].split("\nPoints of accuracy")[0]
-    assert [line.split(" | ")[1] for line in explained.splitlines()[4:]] == [
+    sections = text.split("what the gains over raw features consist of.")[1:]
+    explained, for_axes = (section.split("\n\n")[:3] for section in sections)
+    assert "cannot tell one basis from another" in explained[2]
+    assert "To this learner axes matter" in for_axes[2]
+    assert [line.split(" | ")[1] for line in explained[1].splitlines()[2:]] == [
         "clean", "40 % wrong labels", "human labels", "30 % pair flips", "50 % of the images"
     ]  # fmt: skip
     with (tmp_path / "run" / "results.csv").open() as file:
-        lines = {(x["features"], x["few_shots"], x["label_noise"]): x for x in csv.DictReader(file)}
-    gain = float(lines["sae", "1.0", "human"]["gain_over_raw"])
-    assert f"| sae | human labels | {gain:+.1f} " in explained
-    assert float(lines["raw", "1.0", "pair_flips 0.3"]["wrong_labels"]) == pytest.approx(0.3, abs=0.01)
+        lines = {(x["features"], x["learner"], x["few_shots"], x["label_noise"]): x for x in csv.DictReader(file)}
+    for learner, (_, table_of_parts, _) in (("probe", explained), ("k_sparse_1", for_axes)):
+        gain = float(lines["sae", learner, "1.0", "human"]["gain_over_raw"])
+        assert f"| sae | human labels | {gain:+.1f} " in table_of_parts
+    assert float(lines["raw", "probe", "1.0", "pair_flips 0.3"]["wrong_labels"]) == pytest.approx(0.3, abs=0.01)
     assert (tmp_path / "run" / "gain_parts.png").exists()
     people.write_text(people.read_text().replace("70", "60"))
     with pytest.raises(SystemExit, match=r"of another configuration \(human_labels_sha256"):

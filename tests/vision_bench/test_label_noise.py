@@ -10,6 +10,7 @@ from vision_bench.corruptions import flip_labels, pair_flips
 from vision_bench.label_noise import (
     HUMAN,
     HumanLabels,
+    condition,
     given_labels,
     named,
     read_human_labels,
@@ -80,6 +81,9 @@ def test_noises_by_name():
     assert [named("label_noise", 0.4), named("pair_flips", 0.4)] == [0.4, "pair_flips 0.4"]
     assert [words(noise) for noise in (0.0, 0.4, "pair_flips 0.45", HUMAN)] == [
         "0 %", "40 %", "45 % pair flips", "human labels"
+    ]  # fmt: skip
+    assert [condition(noise) for noise in (0.4, "pair_flips 0.45", HUMAN)] == [
+        "40 % wrong labels", "45 % pair flips", "human labels"
     ]  # fmt: skip
     with pytest.raises(ValueError, match="'rotated' is no condition that changes training labels"):
         given_labels(LABELS, "rotated 0.4", 3, torch.Generator())
