@@ -203,7 +203,14 @@ def _tuned(task: Task) -> Learnt:
             probe = {**part.probe, "rescale": True, "norm": norm}
             probe["weight_decay"] = [settings[i]["chosen_weight_decay"] for i in members]
             seeds = [part.each_seed[i] for i in members]
-            passes.append(_linear(replace(part, label_sets=part.label_sets[members], seeds=seeds, probe=probe)))
+            try:
+                passes.append(_linear(replace(part, label_sets=part.label_sets[members], seeds=seeds, probe=probe)))
+            except FloatingPointError:
+                if part is task:  # these settings were chosen
+                    raise
+                # Settings with which training diverges are not to be chosen: probes that give all samples one class.
+                weights = part.features.new_zeros(len(members), part.num_classes, part.features.shape[1])
+                passes.append(Probes(weights, weights[..., 0]))
             order += members
         places = torch.tensor(order).argsort()
         return Probes(*(torch.cat(tensors)[places] for tensors in zip(*passes, strict=True)))
