@@ -188,7 +188,10 @@ def _probe(task: Task) -> Learnt:
 
 
 def _tuned(task: Task) -> Learnt:
-    """The scale first, without weight decay, and then the weight decay at this scale, as one tunes by hand."""
+    """The scale first, without weight decay, and then the weight decay at this scale, as one tunes by hand.
+
+    The scale is chosen whatever the setting `rescale` of other probes is.
+    """
     task = _without_losses(task, TUNED)
 
     def fit(part: Task, settings: Sequence[Mapping[str, float]]) -> Probes:
@@ -200,7 +203,14 @@ def _tuned(task: Task) -> Learnt:
             probe = {**part.probe, "rescale": True, "norm": norm}
             probe["weight_decay"] = [settings[i]["chosen_weight_decay"] for i in members]
             seeds = [part.each_seed[i] for i in members]
-            passes.append(_linear(replace(part, label_sets=part.label_sets[members], seeds=seeds, probe=probe)))
+            try:
+                passes.append(_linear(replace(part, label_sets=part.label_sets[members], seeds=seeds, probe=probe)))
+            except FloatingPointError:
+                if part is task:  # these settings were chosen
+                    raise
+                # Settings with which training diverges are not to be chosen: probes that give all samples one class.
+                weights = part.features.new_zeros(len(members), part.num_classes, part.features.shape[1])
+                passes.append(Probes(weights, weights[..., 0]))
             order += members
         places = torch.tensor(order).argsort()
         return Probes(*(torch.cat(tensors)[places] for tensors in zip(*passes, strict=True)))
@@ -293,7 +303,9 @@ LEARNERS: dict[str, Learner] = {
     TUNED: Learner(_tuned, True, "linear probe, scale and weight decay chosen on held-out training data"),
     "l1": Learner(_l1, False, "logistic regression with an L1 penalty chosen on held-out training data"),
     **{
-        f"k_sparse_{k}": Learner(partial(_k_sparse, k=k), False, f"linear, {k} dimensions for each class", k)
+        f"k_sparse_{k}": Learner(
+            partial(_k_sparse, k=k), False, f"linear, {k} dimension{'s' * (k > 1)} for each class", k
+        )
         for k in DIMENSIONS
     },
     "tree": Learner(_tree, False, f"decision tree of depth {TREE_DEPTH}"),

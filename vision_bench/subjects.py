@@ -85,6 +85,8 @@ class Subject:
         name = self.name
         if path.exists():
             name = path.parent.name if path.name == "model.safetensors" else path.name
+        elif "=" in name:  # MODEL=FILE
+            name = f"{name.partition('=')[0]}={path.name}"
         return f"{name} (random)" if self.random else name
 
     @property

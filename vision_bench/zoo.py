@@ -210,7 +210,8 @@ def _conversion(pickled: Path, converted: Path, name: str) -> str:
         f" Two lines of Python convert {pickled} without running code in it; name the model as {name} then. Where the "
         "weights lie deeper in the file, write a key such as ['state_dict'] behind torch.load(...).\n"
         "import json, torch, safetensors.torch\n"
-        f"safetensors.torch.save_file(tensors := torch.load({str(pickled)!r}, map_location='cpu', weights_only=True), "
+        "safetensors.torch.save_file(tensors := {name: tensor.clone(memory_format=torch.contiguous_format) for name, "
+        f"tensor in torch.load({str(pickled)!r}, map_location='cpu', weights_only=True).items()}}, "
         f"{str(converted)!r}, {{{weights.ORDER!r}: json.dumps(list(tensors))}})"
     )
 

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from tests.conftest import results
+from tests.conftest import results, rows
+from vision_bench.sweep import ACCURACY
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +50,14 @@ def test_two_processes_give_the_rows_of_one(one, tmp_path):
     assert result.stdout.count("# Robustness and monosemanticity") == 1
     assert results(tmp_path / "two") == results(one)
     assert (tmp_path / "two" / "results.csv").read_text() == (one / "results.csv").read_text()
+
+
+def test_all_processes_train_the_heads(tmp_path):
+    command = [*TORCHRUN, *COMMAND[:4], "--limit", "120", "--seeds", "0", "--probe_epochs", "2", "--corruptions"]
+    command += ["--features", "ncl_head", "csr", "raw", "--head_epochs", "2", "--output_dir", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    assert {row["config"]["features"] for row in rows(tmp_path, ACCURACY)} == {"ncl_head", "csr", "raw"}
 
 
 def test_a_killed_run_continues_to_the_same_rows(one, tmp_path):

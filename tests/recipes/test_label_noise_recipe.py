@@ -216,7 +216,7 @@ def test_a_kind_of_features_that_is_added_to_the_table_gets_rows_and_lines(folde
     assert (
         table.count("| squared |") == 5
     )  # accuracies, own training labels, gains; those of k_sparse_1 but its labels
-    assert "## k_sparse_1 (linear, 1 dimensions for each class; not equivariant under rotations" in table
+    assert "## k_sparse_1 (linear, 1 dimension for each class; not equivariant under rotations" in table
     chosen = values(tmp_path, "k_sparse_1_top1", features="squared", noise_rate=0.6, seed=1)
     sparse = fit_k_sparse_probes(x, labels[None], 10, 1)
     assert chosen == pytest.approx(probe_accuracy(*sparse, y, test.labels, topk=(1,))[1].tolist(), abs=1.1 / 360)

@@ -120,6 +120,16 @@ def test_tuned_is_the_probe_of_the_settings_that_are_best_on_held_out_noisy_labe
         torch.testing.assert_close(learnt.classifiers.biases[i], biases)
 
 
+def test_settings_with_which_training_diverges_are_not_chosen(monkeypatch):
+    monkeypatch.setattr(learners, "NORMS", (1e25, 8.0))
+    settings = {**PROBE, "optimizer": "sgd", "learning_rate": 0.1}
+    learnt = LEARNERS["tuned"].fit(Task(X, SETS, CLASSES, [0, 0], probe=settings))
+    assert [chosen["chosen_norm"] for chosen in learnt.chosen] == [8.0, 8.0]
+    monkeypatch.setattr(learners, "NORMS", (1e25,))
+    with pytest.raises(FloatingPointError, match="their training diverged"):
+        LEARNERS["tuned"].fit(Task(X, SETS, CLASSES, [0, 0], probe=settings))
+
+
 @pytest.mark.parametrize("name", ["probe", "tuned", "k_sparse_1", "k_sparse_4", "l1", "tree"])
 def test_learners_that_are_not_equivariant_lose_by_a_rotation_and_the_others_do_not(name, monkeypatch):
     monkeypatch.setattr(learners, "NORMS", (3.0, 1.0))

@@ -187,7 +187,9 @@ def test_the_lines_that_are_printed_convert_pickled_weights(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     path = tmp_path / "it's lr=0.1" / "weights.pth"
     path.parent.mkdir()
-    torch.save(model.state_dict(), path)
+    state = model.state_dict()
+    state["conv1.0.weight"] = state["conv1.0.weight"].to(memory_format=torch.channels_last)  # not contiguous
+    torch.save(state, path)
     torch.save({"state_dict": model.state_dict()}, path.with_name("deeper.pt"))
     for name, key in (("weights.pth", ""), ("deeper.pt", "['state_dict']")):
         given = f"test_resnet={path.with_name(name)}"
