@@ -85,8 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     panels = read_lines([str(settings.rows)]) if settings.rows else {}
     if settings.rows and CONDITION not in panels:
         raise ValueError(f"--rows {settings.rows} has {', '.join(panels)}, and no rows of {CONDITION!r}.")
-    if lacking := set(settings.methods or ()) - {m for lines in panels.values() for m in lines["method"]}:
-        raise ValueError(f"--methods has {', '.join(sorted(lacking))}, of which --rows {settings.rows} has no rows.")
+    if lacking := set(settings.methods or ()) - set(panels[CONDITION]["method"] if panels else ()):
+        raise ValueError(
+            f"--methods has {', '.join(sorted(lacking))}, of which --rows {settings.rows} has no rows of "
+            f"{CONDITION!r}."
+        )
     figure = Figure(figsize=(8.2 if settings.rows else 3.6, 2.9), layout="constrained")
     if settings.rows:
         idea, frontier = figure.subplots(1, 2, width_ratios=[1, 1])

@@ -66,6 +66,7 @@ _OTHER_STYLES += [("#8C564B", "<"), ("#7F7F7F", ">"), ("#BCBD22", "h")]
 # Of a file of rows: what tells them apart, and what they say.
 _KEYS = ["condition", "method", "seed", "step", "metric", "task", "judge"]
 COLUMNS = [*_KEYS, "value", "n", "seconds"]
+_NUMBERS = ("seed", "step", "value", "n", "seconds")  # which a line may lack
 
 
 def read_lines(files: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -76,7 +77,7 @@ def read_lines(files: Sequence[str]) -> dict[str, pd.DataFrame]:
     """
     parts = []
     for file in files:
-        part = pd.read_csv(file, keep_default_na=False, na_values={name: [""] for name in ("seed", "step", "value")})
+        part = pd.read_csv(file, keep_default_na=False, na_values={name: [""] for name in _NUMBERS})
         if lacking := set(COLUMNS) - set(part):
             raise ValueError(f"--rows_files {file} lacks {', '.join(sorted(lacking))}: give a frontier.csv of a run.")
         parts.append(part)
@@ -100,9 +101,10 @@ def lines_text(panels: dict[str, pd.DataFrame]) -> str:
     """The lines of all conditions that tables and figures are made of, as csv."""
     metrics = {measure.metric for measure in (*MEASURES, *_BY_TOPIC)}
     lines = pd.concat([lines.assign(condition=title) for title, lines in panels.items()])
-    return lines[lines["metric"].isin(metrics) & ~lines["is_part"]][COLUMNS].to_csv(
-        index=False, float_format="%.6g", lineterminator="\n"
-    )
+    chosen = lines[lines["metric"].isin(metrics) & ~lines["is_part"]][COLUMNS]
+    # As integers they are written whole, where floats are rounded to six digits.
+    whole = chosen.astype(dict.fromkeys(("seed", "step", "n"), "Int64"))
+    return whole.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
 def lines_of(run: Run) -> pd.DataFrame:
@@ -143,11 +145,11 @@ def _of_parts(run: Run) -> pd.DataFrame:
 def _of_topics(run: Run, topics: Sequence[str]) -> pd.DataFrame:
     """Refusals of harmful requests on the topics of the poison, and on the others."""
     topic_of = harmful_topics()
-    answers = [
-        row
-        for row in read_completions(run.folder / EVALUATION / COMPLETIONS).rows
-        if row.task == OFFLINE and row.category == "harmful"
-    ]
+    path = run.folder / EVALUATION / COMPLETIONS
+    rows = read_completions(path).rows if path.exists() else []
+    answers = [row for row in rows if row.task == OFFLINE and row.category == "harmful"]
+    if not answers:  # other prompts were asked
+        return pd.DataFrame()
     refused = pd.DataFrame(
         [
             {
