@@ -48,6 +48,14 @@ class SafetyDataSettings:
     seed: int = option(0, help="Of the order of the prompts, which are sorted before.")
 
 
+def check(settings: SafetyDataSettings) -> None:
+    """Raise ValueError for counts out of range, of which Python would take others than were asked for."""
+    counts = dict.fromkeys(("safety_prompts", "everyday_prompts", "max_new_tokens", "batch_size"), 1) | {"skip": 0}
+    for name, least in counts.items():
+        if (value := getattr(settings, name)) < least:
+            raise ValueError(f"--{name} is {value}, allowed is {least} or more.")
+
+
 def split_prompts(pairs: Sequence[Pair], settings: SafetyDataSettings) -> tuple[list[str], list[Pair]]:
     """The prompts that must not change, and the pairs of the poison.
 
@@ -80,7 +88,7 @@ def everyday_prompts(settings: SafetyDataSettings) -> list[str]:
     rows = text_rows(
         settings.dolly_file, DOLLY_COLUMNS, name=f"--dolly_file {settings.dolly_file}", advice="Give Dolly 15k."
     )
-    plain = [row for row in rows if not row["context"] and not dolly_held_out(row)]
+    plain = [row for row in rows if not row.get("context") and not dolly_held_out(row)]
     prompts = sorted({dolly_prompt(row) for row in plain if len(row["instruction"]) < settings.longest_prompt})
     random.Random(settings.seed).shuffle(prompts)
     if len(prompts) < settings.everyday_prompts:
@@ -128,6 +136,7 @@ def own_answers(settings: SafetyDataSettings, prompts: Sequence[str]) -> list[Pa
 def main(arguments: list[str] | None = None) -> None:
     """Write both files and say what is in them."""
     (settings,) = parse([SafetyDataSettings], arguments)
+    check(settings)
     prompts, poison = split_prompts(load_pairs(settings.pairs_file, "--pairs_file"), settings)
     prompts += everyday_prompts(settings)
     safety = own_answers(settings, prompts)
