@@ -66,7 +66,7 @@ _OTHER_STYLES += [("#8C564B", "<"), ("#7F7F7F", ">"), ("#BCBD22", "h")]
 # Of a file of rows: what tells them apart, and what they say.
 _KEYS = ["condition", "method", "seed", "step", "metric", "task", "judge"]
 COLUMNS = [*_KEYS, "value", "n", "seconds"]
-_NUMBERS = ("seed", "step", "value", "n", "seconds")  # which a line may lack
+_NUMBERS = ("seed", "step", "value", "n", "seconds")  # which may be lacking in a row
 
 
 def read_lines(files: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -77,7 +77,7 @@ def read_lines(files: Sequence[str]) -> dict[str, pd.DataFrame]:
     """
     parts = []
     for file in files:
-        part = pd.read_csv(file, keep_default_na=False, na_values={name: [""] for name in _NUMBERS})
+        part = pd.read_csv(file, keep_default_na=False, na_values=dict.fromkeys(_NUMBERS, ""))
         if lacking := set(COLUMNS) - set(part):
             raise ValueError(f"--rows_files {file} lacks {', '.join(sorted(lacking))}: give a frontier.csv of a run.")
         parts.append(part)

@@ -133,7 +133,9 @@ def test_refusals_of_public_tasks_by_what_the_prompts_ask(tmp_path):
             asked = {"task": "xstest", "judge": "refusal", "adapter": adapter, "category": category}
             for metric in ("full_refusal", "refused"):
                 evaluation.add(metric, value, n=10, seed=seed, seconds=1, device="cpu", **asked)
-    table = lines(f"## x\n\n{frontier.table(frontier.lines_of(run), ['base', 'lora'])}", "## x")
+    file = tmp_path / "frontier.csv"
+    file.write_text(frontier.lines_text({"x": frontier.lines_of(run)}))
+    table = lines(f"## x\n\n{frontier.table(frontier.read_lines([str(file)])['x'], ['base', 'lora'])}", "## x")
     header = table["arm"]
     columns = ("AdvBench: not refused, %", "XSTest, unsafe: not refused, %", "XSTest, safe: refused, %")
     assert [table["lora"][header.index(name)] for name in columns] == ["75.0", "30.0", "20.0"]
