@@ -275,7 +275,7 @@ EXPERIMENT = experiment(
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the output folder has no rows of, then write and print the table and draw the figures."""
     settings = parse(SETTINGS, arguments)
-    pretraining, probing, _, ood = settings
+    pretraining, probing, *_, ood = settings
     splits = load_splits(pretraining)
     probing.check(pretraining, splits)  # before the images of the shifts, which may take long to read
     with warnings_in_one_line():

@@ -201,7 +201,9 @@ def on_a_small_model(small_model, tmp_path, monkeypatch):
     def run(code, names):
         code = code.replace('"Qwen/Qwen3-0.6B"', repr(str(small_model))).replace('"BASE"', repr(str(small_model)))
         code = code.replace('load_dataset("trl-lib/Capybara", split="train")', "rows")
-        code = re.sub(r"SFTConfig\((\"[^\"]+\")", r'SFTConfig(\1, max_steps=1, use_cpu=True, report_to="none"', code)
+        code = re.sub(
+            r"SFTConfig\((\"[^\"]+\")", r'SFTConfig(\1, max_steps=1, use_cpu=True, bf16=False, report_to="none"', code
+        )
         exec(compile(code, "docs", "exec"), names)
         return names
 

@@ -95,7 +95,7 @@ def test_the_papers_configurations_serve_both_recipes(name):
     pretraining, _ = parse(
         [vision.PretrainingSettings, recipe.MethodsSettings], arguments, shared=[vision.ProbingSettings]
     )
-    again, probing, _, label_noise = parse(label_noise_probing.SETTINGS, arguments)
+    again, probing, *_, label_noise = parse(label_noise_probing.SETTINGS, arguments)
     for settings in (pretraining, again):
         assert settings.data == name
         assert (settings.projector_hidden, settings.projector_out, settings.backbone) == (16384, 2048, "resnet18")

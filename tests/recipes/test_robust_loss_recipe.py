@@ -9,7 +9,7 @@ from robust_loss import main
 
 from tests.recipes.conftest import ACCURACY, ARMS, CONTROLLED, contents, keep_rows, rows
 from tests.recipes.conftest import value as value_of
-from vision_bench import models, sweep
+from vision_bench import learners, models
 from vision_bench.corruptions import flip_labels
 from vision_bench.data import load_images
 from vision_bench.features import embed
@@ -120,13 +120,13 @@ def test_a_stopped_run_continues_to_the_same_rows_in_one_pass_for_each_kind(fold
     stopped = tmp_path / "stopped"
     shutil.copytree(folder, stopped)
     keep_rows(stopped, lambda lines: lines[: len(lines) // 3])
-    passes, fit = [], sweep.fit_linear_probes
+    passes, fit = [], learners.fit_linear_probes
 
     def counted(*arguments, **settings):
         passes.append(arguments[1].shape[0])
         return fit(*arguments, **settings)
 
-    monkeypatch.setattr(sweep, "fit_linear_probes", counted)
+    monkeypatch.setattr(learners, "fit_linear_probes", counted)
     main(["--output_dir", str(stopped), *SMALL])
     assert set(passes) == {3 * 2, 3 * 2 * 2}  # losses x rates (x decays) in each pass
 
