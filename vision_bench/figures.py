@@ -305,7 +305,7 @@ def robustness_dots(
 
 @_styled
 def gain_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]], learner: str) -> Figure:
-    """Parts of gains of a learner: mean and half-width, in points of accuracy, by kind of features, part and corruption."""
+    """Parts of gains of a learner: mean and half-width, in points, by kind of features, part and corruption."""
     zeros = {
         kind: {part: {name: (*value, 0.0) for name, value in by_name.items()} for part, by_name in by_part.items()}
         for kind, by_part in panels.items()
