@@ -15,7 +15,7 @@ class Hinge(NamedTuple):
 
     gradients: list[torch.Tensor]  # of the weighted hinge, for A (r, in) and, where there is one, b (r,)
     mean: torch.Tensor  # over rows and units, without the weight
-    fired: torch.Tensor  # share of the rows on which a unit fires
+    fired: torch.Tensor  # share of the rows on which a unit fires or is NaN
 
 
 def hinges_of(rows: torch.Tensor, encoders: list[nn.Linear], weight: float, margin: float) -> list[Hinge]:
@@ -40,5 +40,5 @@ def hinges_of(rows: torch.Tensor, encoders: list[nn.Linear], weight: float, marg
     for encoder, hinge, latent, gradient, count in zip(encoders, *parts, strict=True):
         factor = weight / hinge.numel()
         gradients = [gradient.mul_(factor)] + ([] if encoder.bias is None else [count.sum(1).mul_(factor)])
-        hinges.append(Hinge(gradients, hinge.mean(), (latent > 0).any(0).float().mean()))
+        hinges.append(Hinge(gradients, hinge.mean(), (~(latent <= 0)).any(0).float().mean()))
     return hinges

@@ -88,7 +88,9 @@ class Silence(LoggedMeasures):
         lower_every: steps after which a trainer calls `lower_biases`, and once more when training ends. With 1 the
             adapter is silent on every cached row at every step, and the task learns around it: that is cheaper for
             the task than lowering once, after training. It takes a product of A and all cached rows each time. None:
-            never. Needs `encoder_bias`; in a loop of your own call `lower_biases` after the optimizer's step.
+            never. Needs `encoder_bias`; in a loop of your own call `lower_biases` after the optimizer's step. Save and
+            evaluate at multiples of it: between them a checkpoint is of an adapter whose units may fire, and one that
+            `load_best_model_at_end` takes is lowered after it was evaluated.
         seed: of the draw of the cache, and with the step's number of the rows of a step, so that a resumed run
             equals an uninterrupted one. 0 to 2^31 - 1.
 
@@ -280,7 +282,7 @@ class Silence(LoggedMeasures):
 
     @torch.no_grad()
     def fired_by_module(self) -> dict[str, float]:
-        """By the module's name, the share of all its cached rows on which a unit fires, in [0, 1]."""
+        """By the module's name, the share of all its cached rows on which a unit fires or is NaN, in [0, 1]."""
         shares = {}
         for rows, encoders, _ in self._groups:
             for name, encoder in encoders.items():
@@ -288,7 +290,7 @@ class Silence(LoggedMeasures):
                 with gather_params_ctx(list(encoder.parameters())):  # which ZeRO-3 has cut up
                     matrix, bias = (None if p is None else whole(p).to(dtype) for p in (encoder.weight, encoder.bias))
                     latents = (linear(part.to(matrix.device, dtype), matrix, bias) for part in rows.split(1024))
-                    shares[name] = sum(int((latent > 0).any(1).sum()) for latent in latents) / len(rows)
+                    shares[name] = sum(int((~(latent <= 0)).any(1).sum()) for latent in latents) / len(rows)
         return shares
 
     def on_train_begin(
@@ -409,7 +411,10 @@ class Silence(LoggedMeasures):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.lower_every is not None and state.global_step % self.lower_every == 0:
+        if self.lower_every is None:
+            return
+        is_last = state.global_step >= state.max_steps  # the last checkpoint, saved after this, is the trained adapter
+        if is_last or state.global_step % self.lower_every == 0:
             self.lower_biases()
 
     def on_train_end(

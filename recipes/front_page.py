@@ -1,6 +1,6 @@
 """The figure of README: how an adapter adds exactly nothing, and what that was measured to keep.
 
-    python recipes/front_page.py --rows docs/results/frontier.csv --output docs/figures/front_page.png
+    python recipes/front_page.py --rows docs/results/silence_frontier.csv --output docs/figures/front_page.png
 
 Left: a plane of inputs with three units of an encoder. A unit adds to the layer's output on its side of its line, and
 where all are on their other side the layer is the base's; a picture of the idea, without data. Right, with `--rows`:
@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from frontier import ACCURACY, HARMS, read_lines, values
+from frontier import ACCURACY, HARMS, read_lines, styles_of, values
 
-from evals.figures import OTHER_STYLES, STYLES
 from vision_bench.runs import over_seeds, run_as_program
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 # Three units as (a, b), which fire where a x + b > 0, and where the texts are that must not change.
 _ENCODER, _BIAS = np.array([[1.0, 0.25], [0.5, 1.0], [-0.2, 1.0]]), np.array([-0.2, -0.3, -0.55])
-_SILENT_CENTRE, _TASK_CENTRE = (-0.7, -0.4), (0.8, 0.75)
+_SILENT_CENTRE, _TASK_CENTRE = (-0.65, -0.4), (0.8, 0.75)
 CONDITION = "10 % poison"
 
 
@@ -51,7 +50,7 @@ def draw_idea(axes: Axes) -> None:
     ):
         points = rng.normal(centre, 0.16, (25, 2))
         axes.scatter(points[:, 0], points[:, 1], 9, color=colour, linewidth=0, zorder=3)
-        axes.annotate(text, (centre[0], centre[1] - 0.45), ha="center", va="top", size=7, color=colour)
+        axes.annotate(text, (centre[0], centre[1] - 0.45), ha="center", va="top", size=6.5, color=colour)
     axes.set(xticks=[], yticks=[], title="h = W x + s B ReLU(A x + b)")
     axes.title.set_fontsize(9)
 
@@ -59,9 +58,7 @@ def draw_idea(axes: Axes) -> None:
 def draw_frontier(axes: Axes, lines: pd.DataFrame, methods: Sequence[str]) -> None:
     """Draw each arm's accuracy against harmful prompts that are not refused, in percent."""
     harm = next((measure for measure in HARMS if len(measure.rows(lines))), HARMS[0])
-    others = iter(OTHER_STYLES)
-    for method in methods:
-        colour, marker = STYLES.get(method) or next(others, ("#999999", "."))
+    for method, (colour, marker) in styles_of(methods).items():
         across, up = (over_seeds(values(lines, measure, method)) for measure in (ACCURACY, harm))
         axes.errorbar(
             across.mean, up.mean, xerr=across.half_width, yerr=up.half_width, color=colour, marker=marker,
@@ -88,8 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     panels = read_lines([str(settings.rows)]) if settings.rows else {}
     if settings.rows and CONDITION not in panels:
         raise ValueError(f"--rows {settings.rows} has {', '.join(panels)}, and no rows of {CONDITION!r}.")
-    if lacking := set(settings.methods or ()) - {m for lines in panels.values() for m in lines["method"]}:
-        raise ValueError(f"--methods has {', '.join(sorted(lacking))}, of which --rows {settings.rows} has no rows.")
+    if lacking := set(settings.methods or ()) - set(panels[CONDITION]["method"] if panels else ()):
+        raise ValueError(
+            f"--methods has {', '.join(sorted(lacking))}, of which --rows {settings.rows} has no rows of "
+            f"{CONDITION!r}."
+        )
     figure = Figure(figsize=(8.2 if settings.rows else 3.6, 2.9), layout="constrained")
     if settings.rows:
         idea, frontier = figure.subplots(1, 2, width_ratios=[1, 1])

@@ -55,9 +55,18 @@ _BY_TOPIC = tuple(
     for key, name in (("seen", "other"), ("unseen", "poisoned"))
 )
 MEASURES = (ACCURACY, *HARMS, *OVER_REFUSALS, *SILENT, FORGETTING)
+# Arms of MonoLoRA are blue; those that are named nowhere take the others in turn.
+_STYLES = STYLES | {
+    "monolora+silence": ("#56B4E9", "p"),
+    "monolora+apart+silence": ("#0072B2", "H"),
+    "monolora+apart+silence+rank": ("#0072B2", "*"),
+}
+_OTHER_STYLES = [style for style in OTHER_STYLES if style not in _STYLES.values() and style[0] != "#56B4E9"]
+_OTHER_STYLES += [("#8C564B", "<"), ("#7F7F7F", ">"), ("#BCBD22", "h")]
 # Of a file of rows: what tells them apart, and what they say.
 _KEYS = ["condition", "method", "seed", "step", "metric", "task", "judge"]
 COLUMNS = [*_KEYS, "value", "n", "seconds"]
+_NUMBERS = ("seed", "step", "value", "n", "seconds")  # which may be lacking in a row
 
 
 def read_lines(files: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -68,7 +77,7 @@ def read_lines(files: Sequence[str]) -> dict[str, pd.DataFrame]:
     """
     parts = []
     for file in files:
-        part = pd.read_csv(file, keep_default_na=False, na_values={name: [""] for name in ("seed", "step", "value")})
+        part = pd.read_csv(file, keep_default_na=False, na_values=dict.fromkeys(_NUMBERS, ""))
         if lacking := set(COLUMNS) - set(part):
             raise ValueError(f"--rows_files {file} lacks {', '.join(sorted(lacking))}: give a frontier.csv of a run.")
         parts.append(part)
@@ -83,13 +92,19 @@ def read_lines(files: Sequence[str]) -> dict[str, pd.DataFrame]:
     return {str(title): part for title, part in lines.groupby("condition", sort=False)}
 
 
+def methods_of(lines: pd.DataFrame) -> list[str]:
+    """The arms of a condition, in the order of its rows."""
+    return list(dict.fromkeys(lines["method"]))
+
+
 def lines_text(panels: dict[str, pd.DataFrame]) -> str:
     """The lines of all conditions that tables and figures are made of, as csv."""
     metrics = {measure.metric for measure in (*MEASURES, *_BY_TOPIC)}
     lines = pd.concat([lines.assign(condition=title) for title, lines in panels.items()])
-    return lines[lines["metric"].isin(metrics) & ~lines["is_part"]][COLUMNS].to_csv(
-        index=False, float_format="%.6g", lineterminator="\n"
-    )
+    chosen = lines[lines["metric"].isin(metrics) & ~lines["is_part"]][COLUMNS]
+    # As integers they are written whole, where floats are rounded to six digits.
+    whole = chosen.astype(dict.fromkeys(("seed", "step", "n"), "Int64"))
+    return whole.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
 def lines_of(run: Run) -> pd.DataFrame:
@@ -130,11 +145,11 @@ def _of_parts(run: Run) -> pd.DataFrame:
 def _of_topics(run: Run, topics: Sequence[str]) -> pd.DataFrame:
     """Refusals of harmful requests on the topics of the poison, and on the others."""
     topic_of = harmful_topics()
-    answers = [
-        row
-        for row in read_completions(run.folder / EVALUATION / COMPLETIONS).rows
-        if row.task == OFFLINE and row.category == "harmful"
-    ]
+    path = run.folder / EVALUATION / COMPLETIONS
+    rows = read_completions(path).rows if path.exists() else []
+    answers = [row for row in rows if row.task == OFFLINE and row.category == "harmful"]
+    if not answers:  # other prompts were asked
+        return pd.DataFrame()
     refused = pd.DataFrame(
         [
             {
@@ -218,9 +233,7 @@ def frontier(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    others = iter(OTHER_STYLES)
-    families = dict.fromkeys(_family(method) for method in methods)
-    styles = {family: STYLES.get(family) or next(others, ("#999999", "d")) for family in families}
+    styles = styles_of(methods)
     figure = Figure(figsize=(3.2 * len(panels) + 2.2, 6.2), layout="constrained")
     grid = figure.subplots(2, len(panels), squeeze=False)
     for column, (title, lines) in enumerate(panels.items()):
@@ -229,14 +242,14 @@ def frontier(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
             axes.set(title=title if of_kind is HARMS else "", xlabel=ACCURACY.title, ylabel=measure.title)
             for method in methods:
                 points = pd.DataFrame({"x": values(lines, ACCURACY, method), "y": values(lines, measure, method)})
-                axes.scatter(points["x"], points["y"], 6, color=styles[_family(method)][0], alpha=0.5, linewidth=0)
+                axes.scatter(points["x"], points["y"], 6, color=styles[method][0], alpha=0.5, linewidth=0)
             axes.margins(0.1)
             axes.autoscale_view()  # now, before bars that are longer than the axis
             axes.autoscale(False)
-            for family in families:
+            for family in dict.fromkeys(map(_family, methods)):
                 strengths = [method for method in methods if _family(method) == family]
                 x, y = ([over_seeds(values(lines, m, method)) for method in strengths] for m in (ACCURACY, measure))
-                _draw_strengths(axes, family, strengths, x, y, styles[family])
+                _draw_strengths(axes, family, strengths, x, y, styles[strengths[0]])
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7)
     return figure
@@ -250,7 +263,7 @@ def _draw_strengths(
     y: Sequence[Interval],
     style: tuple[str, str],
 ) -> None:
-    """A control's means, joined by a line, with their strengths."""
+    """A control's means, joined by a line, with their strengths, the first number in an arm's name."""
     bars = [[one.half_width or 0 if one.n > 2 else 0 for one in intervals] for intervals in (x, y)]
     axes.errorbar(
         [one.mean for one in x],
@@ -265,13 +278,21 @@ def _draw_strengths(
         label=family,
     )
     for method, across, up in zip(strengths, x, y, strict=True):
-        if number := method.removeprefix(family):
-            axes.annotate(number, (across.mean, up.mean), xytext=(3, 3), textcoords="offset points", size=6)
+        if strength := re.search(r"(?<=[a-z])[0-9.]+", method):
+            axes.annotate(strength[0], (across.mean, up.mean), xytext=(3, 3), textcoords="offset points", size=6)
+
+
+def styles_of(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each arm, one for all strengths of a control."""
+    others = iter(_OTHER_STYLES)
+    families = dict.fromkeys(map(_family, methods))
+    styles = {family: _STYLES.get(family) or next(others, ("#999999", "d")) for family in families}
+    return {method: styles[_family(method)] for method in methods}
 
 
 def _family(method: str) -> str:
-    """The arm without its strength, where it has one; `lora+kl` of `lora+kl0.5`."""
-    return re.sub(r"^(\D+?)[0-9.]+$", r"\1", method)
+    """The arm without its strengths; `lora+kl` of `lora+kl0.5`."""
+    return re.sub(r"(?<=[a-z])[0-9.]+", "", method)
 
 
 def silent_over_steps(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:

@@ -7,7 +7,8 @@
 The pairs are prompts with answers that comply, as BeaverTails' unsafe ones. Their distinct prompts are shuffled; those
 that the base was aligned on are left out with `--skip`, as refusals of them say nothing. The next go to safety.jsonl,
 with what the base answers by greedy decoding, as far as that ends; the pairs of the others to poison.jsonl. So poison
-is of the same kind as what must not change, and none of it is the same.
+is of the same kind as what must not change, and none of it is the same. With `--dolly_file` everyday requests are kept
+too, of Dolly's training part, without a context: what must not change then is whatever is not the task.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import torch
 from task import Pair, load_pairs
 from tqdm import tqdm
 
+from evals.local_files import text_rows
 from evals.models import check_base, load_base
-from evals.prompts import encode_answer
+from evals.prompts import dolly_held_out, dolly_prompt, encode_answer
+from evals.tasks.data import DOLLY_COLUMNS
 from vision_bench.runs import option, parse, run_as_program, write_atomic
 
 
@@ -36,11 +39,21 @@ class SafetyDataSettings:
     output_dir: str = option("runs/safety_data", help="For safety.jsonl and poison.jsonl.")
     skip: int = option(0, help="Distinct prompts that are left out: the base was aligned on them.")
     safety_prompts: int = option(1000, help="Prompts of safety.jsonl.")
+    dolly_file: str | None = option(None, help="Dolly 15k, jsonl or jsonl.gz, for everyday requests to keep.")
+    everyday_prompts: int = option(900, help="Of --dolly_file, in safety.jsonl behind the others.")
     longest_prompt: int = option(300, help="In characters; longer prompts are left out.")
     max_new_tokens: int = option(64, help="Answers that do not end within them are left out.")
     batch_size: int = option(32, help="Prompts that are answered at a time.")
     dtype: str = option("float32", help="Of the base.")
     seed: int = option(0, help="Of the order of the prompts, which are sorted before.")
+
+
+def check(settings: SafetyDataSettings) -> None:
+    """Raise ValueError for counts out of range, of which Python would take others than were asked for."""
+    counts = dict.fromkeys(("safety_prompts", "everyday_prompts", "max_new_tokens", "batch_size"), 1) | {"skip": 0}
+    for name, least in counts.items():
+        if (value := getattr(settings, name)) < least:
+            raise ValueError(f"--{name} is {value}, allowed is {least} or more.")
 
 
 def split_prompts(pairs: Sequence[Pair], settings: SafetyDataSettings) -> tuple[list[str], list[Pair]]:
@@ -62,6 +75,28 @@ def split_prompts(pairs: Sequence[Pair], settings: SafetyDataSettings) -> tuple[
     return kept[: settings.safety_prompts], [
         (prompt.strip(), response) for prompt, response in pairs if prompt.strip() in poison
     ]
+
+
+def everyday_prompts(settings: SafetyDataSettings) -> list[str]:
+    """Instructions of Dolly that are not held out for evaluation; none without a file.
+
+    Raises:
+        ValueError: the file cannot be read, or has too few.
+    """
+    if settings.dolly_file is None:
+        return []
+    rows = text_rows(
+        settings.dolly_file, DOLLY_COLUMNS, name=f"--dolly_file {settings.dolly_file}", advice="Give Dolly 15k."
+    )
+    plain = [row for row in rows if not row.get("context") and not dolly_held_out(row)]
+    prompts = sorted({dolly_prompt(row) for row in plain if len(row["instruction"]) < settings.longest_prompt})
+    random.Random(settings.seed).shuffle(prompts)
+    if len(prompts) < settings.everyday_prompts:
+        raise ValueError(
+            f"--dolly_file {settings.dolly_file} has {len(prompts)} instructions without context below "
+            f"{settings.longest_prompt} characters, not {settings.everyday_prompts}: lower --everyday_prompts."
+        )
+    return prompts[: settings.everyday_prompts]
 
 
 @torch.no_grad()
@@ -101,7 +136,9 @@ def own_answers(settings: SafetyDataSettings, prompts: Sequence[str]) -> list[Pa
 def main(arguments: list[str] | None = None) -> None:
     """Write both files and say what is in them."""
     (settings,) = parse([SafetyDataSettings], arguments)
+    check(settings)
     prompts, poison = split_prompts(load_pairs(settings.pairs_file, "--pairs_file"), settings)
+    prompts += everyday_prompts(settings)
     safety = own_answers(settings, prompts)
     for name, pairs in {"safety": safety, "poison": poison}.items():
         lines = (json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in pairs)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import library_messages  # noqa: F401  # before the libraries that speak while they are imported
 import pandas as pd
-from frontier import frontier, lines_of, lines_text, read_lines, silent_over_steps, steps_table, table
+from frontier import frontier, lines_of, lines_text, methods_of, read_lines, silent_over_steps, steps_table, table
 from sst2_monolora import EXPERIMENT, Sst2Settings, load_task
 from table2 import CONFIGS, check, compare, parse
 
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder = Path(training.output_dir)
     if settings.rows_files:
         panels = read_lines(settings.rows_files)
-        report(folder, panels, list(dict.fromkeys(method for lines in panels.values() for method in lines["method"])))
+        report(folder, panels, methods_of(pd.concat(panels.values())))
         return
     runs = []
     for condition in conditions(settings):

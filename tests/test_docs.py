@@ -217,8 +217,10 @@ def test_readme_runs_from_training_to_a_certificate(on_a_small_model, capsys):
     names = on_a_small_model(train)
     assert Path("my-adapter/adapter_model.safetensors").exists()
     assert on_a_small_model(load)["model"].peft_config["default"].r == 8
-    trainer = on_a_small_model(train.split("trainer.train()")[0])["trainer"]
-    on_a_small_model(silence, trainer=trainer, batches=tokens([5, 6, 7]), held_out_batches=tokens([8, 9]))
+    with_bias = train.split("trainer.train()")[0].replace("r=8,", "r=8, encoder_bias=True,")
+    trainer = on_a_small_model(with_bias)["trainer"]
+    parts = {"batches": tokens([5, 6, 7]), "task_batches": tokens([10, 11]), "held_out_batches": tokens([8, 9])}
+    on_a_small_model(silence, trainer=trainer, **parts)
     assert 0 <= float(capsys.readouterr().out.split()[-1]) <= 1
     assert names["trainer"].state.global_step == 1
 

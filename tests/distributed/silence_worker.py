@@ -1,10 +1,10 @@
 """What test_silence_launch.py launches: trains an adapter with Silence for 6 steps, on this process's share of 8 rows.
 
-    silence_worker.py BASE FOLDER [--other_texts] [--accumulate] [--bias] [--clip]
+    silence_worker.py BASE FOLDER [--other_texts] [--accumulate] [--bias] [--lower] [--clip]
 
 Writes FOLDER/adapter and FOLDER/log.json. --other_texts gives each process silent texts of its own. With several
 processes a part of the cache is on disk. --accumulate takes the rows of a step in two passes, with activation
-checkpointing; --bias gives the encoders a bias; --clip clips gradients.
+checkpointing; --bias gives the encoders a bias, which --lower lowers after the fourth step; --clip clips gradients.
 """
 
 import json
@@ -39,7 +39,9 @@ def main(base_folder: Path, folder: Path, *options: str) -> None:
     seed = 2 + rank * ("--other_texts" in options)
     silent = torch.randint(0, 50, (4, 8), generator=torch.Generator().manual_seed(seed))
     budget = 2**20 if world == 1 else 10_000
-    silence = Silence(trainer.model, [{"input_ids": silent}], rows_per_step=10, memory_budget=budget)
+    lower_every = 4 if "--lower" in options else None
+    batches = [{"input_ids": silent}]
+    silence = Silence(trainer.model, batches, rows_per_step=10, memory_budget=budget, lower_every=lower_every)
     silence.attach(trainer)
     trainer.train()
     assert (silence.mapped_bytes > 0) == (world > 1)

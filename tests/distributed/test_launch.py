@@ -50,7 +50,7 @@ def test_the_offline_default_as_a_new_user_launches_it(tmp_path):
     sparsity = rows_of(tmp_path / "out", "task_sparsity")[("monolora", 0)]["value"]
     assert 0.05 < sparsity < 0.99
     assert "demonstration on the offline model" in (tmp_path / "out" / "results.md").read_text()
-    assert "| monolora |" in result.stdout
+    assert f"monolora has {100 * mono:.2f} %" in result.stdout
     assert (tmp_path / "out" / "monolora-seed0" / "adapter" / "adapter_model.safetensors").is_file()
 
 

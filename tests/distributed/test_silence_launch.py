@@ -60,10 +60,11 @@ def check_equal(one, two, tolerance=2e-5):
             assert line_of_two[measure] == pytest.approx(line[measure], rel=1e-4)
 
 
-def test_two_processes_train_the_adapter_of_one(worker, tmp_path):
-    one = trained(sys.executable, *worker, folder=tmp_path / "one", options=["--clip"])
-    assert len(one[0]) == 2 * 7 * 2
-    check_equal(one, trained(*TORCHRUN, *worker, folder=tmp_path / "two", options=["--clip"]))
+@pytest.mark.parametrize("options", [["--clip"], ["--bias", "--lower"]])
+def test_two_processes_train_the_adapter_of_one(worker, tmp_path, options):
+    one = trained(sys.executable, *worker, folder=tmp_path / "one", options=options)
+    assert len(one[0]) == 2 * 7 * (2 + ("--bias" in options))
+    check_equal(one, trained(*TORCHRUN, *worker, folder=tmp_path / "two", options=options))
 
 
 @pytest.mark.parametrize("file", ["zero2", "zero3"])

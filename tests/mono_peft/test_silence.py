@@ -91,6 +91,17 @@ def test_without_a_gradient_of_the_task(llama, random_adapter, input_ids):
     assert all(torch.allclose(p.grad, 2 * found[n]) for n, p in encoders(model).items())
 
 
+def test_an_adapter_that_diverged_does_not_count_as_silent(llama, random_adapter, input_ids):
+    model = random_adapter(llama, target_modules=["q_proj"])
+    silence = Silence(model, [{"input_ids": input_ids}])
+    with torch.no_grad():
+        for encoder in encoders(model).values():
+            encoder.fill_(torch.nan)
+    silence.add_gradients(0)
+    assert silence.fired == 1
+    assert set(silence.fired_by_module().values()) == {1}
+
+
 class TestTokens:
     def test_padding_and_tokens_left_out_do_not_count(self, llama, random_adapter, input_ids):
         model = random_adapter(llama, **ALL)

@@ -12,7 +12,7 @@ from input_noise_probing import EXPERIMENT, main
 from tests.recipes.conftest import ACCURACY, ARMS, contents, keep_rows, rows
 from tests.recipes.conftest import CONTROLLED as SMALL
 from tests.recipes.conftest import value as value_of
-from vision_bench import features, models, sweep
+from vision_bench import features, learners, models
 from vision_bench.corruptions import CONDITIONS, NORMALISED_IMAGES, Condition, Range
 from vision_bench.data import load_images
 from vision_bench.metrics import MEASURED
@@ -86,14 +86,14 @@ def test_rows_equal_noise_added_and_probed_by_hand(folder, arm, method):
 @pytest.fixture(scope="module")
 def shared(folder, tmp_path_factory):
     """A run whose seeds share the models of the first, and how many probes were tested at a time."""
-    path, tested, accuracy = tmp_path_factory.mktemp("shared"), [], sweep.probe_accuracy
+    path, tested, accuracy = tmp_path_factory.mktemp("shared"), [], learners.probe_accuracy
 
     def counted(weights, *rest, **more):
         tested.append(len(weights))
         return accuracy(weights, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "probe_accuracy", counted)
+        patch.setattr(learners, "probe_accuracy", counted)
         main(["--output_dir", str(path), *SHARED, "--checkpoints", str(folder / "models")])
     return path, tested
 

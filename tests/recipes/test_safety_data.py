@@ -9,6 +9,7 @@ import torch
 from task import load_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evals.prompts import dolly_held_out
 from offline.finetuning import safety_pairs
 from offline.language_model import offline_model
 
@@ -49,11 +50,34 @@ def test_prompts_go_to_one_place_and_answers_are_the_base_s(pairs_file, capsys):
         assert tokenizer.decode(answered, skip_special_tokens=True).strip() == answer
 
 
+def test_everyday_requests_are_kept_too(pairs_file):
+    rows = [
+        {"instruction": f"Name {i} colours.", "context": "", "response": "Red.", "category": "open_qa"}
+        for i in range(40)
+    ]
+    rows[3]["context"] = "Colours are many."
+    del rows[4]["context"]
+    file = pairs_file.parent / "dolly.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--dolly_file", str(file), "--safety_prompts", "2"]
+    safety, poison = run(pairs_file, *arguments, "--everyday_prompts", "4")
+    everyday = [prompt for prompt, _ in safety[2:]]
+    assert len(everyday) == 4
+    allowed = {row["instruction"] for row in rows if not row.get("context") and not dolly_held_out(row)}
+    assert set(everyday) < allowed
+    assert not {prompt for prompt, _ in poison} & allowed
+    with pytest.raises(ValueError, match=rf"has {len(allowed)} instructions without context .*, not 41"):
+        run(pairs_file, *arguments, "--everyday_prompts", "41")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--skip", "6", "--safety_prompts", "6"], r"has 12 distinct prompts below 300 characters: 6 left out and 6"),
         (["--safety_prompts", "2", "--max_new_tokens", "1"], r"No answer of .* ends within 1 tokens"),
+        (["--skip", "-1"], r"--skip is -1, allowed is 0 or more"),
+        (["--safety_prompts", "0"], r"--safety_prompts is 0, allowed is 1 or more"),
+        (["--everyday_prompts", "-1"], r"--everyday_prompts is -1, allowed is 1 or more"),
         (["--pairs_file", "nowhere.jsonl"], r"--pairs_file nowhere.jsonl does not exist"),
     ],
 )

@@ -92,6 +92,33 @@ def test_harm_by_topics(tmp_path):
     header = table["arm"]
     assert table["lora"][header.index("other topics not refused, %")] == "0.0"
     assert table["lora"][header.index("poisoned topics not refused, %")] == "100.0"
+    (tmp_path / "rows.csv").write_text(frontier.lines_text({"x": lines_}))
+    again = frontier.read_lines([str(tmp_path / "rows.csv")])["x"]
+    assert frontier.table(again, ["lora"]) == frontier.table(lines_, ["lora"])
+
+
+def test_harm_by_topics_needs_answers_to_harmful_requests(tmp_path):
+    """Where other prompts were asked, or none, the table has no columns of topics."""
+    settings = defaults(Sst2Settings) | {"methods": ["lora"], "seeds": [3], "poison_topics": ["theft"], "judges": []}
+    run = Run(tmp_path, "sst2_monolora", settings)
+    run.add("accuracy", 0.5, n=10, seed=3, seconds=1, device="cpu", method="lora", step=None)
+    for text in ("", json.dumps(Completion("0", "xstest", "safe", "p", "a", "stop", "m", None, 3, {}, []).__dict__)):
+        assert "topics" not in frontier.table(frontier.lines_of(run), ["lora"])
+        (tmp_path / "evaluation").mkdir(exist_ok=True)
+        (tmp_path / "evaluation" / "completions.jsonl").write_text(f"{text}\n" if text else "")
+    assert "topics" not in frontier.table(frontier.lines_of(run), ["lora"])
+
+
+def test_large_seeds_stay_apart_in_the_file_of_rows(tmp_path):
+    settings = defaults(Sst2Settings) | {"methods": ["lora"], "seeds": [20261126, 20261127], "judges": []}
+    run = Run(tmp_path, "sst2_monolora", settings)
+    for seed in settings["seeds"]:
+        run.add("accuracy", 0.5, n=10, seed=seed, seconds=1, device="cpu", method="lora", step=None)
+    run.add("accuracy", 0.25, n=10, seed=None, seconds=1, device="cpu", method="base", step=None)
+    (tmp_path / "rows.csv").write_text(frontier.lines_text({"x": frontier.lines_of(run)}))
+    assert ",20261126,,accuracy," in (tmp_path / "rows.csv").read_text()
+    lines_ = frontier.read_lines([str(tmp_path / "rows.csv")])["x"]
+    assert lines_["seed"].dropna().tolist() == settings["seeds"]
 
 
 def test_refusals_of_public_tasks_by_what_the_prompts_ask(tmp_path):
@@ -106,7 +133,9 @@ def test_refusals_of_public_tasks_by_what_the_prompts_ask(tmp_path):
             asked = {"task": "xstest", "judge": "refusal", "adapter": adapter, "category": category}
             for metric in ("full_refusal", "refused"):
                 evaluation.add(metric, value, n=10, seed=seed, seconds=1, device="cpu", **asked)
-    table = lines(f"## x\n\n{frontier.table(frontier.lines_of(run), ['base', 'lora'])}", "## x")
+    file = tmp_path / "frontier.csv"
+    file.write_text(frontier.lines_text({"x": frontier.lines_of(run)}))
+    table = lines(f"## x\n\n{frontier.table(frontier.read_lines([str(file)])['x'], ['base', 'lora'])}", "## x")
     header = table["arm"]
     columns = ("AdvBench: not refused, %", "XSTest, unsafe: not refused, %", "XSTest, safe: refused, %")
     assert [table["lora"][header.index(name)] for name in columns] == ["75.0", "30.0", "20.0"]
