@@ -53,7 +53,7 @@ def draw_gain_parts(run: Run, table: ProbeTable, columns: Iterable[Hashable]) ->
     """Draw what the gains consist of, if the twins of features are among the arms."""
     tuned = tables_of(run, table).get(TUNED)
     if panels := gain_parts.dots(table, columns_in_words(table, columns), NAMES, tuned):
-        figures.save(run.folder / "gain_parts", figures.gain_dots(panels))
+        figures.save(run.folder / "gain_parts", figures.gain_dots(panels, "linear probes"))
 
 
 def notes(run: Run, table: ProbeTable, columns: Sequence[Hashable]) -> str:

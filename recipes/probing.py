@@ -307,9 +307,15 @@ def measure(
             arguments of `sweep.fit`.
         images: of a test other than the first, which has the test images as they are; by default these too.
         study: as `sweep` takes it; it is called for one arm at a time.
-    """
 
-    probing, device = settings[1], accelerator.device
+    Raises:
+        ValueError: a learner takes more dimensions than features have; before anything is trained.
+    """
+    pretraining, probing, device = *settings[:2], accelerator.device
+    # How wide a backbone is, is not known yet.
+    widths = [pretraining.projector_out] if probing.layer != "backbone" else []
+    widths += [probing.sae_latents] if any(map(kinds.needs_autoencoder, run.config.get("arms", ()))) else []
+    learners.check(run.config.get("learners", [PROBE]), min(filter(None, widths), default=None))
 
     def measure_seed(model_seed: int) -> None:
         whole = grid(run.config, model_seed)

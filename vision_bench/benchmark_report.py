@@ -28,6 +28,7 @@ BASES = {
 }
 TEXT, TABLE, DATA, FIGURE, PARTS = "results.md", "results.csv", "results.json", "robustness", "gain_parts"
 NAMES = gain_parts.RawNames("raw", "unit")
+LINEAR_PROBES = "linear probes"
 HEADER = ["model", "features", "images", "wrong labels"]  # of the tables in Markdown
 DESCRIBED = ["own training labels", "semantic consistency", "chance", "sparsity", "live"]
 
@@ -66,10 +67,12 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
     ]
     whole = {"settings": settings.recorded, "table": lines, "diverged": diverged}
     write_atomic(folder / DATA, json.dumps(whole, indent=1, allow_nan=False) + "\n")
+    learner = settings.learners[0]
+    shown = LINEAR_PROBES if learner == PROBE else learner
     panels = {
         model.label: {
             kind: _one_at_a_time(
-                line for line in model.lines if line["features"] == kind and line["learner"] == settings.learners[0]
+                line for line in model.lines if line["features"] == kind and line["learner"] == learner
             )
             for kind in model.kinds
         }
@@ -77,18 +80,16 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
         if model.kinds
     }
     if panels:
-        figures.save(folder / FIGURE, figures.robustness_dots(panels))
+        figures.save(folder / FIGURE, figures.robustness_dots(panels, shown))
     else:
         figures.delete(folder / FIGURE)
     parts = {
         f"{model.label}, {kind}" if len(models) > 1 else kind: panel
         for model in models
-        for kind, panel in gain_parts.dots(
-            model.tables[settings.learners[0]], model.single, NAMES, model.tuned(settings.learners[0])
-        ).items()
+        for kind, panel in gain_parts.dots(model.tables[learner], model.single, NAMES, model.tuned(learner)).items()
     }
     if parts:
-        figures.save(folder / PARTS, figures.gain_dots(parts))
+        figures.save(folder / PARTS, figures.gain_dots(parts, shown))
     else:
         figures.delete(folder / PARTS)
     return text
@@ -203,7 +204,7 @@ def _markdown(models: Sequence[_Model], settings: Settings) -> str:
             text += "  No feature is negative: `relu` equals `raw` and was not measured again.\n"
     tests = list(settings.conditions.tests())
     for learner in settings.learners:
-        title = "linear probes" if learner == PROBE else report.learner_title(learner, settings.standardize)
+        title = LINEAR_PROBES if learner == PROBE else report.learner_title(learner, settings.standardize)
         text += f"\nTop-1 accuracy of {title}, %, by what they are tested on.\n\n"
         text += _accuracies(models, tests, learner)
         text += _gains(models, tests, learner)
@@ -259,8 +260,9 @@ def _accuracies(models: Sequence[_Model], tests: Sequence[str], learner: str) ->
                 clean["features"], (clean["few_shots"], clean["label_noise"], CLEAN)
             )
             if not own.trained:
-                name, kind, share, rate = start
-                untrained.append(f"{name}, {kind}, {share} of the images, {rate} wrong labels ({own.words})")
+                name, kind, share, _ = start
+                noise = label_noise.condition(clean["label_noise"])
+                untrained.append(f"{name}, {kind}, {share} of the images, {noise} ({own.words})")
             top1 = [Interval(line["top1"], line["top1_half_width"], line["seeds"]).text(1) for line in lines]
             described = ["-" if clean[metric] is None else f"{clean[metric]:.3f}" for metric in MEASURED[:3]]
             live = f"{clean[MEASURED[3]]:.0f} of {clean['dimensions']}"

@@ -292,23 +292,25 @@ def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]], bins: 
 
 
 @_styled
-def robustness_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]]) -> Figure:
+def robustness_dots(
+    panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]], learner: str
+) -> Figure:
     """Accuracy under each corruption, with 95 % intervals, of the kinds of features of several models.
 
     `panels` has, by model, kind of features and corruption, mean and half-width of the accuracy and its chance level,
     in percent; the corruptions, the clean condition first, are the same in all.
     """
-    return _dots(panels, "test accuracy of linear probes, %", _CHANCE, xlim=(0, None))
+    return _dots(panels, f"test accuracy of {learner}, %", _CHANCE, xlim=(0, None))
 
 
 @_styled
-def gain_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]]) -> Figure:
-    """Parts of gains: mean and half-width, in points of accuracy, by kind of features, part and corruption."""
+def gain_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]], learner: str) -> Figure:
+    """Parts of gains of a learner: mean and half-width, in points, by kind of features, part and corruption."""
     zeros = {
         kind: {part: {name: (*value, 0.0) for name, value in by_name.items()} for part, by_name in by_part.items()}
         for kind, by_part in panels.items()
     }
-    return _dots(zeros, "points of accuracy", {"color": "black", "linewidth": 0.6})
+    return _dots(zeros, f"points of accuracy of {learner}", {"color": "black", "linewidth": 0.6})
 
 
 def _dots(

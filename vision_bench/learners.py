@@ -203,14 +203,8 @@ def _tuned(task: Task) -> Learnt:
             probe = {**part.probe, "rescale": True, "norm": norm}
             probe["weight_decay"] = [settings[i]["chosen_weight_decay"] for i in members]
             seeds = [part.each_seed[i] for i in members]
-            try:
-                passes.append(_linear(replace(part, label_sets=part.label_sets[members], seeds=seeds, probe=probe)))
-            except FloatingPointError:
-                if part is task:  # these settings were chosen
-                    raise
-                # Settings with which training diverges are not to be chosen: probes that give all samples one class.
-                weights = part.features.new_zeros(len(members), part.num_classes, part.features.shape[1])
-                passes.append(Probes(weights, weights[..., 0]))
+            own = replace(part, label_sets=part.label_sets[members], seeds=seeds, probe=probe)
+            passes.append(_linear(own) if part is task else _linear_if_finite(own))  # those of the task are chosen
             order += members
         places = torch.tensor(order).argsort()
         return Probes(*(torch.cat(tensors)[places] for tensors in zip(*passes, strict=True)))
@@ -219,6 +213,24 @@ def _tuned(task: Task) -> Learnt:
     settings = _chosen(task, fit, [start | {"chosen_norm": norm} for norm in NORMS])
     settings = _chosen(task, fit, [{"chosen_weight_decay": decay} for decay in WEIGHT_DECAYS], settings)
     return Learnt(fit(task, settings), settings)
+
+
+def _linear_if_finite(task: Task) -> Probes:
+    """The probes of a task, and in the place of those whose training diverges ones that give all samples one class.
+
+    Settings with which a probe diverges are thus not chosen, and the other probes are what they would be without it.
+    """
+    try:
+        return _linear(task)
+    except FloatingPointError:
+        if len(task.label_sets) == 1:
+            weights = task.features.new_zeros(1, task.num_classes, task.features.shape[1])
+            return Probes(weights, weights[..., 0])
+    alone = [
+        replace(task, label_sets=labels[None], seeds=[seed], probe={**task.probe, "weight_decay": decay})
+        for labels, seed, decay in zip(task.label_sets, task.each_seed, task.probe["weight_decay"], strict=True)
+    ]
+    return Probes(*(torch.cat(tensors) for tensors in zip(*map(_linear_if_finite, alone), strict=True)))
 
 
 def _l1(task: Task) -> Learnt:

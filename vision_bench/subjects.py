@@ -259,7 +259,7 @@ def _subject(frozen: zoo.Frozen, random: bool, settings: Settings, images: _Imag
     is_missing = any(features.missing(part.folder, part.source) for part in (train, *tests.values(), *views))
     width = _tried_width(frozen, layer, sets, device) if is_missing else train.width()
     learners.check(settings.learners, width)
-    has_latents = any(map(kinds.needs_autoencoder, settings.features))
+    has_latents = "csr" in settings.heads or any(map(kinds.needs_autoencoder, settings.features))
     if settings.sae_k is not None and width is not None and settings.sae_k > width and has_latents:
         raise ValueError(
             f"sae_k is {settings.sae_k}; {frozen.name} has {width} features, and it must not exceed them."

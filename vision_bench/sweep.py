@@ -53,7 +53,7 @@ class Training(NamedTuple):
     beta: float = 0.0
     weight_decay: float = 0.0
     loss: str = ""  # a name of alpha and beta for the rows, where losses are compared
-    learner: str = PROBE  # of `learners.LEARNERS`; those other than it and `tuned` take plain cross entropy alone
+    learner: str = PROBE  # of `learners.LEARNERS`; those other than it take plain cross entropy alone
     seed: int = 0  # of the wrong labels, the drawn images, the initial weights and the order of the samples
 
 

@@ -254,6 +254,16 @@ def test_bad_settings_are_named_before_training(arguments, message, tmp_path):
     assert not (tmp_path / "bad").exists()
 
 
+def test_a_learner_that_takes_more_dimensions_than_features_have_is_named_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(probing, "pretrained", lambda *_: pytest.fail("pretrained"))
+    command = ["--output_dir", str(tmp_path / "wide"), *SMALL]
+    with pytest.raises(ValueError, match=r"learners has k_sparse_64, which takes 64 .* the features have 32"):
+        main([*command, "--learners", "probe", "k_sparse_64"])
+    command = ["--output_dir", str(tmp_path / "narrow"), *SMALL, "--sae_latents", "6"]
+    with pytest.raises(ValueError, match=r"learners has k_sparse_8, which takes 8 .* the features have 6"):
+        main([*command, "--learners", "probe", "k_sparse_8"])
+
+
 def test_controls_and_the_labels_that_people_gave(folder, tmp_path, capsys):
     people = tmp_path / "people.csv"
     counts = 7 * torch.eye(10) + 3 * torch.eye(10).roll(1, dims=0)

@@ -47,6 +47,7 @@ def test_a_folder_of_probes_that_the_scale_decided_on_is_refused(benchmark_run, 
         ([*SMALL, "--features", "sift"], "'sift' is no kind of features; there are raw, unit, relu, sae, "),
         ([*SMALL, "--features", "raw", "ncl_random_basis"], "features has ncl_random_basis, which recipes have"),
         ([*SMALL, "--features", "pca_random_basis", "--sae_k", "129"], "sae_k is 129; small_conv has 128 features"),
+        ([*SMALL, "--features", "csr", "--sae_k", "129"], "sae_k is 129; small_conv has 128 features"),
         ([*SMALL, "--layer", "output"], "layer is 'output'; small_conv has backbone"),
         ([*SMALL, "resnet19", "--dataset", "mnist1"], "has no model 'resnet19'"),  # models before images are read
         ([*SMALL, "--layer", "output", "--dataset", "mnist1"], "layer is 'output'; small_conv has backbone"),

@@ -85,7 +85,7 @@ def registered(monkeypatch):
 
 def test_a_noise_and_a_shift_of_another_package_are_measured_and_drawn(registered, tmp_path, monkeypatch):
     drawn, draw = [], figures.robustness_dots
-    monkeypatch.setattr(figures, "robustness_dots", lambda panels: drawn.append(panels) or draw(panels))
+    monkeypatch.setattr(figures, "robustness_dots", lambda *shown: drawn.append(shown) or draw(*shown))
     command = ["--random_init", "small_conv", "--limit", "200", "--seeds", "0", "--probe_epochs", "20"]
     command += ["--features", "raw", "--output_dir", str(tmp_path)]
     main([*command, "--corruptions", "salt", "brightened", "brightened=200"])
@@ -96,7 +96,8 @@ def test_a_noise_and_a_shift_of_another_package_are_measured_and_drawn(registere
         "clean", "salt 0.2", "brightened 90", "brightened 90 + salt 0.2", "brightened 200", "brightened 200 + salt 0.2"
     ]  # fmt: skip
     assert accuracies["brightened 200"] < accuracies["clean"]
-    (panels,) = drawn
+    ((panels, learner),) = drawn
+    assert learner == "linear probes"
     assert list(panels["small_conv (random)"]["raw"]) == single
     assert "| salt 0.2 | brightened 90 |" in (tmp_path / "results.md").read_text()
     with pytest.raises(SystemExit, match=r"brightened=300; it must be in \(0, 256\)"):

@@ -36,8 +36,9 @@ def panels(models, conditions, kinds=("raw", "unit", "relu", "sae")):
 )
 def test_names_of_models_and_conditions_are_whole(models):
     conditions = ["clean", "80 % wrong labels", "folder /data/of/sketches_and_paintings_of_the_very_same_classes"]
-    figure = figures.robustness_dots(panels(models, conditions))
+    figure = figures.robustness_dots(panels(models, conditions), "tree")
     assert cut_off(figure) == []
+    assert figure.axes[-1].get_xlabel() == "test accuracy of tree, %"
     assert [ax.get_title().replace("\n", "") for ax in figure.axes] == models
     names = [label.get_text().replace("\n", "") for label in figure.axes[0].get_yticklabels()]
     assert names == ["clean", "80 % wrong labels", "sketches_and_paintings_of_the_very_same_classes"]
@@ -45,19 +46,19 @@ def test_names_of_models_and_conditions_are_whole(models):
 
 def test_names_are_broken_between_their_words():
     name = "run_simclr_with_a_very_long_name_of_a_run_0"
-    (ax,) = figures.robustness_dots(panels([name], ["clean"])).axes
+    (ax,) = figures.robustness_dots(panels([name], ["clean"]), "tree").axes
     assert ax.get_title() == "run_simclr_with_a_very_long_\nname_of_a_run_0"
 
 
 def test_two_folders_of_one_name_are_told_apart():
     conditions = ["clean", "folder /data/a/test", "folder /data/b/test"]
-    (ax,) = figures.robustness_dots(panels(["resnet18"], conditions)).axes
+    (ax,) = figures.robustness_dots(panels(["resnet18"], conditions), "tree").axes
     assert [label.get_text().replace("\n", "") for label in ax.get_yticklabels()] == conditions
 
 
 def test_the_legend_names_the_kinds_of_all_models_and_the_chance_level():
     both = panels(["resnet18"], ["clean"], ["raw", "sae"]) | panels(["vit"], ["clean"])
-    (legend,) = figures.robustness_dots(both).legends
+    (legend,) = figures.robustness_dots(both, "tree").legends
     assert {text.get_text() for text in legend.get_texts()} == {"raw", "unit", "relu", "sae", "chance level"}
 
 
@@ -84,7 +85,7 @@ def colours(figure):
         lambda arms: figures.band_curves([0, 1], {"accuracy": {arm: ([1, 2], [0, 0]) for arm in arms}}, "epoch"),
         lambda arms: figures.accuracy_bars({"clean": dict.fromkeys(arms, (50.0, 1.0))}),
         lambda arms: figures.loss_curves([0, 1], {(arm, "ce"): ([1, 2], [0, 0]) for arm in arms}, 10.0),
-        lambda arms: figures.robustness_dots(panels(["resnet18"], ["clean"], arms)),
+        lambda arms: figures.robustness_dots(panels(["resnet18"], ["clean"], arms), "tree"),
     ],
 )
 def test_an_arm_that_is_not_listed_has_a_colour_of_its_own(draw):

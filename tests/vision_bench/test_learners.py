@@ -130,6 +130,15 @@ def test_settings_with_which_training_diverges_are_not_chosen(monkeypatch):
         LEARNERS["tuned"].fit(Task(X, SETS, CLASSES, [0, 0], probe=settings))
 
 
+def test_a_setting_that_diverges_takes_no_other_with_it(monkeypatch):
+    monkeypatch.setattr(learners, "NORMS", (8.0,))
+    settings = {**PROBE, "epochs": 20, "optimizer": "sgd", "schedule": "constant", "learning_rate": 20.0}
+    for decays in ((0.0, 1e-3), (0.0, 1e-3, 0.3)):  # SGD with this learning rate does not bear the last one
+        monkeypatch.setattr(learners, "WEIGHT_DECAYS", decays)
+        learnt = LEARNERS["tuned"].fit(Task(X, SETS, CLASSES, [1, 1], probe=settings))
+        assert [chosen["chosen_weight_decay"] for chosen in learnt.chosen] == [1e-3, 1e-3]
+
+
 @pytest.mark.parametrize("name", ["probe", "tuned", "k_sparse_1", "k_sparse_4", "l1", "tree"])
 def test_learners_that_are_not_equivariant_lose_by_a_rotation_and_the_others_do_not(name, monkeypatch):
     monkeypatch.setattr(learners, "NORMS", (3.0, 1.0))
