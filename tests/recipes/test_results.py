@@ -16,3 +16,10 @@ def test_tables_of_the_frontier_are_made_of_their_rows(file):
     for lines in panels.values():
         for line in frontier.table(lines, frontier.methods_of(lines)).splitlines():
             assert line in text
+
+
+def test_the_table_over_steps_is_made_of_its_rows():
+    (lines,) = frontier.read_lines([str(DOCS / "results" / "silence_steps.csv")]).values()
+    steps = frontier.steps_table(lines, frontier.methods_of(lines))
+    assert steps.count("\n") > 6
+    assert steps in (DOCS / "silence.md").read_text(encoding="utf-8")
