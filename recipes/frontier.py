@@ -315,6 +315,6 @@ def silent_over_steps(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -
                     linewidth=0.8,
                     capsize=2,
                 )
-        axes.set(title=title, xlabel="step", ylabel=silent.title)
+        axes.set(title=title, xlabel="step", ylabel=silent.title, ylim=(-5, 105))
         axes.legend(frameon=False, fontsize=7)
     return figure
