@@ -64,7 +64,7 @@ def load_task(tokenizer: Any, options: argparse.Namespace) -> Task:
     train, dev = sentiment_task("train", options.train_samples), sentiment_task("dev", options.dev_samples)
     answered = [encode_answer(tokenizer, sst2_prompt(row["sentence"]), SST2_ANSWERS[row["label"]]) for row in train]
     scored = [encode_answer(tokenizer, sst2_prompt(row["sentence"]), answer) for row in dev for answer in SST2_ANSWERS]
-    ids = [answer.input_ids[: answer.completion_mask.index(1)] for answer in scored[::2]]
+    ids = [answer.prompt_ids for answer in scored[::2]]
     prompts = [
         dict(tokenizer.pad({"input_ids": ids[i : i + 50]}, return_tensors="pt")) for i in range(0, len(ids), 50)
     ]

@@ -22,6 +22,11 @@ class EncodedAnswer(NamedTuple):
     input_ids: list[int]
     completion_mask: list[int]
 
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The tokens before the answer, which a model is given to write one."""
+        return self.input_ids[: self.completion_mask.index(1)]
+
 
 def sst2_prompt(sentence: str) -> str:
     """The instruction that asks for the sentiment of `sentence`; the wording is ours, the paper's text gives none."""

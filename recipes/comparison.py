@@ -117,8 +117,7 @@ class Comparison:
 
     def prompt_batches(self, prompts: Sequence[str]) -> list[dict[str, Any]]:
         """Prompts without answers, as a model sees them before it answers; what sparsity is measured on."""
-        encoded = [encode_answer(self.tokenizer, prompt, "Yes") for prompt in prompts]
-        ids = [e.input_ids[: e.completion_mask.index(1)] for e in encoded]
+        ids = [encode_answer(self.tokenizer, prompt, "Yes").prompt_ids for prompt in prompts]
         size = self.training.per_device_eval_batch_size
         starts = range(0, len(ids), size)
         return [dict(self.tokenizer.pad({"input_ids": ids[i : i + size]}, return_tensors="pt")) for i in starts]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from frontier import ACCURACY, HARMS, read_lines, styles_of, values
+from frontier import ACCURACY, HARMS, methods_of, read_lines, styles_of, values
 
 from vision_bench.runs import over_seeds, run_as_program
 
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if settings.rows:
         idea, frontier = figure.subplots(1, 2, width_ratios=[1, 1])
         lines = panels[CONDITION]
-        draw_frontier(frontier, lines, settings.methods or list(dict.fromkeys(lines["method"])))
+        draw_frontier(frontier, lines, settings.methods or methods_of(lines))
     else:
         idea = figure.subplots()
     draw_idea(idea)

@@ -16,7 +16,6 @@ from evals.figures import OTHER_STYLES, STYLES, Measure
 from evals.forgetting import KL
 from evals.forgetting import TASK as NEUTRAL
 from evals.records import COMPLETIONS, read_completions
-from evals.registry import is_harmful
 from evals.report import measured
 from offline.finetuning import harmful_topics
 from offline.grammar import REFUSAL_OPENINGS
@@ -134,7 +133,6 @@ def _of_parts(run: Run) -> pd.DataFrame:
         arm = ("base", None) if adapter is None else named.get(adapter.partition("=")[0])
         if row["metric"] not in ("full_refusal", "refused") or arm is None or part not in ("safe", "unsafe"):
             continue
-        assert is_harmful(config["task"], part) == (part == "unsafe")
         parts.append(
             {"metric": row["metric"], "value": row["value"], "n": row["n"], "task": f"{config['task']} {part}",
              "judge": config["judge"], "method": arm[0], "seed": arm[1], "step": None, "is_part": False}

@@ -165,7 +165,7 @@ def selective(world: World, model: Any, group: str) -> tuple[list[Unit], int]:
     for number, cases in enumerate(world.explored.values()):
         for row, case in enumerate(cases, 1):
             encoded = encode_answer(world.tokenizer, case.prompt, case.usual)
-            prompt = encoded.input_ids[: encoded.completion_mask.index(1)]
+            prompt = encoded.prompt_ids
             texts.add(prompt, len(prompt), number, 0, row)
     batches = texts.batches(64, world.tokenizer.pad_token_id)
     found, counts = [], torch.tensor([len(cases) for cases in world.explored.values()])

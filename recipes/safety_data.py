@@ -113,8 +113,7 @@ def own_answers(settings: SafetyDataSettings, prompts: Sequence[str]) -> list[Pa
     model = load_base(settings.model_name_or_path, settings.dtype, load_in_4bit=False)
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
-    encoded = [encode_answer(tokenizer, prompt, "Yes") for prompt in prompts]
-    questions = [e.input_ids[: e.completion_mask.index(1)] for e in encoded]
+    questions = [encode_answer(tokenizer, prompt, "Yes").prompt_ids for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(questions[i]))
     answers = {}
     for start in tqdm(range(0, len(order), settings.batch_size), desc="Answers of the base", unit="batch"):

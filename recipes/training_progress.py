@@ -15,7 +15,6 @@ class TrainingProgress(TrainerCallback):
     def __init__(self, name: str) -> None:
         self._name = name
         self._progress: Progress | None = None
-        self._loss = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -29,21 +28,10 @@ class TrainingProgress(TrainerCallback):
             shown=state.is_world_process_zero,
         )
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **objects: Any,
-    ) -> None:
-        """Keep the loss, which is said with the steps."""
-        if logs and "loss" in logs:
-            self._loss = f"loss {logs['loss']:.3g}"
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Count a step."""
+        """Count a step; said with it is the loss that was logged last."""
         if self._progress is not None:
-            self._progress.update(detail=self._loss)
+            losses = (line["loss"] for line in reversed(state.log_history) if "loss" in line)
+            self._progress.update(detail=f"loss {loss:.3g}" if (loss := next(losses, None)) is not None else "")
