@@ -184,8 +184,8 @@ def certified_silence(comparison: Comparison) -> None:
     """Share of harmful prompts on which nothing of an adapter fires, where an arm of the run was trained for that.
 
     Of all arms with latents, at each checkpoint too; of a task's harmful prompts `--certified_prompts`, drawn at
-    random and the same for all arms, with as many tokens of the base's responses as `--certified_tokens`. In the rows, `fired`
-    is the share of the pairs of a module and a token of the prompts on which a unit fires.
+    random and the same for all arms, with as many tokens of the base's responses as `--certified_tokens`. In the rows,
+    `fired` is the share of the pairs of a module and a token of the prompts on which a unit fires.
     """
     run, settings = comparison.run, comparison.settings
     if not settings.certified_prompts or not any(arm.silence_weight for arm in comparison.arms.values()):
