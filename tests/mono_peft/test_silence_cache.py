@@ -89,15 +89,15 @@ def test_every_token_is_drawn_equally_often(model, keys):
     batches = [{"input_ids": torch.full((1, length), number)} for number, length in enumerate(lengths)]
     batches = [batch | {key: torch.arange(batch["input_ids"].shape[1])[None] for key in keys} for batch in batches]
     counts = Counter()
-    for seed in range(2000):
+    for seed in range(1000):
         tokens, total = draw_tokens(model, batches, 3, seed)
-        assert total == 20
+        assert total == 20 or not keys  # else estimated from three
         assert sum(len(batch.positions) for batch in tokens) == 3
         for batch in tokens:
             number = next(i for i, given in enumerate(batches) if given["input_ids"] is batch.inputs["input_ids"])
             counts.update((number, position) for position in batch.positions.tolist())
     assert counts.keys() == {(i, position) for i, length in enumerate(lengths) for position in range(length)}
-    assert all(abs(count - 300) < 80 for count in counts.values())  # five standard deviations of a binomial
+    assert all(abs(count - 150) < 57 for count in counts.values())  # five standard deviations of a binomial
 
 
 def test_a_large_cache_is_computed_with_in_parts(model, input_ids, monkeypatch):
@@ -106,17 +106,3 @@ def test_a_large_cache_is_computed_with_in_parts(model, input_ids, monkeypatch):
     assert 0 < min(whole.values()) < 1
     monkeypatch.setattr("mono_peft.hinge._PART", 5 * 64)
     assert silence.fired_by_module() == whole
-
-
-def test_the_task_has_what_the_cache_leaves_of_the_memory(llama, random_adapter, input_ids, monkeypatch):
-    model = random_adapter(llama, encoder_bias=True, init_weights=True, target_modules=["q_proj"])
-    sizes = []
-    monkeypatch.setattr(
-        "os.posix_fallocate", lambda descriptor, start, size: sizes.append(size) or os.truncate(descriptor, size)
-    )
-    for budget, of_the_task in ((4 * IN_MEMORY, 0), (3 * IN_MEMORY, 1), (2 * IN_MEMORY, 2)):
-        silence = Silence(model, [{"input_ids": input_ids}], memory_budget=budget)
-        assert sizes == []
-        silence.start_apart([{"input_ids": input_ids + 1}])
-        assert sizes == of_the_task * [IN_MEMORY]
-        sizes.clear()
