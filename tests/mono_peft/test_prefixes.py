@@ -114,17 +114,13 @@ def padded(texts, side, silent=True):
 
 def prefixes(tokens):
     """Of all drawn tokens, as tuples."""
-    return [
-        tuple(row[kept][: int(kept[: position % len(row) + 1].sum())].tolist())
-        for batch, positions in tokens
-        for position in positions.tolist()
-        for row, kept in [
-            (
-                batch["input_ids"][position // batch["input_ids"].shape[1]],
-                batch["attention_mask"][position // batch["input_ids"].shape[1]].bool(),
-            )
-        ]
-    ]
+    found = []
+    for batch, positions in tokens:
+        for position in positions.tolist():
+            row, place = divmod(position, batch["input_ids"].shape[1])
+            kept = batch["attention_mask"][row, : place + 1].bool()
+            found.append(tuple(batch["input_ids"][row, : place + 1][kept].tolist()))
+    return found
 
 
 texts_with_marks = st.lists(
