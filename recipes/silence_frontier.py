@@ -159,12 +159,11 @@ def main(arguments: list[str] | None = None) -> None:
             run.write("results.md", task.experiment.render(run, run.folder))
             panels[task.title + condition.title] = lines_of(run)
     if panels:  # only in the main process
-        write_atomic(folder / "frontier.csv", lines_text(panels))
         report(folder, panels, settings.methods)
 
 
 def report(folder: Path, panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> None:
-    """Write and print the tables of all conditions, and draw the figures."""
+    """Write the rows of all conditions, write and print their tables, and draw the figures."""
     text = "# The frontier of the task against harm and over-refusal\n"
     for title, lines in panels.items():
         present = [method for method in methods if (lines["method"] == method).any()]
@@ -172,6 +171,7 @@ def report(folder: Path, panels: dict[str, pd.DataFrame], methods: Sequence[str]
         text += further_tables(lines, present)
     text += "\nMean ± half-width of the 95 % interval over seeds; differences are paired by seed.\n"
     folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "frontier.csv", lines_text(panels))
     write_atomic(folder / "results.md", text)
     figures.save(folder / "frontier", frontier(panels, methods))
     if any(lines["step"].notna().any() for lines in panels.values()):
