@@ -41,7 +41,7 @@ class ViewedImages(torch.utils.data.Dataset[torch.Tensor]):
         return len(self.images)
 
     def __getitem__(self, index: slice | torch.Tensor) -> torch.Tensor:
-        parameters = ViewParameters(*(values[index].to(self.device) for values in self.parameters))
+        parameters = ViewParameters(*(values[index] for values in self.parameters))
         return (self.views.apply(self.images[index].to(self.device), parameters) * 255).round().to(torch.uint8)
 
 
