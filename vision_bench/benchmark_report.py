@@ -125,7 +125,7 @@ class _Model:
         self.tables = {name: report.ProbeTable(rows, columns, self.kinds, learner=name) for name in settings.learners}
         ways = itertools.product(settings.learners, self.kinds, columns)
         self.lines = [self._line(learner, kind, column, settings) for learner, kind, column in ways]
-        conditions_of = ((_condition(settings_of), column) for column, settings_of in columns.items())
+        conditions_of = ((single_corruption(settings_of), column) for column, settings_of in columns.items())
         self.single = {name: column for name, column in conditions_of if name is not None}
 
     def _line(self, learner: str, kind: str, column: Hashable, settings: Settings) -> Line:
@@ -304,8 +304,12 @@ def _gains(models: Sequence[_Model], tests: Sequence[str], learner: str) -> str:
     return text
 
 
-def _condition(settings: Mapping[str, Any]) -> str | None:
-    """What is corrupted under the settings of a column or line, in words; None if more than one thing is."""
+def single_corruption(settings: Mapping[str, Any]) -> str | None:
+    """What is corrupted under the settings of a column or line, in words; None if more than one thing is.
+
+    Args:
+        settings: few_shots, label_noise and test, as rows have them.
+    """
     parts = []
     if noise := settings["label_noise"]:
         parts.append(label_noise.condition(noise))
@@ -323,5 +327,5 @@ def _one_at_a_time(lines: Iterable[Line]) -> dict[str, tuple[float, float, float
     return {
         name: (line["top1"], line["top1_half_width"] or 0.0, line["chance_top1"])
         for line in lines
-        if (name := _condition(line)) is not None
+        if (name := single_corruption(line)) is not None
     }
