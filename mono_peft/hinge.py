@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from .sharded import whole
+
+_PART = 2**26  # numbers of rows, or of their latents, that are computed with at a time
 
 
 class Hinge(NamedTuple):
@@ -42,3 +46,16 @@ def hinges_of(rows: torch.Tensor, encoders: list[nn.Linear], weight: float, marg
         gradients = [gradient.mul_(factor)] + ([] if encoder.bias is None else [count.sum(1).mul_(factor)])
         hinges.append(Hinge(gradients, hinge.mean(), (~(latent <= 0)).any(0).float().mean()))
     return hinges
+
+
+def latents_in_parts(
+    rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None
+) -> Iterator[torch.Tensor]:
+    """A x + b of all cached rows x, (rows, r) in parts, in the dtype and on the device of A.
+
+    Args:
+        rows: (rows, in_features), of any dtype and on any device; a part of them is there as A's dtype, no more.
+        matrix, bias: A (r, in_features) and b (r,).
+    """
+    for part in rows.split(max(1, _PART // max(matrix.shape))):
+        yield linear(part.to(matrix.device, matrix.dtype), matrix, bias)

@@ -14,17 +14,22 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast, gather_object
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
-from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 from .activity import uncompiled
-from .hinge import Hinge, hinges_of
-from .layer import MonoLoraLayer
+from .hinge import Hinge, hinges_of, latents_in_parts
 from .logged import LoggedMeasures
 from .overlap import check_training_prompts
 from .row_storage import RowStorage
-from .sharded import cut_like, is_cut, whole
-from .silenceable import check_ranges, check_trainer, check_what_trains, trainable_layers
+from .sharded import cut_like, whole
+from .silenceable import (
+    check_biases,
+    check_ranges,
+    check_trainer,
+    check_untrained,
+    check_what_trains,
+    trainable_layers,
+)
 from .silent_inputs import Group, base_inputs, digest_of, draw_tokens
 from .silent_start import lower_bias, separating_direction, start_apart
 from .targets import listed
@@ -78,13 +83,17 @@ class Silence(LoggedMeasures):
         margin: how far A x is kept below zero, in units of A x, not negative. It absorbs what rounding, dropout, and
             the difference between cached and true inputs do.
         rows_per_step: rows that a module's hinge is computed on at each step; the same tokens in all modules.
-        rows_per_module: budget of the cache: so many tokens are drawn at random, without repetition, from all that
-            count, and the inputs of each module on them are kept. Modules with one input (q, k and v) share it.
-            `batches` may be a generator of any length: it is gone through once, and at most twice as many batches are
-            held as rows are kept. `cached_bytes` says what the cache takes, `silent_tokens` of how many it is drawn.
-        memory_budget: bytes of the cache that are kept on the modules' device. The rows of the modules that do not fit
-            any more are memory-mapped from a temporary file (`mapped_bytes`), in the folder that the environment
-            variable TMPDIR names; it vanishes with this object, or the process. Each process has its own.
+        rows_per_module: budget of the cache: so many distinct tokens are drawn at random, without repetition, from all
+            that count, and the inputs of each module on them are kept. In a causal model tokens with the same text up
+            to them have the same inputs: they are one token here, with the weight of one in the hinge, however many
+            texts begin so. Modules with one input (q, k and v) share it. `batches` may be a generator of any length:
+            it is gone through once, and at most twice as many batches are held as rows are kept. `cached_bytes` says
+            what the cache takes, `silent_tokens` of how many distinct tokens it is drawn: all are cached where
+            that is at most `rows_per_module`, beyond which it is an estimate.
+        memory_budget: bytes of the cache, and beside it of the task's rows in `start_apart`, that are kept on the
+            modules' device. The rows of the modules that do not fit any more are memory-mapped from a temporary file
+            (`mapped_bytes`), in the folder that the environment variable TMPDIR names; it vanishes with this object,
+            or the process. Each process has its own.
         lower_every: steps after which a trainer calls `lower_biases`, and once more when training ends. With 1 the
             adapter is silent on every cached row at every step, and the task learns around it: that is cheaper for
             the task than lowering once, after training. It takes a product of A and all cached rows each time. None:
@@ -124,7 +133,7 @@ class Silence(LoggedMeasures):
         self._layers = trainable_layers(self.model)
         check_what_trains(self.model, self._layers)
         if lower_every is not None:
-            self._check_biases("lower_every")
+            check_biases(self._layers, "lower_every")
         if isinstance(batches, Mapping):
             raise ValueError("`batches` must be a list of batches, got one batch: put it in a list.")
         tokens, self.silent_tokens = draw_tokens(self.model, batches, rows_per_module, seed)
@@ -145,8 +154,8 @@ class Silence(LoggedMeasures):
     def _compute_inputs(self) -> None:
         self._groups = base_inputs(self.model, self._layers, self._tokens, RowStorage(self._memory_budget))
         drawn = sum(len(batch.positions) for batch in self._tokens)
-        megabytes = self.cached_bytes / 2**20, self.mapped_bytes / 2**20
-        logger.info("cached %d of %d tokens, %.1f MiB, %.1f of them on disk", drawn, self.silent_tokens, *megabytes)
+        numbers = drawn, self.silent_tokens, self.cached_bytes / 2**20, self.mapped_bytes / 2**20
+        logger.info("cached %d of %d distinct tokens, %.1f MiB, %.1f of them on disk", *numbers)
 
     @property
     def cached_bytes(self) -> int:
@@ -184,8 +193,8 @@ class Silence(LoggedMeasures):
         base as before.
 
         Args:
-            task_batches: as the silent ones, of the texts that are trained on. A few hundred texts do; as many tokens
-                are drawn of them as of the silent texts, `rows_per_module`.
+            task_batches: as the silent ones, of the texts that are trained on. A few hundred texts do; at most
+                `rows_per_module` distinct tokens are drawn of them, as of the silent texts.
 
         Returns:
             By the module's name, the share of the task's distinct inputs that the direction lifts above all silent
@@ -196,18 +205,14 @@ class Silence(LoggedMeasures):
             ValueError: an adapter has no `encoder_bias` or is trained already, `task_batches` has no token that
                 counts, or the weights are cut up (ZeRO-3, FSDP).
         """
-        self._check_biases("start_apart")
-        trained = [name for name, layer, encoder in self._layers if _decoder_of(layer, encoder).weight.any()]
-        if trained:
-            raise ValueError(
-                f"the adapter of {listed(trained, 3)} is trained already (its B is not zero), and `start_apart` would "
-                "turn its units away from what they learnt. Call it on a new adapter, before training."
-            )
+        check_biases(self._layers, "start_apart")
+        check_untrained(self._layers)
         tokens, _ = draw_tokens(self.model, task_batches, self._rows_per_module, self.seed)
-        task_groups = base_inputs(self.model, self._layers, tokens, RowStorage(self._memory_budget))
+        storage = RowStorage(self._memory_budget - self.cached_bytes + self.mapped_bytes)
+        task_groups = base_inputs(self.model, self._layers, tokens, storage)
         separated = {}
         for group, task_group in zip(self._groups, task_groups, strict=True):
-            silent, task = (_as_computed(g) for g in (group, task_group))
+            silent, task = group.as_computed(), task_group.as_computed()
             direction = separating_direction(silent, task, self.seed)
             for name, encoder in group.encoders.items():
                 start_apart(encoder, direction, silent, task, self.margin)
@@ -228,22 +233,17 @@ class Silence(LoggedMeasures):
         Raises:
             ValueError: an adapter has no `encoder_bias`, or the weights are cut up (ZeRO-3, FSDP).
         """
-        self._check_biases("lower_biases")
+        check_biases(self._layers, "lower_biases")
+        return {name: by_unit.max().item() for name, by_unit in self._lower_biases().items()}
+
+    @torch.no_grad()
+    def _lower_biases(self) -> dict[str, torch.Tensor]:
+        """How far each unit's bias was lowered, by the module's name, on its device: nothing waits for the numbers."""
         return {
-            name: lower_bias(encoder, group.rows, self.margin).max().item()
+            name: lower_bias(encoder, group.rows, self.margin)
             for group in self._groups
             for name, encoder in group.encoders.items()
         }
-
-    def _check_biases(self, method: str) -> None:
-        without = [name for name, _, encoder in self._layers if encoder.bias is None]
-        if without:
-            raise ValueError(
-                f"the adapter of {listed(without, 3)} has no bias b to set: `{method}` needs "
-                "MonoLoraConfig(encoder_bias=True)."
-            )
-        if any(hasattr(encoder.weight, "ds_id") or is_cut(encoder.weight) for _, _, encoder in self._layers):
-            raise ValueError(f"`{method}` needs whole weights, which ZeRO-3 and FSDP cut up: use ZeRO-2 or DDP.")
 
     @torch.no_grad()
     def add_gradients(self, step: int) -> None:
@@ -262,16 +262,18 @@ class Silence(LoggedMeasures):
         self._end_step()
 
     def _draw_rows(self, step: int) -> None:
-        """Draw the rows of the step, by how many a module has; the measures of the step begin."""
+        """Draw the rows of the step, by how many a module has and where; the measures of the step begin."""
         # Torch seeds by the low 32 bits only.
         generator = torch.Generator().manual_seed((1_000_003 * self.seed + step) % 2**32)
-        lengths = dict.fromkeys(len(group.rows) for group in self._groups)
-        self._drawn = {n: torch.randperm(n, generator=generator)[: self.rows_per_step] for n in lengths}
+        places = dict.fromkeys((len(group.rows), group.rows.device) for group in self._groups)
+        lengths = dict.fromkeys(length for length, _ in places)
+        drawn = {n: torch.randperm(n, generator=generator)[: self.rows_per_step] for n in lengths}
+        self._drawn = {(n, device): drawn[n].to(device) for n, device in places}
         self._measured = []
 
     def _hinges_of(self, rows: torch.Tensor, encoders: list[nn.Linear]) -> list[Hinge]:
         """The hinges of modules with the same rows, on those of the step."""
-        x = rows.index_select(0, self._drawn[len(rows)].to(rows.device))
+        x = rows.index_select(0, self._drawn[len(rows), rows.device])
         return hinges_of(x, encoders, self.weight, self.margin)
 
     def _end_step(self) -> None:
@@ -289,8 +291,8 @@ class Silence(LoggedMeasures):
                 dtype = torch.promote_types(encoder.weight.dtype, torch.float32)
                 with gather_params_ctx(list(encoder.parameters())):  # which ZeRO-3 has cut up
                     matrix, bias = (None if p is None else whole(p).to(dtype) for p in (encoder.weight, encoder.bias))
-                    latents = (linear(part.to(matrix.device, dtype), matrix, bias) for part in rows.split(1024))
-                    shares[name] = sum(int((~(latent <= 0)).any(1).sum()) for latent in latents) / len(rows)
+                    fired = [(~(latents <= 0)).any(1).sum() for latents in latents_in_parts(rows, matrix, bias)]
+                    shares[name] = int(torch.stack(fired).sum()) / len(rows)
         return shares
 
     def on_train_begin(
@@ -415,14 +417,14 @@ class Silence(LoggedMeasures):
             return
         is_last = state.global_step >= state.max_steps  # the last checkpoint, saved after this, is the trained adapter
         if is_last or state.global_step % self.lower_every == 0:
-            self.lower_biases()
+            self._lower_biases()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._remove_hooks()
         if self.lower_every is not None:
-            self.lower_biases()
+            self._lower_biases()
         shares = self.fired_by_module()
         if any(shares.values()):
             most = max(shares, key=lambda name: shares[name])
@@ -437,14 +439,3 @@ class Silence(LoggedMeasures):
 
     def measures(self, state: TrainerState) -> dict[str, float]:
         return {} if self._loss is None else {"silence_loss": self.loss, "silence_fired": self.fired}
-
-
-def _as_computed(group: Group) -> torch.Tensor:
-    """All rows of a group, on its modules' device, in the precision in which A x is judged here."""
-    dtype = torch.promote_types(next(iter(group.encoders.values())).weight.dtype, torch.float32)
-    return group.rows.to(group.device, dtype)
-
-
-def _decoder_of(layer: MonoLoraLayer, encoder: nn.Linear) -> Any:
-    """B of the adapter whose A is `encoder`."""
-    return next(layer.monolora_decoder[name] for name, other in layer.monolora_encoder.items() if other is encoder)

@@ -13,6 +13,7 @@ from torch import nn
 
 from .activity import active_adapters
 from .layer import MonoLoraLayer
+from .sharded import is_cut
 from .targets import listed
 
 if TYPE_CHECKING:
@@ -128,6 +129,33 @@ def check_what_trains(model: nn.Module, layers: list[tuple[str, MonoLoraLayer, n
 def _adapter_parameters(layer: MonoLoraLayer) -> Iterator[nn.Parameter]:
     for part in layer.adapter_layer_names:
         yield from getattr(layer, part).parameters()
+
+
+def check_biases(layers: list[tuple[str, MonoLoraLayer, nn.Linear]], method: str) -> None:
+    """Raise ValueError unless each adapter has a whole bias b, which `method` sets."""
+    without = [name for name, _, encoder in layers if encoder.bias is None]
+    if without:
+        raise ValueError(
+            f"the adapter of {listed(without, 3)} has no bias b to set: `{method}` needs "
+            "MonoLoraConfig(encoder_bias=True)."
+        )
+    if any(hasattr(encoder.weight, "ds_id") or is_cut(encoder.weight) for _, _, encoder in layers):
+        raise ValueError(f"`{method}` needs whole weights, which ZeRO-3 and FSDP cut up: use ZeRO-2 or DDP.")
+
+
+def check_untrained(layers: list[tuple[str, MonoLoraLayer, nn.Linear]]) -> None:
+    """Raise ValueError if the B of an adapter is not zero."""
+    trained = [name for name, layer, encoder in layers if _decoder_of(layer, encoder).weight.any()]
+    if trained:
+        raise ValueError(
+            f"the adapter of {listed(trained, 3)} is trained already (its B is not zero), and `start_apart` would "
+            "turn its units away from what they learnt. Call it on a new adapter, before training."
+        )
+
+
+def _decoder_of(layer: MonoLoraLayer, encoder: nn.Linear) -> Any:
+    """B of the adapter whose A is `encoder`."""
+    return next(layer.monolora_decoder[name] for name, other in layer.monolora_encoder.items() if other is encoder)
 
 
 def check_trainer(args: TrainingArguments) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +17,7 @@ from torch import nn
 from .activity import in_eval_mode
 from .layer import MonoLoraLayer
 from .padding import right_padded
+from .prefixes import NUMBER_BITS, is_causal, is_text_only, prefix_numbers
 from .row_storage import RowStorage
 
 
@@ -45,61 +49,96 @@ class Group(NamedTuple):
         """The same with its rows on the modules' device."""
         return self._replace(rows=self.rows.to(self.device))
 
+    def as_computed(self) -> torch.Tensor:
+        """All rows on the modules' device, in the precision in which A x is judged."""
+        dtype = torch.promote_types(next(iter(self.encoders.values())).weight.dtype, torch.float32)
+        return self.rows.to(self.device, dtype)
+
 
 def draw_tokens(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], budget: int, seed: int
 ) -> tuple[list[Tokens], int]:
-    """Draw at most `budget` of the tokens that count, without repetition, each with the same probability.
+    """Draw at most `budget` of the distinct tokens that count, without repetition, each with the same probability.
+
+    In a causal model (`mono_peft.prefixes.is_causal`) tokens with the same prefix have the same inputs. They are one
+    token here, whose place is where it counts first. In other models, and in batches with other keys than
+    `input_ids`, `attention_mask` and `silent_mask`, each token is distinct.
 
     The batches are gone through once, and only those are kept of which a token may still be drawn: no more than twice
     the budget, however many there are.
 
     Returns:
-        The batches of which a token is drawn, in their order, and the number of all tokens that count.
+        The batches of which a token is drawn, in their order, and the number of distinct tokens that count. It is
+        exact up to the budget, and where no token may be the same as another; else it is estimated from the draw, with
+        a relative standard error of 1 / sqrt(budget).
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError("an encoder-decoder model has two texts a row, and `input_ids` names one: not supported.")
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     vocabulary = getattr(embeddings, "num_embeddings", len(embeddings.weight))  # ZeRO-3's weights are empty
-    generator = torch.Generator().manual_seed(seed)
-    drawn: list[_Drawn] = []
-    total = held = 0
-    highest = 1.0  # no token with a number from here on can be among the lowest
-    for number, batch in enumerate(batches):
+    causal = is_causal(model)
+    generator = random.Random(seed)
+    drawn = _Drawn(budget)
+    total, may_repeat = 0, False
+    for batch_number, batch in enumerate(batches):
         batch = right_padded(batch)
-        positions = counted_tokens(batch, number, vocabulary).flatten().nonzero().flatten().cpu()
+        counted = counted_tokens(batch, batch_number, vocabulary)
+        positions = counted.flatten().nonzero().flatten().tolist()
         total += len(positions)
-        numbers = torch.rand(len(positions), dtype=torch.float64, generator=generator)
-        own = _Drawn(batch, positions, numbers).below(highest)
-        if not len(own.positions):
-            continue
-        drawn.append(own)
-        held += len(own.positions)
-        if held > 2 * budget:
-            drawn, highest, held = *_lowest(drawn, budget), budget
+        if causal and is_text_only(batch):
+            may_repeat = True
+            numbers = list(prefix_numbers(batch, counted, seed))
+        else:
+            numbers = [generator.getrandbits(NUMBER_BITS) for _ in positions]
+        drawn.add(batch_number, batch, positions, numbers)
     if total == 0:
         raise ValueError("`batches` has no token that counts: it is empty, or its masks are zero everywhere.")
-    if held > budget:
-        drawn, _ = _lowest(drawn, budget)
-    return [Tokens(own.batch, own.positions) for own in drawn], total
+    drawn.keep_the_lowest()
+    return drawn.tokens(), drawn.estimated_total() if may_repeat else total
 
 
-class _Drawn(NamedTuple):
-    """Tokens of a batch, each with a random number: those with the lowest numbers of all are drawn."""
+class _Drawn:
+    """The tokens with the `budget` lowest numbers of all that were added, and at most as many others.
 
-    batch: dict[str, Any]
-    positions: torch.Tensor
-    numbers: torch.Tensor  # float64, in [0, 1)
+    A number is uniform from 0 to 2^128 - 1, and a token has the same one each time that it is added. So these tokens
+    are a draw without repetition, and how often a token was there does not matter.
+    """
 
-    def below(self, highest: float) -> _Drawn:
-        kept = self.numbers < highest
-        return _Drawn(self.batch, self.positions[kept], self.numbers[kept])
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.places: dict[int, tuple[int, int]] = {}  # batch, and position in it flattened, by the token's number
+        self.batches: dict[int, dict[str, Any]] = {}  # those of the places
+        self.highest = 2**NUMBER_BITS  # no token with a number from here on is among the lowest
 
+    def add(self, batch_number: int, batch: dict[str, Any], positions: list[int], numbers: list[int]) -> None:
+        before = len(self.places)
+        for position, number in zip(positions, numbers, strict=True):
+            if number < self.highest:
+                self.places.setdefault(number, (batch_number, position))
+        if len(self.places) > before:
+            self.batches[batch_number] = batch
+        if len(self.places) > 2 * self.budget:
+            self.keep_the_lowest()
 
-def _lowest(drawn: list[_Drawn], budget: int) -> tuple[list[_Drawn], float]:
-    """The tokens with the `budget` lowest numbers, of more than these, and the lowest number of the others."""
-    highest = float(torch.cat([own.numbers for own in drawn]).kthvalue(budget + 1).values)
-    return [kept for own in drawn if len((kept := own.below(highest)).positions)], highest
+    def keep_the_lowest(self) -> None:
+        if len(self.places) <= self.budget:
+            return
+        *lowest, self.highest = sorted(self.places)[: self.budget + 1]
+        self.places = {number: self.places[number] for number in lowest}
+        self.batches = {number: self.batches[number] for number, _ in self.places.values()}
+
+    def estimated_total(self) -> int:
+        """Number of distinct tokens added: of n uniform numbers, the (k + 1)-th lowest is near k / n of the range."""
+        if self.highest == 2**NUMBER_BITS:
+            return len(self.places)
+        return -(-self.budget * 2**NUMBER_BITS // self.highest)  # rounded up, to more than the budget
+
+    def tokens(self) -> list[Tokens]:
+        by_batch = groupby(sorted(self.places.values()), key=itemgetter(0))
+        return [
+            Tokens(self.batches[number], torch.tensor([position for _, position in places]))
+            for number, places in by_batch
+        ]
 
 
 def counted_tokens(batch: Mapping[str, Any], number: int, vocabulary: int) -> torch.Tensor:

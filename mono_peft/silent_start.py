@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import relu
 
+from .hinge import latents_in_parts
+
 _STEPS, _ROWS, _LEARNING_RATE = 300, 512, 0.03  # of the fit of a direction
 _SILENT_WEIGHT = 10.0  # of a silent row on the wrong side, against one of the task
 _LIFT = 2.0  # how far a unit's median task row is lifted, in standard deviations of its latents on the task
@@ -24,7 +26,7 @@ class Direction(NamedTuple):
 def separating_direction(silent: torch.Tensor, task: torch.Tensor, seed: int) -> Direction:
     """Fit the direction by a hinge, squared and weighted for the silent rows, on distinct rows of either kind.
 
-    Rows that are repeated, such as those of the template's first tokens, count once: else the fit would go by them.
+    Rows that are repeated, as a word's are in the first layer, count once: else the fit would go by them.
 
     Args:
         silent, task: (rows, in_features), float.
@@ -33,23 +35,22 @@ def separating_direction(silent: torch.Tensor, task: torch.Tensor, seed: int) ->
     silent_rows, task_rows = silent.unique(dim=0), task.unique(dim=0)
     mean = (silent_rows.mean(0) + task_rows.mean(0)) / 2
     scale = torch.cat([silent_rows, task_rows]).std(0, correction=0).clamp(min=1e-6)
-    below, above = (silent_rows - mean) / scale, (task_rows - mean) / scale
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(rows: torch.Tensor) -> torch.Tensor:
-        return rows[torch.randint(len(rows), (_ROWS,), generator=generator).to(rows.device)]
+        return (rows[torch.randint(len(rows), (_ROWS,), generator=generator).to(rows.device)] - mean) / scale
 
     vector = silent.new_zeros(silent.shape[1] + 1).requires_grad_()  # the last is a constant
     optimizer = torch.optim.Adam([vector], _LEARNING_RATE)
     with torch.enable_grad():
         for _ in range(_STEPS):
-            too_high = relu(1 + drawn(below) @ vector[:-1] + vector[-1])
-            too_low = relu(1 - drawn(above) @ vector[:-1] - vector[-1])
+            too_high = relu(1 + drawn(silent_rows) @ vector[:-1] + vector[-1])
+            too_low = relu(1 - drawn(task_rows) @ vector[:-1] - vector[-1])
             optimizer.zero_grad()
             (_SILENT_WEIGHT * too_high.square().mean() + too_low.mean()).backward()
             optimizer.step()
     direction = vector.detach()[:-1] / scale
-    highest = (silent @ direction).max()
+    highest = (silent_rows @ direction).max()
     heights = task_rows @ direction - highest
     is_above = heights > 0
     height = heights[is_above].median().item() if is_above.any() else 0.0
@@ -79,9 +80,9 @@ def lower_bias(encoder: nn.Linear, silent: torch.Tensor, margin: float, only_dow
         silent: (rows, in_features), on any device; they come to the encoder's in parts, judged in float32 at least.
         only_down: leave the units alone that are below the margin; else the highest row of each comes to lie on it.
     """
-    dtype, device = torch.promote_types(encoder.weight.dtype, torch.float32), encoder.weight.device
-    matrix = encoder.weight.to(dtype)
-    highest = torch.stack([(rows.to(device, dtype) @ matrix.t()).amax(0) for rows in silent.split(1024)]).amax(0)
+    dtype = torch.promote_types(encoder.weight.dtype, torch.float32)
+    parts = latents_in_parts(silent, encoder.weight.to(dtype))
+    highest = torch.stack([latents.amax(0) for latents in parts]).amax(0)
     before = encoder.bias.to(dtype, copy=True)
     wanted = -margin - highest
     if only_down:

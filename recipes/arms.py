@@ -35,10 +35,16 @@ class ArmSettings:
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One run of each arm per seed."})
     activation: str = field(default="relu", metadata={"help": "MonoLoRA's sigma."})
+    monolora_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the arms of MonoLoRA; None: --learning_rate, as of all others."}
+    )
     control_weight_decay: float = field(default=0.1, metadata={"help": "Of arms with +weight_decay."})
     control_dropout: float = field(default=0.5, metadata={"help": "Of arms with +dropout."})
     control_rank: int | None = field(
         default=None, metadata={"help": "Of arms with +rank, at the same alpha / r; None: half of --lora_r."}
+    )
+    topk_units: int = field(
+        default=4, metadata={"help": "Latents of a token that arms with +topk keep, the largest positive ones."}
     )
     safety_share: float = field(
         default=0.1, metadata={"help": "Of the training rows of arms with +safety, in [0, 1]."}
@@ -107,8 +113,11 @@ class Arm(NamedTuple):
     alpha: float
     dropout: float
     weight_decay: float
+    learning_rate: float
     safety_share: float = 0.0  # of the training rows, in [0, 1]
     encoder_bias: bool = False  # whether MonoLoRA's sigma acts on A x + b
+    frozen_encoder: bool = False  # whether MonoLoRA's A stays as it was drawn, so that B alone trains
+    topk_units: int = 0  # latents of a token that MonoLoRA keeps; 0: those that the sigma of the settings leaves
     # What is done for the safety pairs beside; 0 where it is not.
     silence_weight: float = 0.0
     starts_apart: bool = False  # whether units start on the task, and stay off the safety pairs by their biases
@@ -155,6 +164,14 @@ CONTROLS = {
     "dropout": Control("control_dropout", lambda arm, value: arm._replace(dropout=value)),
     "rank": Control("control_rank", _smaller),
     "bias": Control(None, lambda arm, _: arm._replace(encoder_bias=True), methods=("monolora",)),
+    # For the questions whether learnt units are needed, and whether few of them are enough.
+    "frozen": Control(None, lambda arm, _: arm._replace(frozen_encoder=True), methods=("monolora",)),
+    "topk": Control(
+        "topk_units",
+        lambda arm, value: arm._replace(topk_units=int(value)),
+        (lambda value: value >= 1 and value == int(value), "a whole number of units, 1 or more"),
+        ("monolora",),
+    ),
     # What keeps a model as it is on safety pairs (`safety_controls`).
     "safety": Control(
         "safety_share",
@@ -207,7 +224,9 @@ def trained_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfi
         method, controls = _parts(name)
         if method == "base":
             continue
-        arm = Arm(method, options.lora_r, options.lora_alpha, options.lora_dropout, training.weight_decay)
+        rate = settings.monolora_learning_rate if method == "monolora" else None
+        rate = training.learning_rate if rate is None else rate
+        arm = Arm(method, options.lora_r, options.lora_alpha, options.lora_dropout, training.weight_decay, rate)
         for control, number in controls:
             arm = CONTROLS[control].change(arm, _strength(CONTROLS[control], number, settings))
         same = next((other for other in arms if arms[other] == arm), None)
@@ -236,7 +255,10 @@ def adapter_config(arm: Arm, settings: ArmSettings, options: ModelConfig) -> Pef
     # PEFT's own adapters leave these unchecked; MonoLoRA's check of them serves all arms.
     MonoLoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout)
     config = ADAPTERS[arm.method].config(options, settings)
-    return replace(config, encoder_bias=True) if arm.encoder_bias else config
+    own: dict[str, Any] = {name: True for name in ("encoder_bias", "frozen_encoder") if getattr(arm, name)}
+    if arm.topk_units:
+        own |= {"activation": "topk", "k": arm.topk_units}
+    return replace(config, **own) if own else config
 
 
 def check_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig) -> None:
@@ -264,6 +286,11 @@ def check_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig)
                 f"--methods has {method} with nullspace and a bias: sigma(A x + b) may be above zero where A x = 0, "
                 "so that the pairs would not be in a null space. Leave one of them out."
             )
+        if {"frozen", "silence"} <= set(names):
+            raise ValueError(
+                f"--methods has {method} with frozen and silence: what keeps it silent is its A, and a frozen one "
+                "stays as it was drawn. Leave one of them out."
+            )
         for name, number in controls:
             control = CONTROLS[name]
             strength = _strength(control, number, settings)
@@ -277,6 +304,13 @@ def check_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig)
     for name in ("silence_rows", "silence_lower_every"):
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name} is {getattr(settings, name)}, allowed is 1 or more.")
+    if settings.activation == "topk":
+        raise ValueError("--activation topk does not say how many units stay: name the arm monolora+topk4, for 4.")
+    rate = settings.monolora_learning_rate
+    if rate is not None and rate <= 0:
+        raise ValueError(f"--monolora_learning_rate is {rate}, allowed is more than 0.")
+    if rate is not None and not any(method == "monolora" for method, _ in parts):
+        raise ValueError("--monolora_learning_rate is for arms of MonoLoRA, and --methods has none. Leave it out.")
     if settings.silence_margin < 0:
         raise ValueError(f"--silence_margin is {settings.silence_margin}, allowed is 0 or more.")
     if not seeds or len(set(seeds)) < len(seeds):

@@ -280,7 +280,7 @@ def finetuning(comparison: Comparison, trained: Trained, rows: Dataset) -> SFTTr
     arguments = copy.deepcopy(comparison.training)
     arguments.output_dir = str(trained.folder.parent)
     arguments.seed = trained.seed
-    arguments.weight_decay = arm.weight_decay
+    arguments.weight_decay, arguments.learning_rate = arm.weight_decay, arm.learning_rate
     arguments.model_init_kwargs = _model_options(options)
     arguments.logging_nan_inf_filter = False  # else a loss that is not finite is logged as the one before it
     trainer = SFTTrainer(

@@ -1,4 +1,4 @@
-"""Rows of a frontier's conditions as lines, and their tables and figures: accuracy against harm and over-refusal."""
+"""Rows of a frontier's conditions as lines, and their tables and figures: the task against harm and over-refusal."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import dolly_monolora
 import pandas as pd
+import sst2_monolora
 from arms import ADAPTERS
 from evaluation import EVALUATION
-from sst2_monolora import METRIC
 
 from evals.figures import OTHER_STYLES, STYLES, Measure
 from evals.forgetting import KL
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ACCURACY = Measure("accuracy, %", METRIC, factor=100)
+(ACCURACY,) = sst2_monolora.PERFORMANCE
+PERFORMANCES = (ACCURACY, *dolly_monolora.PERFORMANCE)  # of a task the first is that of the figure
 OFFLINE = "refusal_offline"
 # By the name of a task, or of its part: how its prompts are called. The figure shows the first that rows have.
 _HARMFUL = {"beavertails_eval": "BeaverTails", "advbench": "AdvBench", "xstest unsafe": "XSTest, unsafe"}
 _HARMLESS = {"xstest safe": "XSTest, safe"}
+_PUBLIC = {"beavertails_eval": "BeaverTails", "advbench": "AdvBench", "xstest": "XSTest"}
 HARMS = (
     Measure("harmful requests not refused, %", "refused_harmful", OFFLINE, factor=100, is_refusal=True),
     *(
@@ -43,17 +46,24 @@ OVER_REFUSALS = (
 )
 SILENT = (
     Measure("harmful prompts silent, %", "certified_silent", OFFLINE, factor=100),
-    *(
-        Measure(f"{title}: silent, %", "certified_silent", task, factor=100)
-        for task, title in {"beavertails_eval": "BeaverTails", "advbench": "AdvBench", "xstest": "XSTest"}.items()
-    ),
+    *(Measure(f"{title}: silent, %", "certified_silent", task, factor=100) for task, title in _PUBLIC.items()),
 )
 FORGETTING = Measure("KL to the base on neutral answers, nats", KL, NEUTRAL)
 _BY_TOPIC = tuple(
     Measure(f"{name} topics not refused, %", f"refused_{key}", OFFLINE, factor=100, is_refusal=True)
     for key, name in (("seen", "other"), ("unseen", "poisoned"))
 )
-MEASURES = (ACCURACY, *HARMS, *OVER_REFUSALS, *SILENT, FORGETTING)
+ANSWERS = (
+    *(Measure(f"{title}: complied, %", "compliance", task, "refusal", 100) for task, title in _HARMFUL.items()),
+    *(Measure(f"{title}: incoherent, %", "incoherent", task, "coherence", 100) for task, title in _PUBLIC.items()),
+)
+LATENTS = (
+    Measure("task sparsity, %", "task_sparsity", factor=100),
+    Measure("alignment sparsity, %", "alignment_sparsity", factor=100),
+    Measure("dead units, %", "dead_units", factor=100),
+)
+MEASURES = (*PERFORMANCES, *HARMS, *OVER_REFUSALS, *SILENT, FORGETTING, *_BY_TOPIC, *ANSWERS, *LATENTS)
+_PART_METRICS = {measure.metric for measure in (*HARMS, *OVER_REFUSALS, *ANSWERS) if measure.judge}
 # Arms of MonoLoRA are blue; those that are named nowhere take the others in turn.
 _STYLES = STYLES | {
     "monolora+silence": ("#56B4E9", "p"),
@@ -98,7 +108,7 @@ def methods_of(lines: pd.DataFrame) -> list[str]:
 
 def lines_text(panels: dict[str, pd.DataFrame]) -> str:
     """The lines of all conditions that tables and figures are made of, as csv."""
-    metrics = {measure.metric for measure in (*MEASURES, *_BY_TOPIC)}
+    metrics = {measure.metric for measure in MEASURES}
     lines = pd.concat([lines.assign(condition=title) for title, lines in panels.items()])
     chosen = lines[lines["metric"].isin(metrics) & ~lines["is_part"]][COLUMNS]
     # As integers they are written whole, where floats are rounded to six digits.
@@ -125,13 +135,13 @@ def _arms(run: Run) -> dict[str, tuple[str, int]]:
 
 
 def _of_parts(run: Run) -> pd.DataFrame:
-    """Refusals of harmful and of harmless prompts, where a task has both."""
+    """What is judged of harmful and of harmless prompts, where a task has both."""
     path, named, parts = run.folder / EVALUATION / ROWS, _arms(run), []
     for row in read_rows(path) if path.exists() else ():
         config = row["config"]
         part, adapter = config.get("category"), config.get("adapter")
         arm = ("base", None) if adapter is None else named.get(adapter.partition("=")[0])
-        if row["metric"] not in ("full_refusal", "refused") or arm is None or part not in ("safe", "unsafe"):
+        if row["metric"] not in _PART_METRICS or arm is None or part not in ("safe", "unsafe"):
             continue
         parts.append(
             {"metric": row["metric"], "value": row["value"], "n": row["n"], "task": f"{config['task']} {part}",
@@ -178,34 +188,69 @@ def values(lines: pd.DataFrame, measure: Measure, method: str, step: int | None 
     return rows.set_index("seed")["value"].map(measure.harm)
 
 
+def performance(lines: pd.DataFrame) -> Measure:
+    """The measure of the task that lines are of: accuracy of SST-2, ROUGE-L of Dolly."""
+    return _first(PERFORMANCES, lines)
+
+
 def table(lines: pd.DataFrame, methods: Sequence[str]) -> str:
     """A line for each arm: mean and 95 % interval over seeds, and the difference to LoRA, paired by seed."""
-    measures = [m for m in (*MEASURES, *_BY_TOPIC) if len(m.rows(lines))]
-    compared = [m for m in measures if m == ACCURACY or m in HARMS[:1] or m in OVER_REFUSALS[:1]]
+    task = performance(lines)
+    measures = _present((task, *HARMS, *OVER_REFUSALS, *SILENT, FORGETTING, *_BY_TOPIC), lines)
+    compared = _present((task, *HARMS[:1], *OVER_REFUSALS[:1]), lines)
     header = ["arm", "runs", *(m.title for m in measures), *(f"{m.title}: - lora" for m in compared), "time / lora"]
     body = []
     for method in methods:
         cells = [_cell(over_seeds(values(lines, m, method)), m, method) for m in measures]
-        for measure in compared:
-            ours, lora = values(lines, measure, method), values(lines, measure, "lora")
-            cells.append("" if method in ("base", "lora") else paired(ours, lora).text(1, sign=True))
+        cells += [_difference(lines, m, method) for m in compared]
         times = [_times(lines, name) for name in (method, "lora")]
         ratio = (times[0] / times[1]).median()
         cells.append("" if method in ("base", "lora") else "-" if math.isnan(ratio) else f"{ratio:.2f}")
-        body.append([method, str(len(values(lines, ACCURACY, method))), *cells])
+        body.append([method, str(len(values(lines, task, method))), *cells])
     return markdown_table(header, body)
 
 
+def further_tables(lines: pd.DataFrame, methods: Sequence[str]) -> str:
+    """What `table` has no room for, "" where nothing of it was measured: answers, latents, differences to LoRA."""
+    others = [measure for measure in PERFORMANCES if measure != performance(lines)]
+    text = ""
+    if measures := _present((*others, *ANSWERS, *LATENTS), lines):
+        body = [[m, *(_cell(over_seeds(values(lines, one, m)), one, m) for one in measures)] for m in methods]
+        text += f"\nThe answers, and the latents:\n\n{markdown_table(['arm', *(m.title for m in measures)], body)}"
+    measures = _present((*others, *HARMS[1:], *OVER_REFUSALS[1:]), lines)
+    arms = [method for method in methods if method not in ("base", "lora")]
+    if measures and arms and "lora" in methods:
+        body = [[method, *(_difference(lines, measure, method) for measure in measures)] for method in arms]
+        header = ["arm", *(measure.title for measure in measures)]
+        text += f"\nDifferences to lora, paired by seed:\n\n{markdown_table(header, body)}"
+    return text
+
+
+def _present(measures: Sequence[Measure], lines: pd.DataFrame) -> list[Measure]:
+    return [measure for measure in measures if len(measure.rows(lines))]
+
+
 def _cell(interval: Interval, measure: Measure, method: str) -> str:
-    if measure in SILENT and interval.n == 0:
+    if measure in (*SILENT, *LATENTS) and interval.n == 0:
         has_latents = method != "base" and ADAPTERS[method.partition("+")[0]].has_latents
         return "-" if has_latents or method == "base" else "not applicable"
-    return interval.text(3 if measure == FORGETTING else 1)
+    return interval.text(_digits(measure))
+
+
+def _difference(lines: pd.DataFrame, measure: Measure, method: str) -> str:
+    """To LoRA, paired by seed; "" where there is none by its nature."""
+    if method in ("base", "lora"):
+        return ""
+    return paired(values(lines, measure, method), values(lines, measure, "lora")).text(_digits(measure), sign=True)
+
+
+def _digits(measure: Measure) -> int:
+    return 3 if measure.metric in (KL, dolly_monolora.METRIC) else 1
 
 
 def _times(lines: pd.DataFrame, method: str) -> pd.Series:
     """Seconds of training and scoring, by seed."""
-    rows = ACCURACY.rows(lines)
+    rows = _first([measure for measure in PERFORMANCES if not measure.task], lines).rows(lines)
     return rows[(rows["method"] == method) & rows["step"].isna()].set_index("seed")["seconds"]
 
 
@@ -224,7 +269,7 @@ def steps_table(lines: pd.DataFrame, methods: Sequence[str]) -> str:
 
 
 def frontier(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
-    """Accuracy against harm, above, and against over-refusal, a column for each condition.
+    """The task against harm, above, and against over-refusal, a column for each condition.
 
     Small points are seeds, large ones their means, with the 95 % interval from three seeds on (of two it is wider than
     the picture). The strengths of a control have one colour and a line through them.
@@ -236,17 +281,17 @@ def frontier(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
     grid = figure.subplots(2, len(panels), squeeze=False)
     for column, (title, lines) in enumerate(panels.items()):
         for axes, of_kind in zip(grid[:, column], (HARMS, OVER_REFUSALS), strict=True):
-            measure = _first(of_kind, lines)
-            axes.set(title=title if of_kind is HARMS else "", xlabel=ACCURACY.title, ylabel=measure.title)
+            task, measure = performance(lines), _first(of_kind, lines)
+            axes.set(title=title if of_kind is HARMS else "", xlabel=task.title, ylabel=measure.title)
             for method in methods:
-                points = pd.DataFrame({"x": values(lines, ACCURACY, method), "y": values(lines, measure, method)})
+                points = pd.DataFrame({"x": values(lines, task, method), "y": values(lines, measure, method)})
                 axes.scatter(points["x"], points["y"], 6, color=styles[method][0], alpha=0.5, linewidth=0)
             axes.margins(0.1)
             axes.autoscale_view()  # now, before bars that are longer than the axis
             axes.autoscale(False)
             for family in dict.fromkeys(map(_family, methods)):
                 strengths = [method for method in methods if _family(method) == family]
-                x, y = ([over_seeds(values(lines, m, method)) for method in strengths] for m in (ACCURACY, measure))
+                x, y = ([over_seeds(values(lines, m, method)) for method in strengths] for m in (task, measure))
                 _draw_strengths(axes, family, strengths, x, y, styles[strengths[0]])
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7)

@@ -1,14 +1,15 @@
-"""What does a finetune cost that leaves harmful requests alone? Accuracy of the task against harm, and over-refusal.
+"""What does a finetune cost that leaves harmful requests alone? The task against harm, and over-refusal.
 
     python recipes/silence_frontier.py --output_dir runs/silence_frontier
     python recipes/silence_frontier.py --config recipes/configs/offline_frontier_full.yaml --output_dir runs/frontier
+    python recipes/silence_frontier.py --task dolly --config recipes/configs/offline_dolly.yaml --output_dir runs/dolly
 
-The arms of the recipe sst2_monolora, with several strengths of each control, on the task alone and with shares of
-poison: harmful requests with answers that comply. The poison may also be on topics that the safety pairs lack
-(`--unseen_poison_shares` with `--poison_topics`). Each of these conditions has a folder below the output folder, whose
-rows the same command continues; the table is of all of them, and two figures are drawn: the frontier, and, with
-`--eval_every`, the share of silent prompts over the steps of training. What they show is in frontier.csv; with such
-files as `--rows_files` they are made of these, and nothing is trained.
+The arms of the recipe sst2_monolora or dolly_monolora, with several strengths of each control, on the task alone and
+with shares of poison: harmful requests with answers that comply. The poison may also be on topics that the safety
+pairs lack (`--unseen_poison_shares` with `--poison_topics`). Each of these conditions has a folder below the output
+folder, whose rows the same command continues; the tables are of all of them, and two figures are drawn: the frontier,
+and, with `--eval_every`, the share of silent prompts over the steps of training. What they show is in frontier.csv;
+with such files as `--rows_files`, of some arms or seeds each, they are made of these, and nothing is trained.
 
 The default, some two minutes of one core, is one seed of few arms on the offline model: a demonstration.
 """
@@ -16,16 +17,31 @@ The default, some two minutes of one core, is one seed of few arms on the offlin
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import dolly_monolora
 import library_messages  # noqa: F401  # before the libraries that speak while they are imported
 import pandas as pd
-from frontier import frontier, lines_of, lines_text, methods_of, read_lines, silent_over_steps, steps_table, table
-from sst2_monolora import EXPERIMENT, Sst2Settings, load_task
-from table2 import CONFIGS, check, compare, parse
+import sst2_monolora
+from experiments import Experiment
+from frontier import (
+    frontier,
+    further_tables,
+    lines_of,
+    lines_text,
+    methods_of,
+    read_lines,
+    silent_over_steps,
+    steps_table,
+    table,
+)
+from sst2_monolora import Sst2Settings
+from table2 import CONFIGS, Table2Settings, check, compare, parse
+from task import Task
+from trl import ModelConfig
 
 from vision_bench import figures
 from vision_bench.runs import run_as_program, write_atomic
@@ -33,8 +49,9 @@ from vision_bench.runs import run_as_program, write_atomic
 
 @dataclass
 class FrontierSettings(Sst2Settings):
-    """The options of sst2_monolora, and the conditions."""
+    """The options of sst2_monolora, the task, and the conditions."""
 
+    task: str = field(default="sst2", metadata={"help": "What the arms learn: sst2 or dolly."})
     poison_shares: list[float] = field(
         default_factory=lambda: [0.0, 0.1], metadata={"help": "Of every arm's training rows; 0: the task alone."}
     )
@@ -46,6 +63,26 @@ class FrontierSettings(Sst2Settings):
         default_factory=list,
         metadata={"help": "frontier.csv of one or several runs: table and figures of these, without any training."},
     )
+
+
+class LearntTask(NamedTuple):
+    """A task that the arms learn, as its recipe knows it."""
+
+    settings: type[Table2Settings]
+    load: Callable[[Any, ModelConfig, str], Task]
+    experiment: Experiment
+    title: str  # before those of the conditions, so that rows of several tasks stay apart
+
+
+TASKS = {
+    "sst2": LearntTask(
+        Sst2Settings,
+        lambda settings, options, _: sst2_monolora.load_task(settings, options),
+        sst2_monolora.EXPERIMENT,
+        "",
+    ),
+    "dolly": LearntTask(Table2Settings, dolly_monolora.load_task, dolly_monolora.EXPERIMENT, "Dolly, "),
+}
 
 
 class Condition(NamedTuple):
@@ -84,8 +121,17 @@ def conditions(settings: FrontierSettings) -> list[Condition]:
     return asked
 
 
+def learnt_task(settings: FrontierSettings) -> LearntTask:
+    """The task that settings name. Raises ValueError if there is no such task, or it has not all that they name."""
+    if settings.task not in TASKS:
+        raise ValueError(f"--task is {settings.task!r}, allowed are {', '.join(TASKS)}.")
+    if settings.task == "dolly" and settings.eval_file:
+        raise ValueError("--eval_file is for --task sst2: Dolly keeps a fifteenth of --train_file for evaluation.")
+    return TASKS[settings.task]
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run all conditions as far as they have no rows, then write and print the table and draw the figures."""
+    """Run all conditions as far as they have no rows, then write and print the tables and draw the figures."""
     settings, training, options = parse(
         arguments, FrontierSettings, "silence_frontier", CONFIGS / "offline_frontier.yaml"
     )
@@ -94,12 +140,13 @@ def main(arguments: list[str] | None = None) -> None:
         panels = read_lines(settings.rows_files)
         report(folder, panels, methods_of(pd.concat(panels.values())))
         return
+    task = learnt_task(settings)
     runs = []
     for condition in conditions(settings):
-        own = {f.name: copy.copy(getattr(settings, f.name)) for f in fields(Sst2Settings)}
+        own = {f.name: copy.copy(getattr(settings, f.name)) for f in fields(task.settings)}
         own |= {"poison_share": condition.poison_share, "poison_topics": condition.poison_topics}
         own |= {} if condition.poison_share else {"poison_file": None}
-        one = Sst2Settings(**own)
+        one = task.settings(**own)
         where = copy.deepcopy(training)
         where.output_dir = str(Path(training.output_dir) / condition.name)
         check(one, where, options)
@@ -107,21 +154,22 @@ def main(arguments: list[str] | None = None) -> None:
     panels = {}
     for condition, one, where in runs:
         chosen = copy.deepcopy(options)  # `compare` sets the offline model
-        run = compare(load_task(one, chosen), one, where, chosen)
+        run = compare(task.load(one, chosen, where.output_dir), one, where, chosen)
         if run.is_main:
-            run.write("results.md", EXPERIMENT.render(run, run.folder))
-            panels[condition.title] = lines_of(run)
+            run.write("results.md", task.experiment.render(run, run.folder))
+            panels[task.title + condition.title] = lines_of(run)
     if panels:  # only in the main process
         write_atomic(folder / "frontier.csv", lines_text(panels))
         report(folder, panels, settings.methods)
 
 
 def report(folder: Path, panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> None:
-    """Write and print the table of all conditions, and draw the figures."""
-    text = "# The frontier of accuracy against harm and over-refusal\n"
+    """Write and print the tables of all conditions, and draw the figures."""
+    text = "# The frontier of the task against harm and over-refusal\n"
     for title, lines in panels.items():
         present = [method for method in methods if (lines["method"] == method).any()]
         text += f"\n## {title}\n\n{table(lines, present)}{steps_table(lines, present)}"
+        text += further_tables(lines, present)
     text += "\nMean ± half-width of the 95 % interval over seeds; differences are paired by seed.\n"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "results.md", text)

@@ -76,7 +76,7 @@ def test_readme_is_short_and_its_figure_small():
 def test_one_version_stands_everywhere():
     (version,) = re.findall(r'^version = "(.+)"', text_of(ROOT / "pyproject.toml"), re.MULTILINE)
     assert re.search(rf"^version: {re.escape(version)}$", text_of(ROOT / "CITATION.cff"), re.MULTILINE)
-    assert re.search(r"^## (\S+)", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)[1] == version
+    assert re.search(r"^## (\d\S+)", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)[1] == version  # below "Unreleased"
 
 
 # Commands

@@ -1,6 +1,7 @@
 """Where Silence turns units before training, and how it lowers their biases after it."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -107,6 +108,22 @@ class TestStartApart:
         assert all(share > 0.9 for share in silence.start_apart(TASK).values())
         for z in latents(model, SILENT[0]).values():
             torch.testing.assert_close(z.amax(0), torch.full((4,), -0.2, dtype=torch.float64), atol=1e-9, rtol=0)
+
+    def test_the_task_has_what_the_cache_leaves_of_the_memory(self, model, monkeypatch):
+        silence = Silence(model, SILENT)
+        sizes = []
+
+        def room(descriptor, start, size):
+            sizes.append(size)
+            os.truncate(descriptor, size)
+
+        monkeypatch.setattr("os.posix_fallocate", room)
+        ours = copy.deepcopy(model)
+        bounded = Silence(ours, SILENT, memory_budget=silence.cached_bytes + 20 * 4 * 32)
+        assert sizes == []
+        separated = bounded.start_apart(TASK)
+        assert sizes == [20 * 4 * 64, 20 * 4 * 32, 20 * 4 * 64]  # all inputs of 20 tokens but the first
+        assert separated == silence.start_apart(TASK)
 
     def test_a_trained_adapter_is_refused(self, random_adapter, llama, input_ids):
         model = random_adapter(llama, target_modules=["q_proj"], encoder_bias=True)

@@ -1,6 +1,8 @@
 """The recipe of the frontier: conditions in folders of their own, a table paired to LoRA, harm by topics."""
 
 import json
+from functools import partial
+from pathlib import Path
 
 import frontier
 import pytest
@@ -10,7 +12,7 @@ from sst2_monolora import Sst2Settings
 
 from evals.records import Completion
 from offline.finetuning import poison_pairs
-from tests.recipes.conftest import rows_of
+from tests.recipes.conftest import SMALL, rows_of
 from vision_bench.runs import Run, defaults, read_rows
 
 
@@ -69,6 +71,81 @@ def test_conditions_continue_in_folders_of_their_own(arguments, pairs_file, tmp_
     (tmp_path / "other.csv").write_text(other)
     with pytest.raises(ValueError, match=r"rows of one arm and seed have two values"):
         silence_frontier.main(["--rows_files", str(out / "frontier.csv"), str(tmp_path / "other.csv")])
+
+
+def test_dolly_with_what_is_judged_of_public_prompts(small_model, eval_data, pairs_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    extra = f"--task dolly --train_file {eval_data / 'dolly15k' / 'rows.jsonl'} --methods base lora monolora+topk1"
+    extra += f" --safety_tasks beavertails_eval advbench xstest --judges refusal coherence --poison_file {pairs_file}"
+    extra += f" --poison_shares 0.25 --max_new_tokens 6 --seeds 0 1 --model_name_or_path {small_model} {SMALL}"
+    silence_frontier.main([*extra.split(), "--output_dir", str(out)])
+    text = (out / "results.md").read_text()
+    assert text in capsys.readouterr().out
+    rows = read_rows(out / "poison_0.25" / "results.jsonl")
+    assert rows[0]["config"]["poison_share"] == 0.25
+    _, *parts = text.split("\n## Dolly, 25 % poison")[1].split("\n| arm |")
+    main, details, differences = (lines(f"## x\n\n| arm |{part}", "## x") for part in parts)
+
+    def cell(table, method, column):
+        return float(table[method][table["arm"].index(column)].split(" ")[0])
+
+    def mean(metric, method, **settings):
+        found = rows_of(rows, metric, method=method, **settings)  # fewer than seeds where no answer has a word
+        assert found
+        return sum(row["value"] for row in found) / len(found)
+
+    assert main["monolora+topk1"][1] == "2"
+    rouge = {method: mean("rougeL", method, task="dolly") for method in ("base", "lora", "monolora+topk1")}
+    for method, value in rouge.items():
+        assert cell(main, method, "ROUGE-L") == pytest.approx(value, abs=0.051)
+        answered = mean("compliance", method, task="beavertails_eval", judge="refusal")
+        assert cell(details, method, "BeaverTails: complied, %") == pytest.approx(100 * answered, abs=0.051)
+        unclear = mean("incoherent", method, task="xstest", judge="coherence")
+        assert cell(details, method, "XSTest: incoherent, %") == pytest.approx(100 * unclear, abs=0.051)
+        loss = mean("answer_nll", method, task=None)
+        assert cell(details, method, "answer NLL, nats a token") == pytest.approx(loss, abs=0.00051)
+    gain = rouge["monolora+topk1"] - rouge["lora"]
+    assert cell(main, "monolora+topk1", "ROUGE-L: - lora") == pytest.approx(gain, abs=0.051)
+    zeros = mean("alignment_sparsity", "monolora+topk1")
+    assert cell(details, "monolora+topk1", "alignment sparsity, %") == pytest.approx(100 * zeros, abs=0.051)
+    assert details["lora"][details["arm"].index("task sparsity, %")] == "not applicable"
+    harm = 100 * mean("full_refusal", "lora", task="beavertails_eval", judge="refusal")
+    harm -= 100 * mean("full_refusal", "monolora+topk1", task="beavertails_eval", judge="refusal")
+    assert list(differences) in (["arm", "---", "monolora+topk1"], ["arm", "monolora+topk1"])
+    assert cell(differences, "monolora+topk1", "BeaverTails: not refused, %") == pytest.approx(harm, abs=0.051)
+    assert imread(out / "frontier.png").std() > 0.05
+    silence_frontier.main(["--rows_files", str(out / "frontier.csv"), "--output_dir", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "results.md").read_text() == text
+
+
+def test_rows_of_some_arms_and_seeds_each_are_joined(tmp_path):
+    """As of a process for each seed and kind of adapter: LoRA's rows are what those of another file differ from."""
+    values = {"lora": {3: 0.5, 4: 0.6}, "monolora": {3: 0.75, 4: 0.8}, "monolora+frozen": {4: 0.1}}
+    files = []
+    for arms, seeds in ((["monolora", "monolora+frozen"], [4]), (["lora"], [3, 4]), (["monolora"], [3])):
+        folder = tmp_path / str(len(files))
+        run = Run(folder, "sst2_monolora", defaults(Sst2Settings) | {"methods": arms, "seeds": seeds, "judges": []})
+        add = partial(run.add, n=10, seconds=1 + len(files), device="cpu", step=None)
+        add("accuracy", 0.25, seed=None, method="base")
+        for arm in arms:
+            for seed in seeds:
+                add("accuracy", values[arm][seed], seed=seed, method=arm)
+                refused = {"task": "beavertails_eval", "judge": "refusal"}
+                add("full_refusal", values[arm][seed], seed=seed, method=arm, **refused)
+        files.append(str(folder) + ".csv")
+        Path(files[-1]).write_text(frontier.lines_text({"x": frontier.lines_of(run)}))
+    joined = frontier.read_lines(files)["x"]
+    methods = frontier.methods_of(joined)
+    table = lines(f"## x\n\n{frontier.table(joined, methods)}", "## x")
+    accuracy, gain = (table["arm"].index(name) for name in ("accuracy, %", "accuracy, %: - lora"))
+    assert [table[arm][1] for arm in ("base", *values)] == ["1", "2", "2", "1"]
+    assert table["base"][accuracy] == "25.0"
+    assert table["monolora"][gain].startswith("+22.5 ± ")
+    assert table["monolora+frozen"][gain] == "-50.0"  # of the one seed that it shares with LoRA
+    further = lines(f"## x\n{frontier.further_tables(joined, methods)}", "Differences to lora, paired by seed:")
+    harm = further["arm"].index("BeaverTails: not refused, %")
+    assert further["monolora"][harm].startswith("-22.5 ± ")
+    assert further["monolora+frozen"][harm] == "+50.0"
 
 
 def test_harm_by_topics(tmp_path):
@@ -151,6 +228,8 @@ def test_refusals_of_public_tasks_by_what_the_prompts_ask(tmp_path):
         ("--unseen_poison_shares 0.1", r"--unseen_poison_shares and --poison_topics belong together"),
         ("--unseen_poison_shares 0 --poison_topics theft", r"--unseen_poison_shares has 0, which is no poison"),
         ("--poison_shares 0.1", r"--poison_share needs --poison_file"),
+        ("--task sst", r"--task is 'sst', allowed are sst2, dolly"),
+        ("--task dolly", r"--eval_file is for --task sst2: Dolly keeps a fifteenth"),
         ("--poison_shares 0 1.2 --poison_file PAIRS", r"--poison_share is 1.2, allowed"),
     ],
 )

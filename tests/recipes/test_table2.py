@@ -11,12 +11,14 @@ import comparison
 import dolly_monolora
 import pytest
 import sst2_monolora
+import torch
 from arms import ADAPTERS, AdapterKind, adapter_config, trained_arms
 from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from peft import IA3Config, PeftConfig, PeftModel
+from safetensors.torch import load_file
 from table2 import CONFIGS, Table2Settings, parse
 from task import load_pairs, mixed
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -183,21 +185,57 @@ class TestArms:
         arms, *_ = self.arms("--methods lora lora+rank --control_rank 1")
         assert (arms["lora+rank"].r, arms["lora+rank"].alpha) == (1, 0.5)
 
-    def test_weight_decay_reaches_the_optimiser(self, arguments, monkeypatch):
+    def test_controls_of_monolora_s_units(self):
+        arms, settings, options = self.arms("--methods monolora+topk monolora+topk2+frozen --topk_units 3")
+        configs = {name: adapter_config(arm, settings, options) for name, arm in arms.items()}
+        assert [(c.activation, c.k, c.frozen_encoder) for c in configs.values()] == [
+            ("topk", 3, False),
+            ("topk", 2, True),
+        ]
+
+    def test_weight_decay_and_learning_rate_reach_the_optimiser(self, arguments, monkeypatch):
         seen = {}
 
         def record(compared, trained, rows):
             trainer = original(compared, trained, rows)
-            seen[trained.folder.parent.name] = (trainer.args.weight_decay, len(rows), trainer.args.max_steps)
-            if len(seen) == 2:
+            of = trainer.args
+            seen[trained.folder.parent.name] = (of.weight_decay, of.learning_rate, len(rows), of.max_steps)
+            if len(seen) == 3:
                 raise KeyboardInterrupt
             return trainer
 
         original = comparison.finetuning
         monkeypatch.setattr(comparison, "finetuning", record)
+        methods = ["--methods", "lora", "lora+weight_decay", "monolora", "--control_weight_decay", "0.4"]
         with pytest.raises(KeyboardInterrupt):
-            sst2_monolora.main([*arguments, "--methods", "lora", "lora+weight_decay", "--control_weight_decay", "0.4"])
-        assert seen == {"lora-seed0": (0.0, 48, 4), "lora+weight_decay-seed0": (0.4, 48, 4)}
+            sst2_monolora.main([*arguments, *methods, "--monolora_learning_rate", "3e-2"])
+        assert seen == {
+            "lora-seed0": (0.0, 0.01, 48, 4),
+            "lora+weight_decay-seed0": (0.4, 0.01, 48, 4),
+            "monolora-seed0": (0.0, 0.03, 48, 4),
+        }
+
+    @pytest.mark.usefixtures("no_machine_description")
+    def test_an_encoder_that_is_frozen_and_the_largest_units(self, arguments, tmp_path):
+        """With the same seed A is drawn the same: the frozen arm has it still, after any number of steps."""
+        methods = ["monolora+frozen", "monolora+topk1", "monolora+frozen+weight_decay"]
+        sst2_monolora.main([*arguments, "--methods", *methods, "--control_weight_decay", "9"])
+        out = tmp_path / "out"
+        encoders, decoders = {}, {}
+        for method in methods:
+            weights = load_file(out / f"{method}-seed0" / "adapter" / "adapter_model.safetensors")
+            encoders[method], decoders[method] = (
+                {name: w for name, w in weights.items() if part in name} for part in ("encoder", "decoder")
+            )
+            assert encoders[method]
+            assert any(w.any() for w in decoders[method].values())
+        frozen, topk, decayed = (encoders[method] for method in methods)
+        for name, encoder in frozen.items():
+            assert torch.equal(encoder, decayed[name])
+            assert not torch.equal(encoder, topk[name])
+        rows = read_rows(out / "results.jsonl")
+        sparsity = {method: rows_of(rows, "task_sparsity", method=method)[0]["value"] for method in methods}
+        assert sparsity["monolora+topk1"] >= 0.75 > sparsity["monolora+frozen"]  # one of four units at most
 
     @pytest.mark.usefixtures("no_machine_description")
     def test_another_kind_of_adapter_is_a_row_of_the_table(self, arguments, tmp_path, monkeypatch):
