@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, islice
 
 import torch
@@ -16,6 +16,8 @@ from mono_peft.activity import in_eval_mode
 from .progress import Progress
 from .prompts import EncodedAnswer
 
+MOST_TOKENS = 2**14  # of a batch of several rows, with padding: each has logits of the whole vocabulary
+
 
 @torch.no_grad()
 def answer_log_likelihoods(
@@ -23,24 +25,30 @@ def answer_log_likelihoods(
 ) -> torch.Tensor:
     """Sum of log p(token | tokens before) over the answer's tokens, for each of `answers`.
 
-    Rows are padded on the right and masked, so that a row's value does not depend on its batch. Several processes
-    share the rows and all get the whole result; each runs the same number of forward passes, as sharded models need.
+    Rows are padded on the right and masked, so that a row's value does not depend on its batch. Of long rows a batch
+    has fewer than `batch_size`, so that a few of them do not decide how many short ones fit the memory. Several
+    processes share the rows and all get the whole result; each runs the same number of forward passes, as sharded
+    models need.
 
     Args:
         model: a causal language model; it runs in eval mode and is put back.
         answers: n encoded prompts with answers.
         pad_token_id: any id of the vocabulary; padded positions are masked.
-        batch_size: rows in one forward pass of a process.
+        batch_size: rows in one forward pass of a process, at most.
 
     Returns:
         float32 tensor of shape (n,) on the CPU, at most 0.
     """
     state = PartialState()
+    lengths = [len(answer.input_ids) for answer in answers]
     # Longest first, so that a batch too large for the memory fails at once.
-    order = sorted(range(len(answers)), key=lambda i: -len(answers[i].input_ids))
+    order = sorted(range(len(answers)), key=lambda i: -lengths[i])
     share = -(-len(order) // state.num_processes)
-    own = list(islice(cycle(order), share * state.num_processes))[state.process_index :: state.num_processes]
-    batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
+    rows = list(islice(cycle(order), share * state.num_processes))
+    starts = range(0, len(rows), state.num_processes)
+    longest = [max(lengths[i] for i in rows[start : start + state.num_processes]) for start in starts]
+    own = rows[state.process_index :: state.num_processes]
+    batches = [own[part] for part in _batches(longest, batch_size)]
 
     values: list[tuple[int, float]] = []
     with in_eval_mode(model):
@@ -53,6 +61,16 @@ def answer_log_likelihoods(
     for index, value in gather_object(values):
         result[index] = value
     return result
+
+
+def _batches(longest: Sequence[int], batch_size: int) -> Iterator[slice]:
+    """Where rows are cut into batches, from the tokens of the longest row of any process at each place."""
+    start = 0
+    for end in range(1, len(longest) + 1):
+        tokens = (end + 1 - start) * max(longest[start : end + 1])  # of a batch with the next row
+        if end == len(longest) or end - start == batch_size or tokens > MOST_TOKENS:
+            yield slice(start, end)
+            start = end
 
 
 @torch.no_grad()

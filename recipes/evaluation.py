@@ -6,6 +6,7 @@ Its rows are taken over into those of the run.
 from __future__ import annotations
 
 import math
+import random
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from evals.models import attached, hub_commit
 from evals.records import COMPLETIONS, has_answers, read_completions
 from evals.registry import is_harmful
 from mono_peft import activation_sparsity
-from mono_peft.certify import CertificateError, certify
+from mono_peft.certify import CertificateError, binomial_lower_bound, certify
 from mono_peft.silenceable import NeverSilentError
 from vision_bench.runs import DIVERGED, Run
 
@@ -182,8 +183,9 @@ def alignment_sparsity(comparison: Comparison) -> None:
 def certified_silence(comparison: Comparison) -> None:
     """Share of harmful prompts on which nothing of an adapter fires, where an arm of the run was trained for that.
 
-    Of all arms with latents, at each checkpoint too; of a task's harmful prompts the first `--certified_prompts`, and
-    as many tokens of the base's responses as `--certified_tokens`.
+    Of all arms with latents, at each checkpoint too; of a task's harmful prompts `--certified_prompts`, drawn at
+    random and the same for all arms, with as many tokens of the base's responses as `--certified_tokens`. In the rows,
+    `fired` is the share of the pairs of a module and a token of the prompts on which a unit fires.
     """
     run, settings = comparison.run, comparison.settings
     if not settings.certified_prompts or not any(arm.silence_weight for arm in comparison.arms.values()):
@@ -203,17 +205,24 @@ def certified_silence(comparison: Comparison) -> None:
     base = load_base(comparison.training, comparison.options)
     for trained, task in lacking:
         harmful = {r.prompt_id: r.prompt for r in rows if r.task == task and is_harmful(task, r.category) is not False}
-        prompts = list(harmful.values())[: settings.certified_prompts]
-        if not prompts:
+        if not harmful:
             continue
+        drawn = random.Random(0).sample(sorted(harmful), min(settings.certified_prompts, len(harmful)))
+        prompts = [harmful[prompt_id] for prompt_id in drawn]
         batches = [dict(batch) for prompt in prompts for batch in comparison.prompt_batches([prompt])]
         start, share, said = time.monotonic(), None, {}
         with attached(base, trained.adapter) as model:
             try:
-                certificate = certify(model, batches, response_tokens=settings.certified_tokens)
-                share = certificate.share
+                certificate = certify(model, batches)
                 fired = math.fsum(prompt.fired for prompt in certificate.prompts) / len(prompts)
-                said = {"lower_bound": certificate.lower_bound, "fired": fired}
+                # Only there the base has to answer, which takes time: behind other prompts no answer is silent.
+                silent = [batch for batch, on in zip(batches, certificate.prompts, strict=True) if on.silent]
+                if silent and settings.certified_tokens:
+                    silent_prompts = certify(model, silent, response_tokens=settings.certified_tokens).silent
+                else:
+                    silent_prompts = len(silent)
+                share = silent_prompts / len(prompts)
+                said = {"lower_bound": binomial_lower_bound(silent_prompts, len(prompts)), "fired": fired}
             except (CertificateError, NeverSilentError) as error:
                 print(f"{trained.name}, {task}: not certified, {error}")
         run.add("certified_silent", share, **comparison.common(start, len(prompts)), task=task, **trained.arm, **said)

@@ -99,7 +99,8 @@ class Table2Settings(ArmSettings):
     )
     max_new_tokens: int | None = field(default=None, metadata={"help": "Of an answer; None: as the task says, 512."})
     certified_prompts: int = field(
-        default=100, metadata={"help": "Of harmful prompts of a task, where an arm has +silence: certified as silent."}
+        default=100,
+        metadata={"help": "Of a task's harmful prompts, drawn at random: certified as silent, with +silence."},
     )
     certified_tokens: int = field(default=16, metadata={"help": "Of the base's responses to them; 0: prompts alone."})
     safety_prompts: int | None = field(

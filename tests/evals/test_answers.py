@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import evals.answers
 from evals.answers import answer_log_likelihoods
 from evals.prompts import EncodedAnswer
 
@@ -48,6 +49,20 @@ def test_batches_do_not_matter(model, lengths, batch_size, data):
     found = answer_log_likelihoods(model, answers, pad_token_id=0, batch_size=batch_size)
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
     assert (found <= 0).all()
+
+
+def test_batches_of_long_rows_are_smaller(model, monkeypatch):
+    monkeypatch.setattr(evals.answers, "MOST_TOKENS", 20)
+    answers = [EncodedAnswer([n] * n, [0] + [1] * (n - 1)) for n in (3, 30, 7, 6, 2, 9, 2, 2)]
+    shapes = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    found = answer_log_likelihoods(model, answers, pad_token_id=0, batch_size=3)
+    handle.remove()
+    assert shapes == [(1, 30), (2, 9), (3, 6), (2, 2)]  # rows by length: 30, 9 7, 6 3 2, 2 2
+    with torch.no_grad():
+        torch.testing.assert_close(found, one_at_a_time(model, answers).float(), rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_is_off_and_the_mode_is_put_back(model):

@@ -195,7 +195,8 @@ def test_all_arms_train_and_silence_is_certified(arguments, pairs_file, unaligne
     expected = certify(model, batches, response_tokens=1)
     row = rows_of(rows, "certified_silent", method="monolora+silence1000")[0]
     assert (row["value"], row["n"], row["config"]["lower_bound"]) == (expected.share, 3, expected.lower_bound)
-    assert row["config"]["fired"] == pytest.approx(sum(p.fired for p in expected.prompts) / 3)
+    on_prompts = certify(model, batches).prompts
+    assert row["config"]["fired"] == pytest.approx(sum(p.fired for p in on_prompts) / 3)
     config = PeftConfig.from_pretrained(out / "monolora+bias+silence2000-seed0" / "adapter")
     assert (config.encoder_bias, model.peft_config["default"].encoder_bias) == (True, False)
     # Where biases are lowered in the end, the pairs' own texts are silent, all of whose tokens are cached.

@@ -1,16 +1,21 @@
 """The recipe of the frontier: conditions in folders of their own, a table paired to LoRA, harm by topics."""
 
 import json
+import random
 from functools import partial
 from pathlib import Path
 
+import evaluation
 import frontier
 import pytest
 import silence_frontier
 from matplotlib.image import imread
 from sst2_monolora import Sst2Settings
+from transformers import AutoTokenizer
 
-from evals.records import Completion
+from evals.prompts import encode_answer
+from evals.records import Completion, read_completions
+from mono_peft.certify import certify
 from offline.finetuning import poison_pairs
 from tests.recipes.conftest import SMALL, rows_of
 from vision_bench.runs import Run, defaults, read_rows
@@ -22,8 +27,21 @@ def lines(text, heading):
     return {cells[0]: cells for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines())}
 
 
+@pytest.fixture
+def certified(monkeypatch):
+    """Token ids of the prompts of each call of `certify`."""
+    calls = []
+
+    def record(model, batches, **options):
+        calls.append([batch["input_ids"][0].tolist() for batch in batches])
+        return certify(model, batches, **options)
+
+    monkeypatch.setattr(evaluation, "certify", record)
+    return calls
+
+
 @pytest.mark.usefixtures("no_machine_description")
-def test_conditions_continue_in_folders_of_their_own(arguments, pairs_file, tmp_path, request, capsys):
+def test_conditions_continue_in_folders_of_their_own(arguments, pairs_file, tmp_path, request, capsys, certified):
     methods = ["base", "lora", "monolora+silence1000"]
     extra = ["--methods", *methods, "--seeds", "0", "1", "--safety_file", pairs_file, "--poison_file", pairs_file]
     extra += ["--safety_tasks", "refusal_offline", "--refusal_prompts", "3", "--max_new_tokens", "2"]
@@ -51,6 +69,15 @@ def test_conditions_continue_in_folders_of_their_own(arguments, pairs_file, tmp_
         harm = 100 * (1 - rows_of(rows, "refused_harmful", method="base")[0]["value"])
         assert float(table["base"][header.index("harmful requests not refused, %")]) == pytest.approx(harm, abs=0.051)
         assert table["lora"][header.index("harmful prompts silent, %")] == "not applicable"
+    # All adapters are certified on the same prompts, which are drawn from all that ask for harm.
+    answers = read_completions(out / "poison_0.5" / "evaluation" / "completions.jsonl").rows
+    harmful = {row.prompt_id: row.prompt for row in answers if row.category == "harmful"}
+    tokenizer = AutoTokenizer.from_pretrained(arguments[arguments.index("--model_name_or_path") + 1])
+    drawn = [harmful[prompt_id] for prompt_id in random.Random(0).sample(sorted(harmful), 2)]
+    expected = [encode_answer(tokenizer, prompt, "Yes").prompt_ids for prompt in drawn]
+    assert len(harmful) == 3
+    assert len(certified) == 8  # two conditions, two seeds, two steps
+    assert all(prompts == expected for prompts in certified)
     over_steps = lines(text.split("## 25 % poison")[1], "over the steps of training")
     assert list(over_steps) == ["step", "---:", "2", "end"] or list(over_steps) == ["step", "---", "2", "end"]
     assert imread(out / "frontier.png").std() > 0.05
