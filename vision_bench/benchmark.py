@@ -14,10 +14,12 @@ process of a launch computes its share of the features, then takes its share of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,20 +29,22 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from vision_bench import kinds, sae
-from vision_bench.benchmark_settings import Settings
+from vision_bench.benchmark_settings import FIXED_SEED, Settings
 from vision_bench.corruptions import CLEAN
 from vision_bench.heads import Head, HeadConfig
 from vision_bench.heads import fit as fit_head
+from vision_bench.metrics import effective_rank
 from vision_bench.runs import CONFIG, DIVERGED, Cell, Run, defaults, device_name, locked
 from vision_bench.subjects import Subject, digest, find_subjects
 from vision_bench.sweep import Arm, Grid, Test, rows, sweep
 
 RECIPE = "vision_bench"
 SAME = "equals_raw"  # the metric of the row that stands for a kind of features which is not measured again
-SAE_SEED = 0
+EFFECTIVE_RANK = "effective_rank"
 HEAD_BATCH = 256  # images of a step of the training of heads, over all processes
 
 Row = dict[str, Any]
+Heads = dict[tuple[str, int], Head]  # of a model, by their names and seeds
 
 
 def run(settings: Settings) -> tuple[list[Subject], list[Row]]:
@@ -70,7 +74,7 @@ def run(settings: Settings) -> tuple[list[Subject], list[Row]]:
     subjects = find_subjects(settings, device, is_main)
     accelerator.wait_for_everyone()  # until all processes have read the rows that the folder has
     results.bind()
-    units, heads = [], dict[tuple[str, str], Head]()
+    units, heads = [], dict[str, Heads]()  # of each model, by its id
     for subject in subjects:
         if is_main:
             height, width = subject.train.source.image_size
@@ -89,7 +93,9 @@ def run(settings: Settings) -> tuple[list[Subject], list[Row]]:
             continue
         for name in dict.fromkeys(filter(None, map(kinds.head_of, lacking))):
             try:
-                heads[subject.id, name] = _head(subject, name, settings, accelerator)
+                for seed in settings.seeds if settings.fit_each_seed else [FIXED_SEED]:
+                    head = _head(subject, name, seed, settings, accelerator)
+                    heads.setdefault(subject.id, {})[name, seed] = head
             except FloatingPointError as error:
                 broken = [kind for kind in lacking if kinds.head_of(kind) == name]
                 lacking = [kind for kind in lacking if kind not in broken]
@@ -101,18 +107,23 @@ def run(settings: Settings) -> tuple[list[Subject], list[Row]]:
         if first + accelerator.process_index < len(units):
             subject, kind = units[first + accelerator.process_index]
             try:
-                own = {name: head for (id, name), head in heads.items() if id == subject.id}
-                measured = _measure(results, subject, kind, own, settings, device, is_main)
+                measured = _measure(results, subject, kind, heads.get(subject.id, {}), settings, device, is_main)
             except (FloatingPointError, sae.NoVariance) as error:
                 measured = [_diverged(results, subject, kind, str(error), device)]
         results.add_rows(gather_object(measured))
     return subjects, results.rows
 
 
-def _grid(subject: Subject, kind: str, settings: Settings) -> Grid:
-    """The rows of a kind of features of a model, but for those of `_quality_cells`."""
+def _grids(subject: Subject, kind: str, settings: Settings) -> dict[int, Grid]:
+    """The rows of a kind of features of a model, but for those of `_clean_cells`, by the seed of the features."""
+    if settings.fit_each_seed and kinds.is_drawn(kind):
+        return {seed: _grid(subject, kind, settings, [seed], seed) for seed in settings.seeds}
+    return {FIXED_SEED: _grid(subject, kind, settings, settings.seeds, None)}
+
+
+def _grid(subject: Subject, kind: str, settings: Settings, seeds: Sequence[int], feature_seed: int | None) -> Grid:
     return Grid(
-        {kind: Arm(kind, settings.conditions.trainings(settings.seeds, settings.learners))},
+        {kind: Arm(kind, settings.conditions.trainings(seeds, settings.learners))},
         [Test(name) for name in settings.conditions.tests()],
         lambda training: {
             "few_shots": training.fraction,
@@ -121,13 +132,25 @@ def _grid(subject: Subject, kind: str, settings: Settings) -> Grid:
         },
         lambda test: {"test": test.images, "features_id": subject.id},
         all_described=True,
+        model_seed=feature_seed,
     )
 
 
-def _quality_cells(subject: Subject, kind: str) -> list[Cell]:
-    """The rows that say how well an autoencoder does on the clean test images."""
+def _clean_cells(subject: Subject, kind: str, grid: Grid) -> list[Cell]:
+    """The rows of what is measured on the clean test images alone, of features with the seed of a grid."""
     arm = {"features": kind, "features_id": subject.id}
-    return [Cell(metric, None, arm) for metric in sae.QUALITY] if kind in kinds.AUTOENCODERS else []
+    metrics = [EFFECTIVE_RANK, *(sae.QUALITY if kinds.has_latents(kind) else ())]
+    return [Cell(metric, grid.model_seed, arm) for metric in metrics]
+
+
+def _clean_values(subject: Subject, kind: str, frozen: kinds.Frozen) -> dict[str, float | None]:
+    """The values of `_clean_cells` by metric."""
+    clean = subject.load(CLEAN)
+    rank = effective_rank(kinds.maker(kind, frozen)({kinds.BASE: clean}))
+    values: dict[str, float | None] = {EFFECTIVE_RANK: None if math.isnan(rank) else rank}
+    if kinds.has_latents(kind):
+        values |= zip(sae.QUALITY, sae.evaluate(frozen.latents_of(kind), F.normalize(clean)), strict=True)
+    return values
 
 
 def _is_lacking(results: Run, subject: Subject, kind: str, settings: Settings) -> bool:
@@ -136,14 +159,15 @@ def _is_lacking(results: Run, subject: Subject, kind: str, settings: Settings) -
         return False
     if kind == "relu" and "raw" in settings.features and results.find(SAME, features_id=subject.id):
         return False
-    return bool(results.lacking(_grid(subject, kind, settings).cells(kind) + _quality_cells(subject, kind)))
+    grids = _grids(subject, kind, settings).values()
+    return any(results.lacking(grid.cells(kind) + _clean_cells(subject, kind, grid)) for grid in grids)
 
 
 def _measure(
     results: Run,
     subject: Subject,
     kind: str,
-    heads: Mapping[str, Head],
+    heads: Heads,
     settings: Settings,
     device: torch.device,
     progress: bool,
@@ -161,33 +185,34 @@ def _measure(
     if kind == "relu" and "raw" in settings.features and subject.is_non_negative():
         arm: dict[str, Any] = {"features": kind, "features_id": subject.id}
         return [results.row(SAME, 1.0, n=len(train), seed=None, **timed, **common, **arm)]
-    frozen = kinds.Frozen(
-        train={kinds.BASE: train},
-        fit_autoencoder=lambda half: _autoencoder(subject, train, half, settings, device, progress),
-        heads=heads,
-    )
-    batches = sweep(
-        _grid(subject, kind, settings),
-        frozen,
-        subject.train.images.labels,
-        subject.train.images.num_classes,
-        lambda test: ({kinds.BASE: subject.load(test.images)}, subject.tests[test.images].images.labels),
-        device=device,
-        lacking=results.lacking,
-        progress=progress,
-        epochs=settings.probe_epochs,
-        standardize=settings.standardize,
-        human_labels=settings.read_human_labels(),
-    )
-    measured = [row for batch in rows(results, batches, device, **common) for row in batch]
-    if lacking := results.lacking(_quality_cells(subject, kind)):
-        clean = F.normalize(subject.load(CLEAN))
-        autoencoder = frozen.autoencoder(kinds.AUTOENCODERS[kind])
-        quality = dict(zip(sae.QUALITY, sae.evaluate(autoencoder, clean), strict=True))
-        measured += [
-            results.row(cell.metric, quality[cell.metric], n=len(clean), seed=None, **timed, **common, **cell.arm)
-            for cell in lacking
-        ]
+    measured: list[Row] = []
+    for seed, grid in _grids(subject, kind, settings).items():
+        frozen = kinds.Frozen(
+            train={kinds.BASE: train},
+            fit_autoencoder=partial(_autoencoder, subject, train, seed, settings, device, progress),
+            seed=seed,
+            heads={name: head for (name, seed_of_head), head in heads.items() if seed_of_head == seed},
+        )
+        batches = sweep(
+            grid,
+            frozen,
+            subject.train.images.labels,
+            subject.train.images.num_classes,
+            lambda test: ({kinds.BASE: subject.load(test.images)}, subject.tests[test.images].images.labels),
+            device=device,
+            lacking=results.lacking,
+            progress=progress,
+            epochs=settings.probe_epochs,
+            standardize=settings.standardize,
+            human_labels=settings.read_human_labels(),
+        )
+        measured += [row for batch in rows(results, batches, device, **common) for row in batch]
+        if lacking := results.lacking(_clean_cells(subject, kind, grid)):
+            values, n = _clean_values(subject, kind, frozen), len(subject.tests[CLEAN].images)
+            measured += [
+                results.row(cell.metric, values[cell.metric], n=n, seed=cell.seed, **timed, **common, **cell.arm)
+                for cell in lacking
+            ]
     return measured
 
 
@@ -208,7 +233,13 @@ def _diverged(results: Run, subject: Subject, kind: str, reason: str, device: to
 
 
 def _autoencoder(
-    subject: Subject, train: torch.Tensor, half: str | None, settings: Settings, device: torch.device, progress: bool
+    subject: Subject,
+    train: torch.Tensor,
+    seed: int,
+    settings: Settings,
+    device: torch.device,
+    progress: bool,
+    half: str | None,
 ) -> sae.TopKAutoencoder:
     """Trained on the L2-normalised training features, without labels; continued or taken from the cache."""
     directions = kinds.directions(train)
@@ -217,7 +248,8 @@ def _autoencoder(
     folder = subject.train.folder
     k = settings.sae_k or max(1, round(train.shape[1] / 8))
     name = f"sae-{folder.name.rpartition('-')[2]}-k{k}-epochs{settings.sae_epochs}"
-    checkpoint_dir = folder.parent / (name if half is None else f"{name}-frozen-{half}")
+    name += "" if half is None else f"-frozen-{half}"
+    checkpoint_dir = folder.parent / f"{name}{_seed_words(seed)}"
     with locked(checkpoint_dir, timeout=-1):  # Another run with this cache may be training the same autoencoder.
         return sae.fit(
             directions,
@@ -225,7 +257,7 @@ def _autoencoder(
             k,
             epochs=settings.sae_epochs,
             batch_size=min(256, len(directions)),
-            seed=SAE_SEED,
+            seed=seed,
             frozen=half,
             device=device,
             checkpoint_dir=checkpoint_dir,
@@ -233,13 +265,21 @@ def _autoencoder(
         ).autoencoder
 
 
-def _head(subject: Subject, name: str, settings: Settings, accelerator: Accelerator) -> Head:
+def _seed_words(seed: int) -> str:
+    """The end of the name of a folder of what was trained with a seed."""
+    return "" if seed == FIXED_SEED else f"-seed{seed}"
+
+
+def _head(subject: Subject, name: str, seed: int, settings: Settings, accelerator: Accelerator) -> Head:
     """A head trained on the views of the training images, by all processes; continued or taken from the cache."""
     n, (folder, width) = len(subject.train.images), (subject.train.folder, subject.train.width())
     batch = min(HEAD_BATCH, n)
     k = settings.sae_k or max(1, round(width / 8))
     config = HeadConfig(
-        epochs=settings.head_epochs, batch_size=batch - batch % accelerator.num_processes, k=k if name == "csr" else 1
+        epochs=settings.head_epochs,
+        batch_size=batch - batch % accelerator.num_processes,
+        k=k if name == kinds.CSR else 1,
+        seed=seed,
     )
     source = digest([asdict(view.source) for view in subject.views])
 
@@ -249,7 +289,8 @@ def _head(subject: Subject, name: str, settings: Settings, accelerator: Accelera
             part.copy_(view.load())
         return views
 
-    checkpoint_dir = folder.parent / f"{name}-{source}-epochs{settings.head_epochs}-k{config.k}"
+    words = f"{name}-{source}-epochs{settings.head_epochs}-k{config.k}{_seed_words(seed)}"
+    checkpoint_dir = folder.parent / words
     # Another run with this cache may be training the same head.
     with locked(checkpoint_dir, timeout=-1) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()  # so that all find the same in the folder

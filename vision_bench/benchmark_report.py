@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from vision_bench import figures, gain_parts, kinds, label_noise, report, sae
-from vision_bench.benchmark import SAME, Row
+from vision_bench.benchmark import EFFECTIVE_RANK, SAME, Row
 from vision_bench.benchmark_settings import Settings
 from vision_bench.corruptions import CLEAN
 from vision_bench.learners import LEARNERS, PROBE, TUNED
@@ -30,7 +30,7 @@ TEXT, TABLE, DATA, FIGURE, PARTS = "results.md", "results.csv", "results.json", 
 NAMES = gain_parts.RawNames("raw", "unit")
 LINEAR_PROBES = "linear probes"
 HEADER = ["model", "features", "images", "wrong labels"]  # of the tables in Markdown
-DESCRIBED = ["own training labels", "semantic consistency", "chance", "sparsity", "live"]
+DESCRIBED = ["own training labels", "semantic consistency", "chance", "sparsity", "live", "effective rank"]
 
 Line = dict[str, Any]
 
@@ -125,7 +125,7 @@ class _Model:
         self.tables = {name: report.ProbeTable(rows, columns, self.kinds, learner=name) for name in settings.learners}
         ways = itertools.product(settings.learners, self.kinds, columns)
         self.lines = [self._line(learner, kind, column, settings) for learner, kind, column in ways]
-        conditions_of = ((_condition(settings_of), column) for column, settings_of in columns.items())
+        conditions_of = ((single_corruption(settings_of), column) for column, settings_of in columns.items())
         self.single = {name: column for name, column in conditions_of if name is not None}
 
     def _line(self, learner: str, kind: str, column: Hashable, settings: Settings) -> Line:
@@ -159,6 +159,7 @@ class _Model:
             "trained": own.trained,
             **gains,
             **{name: self.value(name, features=kind, test=test) for name in MEASURED},
+            EFFECTIVE_RANK: self.value(EFFECTIVE_RANK, features=kind) if test == CLEAN else None,
             WRONG_LABELS: _wrong_labels(table, kind, column),
             "test_images": int(rows["n"].iloc[0]),
             "training_images": int(rows["training_images"].iloc[0]),
@@ -170,9 +171,9 @@ class _Model:
         return self.tables.get(TUNED) if learner == PROBE else None
 
     def value(self, metric: str, **settings: Any) -> float | None:
-        """The value of the one row of a metric, None where it is undefined."""
+        """The value of the one row of a metric, or the mean over seeds, None where it is undefined."""
         rows = next(iter(self.tables.values())).rows
-        value = float(select(rows, metric, **settings)["value"].iloc[0])
+        value = float(select(rows, metric, **settings)["value"].mean())
         return None if value != value else value
 
     def by_training(self, learner: str) -> Iterable[tuple[list[str], list[Line]]]:
@@ -217,6 +218,11 @@ def _markdown(models: Sequence[_Model], settings: Settings) -> str:
                     table, model.single, NAMES, model.tuned(learner), is_equivariant=equivariant
                 )
     seeds = len(settings.seeds)
+    drawn = (
+        "each has autoencoders, heads and random bases of its own, and all the same models and noise on images."
+        if settings.fit_each_seed
+        else "the models, autoencoders, heads, random bases and the noise on images are the same for all seeds."
+    )
     scaled = "standardised features" if settings.standardize else "features"
     text += (
         f"\nMean ± half-width of the 95 % interval over {seeds} seeds of probes, wrong labels and drawn images;\n"
@@ -224,13 +230,14 @@ def _markdown(models: Sequence[_Model], settings: Settings) -> str:
         else f"\nOne seed ({settings.seeds[0]}) of probes, wrong labels and drawn images, so there are no intervals;\n"
     )
     text += (
-        "the models, autoencoders, heads, random bases and the noise on images are the same for all seeds. Probes:\n"
+        f"{drawn} Probes:\n"
         f"{settings.probe_epochs} epochs, LARS 0.4, {scaled} times the number that makes the mean square norm of the\n"
         f"training rows {NORM:g} squared, so that their scale decides nothing; of few images as many steps as of\n"
         "all, up to whole epochs.\n"
         f"{report.TRAINING_NOTE}"
         "Consistency, chance, sparsity and live dimensions are of the clean test images; chance is the consistency\n"
-        "with shuffled labels. A consistency means little without the sparsity beside it. Accuracies of models that\n"
+        "with shuffled labels. A consistency means little without the sparsity beside it. Effective rank: entropy of\n"
+        "the singular values of the normalised rows. Accuracies of models that\n"
         "were pretrained on other images, or with labels, are no comparison of methods. results.csv has all numbers,\n"
         "also what the features are under noise and shifts.\n"
     )
@@ -239,8 +246,8 @@ def _markdown(models: Sequence[_Model], settings: Settings) -> str:
             model.value(metric, features=kind) for metric in sae.QUALITY
         ]
         for model in models
-        for kind in kinds.AUTOENCODERS
-        if kind in model.kinds
+        for kind in model.kinds
+        if kinds.has_latents(kind)
     }
     if qualities:
         text += "\nSparse autoencoders on clean test images:\n\n"
@@ -266,7 +273,8 @@ def _accuracies(models: Sequence[_Model], tests: Sequence[str], learner: str) ->
             top1 = [Interval(line["top1"], line["top1_half_width"], line["seeds"]).text(1) for line in lines]
             described = ["-" if clean[metric] is None else f"{clean[metric]:.3f}" for metric in MEASURED[:3]]
             live = f"{clean[MEASURED[3]]:.0f} of {clean['dimensions']}"
-            table.append([*start, *top1, own.text, *described, live])
+            rank = clean[EFFECTIVE_RANK]
+            table.append([*start, *top1, own.text, *described, live, "-" if rank is None else f"{rank:.2f}"])
             chance_levels = [f"{line['chance_top1']:.1f}" for line in lines]
     nothing = ["-"] * len(DESCRIBED)
     for model in models:
@@ -296,8 +304,12 @@ def _gains(models: Sequence[_Model], tests: Sequence[str], learner: str) -> str:
     return text
 
 
-def _condition(settings: Mapping[str, Any]) -> str | None:
-    """What is corrupted under the settings of a column or line, in words; None if more than one thing is."""
+def single_corruption(settings: Mapping[str, Any]) -> str | None:
+    """What is corrupted under the settings of a column or line, in words; None if more than one thing is.
+
+    Args:
+        settings: few_shots, label_noise and test, as rows have them.
+    """
     parts = []
     if noise := settings["label_noise"]:
         parts.append(label_noise.condition(noise))
@@ -315,5 +327,5 @@ def _one_at_a_time(lines: Iterable[Line]) -> dict[str, tuple[float, float, float
     return {
         name: (line["top1"], line["top1_half_width"] or 0.0, line["chance_top1"])
         for line in lines
-        if (name := _condition(line)) is not None
+        if (name := single_corruption(line)) is not None
     }

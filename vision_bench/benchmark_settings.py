@@ -26,6 +26,7 @@ from vision_bench.runs import file_checksum, option, recorded
 from vision_bench.sweep import Training
 
 FEATURES = ("raw", "unit", "relu", "sae")
+FIXED_SEED = 0  # of autoencoders, heads and what is drawn once, unless each seed has its own
 # Of `kinds.KINDS`, those of the recipes: of a second model, or another name for one of these.
 OF_RECIPES = ("poly", "poly_unit", "ncl")
 
@@ -88,6 +89,11 @@ class Settings:
     head_epochs: int = option(20, help="of the training of heads")
     probe_epochs: int = option(50, help="of the training of probes")
     standardize: bool = option(False, help="standardise each feature before probing")
+    fit_each_seed: bool = option(
+        False,
+        help="train autoencoders and heads, and draw random bases, masks and projections, anew for each seed; "
+        f"otherwise all have the seed {FIXED_SEED}",
+    )
     batch_size: int = option(256, help="images of a forward pass", changes_results=False)
     cache_dir: str | None = option(
         None,

@@ -46,8 +46,6 @@ HEADS = ("simclr_head", "ncl_head", "csr")
 KIND = "head of a frozen model"
 WIDER, WIDER_WEIGHT = 4, 1 / 8  # of the second reconstruction of csr
 
-Head = Callable[[torch.Tensor], torch.Tensor]  # features (n, d) of images -> (n, d) float32 on the CPU
-
 
 @dataclass(frozen=True)
 class HeadConfig:
@@ -71,6 +69,25 @@ class HeadConfig:
         for name in ("learning_rate", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite.")
+
+
+class Head:
+    """A trained head: called with features (n, d) of images it gives (n, d) float32 on the CPU."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module.eval().requires_grad_(False)
+
+    @property
+    def autoencoder(self) -> sae.TopKAutoencoder:
+        """That of `csr`, whose latents the features are; the other heads have none."""
+        assert isinstance(self._module, _SparseCodes)
+        return self._module.autoencoder
+
+    @torch.no_grad()
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        if isinstance(self._module, _SparseCodes):
+            return sae.normalised_latents(self._module.autoencoder, features)
+        return torch.cat([self._module(F.normalize(part.float())).cpu() for part in features.split(CHUNK)])
 
 
 def fit(
@@ -259,12 +276,4 @@ def _finished(folder: Path, identity: Mapping[str, Any]) -> Head | None:
     with torch.random.fork_rng(devices=[]):
         module = _module(identity["head"], d, HeadConfig(**identity["config"]))
     module.load_state_dict(tensors)
-    module.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def head(features: torch.Tensor) -> torch.Tensor:
-        if isinstance(module, _SparseCodes):
-            return sae.normalised_latents(module.autoencoder, features)
-        return torch.cat([module(F.normalize(part.float())).cpu() for part in features.split(CHUNK)])
-
-    return head
+    return Head(module)

@@ -45,6 +45,7 @@ BASE, NCL = "base", "ncl"  # the model whose features most kinds are made from, 
 RANDOM_BASIS = "_random_basis"  # behind the name of a kind: its twin
 # The kinds that are latents of an autoencoder, and which half of it stays random.
 AUTOENCODERS = {"sae": None, "sae_frozen_decoder": "decoder", "sae_frozen_encoder": "encoder"}
+CSR = "csr"  # the head that is an autoencoder, too
 
 Outputs = Mapping[str, torch.Tensor]  # features (n, d) of the same n images under each frozen model, by its name
 Make = Callable[[Outputs], torch.Tensor]  # gives features (n, d') on the CPU
@@ -75,6 +76,10 @@ class Frozen:
             with torch.enable_grad():  # which is off while features are made
                 self._fitted[frozen] = self.fit_autoencoder(frozen)
         return self._fitted[frozen]
+
+    def latents_of(self, kind: str) -> sae.TopKAutoencoder:
+        """The autoencoder whose latents a kind is, for which `has_latents` holds."""
+        return self.heads[CSR].autoencoder if kind == CSR else self.autoencoder(AUTOENCODERS[kind])
 
 
 Kind = Callable[[Frozen], Make]  # is called once for the models; what it returns makes training and test features
@@ -194,6 +199,16 @@ def find(name: str) -> Kind:
 def needs_autoencoder(name: str) -> bool:
     """Whether a kind, or the one that it is the twin of, is made with an autoencoder."""
     return name.removesuffix(RANDOM_BASIS) in (*AUTOENCODERS, *AT_ITS_SIZE)
+
+
+def has_latents(name: str) -> bool:
+    """Whether the features of a kind are the latents of an autoencoder."""
+    return name in (*AUTOENCODERS, CSR)
+
+
+def is_drawn(name: str) -> bool:
+    """Whether the seed of `Frozen` decides the features of a kind; of `pca` an autoencoder decides the size alone."""
+    return name.endswith(RANDOM_BASIS) or head_of(name) is not None or (needs_autoencoder(name) and name != "pca")
 
 
 def head_of(name: str) -> str | None:

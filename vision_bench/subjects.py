@@ -147,7 +147,7 @@ def find_subjects(settings: Settings, device: torch.device, progress: bool) -> l
         find_subjects(Settings(random_init=["small_conv"], output_dir="runs/bench"), torch.device("cpu"), True)
 
     Args:
-        device: where a few images are tried.
+        device: where a few images are tried, and views of images are made.
         progress: show progress bars while images are read.
 
     Raises:
@@ -159,7 +159,7 @@ def find_subjects(settings: Settings, device: torch.device, progress: bool) -> l
     for model in frozen:
         _layer(model, settings)
     sizes = [settings.image_size or model.image_size for model in frozen]
-    images = {size: _load(settings, size, progress) for size in dict.fromkeys(sizes)}
+    images = {size: _load(settings, size, device, progress) for size in dict.fromkeys(sizes)}
     subjects: dict[str, Subject] = {}
     for index, size in enumerate(sizes):
         # A model is held no longer than until its features are computed, so not in the list.
@@ -192,7 +192,7 @@ class _Images(NamedTuple):
     whole: str  # fingerprint of the training images before a limit
 
 
-def _load(settings: Settings, size: int | None, progress: bool) -> _Images:
+def _load(settings: Settings, size: int | None, device: torch.device, progress: bool) -> _Images:
     """The images at a size in pixels; None: that of the data set."""
     reading: dict[str, Any] = {
         "skip_corrupt": settings.skip_corrupt,
@@ -218,7 +218,8 @@ def _load(settings: Settings, size: int | None, progress: bool) -> _Images:
             sets[str(shift)] = synthetic(shift.name, test, shift.strength)
     if settings.heads:
         sets |= {
-            f"{VIEW} {number}": viewed(train, seed_of(number, VIEW_STREAM)) for number in range(settings.head_views)
+            f"{VIEW} {number}": viewed(train, seed_of(number, VIEW_STREAM), device)
+            for number in range(settings.head_views)
         }
     return _Images(sets, whole.fingerprint)
 
@@ -259,7 +260,7 @@ def _subject(frozen: zoo.Frozen, random: bool, settings: Settings, images: _Imag
     is_missing = any(features.missing(part.folder, part.source) for part in (train, *tests.values(), *views))
     width = _tried_width(frozen, layer, sets, device) if is_missing else train.width()
     learners.check(settings.learners, width)
-    has_latents = "csr" in settings.heads or any(map(kinds.needs_autoencoder, settings.features))
+    has_latents = kinds.CSR in settings.heads or any(map(kinds.needs_autoencoder, settings.features))
     if settings.sae_k is not None and width is not None and settings.sae_k > width and has_latents:
         raise ValueError(
             f"sae_k is {settings.sae_k}; {frozen.name} has {width} features, and it must not exceed them."

@@ -28,10 +28,13 @@ class ViewedImages(torch.utils.data.Dataset[torch.Tensor]):
         images: uint8 (n, 3, h, w), held or streamed.
         views: with mean 0 and standard deviation 1, so that what it gives is in [0, 1].
         parameters: of the views of all n images.
+        device: where views are made and returned.
     """
 
-    def __init__(self, images: Images, views: SimCLRViews, parameters: ViewParameters) -> None:
-        self.images, self.views, self.parameters = images, views, parameters
+    def __init__(
+        self, images: Images, views: SimCLRViews, parameters: ViewParameters, device: torch.device | str
+    ) -> None:
+        self.images, self.views, self.parameters, self.device = images, views, parameters, device
         self.shape = torch.Size((len(images), 3, views.size, views.size))
 
     def __len__(self) -> int:
@@ -39,10 +42,10 @@ class ViewedImages(torch.utils.data.Dataset[torch.Tensor]):
 
     def __getitem__(self, index: slice | torch.Tensor) -> torch.Tensor:
         parameters = ViewParameters(*(values[index] for values in self.parameters))
-        return (self.views.apply(self.images[index], parameters) * 255).round().to(torch.uint8)
+        return (self.views.apply(self.images[index].to(self.device), parameters) * 255).round().to(torch.uint8)
 
 
-def viewed(images: ImageSet, seed: int, **settings: Any) -> ImageSet:
+def viewed(images: ImageSet, seed: int, device: torch.device | str = "cpu", **settings: Any) -> ImageSet:
     """The set with one view of each image in its place, drawn by the seed, rounded to uint8.
 
     The labels, the classes and the normalisation are those of the set. The fingerprint follows from its own, the seed
@@ -50,6 +53,7 @@ def viewed(images: ImageSet, seed: int, **settings: Any) -> ImageSet:
 
     Args:
         seed: of the parameters of all views, at least 0.
+        device: where views are made and returned; on another one single values may be rounded otherwise.
         settings: of `SimCLRViews` other than size, mean and std; the views are square, as wide as the images.
 
     Raises:
@@ -61,5 +65,5 @@ def viewed(images: ImageSet, seed: int, **settings: Any) -> ImageSet:
     parameters = views.draw(len(images), height, width, torch.Generator().manual_seed(seed))
     described = hashlib.blake2b(repr((VERSION, seed, views)).encode(), digest_size=8).digest()
     digests = images.digests ^ int.from_bytes(described, "big", signed=True)
-    shown: Any = ViewedImages(images.images, views, parameters)
+    shown: Any = ViewedImages(images.images, views, parameters, device)
     return replace(images, images=shown, digests=digests, digested=shown)

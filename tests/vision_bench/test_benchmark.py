@@ -15,7 +15,7 @@ from vision_bench import benchmark, features, models, probe, sae
 from vision_bench.__main__ import main
 from vision_bench.corruptions import InputNoise, flip_labels
 from vision_bench.data import load_images, stratified_fraction
-from vision_bench.metrics import semantic_consistency
+from vision_bench.metrics import effective_rank, semantic_consistency
 from vision_bench.probe import fit_linear_probes, probe_accuracy
 from vision_bench.runs import interval, paired_difference
 from vision_bench.shifts import load_shifted, synthetic
@@ -45,6 +45,7 @@ def test_every_cell_has_a_row_and_kinds_of_features_differ(benchmark_run, ncl_ch
         assert sparsity == pytest.approx(1 - 1 / 8, abs=0.02)
         for metric in sae.QUALITY:
             assert len(measured(benchmark_run, metric, model=model)) == 1
+        assert len(measured(benchmark_run, "effective_rank", model=model)) == 3
         # no feature of these two is negative
         assert [row["config"]["features"] for row in measured(benchmark_run, benchmark.SAME, model=model)] == ["relu"]
         training = measured(benchmark_run, probe.TRAINING[0], model=model)
@@ -89,6 +90,47 @@ def test_a_cell_equals_what_its_parts_give_one_by_one(benchmark_run, kind, shots
     what = semantic_consistency(y, images.labels)
     for metric, value in (("semantic_consistency", what.mean), ("sparsity", what.sparsity)):
         assert measured(benchmark_run, metric, **arm)[0]["value"] == pytest.approx(value, abs=1e-6)
+    if test == "clean":
+        (row,) = measured(benchmark_run, "effective_rank", model="small_conv", features=kind)
+        assert row["value"] == pytest.approx(effective_rank(y), abs=1e-6)
+
+
+def test_with_fit_each_seed_what_is_trained_or_drawn_follows_from_the_seed_of_the_probe(tmp_path):
+    command = [*SMALL, "--limit", "100", "--probe_epochs", "2", "--sae_epochs", "1", "--head_epochs", "1"]
+    command += ["--head_views", "2", "--corruptions", "gaussian=0.5"]
+    command += ["--features", "raw", "pca", "sae", "csr", "raw_random_basis"]
+    for name, seeds in (("both", ["0", "3"]), ("only", ["3"]), ("fixed", ["0", "3"])):
+        own = [] if name == "fixed" else ["--fit_each_seed"]
+        main([*command, *own, "--seeds", *seeds, "--output_dir", str(tmp_path / name)])
+    for kind in ("raw", "pca", "sae", "csr", "raw_random_basis"):
+        both, only, fixed = (measured(tmp_path / n, features=kind, test="clean") for n in ("both", "only", "fixed"))
+        assert [row["seed"] for row in both] == [0, 3]
+        assert both[1]["value"] == only[0]["value"]
+        assert both[0]["value"] == fixed[0]["value"]
+        arm = {"features": kind, "test": "clean"}
+        one_for_all = measured(tmp_path / "both", "semantic_consistency", **arm)
+        assert [row["seed"] for row in one_for_all] == ([None] if kind in ("raw", "pca") else [0, 3])
+    for kind in ("sae", "csr"):
+        unexplained = [row["value"] for row in measured(tmp_path / "both", "sae_fvu", features=kind)]
+        assert len(set(unexplained)) == 2
+        assert unexplained[0] == measured(tmp_path / "fixed", "sae_fvu", features=kind)[0]["value"]
+        mean = sum(unexplained) / 2
+        line = next(x for x in (tmp_path / "both" / "results.md").read_text().splitlines() if f"{mean:.3g} |" in x)
+        assert line.startswith("| small_conv (random)" + (", csr" if kind == "csr" else " "))
+    train, test = (load_images("digits", split) for split in ("train", "test"))
+    train, test = (
+        images.subset(stratified_fraction(images.labels, 100 / len(images), torch.Generator().manual_seed(0)))
+        for images in (train, test)
+    )
+    torch.manual_seed(0)
+    model = models.build_backbone(models.ModelConfig("small_conv"))
+    x, y = (F.normalize(features.embed(model, s.images, s.mean, s.std)["backbone"]) for s in (train, test))
+    fitted = sae.fit(x, 128, 16, epochs=1, batch_size=len(x), seed=3).autoencoder
+    (row,) = measured(tmp_path / "only", "sae_fvu", features="sae")
+    assert row["value"] == pytest.approx(sae.evaluate(fitted, y).fvu, rel=1e-4)
+    words = "each has autoencoders, heads and random bases of its own"
+    assert words in (tmp_path / "both" / "results.md").read_text()
+    assert words not in (tmp_path / "fixed" / "results.md").read_text()
 
 
 def test_probes_on_few_images_take_the_steps_of_all_up_to_whole_epochs(tmp_path, monkeypatch):
@@ -112,7 +154,7 @@ def test_the_table_says_what_is_pretrained_on_what_and_agrees_with_the_rows(benc
     assert "- **ncl**: output at 8 x 8 pixels. Pretrained: self-supervised, NCL (relu), 1 epochs, seed 0, " in text
     assert "- **small_conv (random)**: backbone at 8 x 8 pixels. Pretrained: nothing: random initialisation" in text
     header = next(line for line in text.splitlines() if line.startswith("| model | features"))
-    assert header.endswith("| semantic consistency | chance | sparsity | live |")
+    assert header.endswith("| semantic consistency | chance | sparsity | live | effective rank |")
     with (benchmark_run / "results.csv").open() as file:
         table = list(csv.DictReader(file))
     cells = json.loads((benchmark_run / "results.json").read_text())["table"]
