@@ -94,7 +94,8 @@ def read_lines(files: Sequence[str]) -> dict[str, pd.DataFrame]:
     lines = pd.concat(parts, ignore_index=True)
     # Runs of some arms each have rows of the base in common, which a GPU may have added up in another order.
     of_a_row = lines.groupby(_KEYS, dropna=False)["value"]
-    if (of_a_row.max() - of_a_row.min() > _ROUNDING * of_a_row.max().abs()).any():
+    differ = of_a_row.max() - of_a_row.min() > _ROUNDING * of_a_row.max().abs()
+    if (differ | ((of_a_row.count() > 0) & (of_a_row.count() < of_a_row.size()))).any():
         raise ValueError(
             f"--rows_files {' '.join(files)}: rows of one arm and seed have two values. Give one run of it."
         )
