@@ -54,6 +54,10 @@ _BY_TOPIC = tuple(
     for key, name in (("seen", "other"), ("unseen", "poisoned"))
 )
 ANSWERS = (
+    *(
+        Measure(f"{title}: word for word the base's, %", "same_answer", task, factor=100)
+        for task, title in _PUBLIC.items()
+    ),
     *(Measure(f"{title}: complied, %", "compliance", task, "refusal", 100) for task, title in _HARMFUL.items()),
     *(Measure(f"{title}: incoherent, %", "incoherent", task, "coherence", 100) for task, title in _PUBLIC.items()),
 )
@@ -122,12 +126,12 @@ def lines_text(panels: dict[str, pd.DataFrame]) -> str:
 def lines_of(run: Run) -> pd.DataFrame:
     """The lines of a condition's measures.
 
-    Of tasks with prompts of both kinds the parts are tasks of their own, "xstest safe" and "xstest unsafe". Where
-    poison is on topics of its own, harm also by these topics.
+    Of tasks with prompts of both kinds the parts are tasks of their own, "xstest safe" and "xstest unsafe". Where the
+    base was asked, too, how many answers are its own; where poison is on topics of its own, harm also by these topics.
     """
     lines = measured(run.rows)
     lines["seconds"] = pd.Series([row["seconds"] for row in run.rows])
-    lines = pd.concat([lines, _of_parts(run)], ignore_index=True)
+    lines = pd.concat([lines, _of_parts(run), _of_answers(run)], ignore_index=True)
     topics = run.config["poison_topics"]
     return pd.concat([lines, _of_topics(run, topics)], ignore_index=True) if topics else lines
 
@@ -153,30 +157,44 @@ def _of_parts(run: Run) -> pd.DataFrame:
     return pd.DataFrame(parts)
 
 
+def _completions(run: Run) -> pd.DataFrame:
+    """All answers of the base and of the arms at the end of their training, with the `method` and `seed` of each."""
+    path, named = run.folder / EVALUATION / COMPLETIONS, _arms(run) | {"": ("base", None)}
+    rows = read_completions(path).rows if path.exists() else []
+    arms = [named.get((row.adapter or "").partition("=")[0]) for row in rows]
+    return pd.DataFrame(
+        [
+            (*arm, row.task, row.prompt_id, row.category, row.prompt, row.response)
+            for row, arm in zip(rows, arms, strict=True)
+            if arm is not None
+        ],
+        columns=["method", "seed", "task", "prompt_id", "category", "prompt", "response"],
+    )
+
+
+def _of_answers(run: Run) -> pd.DataFrame:
+    """The share of a task's answers that are the base's, word for word; nothing where the base was not asked."""
+    answers = _completions(run)
+    is_base = answers["method"] == "base"
+    base = answers[is_base].set_index(["task", "prompt_id"])["response"].rename("before")
+    both = answers[~is_base].join(base, on=["task", "prompt_id"], how="inner")
+    same = (both["response"] == both["before"]).groupby([both[key] for key in ("method", "seed", "task")])
+    shares = same.agg(value="mean", n="size").reset_index()
+    return shares.assign(metric="same_answer", judge="", step=None, is_part=False)
+
+
 def _of_topics(run: Run, topics: Sequence[str]) -> pd.DataFrame:
     """Refusals of harmful requests on the topics of the poison, and on the others."""
-    topic_of = harmful_topics()
-    path = run.folder / EVALUATION / COMPLETIONS
-    rows = read_completions(path).rows if path.exists() else []
-    answers = [row for row in rows if row.task == OFFLINE and row.category == "harmful"]
-    if not answers:  # other prompts were asked
+    topic_of, answers = harmful_topics(), _completions(run)
+    answers = answers[(answers["task"] == OFFLINE) & (answers["category"] == "harmful")]
+    if answers.empty:  # other prompts were asked
         return pd.DataFrame()
-    refused = pd.DataFrame(
-        [
-            {
-                "adapter": row.adapter,
-                "metric": f"refused_{'unseen' if topic_of[row.prompt] in topics else 'seen'}",
-                "value": float(row.response.startswith(REFUSAL_OPENINGS)),
-            }
-            for row in answers
-        ]
+    kinds = answers["prompt"].map(lambda prompt: f"refused_{'unseen' if topic_of[prompt] in topics else 'seen'}")
+    refused = answers["response"].str.startswith(REFUSAL_OPENINGS).astype(float)
+    shares = refused.rename("value").groupby(
+        [answers["method"], answers["seed"], kinds.rename("metric")], dropna=False
     )
-    named = _arms(run)
-    shares = refused.groupby(["adapter", "metric"], dropna=False)["value"].mean().reset_index()
-    arms = [("base", None) if pd.isna(name) else named.get(name.partition("=")[0]) for name in shares["adapter"]]
-    shares = shares[[arm is not None for arm in arms]]
-    shares[["method", "seed"]] = [arm for arm in arms if arm is not None]
-    return shares.assign(task=OFFLINE, judge="", step=None, is_part=False)
+    return shares.mean().reset_index().assign(task=OFFLINE, judge="", step=None, is_part=False)
 
 
 def _first(measures: Sequence[Measure], lines: pd.DataFrame) -> Measure:

@@ -3,19 +3,33 @@
 from pathlib import Path
 
 import frontier
-import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("file", ["silence_frontier.csv", "silence_smollm2.csv"])
-def test_tables_of_the_frontier_are_made_of_their_rows(file):
+def lines_of(table):
+    return [line for line in table.splitlines() if line]
+
+
+def test_tables_of_the_frontier_are_made_of_their_rows():
     text = (DOCS / "silence.md").read_text(encoding="utf-8")
-    panels = frontier.read_lines([str(DOCS / "results" / file)])
+    panels = frontier.read_lines([str(DOCS / "results" / "silence_frontier.csv")])
     assert panels
     for lines in panels.values():
-        for line in frontier.table(lines, frontier.methods_of(lines)).splitlines():
+        for line in lines_of(frontier.table(lines, frontier.methods_of(lines))):
             assert line in text
+
+
+def test_all_tables_of_the_chat_model_are_made_of_its_rows():
+    text = (DOCS / "measurements" / "table2_smollm2.md").read_text(encoding="utf-8")
+    panels = frontier.read_lines([str(DOCS / "results" / "table2_smollm2.csv")])
+    assert list(panels) == ["10 % poison", "the task alone"]
+    for title, lines in panels.items():
+        part = text.split(f"\n## {title[0].upper()}{title[1:]}\n")[1].split("\n## ")[0]
+        methods = frontier.methods_of(lines)
+        shown = lines_of(frontier.table(lines, methods) + frontier.further_tables(lines, methods))
+        assert len(shown) > 30
+        assert shown == lines_of(part)
 
 
 def test_the_table_over_steps_is_made_of_its_rows():

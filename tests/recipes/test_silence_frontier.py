@@ -132,6 +132,11 @@ def test_dolly_with_what_is_judged_of_public_prompts(small_model, eval_data, pai
         assert cell(details, method, "XSTest: incoherent, %") == pytest.approx(100 * unclear, abs=0.051)
         loss = mean("answer_nll", method, task=None)
         assert cell(details, method, "answer NLL, nats a token") == pytest.approx(loss, abs=0.00051)
+    answers = read_completions(out / "poison_0.25" / "evaluation" / "completions.jsonl").rows
+    asked = {(row.adapter or "base", row.prompt_id): row.response for row in answers if row.task == "advbench"}
+    tuned = {(name, prompt): response for (name, prompt), response in asked.items() if name.startswith("lora-seed")}
+    same = sum(response == asked["base", prompt] for (_, prompt), response in tuned.items()) / len(tuned)
+    assert cell(details, "lora", "AdvBench: word for word the base's, %") == pytest.approx(100 * same, abs=0.051)
     gain = rouge["monolora+topk1"] - rouge["lora"]
     assert cell(main, "monolora+topk1", "ROUGE-L: - lora") == pytest.approx(gain, abs=0.051)
     zeros = mean("alignment_sparsity", "monolora+topk1")
