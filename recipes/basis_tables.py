@@ -103,6 +103,9 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [[arm, *(table.mean(arm, column).text(1) for column in columns)] for arm in table.arms]
         text += markdown_table(["features", *map(str, columns)], cells)
         text += _differences(table, learner, tuned) + _parts(table, learner, tuned)
+        if learner == PROBE:
+            trained = [column for column, settings in table.columns.items() if settings["test"] == CLEAN]
+            text += table.training_table([str(column) for column in trained], trained)
     return text
 
 
@@ -188,7 +191,7 @@ def main() -> None:
     parser.add_argument("--output_dir", help="gets tables.md and gains.png")
     arguments = parser.parse_args()
     if arguments.runs:
-        collect(arguments.runs).to_csv(arguments.rows, index=False, lineterminator="\n")
+        collect(arguments.runs).to_csv(arguments.rows, index=False, float_format="%.6g", lineterminator="\n")
     rows = read(arguments.rows)
     if arguments.output_dir is None:
         return

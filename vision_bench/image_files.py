@@ -184,7 +184,8 @@ def read(
             continue
         pixels, hashed = image
         if held is not None:
-            held[len(kept)] = _same_shape(pixels, held.shape, source.where(index))
+            # numpy copies in this thread; torch's threads would wait at each image for the cores that decode.
+            held.numpy()[len(kept)] = _same_shape(pixels, held.shape, source.where(index)).numpy()
         kept.append(index)
         hashes.append(hashed)
     if corrupt:

@@ -46,6 +46,14 @@ def test_rows_of_several_runs_give_the_tables_of_the_command(runs, tmp_path):
     unexplained = interval([row["value"] for row in rows(runs / "a", "sae_fvu", features="sae")]).text(3)
     described = next(line for line in text.splitlines() if line.startswith("| sae | "))
     assert f"| {unexplained} |" in described
+    own = interval(
+        [100 * row["value"] for row in rows(runs / "a", "probe_training_top1", features="sae", label_noise=0.4)]
+    )
+    lines = text.partition("on their own training labels")[2].splitlines()
+    header, line = (next(line for line in lines if line.startswith(start)) for start in ("| features", "| sae |"))
+    by_column = dict(zip(header.split(" | "), line.split(" | "), strict=True))
+    assert by_column["40 % wrong labels"].startswith(own.text(1))
+    assert "gaussian 0.5" not in header  # probes of clean images, trained on the same labels as those of `clean`
 
 
 def test_tuned_probes_of_raw_features_stand_beside_the_others(runs, tmp_path):

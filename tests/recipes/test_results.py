@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import basis_tables
 import frontier
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -37,3 +38,13 @@ def test_the_table_over_steps_is_made_of_its_rows():
     steps = frontier.steps_table(lines, frontier.methods_of(lines))
     assert steps.count("\n") > 6
     assert steps in (DOCS / "silence.md").read_text(encoding="utf-8")
+
+
+def test_tables_of_scale_kernel_and_basis_are_made_of_their_rows():
+    text = (DOCS / "measurements" / "basis_cifar100.md").read_text(encoding="utf-8")
+    made = set[str]()
+    for file in sorted((DOCS / "results").glob("basis_cifar100*.csv")):
+        made |= set(basis_tables.tables(basis_tables.read(file)).splitlines())
+    shown = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(shown) > 20
+    assert set(shown) <= made
