@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-NUMBER_BITS = 128
+_NUMBER_BITS = 128
+_COUNTED = 4096  # numbers that an estimate is made of
 
 _TEXT_KEYS = {"input_ids", "attention_mask", "silent_mask"}
 
@@ -52,10 +53,28 @@ def prefix_numbers(batch: Mapping[str, Any], counted: torch.Tensor, seed: int) -
     ids, attended = batch["input_ids"], batch.get("attention_mask")
     if attended is not None:
         ids = ids.where(attended.to(ids.device).bool(), -1)
-    empty = hashlib.blake2b(key=seed.to_bytes(8, "big"), digest_size=NUMBER_BITS // 8)
+    empty = hashlib.blake2b(key=seed.to_bytes(8, "big"), digest_size=_NUMBER_BITS // 8)
     for row, counts in zip(ids.tolist(), counted.tolist(), strict=True):
         prefix = empty.copy()
         for token, count in zip(row, counts, strict=True):
             prefix.update(token.to_bytes(8, "big", signed=True))
             if count:
                 yield int.from_bytes(prefix.digest(), "big")
+
+
+class DistinctPrefixes:
+    """Estimates how many distinct numbers of prefixes there are, from the lowest of them; exact for a few thousand."""
+
+    def __init__(self) -> None:
+        self._lowest: set[int] = set()
+        self._highest = 2**_NUMBER_BITS  # that of the lowest which was left out
+
+    def add(self, numbers: Iterable[int]) -> None:
+        self._lowest.update(number for number in numbers if number < self._highest)
+        if len(self._lowest) > 2 * _COUNTED:
+            *lowest, self._highest = sorted(self._lowest)[: _COUNTED + 1]
+            self._lowest = set(lowest)
+
+    def estimate(self) -> int:
+        """Of n uniform numbers, as many are below a bound as its share of their range times n."""
+        return round(len(self._lowest) * 2**_NUMBER_BITS / self._highest)

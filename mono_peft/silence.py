@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -85,11 +86,11 @@ class Silence(LoggedMeasures):
         rows_per_step: rows that a module's hinge is computed on at each step; the same tokens in all modules.
         rows_per_module: budget of the cache: so many distinct tokens are drawn at random, without repetition, from all
             that count, and the inputs of each module on them are kept. In a causal model tokens with the same text up
-            to them have the same inputs: they are one token here, with the weight of one in the hinge, however many
-            texts begin so. Modules with one input (q, k and v) share it. `batches` may be a generator of any length:
-            it is gone through once, and at most twice as many batches are held as rows are kept. `cached_bytes` says
-            what the cache takes, `silent_tokens` of how many distinct tokens it is drawn: all are cached where
-            that is at most `rows_per_module`, beyond which it is an estimate.
+            to them have the same inputs: they are one token here, which is drawn the more surely, and weighs the more
+            in the hinge, the more texts begin so. Modules with one input (q, k and v) share it. `batches` may be a
+            generator of any length: it is gone through once, and at most twice as many batches are held as rows are
+            kept. `cached_bytes` says what the cache takes, `silent_tokens` of how many distinct tokens it is drawn:
+            all are cached where that is at most `rows_per_module`, beyond which it is an estimate.
         memory_budget: bytes of the cache, and beside it of the task's rows in `start_apart`, that are kept on the
             modules' device. The rows of the modules that do not fit any more are memory-mapped from a temporary file
             (`mapped_bytes`), in the folder that the environment variable TMPDIR names; it vanishes with this object,
@@ -263,13 +264,20 @@ class Silence(LoggedMeasures):
 
     def _draw_rows(self, step: int) -> None:
         """Draw the rows of the step, by how many a module has and where; the measures of the step begin."""
-        # Torch seeds by the low 32 bits only.
-        generator = torch.Generator().manual_seed((1_000_003 * self.seed + step) % 2**32)
+        rng = random.Random(1_000_003 * self.seed + step)
         places = dict.fromkeys((len(group.rows), group.rows.device) for group in self._groups)
         lengths = dict.fromkeys(length for length, _ in places)
-        drawn = {n: torch.randperm(n, generator=generator)[: self.rows_per_step] for n in lengths}
-        self._drawn = {(n, device): drawn[n].to(device) for n, device in places}
+        drawn = {length: self._some_rows(length, rng) for length in lengths}
+        self._drawn = {(length, device): drawn[length].to(device) for length, device in places}
         self._measured = []
+
+    def _some_rows(self, length: int, rng: random.Random) -> torch.Tensor:
+        """Numbers of `rows_per_step` rows of a module that has so many, each as often as its token is in the texts."""
+        calls = length // sum(len(tokens.counts) for tokens in self._tokens)  # of the module, in a pass of the model
+        ends = torch.cat([tokens.counts.repeat(calls) for tokens in self._tokens]).cumsum(0)
+        total = int(ends[-1])
+        few = rng.sample(range(total), min(self.rows_per_step, total))
+        return torch.searchsorted(ends, torch.tensor(few), right=True)
 
     def _hinges_of(self, rows: torch.Tensor, encoders: list[nn.Linear]) -> list[Hinge]:
         """The hinges of modules with the same rows, on those of the step."""

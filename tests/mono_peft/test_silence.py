@@ -159,9 +159,9 @@ class TestTokens:
         """The mean over many steps is the gradient on all rows."""
         model = random_adapter(llama, target_modules=["q_proj"])
         silence = Silence(model, [{"input_ids": input_ids}], rows_per_step=5, margin=10.0)  # every unit is above it
-        for step in range(400):
+        for step in range(800):
             silence.add_gradients(step)
-        mean = {n: g / 400 for n, g in gradients(model).items()}
+        mean = {n: g / 800 for n, g in gradients(model).items()}
         model.zero_grad()
         Silence(model, [{"input_ids": input_ids}], rows_per_step=100, margin=10.0).add_gradients(0)
         for name, gradient in gradients(model).items():
