@@ -87,25 +87,36 @@ def read_lines(files: Sequence[str]) -> dict[str, pd.DataFrame]:
     """The lines of each condition, from files that `lines_text` made, in their order.
 
     Raises:
-        ValueError: a file lacks a column, or two have other values of the same rows.
+        ValueError: a file is no such table, or has an arm of an unknown adapter, two have other values of the same
+            rows, or there are no rows.
+        OSError: a file cannot be read.
     """
-    parts = []
-    for file in files:
-        part = pd.read_csv(file, keep_default_na=False, na_values=dict.fromkeys(_NUMBERS, ""))
-        if lacking := set(COLUMNS) - set(part):
-            raise ValueError(f"--rows_files {file} lacks {', '.join(sorted(lacking))}: give a frontier.csv of a run.")
-        parts.append(part)
-    lines = pd.concat(parts, ignore_index=True)
+    named = f"--rows_files {' '.join(files)}"
+    lines = pd.concat([_read(file) for file in files], ignore_index=True)
+    if lines.empty:
+        raise ValueError(f"{named}: there are no rows. Give a frontier.csv of a run.")
     # Runs of some arms each have rows of the base in common, which a GPU may have added up in another order.
     of_a_row = lines.groupby(_KEYS, dropna=False)["value"]
     differ = of_a_row.max() - of_a_row.min() > _ROUNDING * of_a_row.max().abs()
     if (differ | ((of_a_row.count() > 0) & (of_a_row.count() < of_a_row.size()))).any():
-        raise ValueError(
-            f"--rows_files {' '.join(files)}: rows of one arm and seed have two values. Give one run of it."
-        )
+        raise ValueError(f"{named}: rows of one arm and seed have two values. Give one run of it.")
     lines = lines.drop_duplicates(_KEYS, ignore_index=True)
     lines["is_part"] = False
     return {str(title): part for title, part in lines.groupby("condition", sort=False)}
+
+
+def _read(file: str) -> pd.DataFrame:
+    """The lines of one file."""
+    lacks, kinds = dict.fromkeys(_NUMBERS, ""), dict.fromkeys(_NUMBERS, float)
+    try:
+        lines = pd.read_csv(file, keep_default_na=False, na_values=lacks, dtype=kinds)
+    except ValueError as error:
+        raise ValueError(f"--rows_files {file} is no table of rows: {error}. Give a frontier.csv of a run.") from None
+    if lacking := set(COLUMNS) - set(lines):
+        raise ValueError(f"--rows_files {file} lacks {', '.join(sorted(lacking))}: give a frontier.csv of a run.")
+    if unknown := {name.partition("+")[0] for name in lines["method"]} - {"base", *ADAPTERS}:
+        raise ValueError(f"--rows_files {file} has arms of {', '.join(sorted(unknown))}, which `ADAPTERS` lacks.")
+    return lines
 
 
 def methods_of(lines: pd.DataFrame) -> list[str]:

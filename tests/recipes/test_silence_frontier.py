@@ -181,6 +181,28 @@ def test_rows_of_some_arms_and_seeds_each_are_joined(tmp_path):
     assert further["monolora+frozen"][harm] == "+50.0"
 
 
+HEADER = ",".join(frontier.COLUMNS)
+ROW = "x,lora,0,,accuracy,,,0.5,10,1"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"rows.csv is no table of rows: No columns to parse from file\. Give a frontier.csv"),
+        (f"{HEADER}\n{ROW.replace('0.5', 'half')}\n", r"rows.csv is no table of rows: could not convert .* 'half'"),
+        (f"{HEADER}\n{ROW}\n".replace(",judge", ","), r"rows.csv lacks judge: give a frontier.csv"),
+        (f"{HEADER}\n{ROW.replace('lora', 'dora+rank2')}\n", r"rows.csv has arms of dora, which `ADAPTERS` lacks"),
+        (f"{HEADER}\n", r"rows.csv: there are no rows\. Give a frontier.csv"),
+    ],
+)
+def test_files_that_are_no_rows_of_a_frontier(tmp_path, text, message):
+    file = tmp_path / "rows.csv"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        silence_frontier.main(["--rows_files", str(file), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_harm_by_topics(tmp_path):
     """Of the poisoned topic nothing is refused, of the others all."""
     settings = defaults(Sst2Settings) | {"methods": ["lora"], "seeds": [3], "poison_topics": ["theft"], "judges": []}
