@@ -40,8 +40,8 @@ class OwnLabels(NamedTuple):
 
     @property
     def trained(self) -> bool:
-        """Whether the probes fit their labels at least as often as class means do."""
-        return self.class_means is None or self.accuracy.mean >= self.class_means.mean
+        """Whether the probes fit their labels at least as often as class means do; of none measured (NaN) too."""
+        return self.class_means is None or not self.accuracy.mean < self.class_means.mean
 
     @property
     def text(self) -> str:

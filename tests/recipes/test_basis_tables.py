@@ -54,6 +54,8 @@ def test_rows_of_several_runs_give_the_tables_of_the_command(runs, tmp_path):
     by_column = dict(zip(header.split(" | "), line.split(" | "), strict=True))
     assert by_column["40 % wrong labels"].startswith(own.text(1))
     assert "gaussian 0.5" not in header  # probes of clean images, trained on the same labels as those of `clean`
+    line = next(line for line in lines if line.startswith("| unit |"))
+    assert line.endswith("| - |")  # `unit` was not measured with half of the images, which is no warning
 
 
 def test_tuned_probes_of_raw_features_stand_beside_the_others(runs, tmp_path):
