@@ -105,6 +105,10 @@ ADAPTERS = {
 }
 
 
+# Which tokens of the safety pairs are cached. Earlier versions cached others, so that theirs is another training.
+CACHED_TOKENS = "distinct, as often as they are there"
+
+
 class Arm(NamedTuple):
     """How an arm is trained; two arms with the same values would be the same run."""
 
@@ -129,6 +133,11 @@ class Arm(NamedTuple):
     def needs_safety_pairs(self) -> bool:
         """Whether its training depends on the safety pairs."""
         return any((self.safety_share, self.silence_weight, self.kl_weight, self.nullspace_energy))
+
+    @property
+    def caches_tokens(self) -> bool:
+        """Whether its training depends on which tokens of the safety pairs are cached."""
+        return any((self.silence_weight, self.nullspace_energy))
 
 
 class Control(NamedTuple):

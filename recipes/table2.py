@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from accelerate import PartialState
-from arms import ADAPTERS, Arm, ArmSettings, check_arms, trained_arms
+from arms import ADAPTERS, CACHED_TOKENS, Arm, ArmSettings, check_arms, trained_arms
 from comparison import Comparison, cells, is_path, is_whole, load_tokenizer, not_sharded, train
 from evaluation import (
     alignment_sparsity,
@@ -282,7 +282,7 @@ def _compare(task: Task, settings: Table2Settings, training: SFTConfig, options:
     run = Run(
         training.output_dir,
         task.recipe,
-        identity(settings, training, options, list(names.values()), contents, is_demonstration),
+        identity(settings, training, options, arms, list(names.values()), contents, is_demonstration),
         PartialState().is_main_process,
         defaults=defaults(type(settings)),
         facts={f"train_{task.unit}": len(task.train), f"eval_{task.unit}": len(task.scored)},
@@ -349,6 +349,7 @@ def identity(
     settings: Table2Settings,
     training: SFTConfig,
     options: ModelConfig,
+    arms: Mapping[str, Arm],
     judges: list[str],
     contents: Mapping[str, Content],
     is_demonstration: bool,
@@ -371,6 +372,7 @@ def identity(
         "judges": judges,
         "demonstration": is_demonstration,
         "thinking": "off",  # as prompts are written in training, in the task's score and in the evaluation
+        "cached_tokens": CACHED_TOKENS if any(arm.caches_tokens for arm in arms.values()) else None,
         "model": {k: v for k, v in asdict(options).items() if k not in _MODEL_PLACES},
         "training": {k: v for k, v in chosen.items() if not _IRRELEVANT.match(k)},
         "num_processes": training.world_size,

@@ -186,10 +186,23 @@ class TestContents:
         with pytest.raises(ValueError, match=r"another configuration \(max_new_tokens: None there, 3 now\)"):
             sst2_monolora.main([*arguments, "--methods", "base", "--max_new_tokens", "3"])
 
+    def test_a_folder_whose_silence_was_trained_on_other_cached_tokens(self, arguments, pairs_file, tmp_path, request):
+        silent = [*arguments, "--methods", "monolora+silence", "--safety_file", pairs_file]
+        sst2_monolora.main(silent)
+        path = tmp_path / "out" / "config.json"
+        described = json.loads(path.read_text())
+        del described["config"]["cached_tokens"]  # as earlier versions left it
+        path.write_text(json.dumps(described))
+        request.getfixturevalue("no_training")
+        with pytest.raises(
+            ValueError, match=r"another configuration \(cached_tokens: None there, 'distinct, as often"
+        ):
+            sst2_monolora.main(silent)
+
     def test_mixed_precision_of_the_launcher_counts(self, arguments, monkeypatch):
         configurations = []
         for precision in ("no", "bf16"):
             monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-            configurations.append(identity(*sst2_monolora.parse(arguments), [], {}, False))
+            configurations.append(identity(*sst2_monolora.parse(arguments), {}, [], {}, False))
         first, second = configurations
         assert {name for name in first if first[name] != second[name]} == {"mixed_precision"}
