@@ -13,7 +13,7 @@ from vision_bench.runs import interval
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two runs of a model, with other learners and features."""
-    folder = tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("basis")
     command = ["--random_init", "small_conv", "--limit", "100", "--probe_epochs", "2", "--sae_epochs", "1"]
     command += ["--seeds", "0", "1", "--fit_each_seed", "--cache_dir", str(folder / "cache")]
     first = ["--corruptions", "label_noise=0.4", "pair_flips=0.2", "gaussian=0.5", "--learners", "probe", "k_sparse_2"]

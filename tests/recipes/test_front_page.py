@@ -25,9 +25,9 @@ def test_with_rows_it_has_a_second_part(rows_file, tmp_path):
 
 
 def test_rows_that_lack_what_is_drawn_are_refused(rows_file, tmp_path):
-    rows_file.write_text(f"{rows_file.read_text()}the task alone,dora,0,,accuracy,,,0.5,100,1\n")
-    with pytest.raises(ValueError, match=r"--methods has dora, of which --rows .* has no rows of '10 % poison'"):
-        front_page.main(["--rows", str(rows_file), "--methods", "lora", "dora"])
+    rows_file.write_text(f"{rows_file.read_text()}the task alone,lora+kl,0,,accuracy,,,0.5,100,1\n")
+    with pytest.raises(ValueError, match=r"--methods has lora\+kl, of which --rows .* has no rows of '10 % poison'"):
+        front_page.main(["--rows", str(rows_file), "--methods", "lora", "lora+kl"])
     rows_file.write_text(rows_file.read_text().replace("10 % poison", "the task alone"))
     with pytest.raises(ValueError, match="has the task alone, and no rows of '10 % poison'"):
         front_page.main(["--rows", str(rows_file)])

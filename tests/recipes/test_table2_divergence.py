@@ -29,8 +29,9 @@ class TestDivergence:
 
         def finetuning(compared, trained, rows):
             if (trained.method, trained.seed) != ("lora", 0):
-                training = replace(compared.training, learning_rate=1e30, max_grad_norm=0.0)
-                compared = replace(compared, training=training)
+                arms = {name: arm._replace(learning_rate=1e30) for name, arm in compared.arms.items()}
+                training = replace(compared.training, max_grad_norm=0.0)
+                compared = replace(compared, training=training, arms=arms)
             return original(compared, trained, rows)
 
         monkeypatch.setattr(comparison, "finetuning", finetuning)
