@@ -155,6 +155,11 @@ class Silence(LoggedMeasures):
     def _compute_inputs(self) -> None:
         self._groups = base_inputs(self.model, self._layers, self._tokens, RowStorage(self._memory_budget))
         drawn = sum(len(batch.positions) for batch in self._tokens)
+        # By the number of a module's rows, how many tokens of the texts those up to each are.
+        self._ends = {
+            length: torch.cat([batch.counts.repeat(length // drawn) for batch in self._tokens]).cumsum(0)
+            for length in dict.fromkeys(len(group.rows) for group in self._groups)  # a pass may call one several times
+        }
         numbers = drawn, self.silent_tokens, self.cached_bytes / 2**20, self.mapped_bytes / 2**20
         logger.info("cached %d of %d distinct tokens, %.1f MiB, %.1f of them on disk", *numbers)
 
@@ -263,21 +268,16 @@ class Silence(LoggedMeasures):
         self._end_step()
 
     def _draw_rows(self, step: int) -> None:
-        """Draw the rows of the step, by how many a module has and where; the measures of the step begin."""
+        """Draw the rows of the step, each as often as its token is in the texts; the measures of the step begin."""
         rng = random.Random(1_000_003 * self.seed + step)
+        drawn = {}
+        for length, ends in self._ends.items():
+            total = int(ends[-1])
+            few = torch.tensor(rng.sample(range(total), min(self.rows_per_step, total)))
+            drawn[length] = torch.searchsorted(ends, few, right=True)
         places = dict.fromkeys((len(group.rows), group.rows.device) for group in self._groups)
-        lengths = dict.fromkeys(length for length, _ in places)
-        drawn = {length: self._some_rows(length, rng) for length in lengths}
         self._drawn = {(length, device): drawn[length].to(device) for length, device in places}
         self._measured = []
-
-    def _some_rows(self, length: int, rng: random.Random) -> torch.Tensor:
-        """Numbers of `rows_per_step` rows of a module that has so many, each as often as its token is in the texts."""
-        calls = length // sum(len(tokens.counts) for tokens in self._tokens)  # of the module, in a pass of the model
-        ends = torch.cat([tokens.counts.repeat(calls) for tokens in self._tokens]).cumsum(0)
-        total = int(ends[-1])
-        few = rng.sample(range(total), min(self.rows_per_step, total))
-        return torch.searchsorted(ends, torch.tensor(few), right=True)
 
     def _hinges_of(self, rows: torch.Tensor, encoders: list[nn.Linear]) -> list[Hinge]:
         """The hinges of modules with the same rows, on those of the step."""

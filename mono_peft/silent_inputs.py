@@ -126,8 +126,8 @@ class _Drawn:
         before = len(self.places)
         for position, name, number in zip(positions, names, numbers, strict=True):
             if number < self.highest or name in self.places:
-                lowest, *place, count = self.places.get(name, (number, batch_number, position, 0))
-                self.places[name] = (min(number, lowest), place[0], place[1], count + 1)
+                lowest, batch_of_it, place, count = self.places.get(name, (number, batch_number, position, 0))
+                self.places[name] = (min(number, lowest), batch_of_it, place, count + 1)
         if len(self.places) > before:
             self.batches[batch_number] = batch
         if len(self.places) > 2 * self.budget:

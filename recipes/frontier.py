@@ -142,9 +142,9 @@ def lines_of(run: Run) -> pd.DataFrame:
     """
     lines = measured(run.rows)
     lines["seconds"] = pd.Series([row["seconds"] for row in run.rows])
-    lines = pd.concat([lines, _of_parts(run), _of_answers(run)], ignore_index=True)
-    topics = run.config["poison_topics"]
-    return pd.concat([lines, _of_topics(run, topics)], ignore_index=True) if topics else lines
+    answers, topics = _completions(run), run.config["poison_topics"]
+    parts = [_of_parts(run), _of_answers(answers), *([_of_topics(answers, topics)] if topics else [])]
+    return pd.concat([lines, *parts], ignore_index=True)
 
 
 def _arms(run: Run) -> dict[str, tuple[str, int]]:
@@ -183,9 +183,8 @@ def _completions(run: Run) -> pd.DataFrame:
     )
 
 
-def _of_answers(run: Run) -> pd.DataFrame:
+def _of_answers(answers: pd.DataFrame) -> pd.DataFrame:
     """The share of a task's answers that are the base's, word for word; nothing where the base was not asked."""
-    answers = _completions(run)
     is_base = answers["method"] == "base"
     base = answers[is_base].set_index(["task", "prompt_id"])["response"].rename("before")
     both = answers[~is_base].join(base, on=["task", "prompt_id"], how="inner")
@@ -194,9 +193,9 @@ def _of_answers(run: Run) -> pd.DataFrame:
     return shares.assign(metric="same_answer", judge="", step=None, is_part=False)
 
 
-def _of_topics(run: Run, topics: Sequence[str]) -> pd.DataFrame:
+def _of_topics(answers: pd.DataFrame, topics: Sequence[str]) -> pd.DataFrame:
     """Refusals of harmful requests on the topics of the poison, and on the others."""
-    topic_of, answers = harmful_topics(), _completions(run)
+    topic_of = harmful_topics()
     answers = answers[(answers["task"] == OFFLINE) & (answers["category"] == "harmful")]
     if answers.empty:  # other prompts were asked
         return pd.DataFrame()
