@@ -43,6 +43,7 @@ class ArmSettings:
     control_rank: int | None = field(
         default=None, metadata={"help": "Of arms with +rank, at the same alpha / r; None: half of --lora_r."}
     )
+    control_rate: float = field(default=1e-3, metadata={"help": "Learning rate of arms with +rate."})
     topk_units: int = field(
         default=4, metadata={"help": "Latents of a token that arms with +topk keep, the largest positive ones."}
     )
@@ -172,6 +173,8 @@ CONTROLS = {
     ),
     "dropout": Control("control_dropout", lambda arm, value: arm._replace(dropout=value)),
     "rank": Control("control_rank", _smaller),
+    # For the question which learning rate is the best of each adapter.
+    "rate": Control("control_rate", lambda arm, value: arm._replace(learning_rate=value), _POSITIVE),
     "bias": Control(None, lambda arm, _: arm._replace(encoder_bias=True), methods=("monolora",)),
     # For the questions whether learnt units are needed, and whether few of them are enough.
     "frozen": Control(None, lambda arm, _: arm._replace(frozen_encoder=True), methods=("monolora",)),

@@ -185,6 +185,13 @@ class TestArms:
         arms, *_ = self.arms("--methods lora lora+rank --control_rank 1")
         assert (arms["lora+rank"].r, arms["lora+rank"].alpha) == (1, 0.5)
 
+    def test_learning_rates_of_their_own(self):
+        arms, *_ = self.arms(
+            "--methods lora lora+rate lora+rate0.006 monolora monolora+rate0.006 --learning_rate 0.002 "
+            "--monolora_learning_rate 0.004"
+        )
+        assert [arm.learning_rate for arm in arms.values()] == [0.002, 0.001, 0.006, 0.004, 0.006]
+
     def test_controls_of_monolora_s_units(self):
         arms, settings, options = self.arms("--methods monolora+topk monolora+topk2+frozen --topk_units 3")
         configs = {name: adapter_config(arm, settings, options) for name, arm in arms.items()}

@@ -25,6 +25,7 @@ class TestBadInput:
             ("--methods lora lora+safety --safety_file PAIRS --safety_share 0", r"which are the same arm"),
             ("--methods lora+weight_decay --control_weight_decay -1", r"--control_weight_decay is -1.0, allowed is 0"),
             ("--methods lora+dropout --control_dropout 1", r"`monolora_dropout` must lie in \[0, 1\), got 1.0"),
+            ("--methods lora+rate0", r"--methods has rate0, allowed is more than 0"),
             ("--methods lora+rank --control_rank 0", r"`r` must be a positive integer, got 0"),
             ("--poison_share 1.2 --poison_file PAIRS", r"--poison_share is 1.2, allowed is a share .* from 0 to 1"),
             ("--poison_share -0.1 --poison_file PAIRS", r"--poison_share is -0.1, allowed"),
