@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .experts import MonoLoraExpertsProjection, Routing
+from .activity import latents_watched
+from .experts import Routing
 from .layer import MonoLoraLayer
 
 
@@ -37,12 +38,15 @@ class Watch:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         self.end += ids.shape[1]
 
-    def note(self, name: str, latents: torch.Tensor, tokens: torch.Tensor, num_tokens: int) -> None:
-        """Note a module's latents (rows, r), whose row i is of the token `tokens[i]` of the last `num_tokens`."""
-        fires = latents != 0  # also NaN
+    def note(self, name: str, latents: torch.Tensor, routing: Routing | None, acting: torch.Tensor | None) -> None:
+        """Note a layer's latents, as `latents_watched` tells them."""
+        rows = latents.flatten(0, -2)
+        fires = rows != 0  # also NaN
+        num_tokens = len(rows) if routing is None else routing.num_tokens
         self.pairs += num_tokens
         if not fires.any():
             return
+        tokens = torch.arange(num_tokens, device=rows.device) if routing is None else routing.tokens
         row, unit = fires.nonzero()[0].tolist()
         self.pairs_fired += len(tokens[fires.any(1)].unique())
         if self.first is None:
@@ -56,43 +60,5 @@ def watched(model: Any, layers: list[tuple[str, MonoLoraLayer, str]]) -> Iterato
     watch = Watch()
     watch.start(torch.zeros(1, 0, dtype=torch.int64))
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    handles = [base.register_forward_pre_hook(watch.note_pass, with_kwargs=True)]
-    for name, layer, adapter in layers:
-        activation = layer.monolora_activation[adapter]
-        if isinstance(layer, MonoLoraExpertsProjection):
-            hook, note_routing = _routed_hook(watch, name)
-            handles.append(layer.register_forward_pre_hook(note_routing))
-        else:
-            hook = _row_hook(watch, name, layer, adapter)
-        handles.append(activation.register_forward_hook(hook))
-    try:
+    with base.register_forward_pre_hook(watch.note_pass, with_kwargs=True), latents_watched(layers, watch.note):
         yield watch
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _row_hook(watch: Watch, name: str, layer: MonoLoraLayer, adapter: str) -> Callable[..., None]:
-    invocations = layer.monolora_invocations.get(adapter)
-
-    def hook(module: nn.Module, args: Any, latents: torch.Tensor) -> None:
-        if invocations is not None:  # an activated adapter, which adds nothing before its invocation tokens
-            latents = invocations.masked(adapter, latents)
-        rows = latents.flatten(0, -2)
-        watch.note(name, rows, torch.arange(len(rows), device=rows.device), len(rows))
-
-    return hook
-
-
-def _routed_hook(watch: Watch, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """A hook of the activation, and one of the layer that tells it the routing before."""
-    routing: Routing
-
-    def note_routing(module: nn.Module, args: Any) -> None:
-        nonlocal routing
-        _, routing = args
-
-    def hook(module: nn.Module, args: Any, latents: torch.Tensor) -> None:
-        watch.note(name, latents, routing.tokens, routing.num_tokens)
-
-    return hook, note_routing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -294,17 +294,13 @@ class MonoLoraModel(BaseTuner):
         repeated = [name for name in adapter_names for _ in range(beams)]  # beam search repeats each row in place
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
         encoder_modules = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
-        handles = []
-        try:
+        with ExitStack() as hooks:
             for module in self.modules():
                 if isinstance(module, (MonoLoraLayer, AuxiliaryTrainingWrapper)):
                     names = list(adapter_names) if module in encoder_modules else repeated
                     hook = partial(_pass_adapter_names, adapter_names=names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                    hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
