@@ -198,7 +198,7 @@ def _objects(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[st
 def _tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], int]:
     """The token ids of a row, and how many of them come before its response."""
     if (messages := row.get("messages")) is not None:
-        if not _is_conversation(messages):
+        if not is_conversation(messages):
             raise LoadError(f"the `messages` of {where} are no list of objects with `role` and `content`")
         answers = 1 if messages[-1]["role"] == "assistant" else 0
         asked, answered = messages[: len(messages) - answers], messages[len(messages) - answers :]
@@ -207,7 +207,7 @@ def _tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: s
         response = row.get("response")
         if response is not None and not isinstance(response, str):
             raise LoadError(f"the `response` of {where} is no text")
-        if not isinstance(prompt, str) and not _is_conversation(prompt):
+        if not isinstance(prompt, str) and not is_conversation(prompt):
             raise LoadError(f"the `prompt` of {where} is neither a text nor a list of messages")
         if not isinstance(prompt, str) or tokenizer.chat_template:
             asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -224,7 +224,8 @@ def _tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: s
     return tokenizer(text)["input_ids"], 0
 
 
-def _is_conversation(messages: Any) -> bool:
+def is_conversation(messages: Any) -> bool:
+    """Whether these are the messages of a chat template, one or more."""
     return isinstance(messages, list) and bool(messages) and all(isinstance(m, dict) and "role" in m for m in messages)
 
 
