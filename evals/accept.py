@@ -16,7 +16,6 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -298,8 +297,7 @@ class _Measures:
 
 def _as_dict(one: Decided) -> dict[str, Any]:
     measured = {} if one.measured is None else one.measured._asdict()
-    line = {f.name: getattr(one.line, f.name) for f in fields(one.line)}
-    return {"name": line["name"], "requirement": one.line.text, "outcome": one.outcome, "reason": one.reason,
+    return {"name": one.line.name, "requirement": one.line.text, "outcome": one.outcome, "reason": one.reason,
             **measured, "needed": one.needed}  # fmt: skip
 
 

@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from peft import PeftModel
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evals.answers import batch_log_likelihoods
+from evals.answers import batch_log_likelihoods, padded_answers, token_logits
 from evals.contents import checksum
 from evals.intervals import bootstrap
 from evals.local_files import Row, check_columns, check_text, file_rows
@@ -142,12 +140,11 @@ def forgetting(model: PeftModel, texts: NeutralTexts, *, batch_size: int = 4, pr
         lines = Progress("Neutral texts", len(starts), "batches", shown=progress)
         for start in starts:
             batch = order[start : start + batch_size]
-            inputs, counted = _padded([texts.rows[i] for i in batch])
-            inputs = send_to_device(inputs, next(model.parameters()).device)
-            adapted = _logits(model, inputs)
+            ids, mask, counted = padded_answers([texts.rows[i] for i in batch], next(model.parameters()).device)
+            adapted = token_logits(model, ids, mask)
             with model.disable_adapter():
-                base = _logits(model, inputs)
-            sums[batch] = _sums(adapted, base, inputs["input_ids"], counted.to(adapted.device))
+                base = token_logits(model, ids, mask)
+            sums[batch] = _sums(adapted, base, ids, counted.to(adapted.device))
             lines.update()
     if not np.isfinite(sums).all():
         raise FloatingPointError("probabilities on the neutral texts are not finite: adapter or base diverged.")
@@ -197,20 +194,6 @@ def check_base_beneath(model: PeftModel, texts: NeutralTexts, before: np.ndarray
             f"With its adapter disabled the model is not the base (their losses differ by {gap:.2g} nats a token): "
             "the adapter holds biases or embeddings that PEFT writes into the base, so that its KL cannot be measured."
         )
-
-
-def _padded(rows: Sequence[EncodedAnswer]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The inputs of rows, padded on the right, and which predictions count, (rows, tokens - 1)."""
-    ids = pad_sequence([torch.tensor(row.input_ids) for row in rows], batch_first=True)
-    mask = pad_sequence([torch.ones(len(row.input_ids), dtype=torch.long) for row in rows], batch_first=True)
-    counted = pad_sequence([torch.tensor(row.completion_mask) for row in rows], batch_first=True).bool()
-    return {"input_ids": ids, "attention_mask": mask}, counted[:, 1:]
-
-
-def _logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of the tokens of the inputs alone: some methods of PEFT put virtual ones before them."""
-    logits: torch.Tensor = model(**inputs, use_cache=False).logits
-    return logits[:, -inputs["input_ids"].shape[1] :]
 
 
 def _sums(adapted: torch.Tensor, base: torch.Tensor, ids: torch.Tensor, counted: torch.Tensor) -> np.ndarray:

@@ -73,8 +73,8 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
     counts = {name: _ZeroCount(name, layer, adapter) for name, layer, adapter in named}
     mask: torch.Tensor | None = None
 
-    def count(name: str, *watched: Any) -> None:
-        counts[name].add(*watched, mask)
+    def count(name: str, latents: torch.Tensor, routing: Routing | None, acting: torch.Tensor | None) -> None:
+        counts[name].add(latents, routing, acting, mask)
 
     with latents_watched(named, count), in_eval_mode(model), torch.no_grad():
         for batch in batches:

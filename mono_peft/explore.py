@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -172,15 +171,13 @@ def _signed(number: float) -> str:
 @contextmanager
 def _replaced(path: Path) -> Iterator[TextIO]:
     """Write a file beside `path` that takes its place at the end, so that a stop leaves the old one or the new."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partly = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with partly.open("w", encoding="utf-8") as file:
             yield file
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        partly.replace(path)
+    finally:
+        partly.unlink(missing_ok=True)
 
 
 def _print(records: UnitRecords, folder: Path, seconds: float) -> None:

@@ -94,9 +94,8 @@ class ModuleStatistics:
 
     def __init__(self, r: int, groups: int, device: torch.device) -> None:
         self.r = r
-        self.texts_fired = torch.zeros(
-            groups, r, dtype=torch.int64, device=device
-        )  # texts with a token where it fires
+        # Texts with a token where it fires.
+        self.texts_fired = torch.zeros(groups, r, dtype=torch.int64, device=device)
         # Sums over the texts of a group, and of squares: of the share of a text's tokens on which the unit fires, and
         # of its mean strength over a text's tokens.
         self.share, self.share_squared = (torch.zeros(groups, r, dtype=torch.float64, device=device) for _ in range(2))

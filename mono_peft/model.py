@@ -167,11 +167,9 @@ class MonoLoraModel(BaseTuner):
 
     def _matched_parameters(self, peft_config: MonoLoraConfig, model: nn.Module) -> list[str]:
         names = matched_parameters(model, peft_config.target_parameters or ())
-        excluded = {n for n in names for key in (n, n.rpartition(".")[0]) if self._is_excluded(peft_config, key)}
-        return [name for name in names if name not in excluded]
-
-    def _is_excluded(self, peft_config: MonoLoraConfig, key: str) -> bool:
-        return isinstance(self._check_target_module_exists(peft_config, key), _ExcludedModule)
+        keys = {name: (name, name.rpartition(".")[0]) for name in names}
+        check = partial(self._check_target_module_exists, peft_config)
+        return [name for name in names if not any(isinstance(check(key), _ExcludedModule) for key in keys[name])]
 
     def _prepare_adapter_config(self, peft_config: MonoLoraConfig, model_config: dict[str, Any]) -> MonoLoraConfig:
         if peft_config.target_modules is None and peft_config.target_parameters:

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .loading import LoadError
+from .overlap import common_prefix
 
 FIELDS = "`messages`, `prompt` (with `response`, where there is one), `text` or `sentence`"
 _SUFFIXES = (".jsonl", ".tsv")  # each also with .gz behind it
@@ -86,8 +87,8 @@ class Texts:
         """The group, the file's name and the row, from 1, of a text."""
         return self.groups[self._group[number]], self.files[self._file[number]].name, self._row[number]
 
-    def batches(self, size: int, padding: int = 0) -> Iterator[Batch]:
-        """All texts, in batches of at most `size`; `padding` is the id behind shorter ones."""
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All texts, in batches of at most `size`."""
         for first in range(0, len(self), _ROWS_SORTED):
             numbers = range(first, min(first + _ROWS_SORTED, len(self)))
             ordered = sorted(numbers, key=lambda number: self._starts[number + 1] - self._starts[number])
@@ -95,7 +96,7 @@ class Texts:
                 chosen = ordered[start : start + size]
                 rows = [torch.tensor(self.ids(number)) for number in chosen]
                 lengths = torch.tensor([len(row) for row in rows])
-                ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+                ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
                 mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
                 yield Batch(torch.tensor(chosen), ids, mask)
 
@@ -181,11 +182,7 @@ def _separated(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[
 
 
 def _objects(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    number = 0
-    for line in lines:
-        if not line.strip():
-            continue
-        number += 1
+    for number, line in enumerate(filter(str.strip, lines), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -217,7 +214,7 @@ def _tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: s
         if response is None:
             return ids, 0
         whole: list[int] = tokenizer(f"{prompt} {response}")["input_ids"]
-        return whole, _shared(ids, whole)
+        return whole, common_prefix(ids, whole)
     text = row.get("text", row.get("sentence"))
     if not isinstance(text, str):
         raise LoadError(f"{where} has {', '.join(map(repr, row)) or 'no field'}, and none of {FIELDS}")
@@ -243,10 +240,4 @@ def _conversation(
     if not answered:
         return written(asked, True), 0
     whole = written(asked + answered, False)
-    return whole, _shared(written(asked, True), whole) if asked else 0
-
-
-def _shared(prompt: list[int], whole: list[int]) -> int:
-    """How many tokens the two have in common at their beginning."""
-    pairs = zip(prompt, whole, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(whole)))
+    return whole, common_prefix(written(asked, True), whole) if asked else 0

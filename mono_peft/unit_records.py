@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -54,11 +55,8 @@ class UnitRecords:
         self.statistics, self.texts, self.stream = statistics, texts, stream
         self.unembedding = unembedding
         self.layers = {name: (layer, adapter) for name, layer, adapter in explorable(model)}
-        self.offsets: dict[str, int] = {}  # the number of each layer's first unit
-        total = 0
-        for name, part in statistics.items():
-            self.offsets[name] = total
-            total += part.r
+        firsts = accumulate((part.r for part in statistics.values()), initial=0)
+        self.offsets = dict(zip(statistics, firsts, strict=False))  # the number of each layer's first unit
         self.units = [Unit(name, index) for name, part in statistics.items() for index in range(part.r)]
         self.fires = torch.cat([part.tokens_fired > 0 for part in statistics.values()])  # (units,)
         self.group_sizes = texts.group_of.bincount(minlength=len(texts.groups))
