@@ -321,11 +321,9 @@ def needs_text(card: Card) -> str:
     lines = []
     for line in card.lines:
         needed = needed_for(line, card.power)
-        if line.is_share:
-            many = f"{needed:,}" if needed is not None else "more than 50,000"
-            lines.append(f"  {line.name}: {line.text}; takes {many} for a margin of {line.margin:g}\n")
-        else:
-            lines.append(f"  {line.name}: {line.text}; takes as many as its spread asks for\n")
+        many = f"{needed:,}" if needed is not None else "more than 50,000"
+        takes = f"{many} for a margin of {line.margin:g}" if line.is_share else "as many as its spread asks for"
+        lines.append(f"  {line.name}: {line.text}; takes {takes}\n")
     return f"{card.title}, with a power of {card.power:g}:\n{''.join(lines)}"
 
 

@@ -33,7 +33,7 @@ from .loading import LoadError, adapter_config, adapter_tensors, base_model, com
 from .names import peft_type
 from .silenceable import NeverSilentError, silenceable_adapters
 from .silent_inputs import counted_tokens, without_adapters
-from .state_dicts import DivergedError, check_finite
+from .state_dicts import check_finite
 from .texts import is_conversation
 
 CONFIDENCE = 0.95  # of the bound for unseen prompts
@@ -327,7 +327,7 @@ def main(arguments: list[str]) -> int:
     except NeverSilentError as error:
         print(f"not applicable: {error}")
         return 2
-    except (CertificateError, DivergedError, LoadError) as error:
+    except ValueError as error:
         print(error)
         return 2
     _print(certificate, tokenizer)
@@ -351,13 +351,8 @@ def _certified(options: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Ce
     tokenizer = tokenizer_of(options.base)
     prompts = _read_prompts(options.prompts, tokenizer)
     model = with_adapter(base_model(options.base, options.dtype, options.device), options.adapter)
-    try:
-        batches = [{"input_ids": torch.tensor([ids])} for ids in prompts]
-        return tokenizer, certify(model, batches, response_tokens=options.response_tokens)
-    except (CertificateError, DivergedError, NeverSilentError):
-        raise
-    except ValueError as error:
-        raise LoadError(str(error)) from None
+    batches = [{"input_ids": torch.tensor([ids])} for ids in prompts]
+    return tokenizer, certify(model, batches, response_tokens=options.response_tokens)
 
 
 def _read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

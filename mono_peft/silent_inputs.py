@@ -100,7 +100,7 @@ def draw_tokens(
     if total == 0:
         raise ValueError("`batches` has no token that counts: it is empty, or its masks are zero everywhere.")
     drawn.keep_the_lowest()
-    if drawn.has_all:
+    if drawn.highest == math.inf:  # no token was left out
         return drawn.tokens(), len(drawn.places)
     return drawn.tokens(), total if alone == total else max(alone + distinct.estimate(), budget + 1)
 
@@ -115,11 +115,6 @@ class _Drawn:
         self.places: dict[int, tuple[float, int, int, int]] = {}
         self.batches: dict[int, dict[str, Any]] = {}  # those of the places
         self.highest = math.inf  # no token with a number from here on is among the lowest
-
-    @property
-    def has_all(self) -> bool:
-        """Whether no token was left out."""
-        return self.highest == math.inf
 
     def add(
         self, batch_number: int, batch: dict[str, Any], positions: list[int], names: list[int], numbers: list[float]
