@@ -10,7 +10,7 @@ one loaded base.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,10 +229,13 @@ def adapter_measures(
     batch_size: int = 4,
     progress: bool = False,
 ) -> list[tuple[str, Estimate, dict[str, Any]]]:
-    """Attach an adapter to a loaded base, measure it, and give the base back: `measures`.
+    """Attach an adapter to a loaded base, measure it, and give the base back.
 
     Args:
         before: `losses` of the base on these texts.
+
+    Returns:
+        Metric, value and the settings of the row, for each row of the adapter.
 
     Raises:
         ForgettingError: the base is another one while the adapter is disabled.
@@ -240,11 +243,6 @@ def adapter_measures(
     """
     with attached(base, adapter) as model:
         check_base_beneath(model, texts, before)
-        return list(measures(forgetting(model, texts, batch_size=batch_size, progress=progress)))
-
-
-def measures(measured: Forgetting) -> Iterator[tuple[str, Estimate, dict[str, Any]]]:
-    """Metric, value and the settings of the row, for each row of an adapter."""
-    yield KL, measured.kl, {}
-    yield LOSS, measured.loss, {}
-    yield LOSS_DIFFERENCE, measured.loss_difference, {"versus": "base", "versus_adapter": None}
+        measured = forgetting(model, texts, batch_size=batch_size, progress=progress)
+    versus = {"versus": "base", "versus_adapter": None}
+    return [(KL, measured.kl, {}), (LOSS, measured.loss, {}), (LOSS_DIFFERENCE, measured.loss_difference, versus)]
