@@ -68,8 +68,10 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
     check_finite(
         {f"{name}.{part} of {adapter}": w for name, layer, adapter in active for part, w in layer.weights(adapter)}
     )
-    of = Counter(name for name, _, _ in active)
-    named = [(name if of[name] == 1 else f"{name} ({adapter})", layer, adapter) for name, layer, adapter in active]
+    adapters = Counter(name for name, _, _ in active)
+    named = [
+        (name if adapters[name] == 1 else f"{name} ({adapter})", layer, adapter) for name, layer, adapter in active
+    ]
     counts = {name: _ZeroCount(name, layer, adapter) for name, layer, adapter in named}
     mask: torch.Tensor | None = None
 
