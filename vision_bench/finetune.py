@@ -13,7 +13,6 @@ epoch, in eval mode, on the images as they are. Training accuracies are against 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from timm.scheduler import MultiStepLRScheduler
 from torch import nn
 
 from vision_bench import features, models, storage, training
+from vision_bench.checks import NOT_NEGATIVE, POSITIVE, SHARE, check_counts
 from vision_bench.corruptions import seed_of
 from vision_bench.views import SimCLRViews, check_settings
 
@@ -71,16 +71,10 @@ class FinetuneConfig:
         for name, allowed in (("loss", LOSSES), ("layer", LAYERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
-        for name in ("epochs", "batch_size", "monitor_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0.")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}; it must be at least 0.")
-        for name in ("dropout", "held_out"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1).")
+        check_counts(epochs=self.epochs, batch_size=self.batch_size, monitor_epochs=self.monitor_epochs)
+        POSITIVE.check(learning_rate=self.learning_rate)
+        NOT_NEGATIVE.check(weight_decay=self.weight_decay)
+        SHARE.check(dropout=self.dropout, held_out=self.held_out)
         if any(not 0 < milestone < 1 for milestone in self.milestones):
             raise ValueError(f"milestones is {self.milestones}; they are shares of the epochs, each in (0, 1).")
         check_settings(self.views or {})

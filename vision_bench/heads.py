@@ -24,7 +24,6 @@ stopped continues to the same bits, as those of `training` do.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from vision_bench import models, sae, storage, training
-from vision_bench.checks import CHUNK, check_features, check_finite, check_name
+from vision_bench.checks import CHUNK, POSITIVE, check_counts, check_features, check_finite, check_name
 from vision_bench.geometric_median import geometric_median
 from vision_bench.losses import info_nce
 from vision_bench.sae_kernels import Active, Decode, Encode
@@ -63,12 +62,10 @@ class HeadConfig:
     seed: int = 0  # of the initial weights, the order of the images and the drawn views
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2), ("k", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        for name in ("learning_rate", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite.")
+        check_counts(epochs=self.epochs, k=self.k)
+        check_counts(2, batch_size=self.batch_size)
+        check_counts(0, seed=self.seed)
+        POSITIVE.check(learning_rate=self.learning_rate, temperature=self.temperature)
 
 
 class Head:

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from vision_bench.corruptions import check_labels
-from vision_bench.image_files import EncodedImages, ImageFiles, ImageRows, in_threads, listed
+from vision_bench.image_files import EncodedImages, ImageFiles, ImageRows, Reading, in_threads, listed
 from vision_bench.runs import file_checksum
 
 # What a split is called elsewhere, in the order of preference.
@@ -54,7 +54,7 @@ class Source(NamedTuple):
     class_names: list[str]
 
 
-def hugging_face(place: str | Path, split: str, label_column: str | None, progress: bool) -> Source:
+def hugging_face(place: str | Path, split: str, reading: Reading) -> Source:
     """A set of the hub (str), or a folder of parquet files or of `save_to_disk` (Path).
 
     Raises:
@@ -63,13 +63,13 @@ def hugging_face(place: str | Path, split: str, label_column: str | None, progre
     """
     import datasets
 
-    rows, split = _rows(place, split, progress)
+    rows, split = _rows(place, split, reading.progress)
     features = rows.features
     images = [c for c, kind in features.items() if isinstance(kind, datasets.Image)]
     images = images or [c for c in ("image", "img") if c in features]
     if len(images) != 1:
         raise ValueError(f"{place} has {len(images)} columns of images among {', '.join(features)}; one is needed.")
-    label = label_column or next((c for c in LABEL_COLUMNS if c in features), None)
+    label = reading.label_column or next((c for c in LABEL_COLUMNS if c in features), None)
     classes = [c for c, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     if label is None and len(classes) == 1:
         label = classes[0]

@@ -11,7 +11,6 @@ without any training, in the backbone features. (A linear probe trained afterwar
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from vision_bench import features, models, storage, training
+from vision_bench.checks import NOT_NEGATIVE, POSITIVE, check_counts
 from vision_bench.losses import activation_bonus, info_nce
 from vision_bench.probe import knn_accuracy, probe_accuracy
 from vision_bench.views import SimCLRViews, check_settings
@@ -60,15 +60,10 @@ class PretrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("learning_rate", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite.")
-        for name in ("classifier_learning_rate", "weight_decay", "activation_bonus"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and finite.")
+        check_counts(epochs=self.epochs, batch_size=self.batch_size)
+        POSITIVE.check(learning_rate=self.learning_rate, temperature=self.temperature)
+        NOT_NEGATIVE.check(weight_decay=self.weight_decay, activation_bonus=self.activation_bonus)
+        NOT_NEGATIVE.check(classifier_learning_rate=self.classifier_learning_rate)
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"warmup_epochs is {self.warmup_epochs}; it must be in [0, {self.epochs}), the epochs.")
         check_settings(self.views)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from vision_bench import storage
-from vision_bench.checks import check_features, check_finite, check_name
+from vision_bench.checks import POSITIVE, check_counts, check_features, check_finite, check_name
 from vision_bench.geometric_median import geometric_median
 from vision_bench.runs import locked
 from vision_bench.sae_kernels import Active, Decode, Encode
@@ -239,13 +239,10 @@ def fit(
         raise ValueError(f"batch_size is {batch_size} for {n} samples; it must be in [1, {n}].")
     if batch_size % processes:
         raise ValueError(f"batch_size is {batch_size} for {processes} processes; it must be a multiple of them.")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate is {learning_rate}; it must be above 0 and finite.")
+    POSITIVE.check(learning_rate=learning_rate)
     steps_per_epoch = n // batch_size
     log_every = steps_per_epoch if log_every is None else log_every
-    for name, number in {"epochs": epochs, "checkpoint_every": checkpoint_every, "log_every": log_every}.items():
-        if number < 1:
-            raise ValueError(f"{name} is {number}; it must be at least 1.")
+    check_counts(epochs=epochs, checkpoint_every=checkpoint_every, log_every=log_every)
     variance = _variance(features)
 
     if accelerator is not None:
