@@ -16,7 +16,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,8 @@ from torch import nn
 from vision_bench import features, models, storage, training
 from vision_bench.checks import NOT_NEGATIVE, POSITIVE, SHARE, check_counts
 from vision_bench.corruptions import seed_of
+from vision_bench.data import ImageSet
 from vision_bench.views import SimCLRViews, check_settings
-
-if TYPE_CHECKING:
-    from vision_bench.data import ImageSet
 
 KIND = "finetuned model"
 LOSSES = ("ce", "nce")

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,10 @@ from torch import nn
 
 from vision_bench import features, models, storage, training
 from vision_bench.checks import NOT_NEGATIVE, POSITIVE, check_counts
+from vision_bench.data import ImageSet
 from vision_bench.losses import activation_bonus, info_nce
 from vision_bench.probe import knn_accuracy, probe_accuracy
 from vision_bench.views import SimCLRViews, check_settings
-
-if TYPE_CHECKING:
-    from vision_bench.data import ImageSet
 
 MONITORED = ("online_probe_validation_top1", "knn_validation_top1")
 VALIDATION = "validation_images"  # of the log: the fingerprint of those that MONITORED are of

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,10 +28,8 @@ from tqdm.auto import tqdm
 
 from vision_bench import storage
 from vision_bench.corruptions import seed_of
+from vision_bench.data import ImageSet
 from vision_bench.runs import locked
-
-if TYPE_CHECKING:
-    from vision_bench.data import ImageSet
 
 STATE = "training.safetensors"
 MODEL = "model.safetensors"
