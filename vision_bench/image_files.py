@@ -67,21 +67,9 @@ class Images(Protocol):
     def __getitem__(self, index: Any, /) -> torch.Tensor: ...
 
 
-class EncodedImages(Protocol):
-    """The bytes of images by index, and where each image is, in words."""
-
-    def __len__(self) -> int: ...
-
-    def encoded(self, index: int) -> bytes:
-        """Raises OSError where there are no bytes."""
-        ...
-
-    def where(self, index: int) -> str: ...
-
-
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images that are files."""
+    """Images that are files: their bytes by index, and where each of them is, in words."""
 
     paths: list[str]
 
@@ -97,7 +85,7 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class ImageRows:
-    """Images in the rows of a data set of Hugging Face."""
+    """Images in the rows of a data set of Hugging Face: as `ImageFiles`; raises OSError where a row has no bytes."""
 
     name: str
     column: str
@@ -116,6 +104,9 @@ class ImageRows:
 
     def where(self, index: int) -> str:
         return f"row {index} of {self.name}"
+
+
+EncodedImages = ImageFiles | ImageRows
 
 
 class StreamedImages(torch.utils.data.Dataset[torch.Tensor]):

@@ -75,7 +75,7 @@ def hugging_face(place: str | Path, split: str, reading: Reading) -> Source:
         label = classes[0]
     if label not in features:
         raise ValueError(f"label_column is {label!r}; {place} has the columns {', '.join(features)}.")
-    labels = _labels(rows[label][:], f"column {label!r} of {place} (split {split})")
+    labels = integer_labels(rows[label][:], f"column {label!r} of {place} (split {split})")
     if isinstance(features[label], datasets.ClassLabel):
         class_names = list(features[label].names)
     elif int(labels.max()) < MOST_CLASSES:
@@ -229,7 +229,7 @@ def _rows(place: str | Path, split: str, progress: bool) -> tuple[Any, str]:
     return splits[name], name
 
 
-def _labels(values: Any, where: str) -> torch.Tensor:
+def integer_labels(values: Any, where: str) -> torch.Tensor:
     """(n,) int64. Raises TypeError for labels that are not integers, and ValueError for hidden ones."""
     missing = sum(value is None for value in values)
     if missing:

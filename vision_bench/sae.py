@@ -310,7 +310,7 @@ class _Training:
     learning_rate: float
     dead_after: int  # samples after which a latent that was not above 0 is dead
     variance: float  # of the features, for the log
-    accelerator: Accelerator | None
+    accelerator: Accelerator | None = None
 
     def __post_init__(self) -> None:
         self.processes = 1 if self.accelerator is None else self.accelerator.num_processes
