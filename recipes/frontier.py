@@ -285,18 +285,34 @@ def _times(lines: pd.DataFrame, method: str) -> pd.Series:
     return rows[(rows["method"] == method) & rows["step"].isna()].set_index("seed")["seconds"]
 
 
-def steps_table(lines: pd.DataFrame, methods: Sequence[str]) -> str:
-    """Shares of silent prompts over the steps of training, "" where no checkpoint was evaluated."""
-    silent = _first(SILENT, lines)
-    steps = sorted({int(step) for step in silent.rows(lines)["step"].dropna()})
-    silenced = [method for method in methods if len(values(lines, silent, method))]
-    if not steps or not silenced:
-        return ""
-    body = [
-        [str(step or "end"), *(over_seeds(values(lines, silent, method, step)).text(1) for method in silenced)]
-        for step in (*steps, None)
-    ]
-    return f"\n{silent.title}, over the steps of training:\n\n{markdown_table(['step', *silenced], body)}"
+def steps_tables(lines: pd.DataFrame, methods: Sequence[str]) -> str:
+    """The measures of `table` over the steps of training, "" where no checkpoint was evaluated."""
+    text = ""
+    for measure in _measured_at_steps(lines):
+        at_steps = _at_steps(lines, measure, methods)
+        body = [
+            [str(step or "end"), *(over_seeds(by_step[step]).text(_digits(measure)) for by_step in at_steps.values())]
+            for step in _steps(lines, measure)
+        ]
+        text += f"\n{measure.title}, over the steps of training:\n\n{markdown_table(['step', *at_steps], body)}"
+    return text
+
+
+def _measured_at_steps(lines: pd.DataFrame) -> list[Measure]:
+    return _present((performance(lines), *HARMS, *OVER_REFUSALS, *SILENT), lines[lines["step"].notna()])
+
+
+def _steps(lines: pd.DataFrame, measure: Measure) -> list[int | None]:
+    """The steps at which checkpoints were evaluated, and None for the end of the training."""
+    return [*sorted({int(step) for step in measure.rows(lines)["step"].dropna()}), None]
+
+
+def _at_steps(lines: pd.DataFrame, measure: Measure, methods: Sequence[str]) -> dict[str, dict[int | None, pd.Series]]:
+    """A measure of each arm that has checkpoints, by step, of the seeds that have them."""
+    seeds = set(lines[lines["step"].notna()]["seed"])
+    chosen = lines[lines["seed"].isin(seeds)]
+    by_method = {m: {step: values(chosen, measure, m, step) for step in _steps(lines, measure)} for m in methods}
+    return {m: by_step for m, by_step in by_method.items() if any(len(of) for step, of in by_step.items() if step)}
 
 
 def frontier(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
@@ -369,26 +385,33 @@ def _family(method: str) -> str:
     return re.sub(r"(?<=[a-z])[0-9.]+", "", method)
 
 
-def silent_over_steps(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
-    """Shares of silent prompts over the steps of training, a panel for each condition."""
+def over_steps(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
+    """The measures of `steps_tables`, a column for each condition with checkpoints and a row for each measure."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(panels), 2.8), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
-        silent = _first(SILENT, lines)
-        steps = sorted({int(step) for step in silent.rows(lines)["step"].dropna()})
-        for method in methods:
-            means = [over_seeds(values(lines, silent, method, step)) for step in steps]
-            if any(mean.n for mean in means):
+    styles = styles_of(methods)
+    panels = {title: lines for title, lines in panels.items() if lines["step"].notna().any()}
+    rows = list(dict.fromkeys(measure for lines in panels.values() for measure in _measured_at_steps(lines)))
+    figure = Figure(figsize=(3.2 * len(panels) + 2.2, 2.2 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(panels), squeeze=False)
+    for column, (title, lines) in enumerate(panels.items()):
+        for axes, measure in zip(grid[:, column], rows, strict=True):
+            axes.set(title=title if measure == rows[0] else "", xlabel="step", ylabel=measure.title)
+            axes.yaxis.label.set_fontsize(7)
+            for method, by_step in _at_steps(lines, measure, methods).items():
+                means = {step: over_seeds(of) for step, of in by_step.items() if step}
                 axes.errorbar(
-                    steps,
-                    [mean.mean for mean in means],
-                    yerr=[mean.half_width or 0 for mean in means],
+                    list(means),
+                    [mean.mean for mean in means.values()],
+                    yerr=[mean.half_width or 0 for mean in means.values()],
                     label=method,
-                    marker=".",
+                    color=styles[method][0],
+                    marker=styles[method][1],
+                    markersize=4,
                     linewidth=0.8,
                     capsize=2,
                 )
-        axes.set(title=title, xlabel="step", ylabel=silent.title, ylim=(-5, 105))
-        axes.legend(frameon=False, fontsize=7)
+    legends = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in grid.flat]
+    handles = {label: handle for legend in legends for handle, label in legend}
+    figure.legend(handles.values(), handles, loc="outside right upper", frameon=False, fontsize=7)
     return figure

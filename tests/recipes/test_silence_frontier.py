@@ -69,6 +69,13 @@ def test_conditions_continue_in_folders_of_their_own(arguments, pairs_file, tmp_
         harm = 100 * (1 - rows_of(rows, "refused_harmful", method="base")[0]["value"])
         assert float(table["base"][header.index("harmful requests not refused, %")]) == pytest.approx(harm, abs=0.051)
         assert table["lora"][header.index("harmful prompts silent, %")] == "not applicable"
+        section = text.split(f"## {title}")[1]
+        assert list(lines(section, "harmful prompts silent, %, over the steps"))[2:] == ["2", "end"]
+        over_steps = lines(section, "accuracy, %, over the steps")
+        assert over_steps["step"] == ["step", "lora", "monolora+silence1000"]
+        assert over_steps["end"][1] == table["lora"][header.index("accuracy, %")]
+        at_two = [100 * row["value"] for row in rows_of(rows, "accuracy", method="lora", step=2)]
+        assert float(over_steps["2"][1].split(" ")[0]) == pytest.approx(sum(at_two) / 2, abs=0.051)
     # All adapters are certified on the same prompts, which are drawn from all that ask for harm.
     answers = read_completions(out / "poison_0.5" / "evaluation" / "completions.jsonl").rows
     harmful = {row.prompt_id: row.prompt for row in answers if row.category == "harmful"}
@@ -78,10 +85,8 @@ def test_conditions_continue_in_folders_of_their_own(arguments, pairs_file, tmp_
     assert len(harmful) == 3
     assert len(certified) == 8  # two conditions, two seeds, two steps
     assert all(prompts == expected for prompts in certified)
-    over_steps = lines(text.split("## 25 % poison")[1], "over the steps of training")
-    assert list(over_steps) == ["step", "---:", "2", "end"] or list(over_steps) == ["step", "---", "2", "end"]
     assert imread(out / "frontier.png").std() > 0.05
-    assert imread(out / "silent_over_steps.png").std() > 0.05
+    assert imread(out / "over_steps.png").std() > 0.05
 
     request.getfixturevalue("no_training")
     silence_frontier.main([*arguments, *extra])
