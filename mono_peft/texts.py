@@ -87,8 +87,8 @@ class Texts:
         """The group, the file's name and the row, from 1, of a text."""
         return self.groups[self._group[number]], self.files[self._file[number]].name, self._row[number]
 
-    def batches(self, size: int) -> Iterator[Batch]:
-        """All texts, in batches of at most `size`."""
+    def batches(self, size: int, padding: int = 0) -> Iterator[Batch]:
+        """All texts, in batches of at most `size`; `padding` is the id behind shorter ones."""
         for first in range(0, len(self), _ROWS_SORTED):
             numbers = range(first, min(first + _ROWS_SORTED, len(self)))
             ordered = sorted(numbers, key=lambda number: self._starts[number + 1] - self._starts[number])
@@ -96,7 +96,7 @@ class Texts:
                 chosen = ordered[start : start + size]
                 rows = [torch.tensor(self.ids(number)) for number in chosen]
                 lengths = torch.tensor([len(row) for row in rows])
-                ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+                ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
                 mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
                 yield Batch(torch.tensor(chosen), ids, mask)
 
