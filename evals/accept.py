@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,7 +176,6 @@ class _Measures:
     def __init__(self, card: Card, settings: GenerateSettings, folder: Path) -> None:
         self.card, self.settings, self.folder = card, settings, folder
         self.examples: dict[str, list[Example]] = {}
-        self._arms: dict[str, ArmValues] | None = None
         self._diverged: str | None = None
 
     def decided(self, line: Line) -> Decided:
@@ -191,21 +191,19 @@ class _Measures:
         outcome, reason = measured
         return Decided(line, outcome, reason, None, needed_for(line, self.card.power))
 
+    @cached_property
     def arms(self) -> dict[str, ArmValues]:
         """The base's and the adapter's values on the prompts, answered and judged if they are not."""
-        if self._arms is None:
-            run: Run = generate(self.settings)
-            marks = run.find(DIVERGED)
-            self._diverged = str(marks[0]["config"]["reason"]) if marks else None
-            if self.card.judges and has_answers(run.folder):
-                judge(run.folder, self.card.judges)
-            # The folder of an adapter that diverged may hold no answer at all.
-            arms = [] if self._diverged is not None else read_arms(str(run.folder))
-            self._arms = {arm.name: arm for arm in arms}
-        return self._arms
+        run: Run = generate(self.settings)
+        marks = run.find(DIVERGED)
+        self._diverged = str(marks[0]["config"]["reason"]) if marks else None
+        if self.card.judges and has_answers(run.folder):
+            judge(run.folder, self.card.judges)
+        # The folder of an adapter that diverged may hold no answer at all.
+        return {} if self._diverged is not None else {arm.name: arm for arm in read_arms(str(run.folder))}
 
     def _of_answers(self, line: Line) -> Measured | tuple[str, str]:
-        arms = self.arms()
+        arms = self.arms
         if self._diverged is not None:
             return FAILS, f"it diverged: {self._diverged}"
         key = Measure(line.task, line.metric, line.judge, "" if line.judge else line.filter)
@@ -246,7 +244,7 @@ class _Measures:
 
     def _forgetting(self, line: Line) -> Measured | tuple[str, str]:
         if self.card.tasks:
-            self.arms()  # first, as the folder is theirs
+            _ = self.arms  # first, as the folder is theirs
             if self._diverged is not None:
                 return FAILS, f"it diverged: {self._diverged}"
         shared = {name: self.card.answers[name] for name in ("dtype", "load_in_4bit") if name in self.card.answers}

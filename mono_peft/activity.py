@@ -91,7 +91,7 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
     reached = {name: count for name, count in counts.items() if count.tokens}
     of_units = {name: count.fired_of_each_unit() for name, count in reached.items()}
     fired = torch.cat(list(of_units.values()))
-    dead = {name: count.numbers()[of_units[name] == 0].tolist() for name, count in reached.items()}
+    dead = {name: count.dead_units() for name, count in reached.items()}
     return ActivationSparsity(
         overall=1 - int(fired.sum()) / sum(count.tokens * count.r for count in reached.values()),
         per_module={name: 1 - int(c.fired.sum()) / (c.tokens * c.r) for name, c in reached.items()},
@@ -252,9 +252,11 @@ class _ZeroCount:
         """For each unit that saw a token, the tokens on which it fired."""
         return self.fired[self.tokens_seen > 0].flatten()
 
-    def numbers(self) -> torch.Tensor:
-        """The indices of these units."""
-        return torch.arange(self.fired.numel()).view(self.fired.shape)[self.tokens_seen > 0].flatten()
+    def dead_units(self) -> list[int]:
+        """The indices of those of these units that never fired."""
+        dead = (self.fired == 0) & (self.tokens_seen > 0)[:, None]
+        indices: list[int] = dead.flatten().nonzero().flatten().tolist()
+        return indices
 
 
 class SparsityCallback(LoggedMeasures):

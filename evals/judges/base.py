@@ -131,6 +131,8 @@ class LocalJudge(Judge):
         self.tokenizer, self.config = check_base(source)
         self.settings = {**model_checksums(source, hub_commit(source)), "dtype": dtype}
         self.control_tokens = control_tokens(self.tokenizer)
+        # Tokens of its context.
+        self.limit = int(getattr(self.config, "max_position_embeddings", 0) or self.tokenizer.model_max_length)
 
     def load(self) -> None:
         self.model = load_base(self.source, self.dtype, load_in_4bit=False)

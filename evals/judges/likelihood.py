@@ -23,7 +23,6 @@ class Likelihood(LocalJudge):
     def __init__(self, source: str, dtype: str = "auto") -> None:
         super().__init__(source, dtype)
         self.settings = {f"perplexity_{name}": value for name, value in self.settings.items()}
-        self.limit = int(getattr(self.config, "max_position_embeddings", 0) or self.tokenizer.model_max_length)
 
     def encode(self, prompt: str, response: str) -> EncodedAnswer | None:
         """The conversation's tokens, without the beginning that does not fit; None for an empty answer."""

@@ -55,7 +55,6 @@ class ShieldGemma(LocalJudge):
 
     def __init__(self, source: str, dtype: str = "auto") -> None:
         super().__init__(source, dtype)
-        self.limit = int(self.config.max_position_embeddings)
         self.answers = [self._single_token(word) for word in ("Yes", "No")]
         parts = ("the request asked", "the answer given", "the guideline followed")
         text = self.text(*parts) if self.tokenizer.chat_template else ""
