@@ -16,7 +16,6 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -298,8 +297,7 @@ class _Measures:
 
 def _as_dict(one: Decided) -> dict[str, Any]:
     measured = {} if one.measured is None else one.measured._asdict()
-    line = {f.name: getattr(one.line, f.name) for f in fields(one.line)}
-    return {"name": line["name"], "requirement": one.line.text, "outcome": one.outcome, "reason": one.reason,
+    return {"name": one.line.name, "requirement": one.line.text, "outcome": one.outcome, "reason": one.reason,
             **measured, "needed": one.needed}  # fmt: skip
 
 
@@ -323,11 +321,9 @@ def needs_text(card: Card) -> str:
     lines = []
     for line in card.lines:
         needed = needed_for(line, card.power)
-        if line.is_share:
-            many = f"{needed:,}" if needed is not None else "more than 50,000"
-            lines.append(f"  {line.name}: {line.text}; takes {many} for a margin of {line.margin:g}\n")
-        else:
-            lines.append(f"  {line.name}: {line.text}; takes as many as its spread asks for\n")
+        many = f"{needed:,}" if needed is not None else "more than 50,000"
+        takes = f"{many} for a margin of {line.margin:g}" if line.is_share else "as many as its spread asks for"
+        lines.append(f"  {line.name}: {line.text}; takes {takes}\n")
     return f"{card.title}, with a power of {card.power:g}:\n{''.join(lines)}"
 
 

@@ -44,11 +44,10 @@ class Invocations:
         if prompt is None and args and isinstance(args[0], torch.Tensor):
             prompt = args[0]
         call = _Call(configs, kwargs.get("adapter_names"), kwargs.get("alora_offsets"), prompt)
-        handle = model.register_forward_pre_hook(partial(self._begin, call), with_kwargs=True)
         try:
-            yield
+            with model.register_forward_pre_hook(partial(self._begin, call), with_kwargs=True):
+                yield
         finally:
-            handle.remove()
             self._present = None
 
     def _begin(self, call: _Call, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from evals.judges.base import Judgement, LocalJudge, escape, judgement_of_scores, left_padded, positions
 
@@ -138,9 +139,7 @@ class ShieldGemma(LocalJudge):
     def _scores_of_policy(self, endings: list[list[int]], cache: Any, mask: torch.Tensor) -> list[float]:
         """The scores of one policy; the model writes into a copy of the conversations' cache."""
         last = torch.tensor([len(ending) - 1 for ending in endings])
-        ids = torch.zeros(len(endings), int(last.max()) + 1, dtype=torch.long)  # padded on the right
-        for row, ending in enumerate(endings):
-            ids[row, : len(ending)] = torch.tensor(ending)
+        ids = pad_sequence([torch.tensor(ending) for ending in endings], batch_first=True)
         whole = torch.cat([mask, (torch.arange(ids.shape[1]) <= last[:, None]).long().to(mask.device)], dim=1)
         kept, column = torch.unique(last, return_inverse=True)  # all endings of a policy are equally long as a rule
         logits = self.model(
