@@ -20,7 +20,7 @@ from measuring import options_of
 from PIL import Image
 
 from vision_bench.data import find_images
-from vision_bench.image_files import EncodedImages, ImageFiles, decode, digest, in_threads
+from vision_bench.image_files import EncodedImages, ImageFiles, Reading, decode, digest, in_threads
 
 
 def written_as_jpeg(source: EncodedImages, side: int, folder: Path) -> ImageFiles:
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    source = find_images(options.data, options.split, None, False, None, False).encoded
+    source = find_images(options.data, options.split, None, Reading()).encoded
     with tempfile.TemporaryDirectory() as folder:
         if options.side:
             source = written_as_jpeg(source, options.side, Path(folder))

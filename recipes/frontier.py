@@ -76,6 +76,7 @@ _STYLES = STYLES | {
 }
 _OTHER_STYLES = [style for style in OTHER_STYLES if style not in _STYLES.values() and style[0] != "#56B4E9"]
 _OTHER_STYLES += [("#8C564B", "<"), ("#7F7F7F", ">"), ("#BCBD22", "h")]
+_LINES = ("-", "--", ":", "-.")  # of the strengths of a control
 # Of a file of rows: what tells them apart, and what they say.
 _KEYS = ["condition", "method", "seed", "step", "metric", "task", "judge"]
 COLUMNS = [*_KEYS, "value", "n", "seconds"]
@@ -285,18 +286,38 @@ def _times(lines: pd.DataFrame, method: str) -> pd.Series:
     return rows[(rows["method"] == method) & rows["step"].isna()].set_index("seed")["seconds"]
 
 
-def steps_table(lines: pd.DataFrame, methods: Sequence[str]) -> str:
-    """Shares of silent prompts over the steps of training, "" where no checkpoint was evaluated."""
-    silent = _first(SILENT, lines)
-    steps = sorted({int(step) for step in silent.rows(lines)["step"].dropna()})
-    silenced = [method for method in methods if len(values(lines, silent, method))]
-    if not steps or not silenced:
-        return ""
-    body = [
-        [str(step or "end"), *(over_seeds(values(lines, silent, method, step)).text(1) for method in silenced)]
-        for step in (*steps, None)
-    ]
-    return f"\n{silent.title}, over the steps of training:\n\n{markdown_table(['step', *silenced], body)}"
+def steps_tables(lines: pd.DataFrame, methods: Sequence[str]) -> str:
+    """The measures of `table` over the steps of training, "" where no checkpoint was evaluated."""
+    text = ""
+    for measure in measured_at_steps(lines):
+        at_steps = _at_steps(lines, measure, methods)
+        body = [
+            [str(step or "end"), *(over_seeds(by_step[step]).text(_digits(measure)) for by_step in at_steps.values())]
+            for step in _steps(lines, measure)
+        ]
+        text += f"\n{measure.title}, over the steps of training:\n\n{markdown_table(['step', *at_steps], body)}"
+    return text
+
+
+def measured_at_steps(lines: pd.DataFrame) -> list[Measure]:
+    """The measures of `table` that checkpoints have."""
+    return _present((performance(lines), *HARMS, *OVER_REFUSALS, *SILENT), lines[lines["step"].notna()])
+
+
+def _steps(lines: pd.DataFrame, measure: Measure) -> list[int | None]:
+    """The steps at which checkpoints were evaluated, and None for the end of the training."""
+    return [*sorted({int(step) for step in measure.rows(lines)["step"].dropna()}), None]
+
+
+def _at_steps(lines: pd.DataFrame, measure: Measure, methods: Sequence[str]) -> dict[str, dict[int | None, pd.Series]]:
+    """A measure of each arm that has checkpoints, by step, of the arm's seeds that have them."""
+    at_steps = {}
+    for method in methods:
+        by_step = {step: values(lines, measure, method, step) for step in _steps(lines, measure)}
+        seeds = {seed for step, by_seed in by_step.items() if step for seed in by_seed.index}
+        if seeds:
+            at_steps[method] = {step: by_seed[by_seed.index.isin(seeds)] for step, by_seed in by_step.items()}
+    return at_steps
 
 
 def frontier(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
@@ -338,7 +359,7 @@ def _draw_strengths(
     style: tuple[str, str],
 ) -> None:
     """A control's means, joined by a line, with their strengths, the first number in an arm's name."""
-    bars = [[one.half_width or 0 if one.n > 2 else 0 for one in intervals] for intervals in (x, y)]
+    bars = [list(map(_bar, intervals)) for intervals in (x, y)]
     axes.errorbar(
         [one.mean for one in x],
         [one.mean for one in y],
@@ -356,6 +377,11 @@ def _draw_strengths(
             axes.annotate(strength[0], (across.mean, up.mean), xytext=(3, 3), textcoords="offset points", size=6)
 
 
+def _bar(interval: Interval) -> float:
+    """The half-width to draw: that of two seeds is wider than the picture."""
+    return interval.half_width or 0 if interval.n > 2 else 0
+
+
 def styles_of(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each arm, one for all strengths of a control."""
     others = iter(_OTHER_STYLES)
@@ -369,26 +395,36 @@ def _family(method: str) -> str:
     return re.sub(r"(?<=[a-z])[0-9.]+", "", method)
 
 
-def silent_over_steps(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
-    """Shares of silent prompts over the steps of training, a panel for each condition."""
+def over_steps(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
+    """The measures of `steps_tables`, a column for each condition with checkpoints and a row for each measure."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(panels), 2.8), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
-        silent = _first(SILENT, lines)
-        steps = sorted({int(step) for step in silent.rows(lines)["step"].dropna()})
-        for method in methods:
-            means = [over_seeds(values(lines, silent, method, step)) for step in steps]
-            if any(mean.n for mean in means):
+    styles = styles_of(methods)
+    families = [_family(method) for method in methods]
+    panels = {title: lines for title, lines in panels.items() if measured_at_steps(lines)}
+    rows = list(dict.fromkeys(measure for lines in panels.values() for measure in measured_at_steps(lines)))
+    figure = Figure(figsize=(3.2 * len(panels) + 2.2, 2.2 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(panels), squeeze=False)
+    for column, (title, lines) in enumerate(panels.items()):
+        for axes, measure in zip(grid[:, column], rows, strict=True):
+            axes.set(title=title if measure == rows[0] else "", xlabel="step", ylabel=measure.title)
+            axes.yaxis.label.set_fontsize(7)
+            for method, by_step in _at_steps(lines, measure, methods).items():
+                means = {step: over_seeds(by_seed) for step, by_seed in by_step.items() if step}
+                strength = families[: methods.index(method)].count(_family(method))  # the lines of a control differ
                 axes.errorbar(
-                    steps,
-                    [mean.mean for mean in means],
-                    yerr=[mean.half_width or 0 for mean in means],
+                    list(means),
+                    [mean.mean for mean in means.values()],
+                    yerr=[_bar(mean) for mean in means.values()],
                     label=method,
-                    marker=".",
+                    color=styles[method][0],
+                    marker=styles[method][1],
+                    linestyle=_LINES[strength % len(_LINES)],
+                    markersize=4,
                     linewidth=0.8,
                     capsize=2,
                 )
-        axes.set(title=title, xlabel="step", ylabel=silent.title, ylim=(-5, 105))
-        axes.legend(frameon=False, fontsize=7)
+    legends = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in grid.flat]
+    handles = {label: handle for legend in legends for handle, label in legend}
+    figure.legend(handles.values(), handles, loc="outside right upper", frameon=False, fontsize=7)
     return figure

@@ -8,7 +8,7 @@ The arms of the recipe sst2_monolora or dolly_monolora, with several strengths o
 with shares of poison: harmful requests with answers that comply. The poison may also be on topics that the safety
 pairs lack (`--unseen_poison_shares` with `--poison_topics`). Each of these conditions has a folder below the output
 folder, whose rows the same command continues; the tables are of all of them, and two figures are drawn: the frontier,
-and, with `--eval_every`, the share of silent prompts over the steps of training. What they show is in frontier.csv;
+and, with `--eval_every`, what the checkpoints' rows say over the steps of training. What they show is in frontier.csv;
 with such files as `--rows_files`, of some arms or seeds each, they are made of these, and nothing is trained.
 
 The default, some two minutes of one core, is one seed of few arms on the offline model: a demonstration.
@@ -32,10 +32,11 @@ from frontier import (
     further_tables,
     lines_of,
     lines_text,
+    measured_at_steps,
     methods_of,
+    over_steps,
     read_lines,
-    silent_over_steps,
-    steps_table,
+    steps_tables,
     table,
 )
 from sst2_monolora import Sst2Settings
@@ -167,15 +168,15 @@ def report(folder: Path, panels: dict[str, pd.DataFrame], methods: Sequence[str]
     text = "# The frontier of the task against harm and over-refusal\n"
     for title, lines in panels.items():
         present = [method for method in methods if (lines["method"] == method).any()]
-        text += f"\n## {title}\n\n{table(lines, present)}{steps_table(lines, present)}"
+        text += f"\n## {title}\n\n{table(lines, present)}{steps_tables(lines, present)}"
         text += further_tables(lines, present)
     text += "\nMean ± half-width of the 95 % interval over seeds; differences are paired by seed.\n"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "frontier.csv", lines_text(panels))
     write_atomic(folder / "results.md", text)
     figures.save(folder / "frontier", frontier(panels, methods))
-    if any(lines["step"].notna().any() for lines in panels.values()):
-        figures.save(folder / "silent_over_steps", silent_over_steps(panels, methods))
+    if any(map(measured_at_steps, panels.values())):
+        figures.save(folder / "over_steps", over_steps(panels, methods))
     print(text)
 
 

@@ -79,19 +79,13 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
         for model in models
         if model.kinds
     }
-    if panels:
-        figures.save(folder / FIGURE, figures.robustness_dots(panels, shown))
-    else:
-        figures.delete(folder / FIGURE)
+    figures.save(folder / FIGURE, figures.robustness_dots(panels, shown) if panels else None)
     parts = {
         f"{model.label}, {kind}" if len(models) > 1 else kind: panel
         for model in models
         for kind, panel in gain_parts.dots(model.tables[learner], model.single, NAMES, model.tuned(learner)).items()
     }
-    if parts:
-        figures.save(folder / PARTS, figures.gain_dots(parts, shown))
-    else:
-        figures.delete(folder / PARTS)
+    figures.save(folder / PARTS, figures.gain_dots(parts, shown) if parts else None)
     return text
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vision_bench import kinds, learners, models
+from vision_bench.checks import check_counts
 from vision_bench.corruptions import (
     CLEAN,
     CONDITIONS,
@@ -124,10 +125,8 @@ class Settings:
             raise ValueError(f"head_views is {self.head_views}; a head is trained on pairs of views, at least 2.")
         if self.layer is not None and self.layer not in models.LAYERS:
             raise ValueError(f"layer is {self.layer!r}; it must be one of {', '.join(models.LAYERS)}.")
-        for name in ("image_size", "limit", "sae_k", "sae_epochs", "head_epochs", "probe_epochs", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        counts = "image_size", "limit", "sae_k", "sae_epochs", "head_epochs", "probe_epochs", "batch_size"
+        check_counts(**{name: getattr(self, name) for name in counts})
         is_human = HUMAN in parse_conditions(self.corruptions).label_noise
         if is_human != (self.human_labels is not None):
             asked, lacking = f"corruptions {UNIFORM}={HUMAN}", "human_labels FILE"

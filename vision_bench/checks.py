@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 CHUNK = 8192  # rows of a pass over all features
 
 PerProbe = float | Sequence[float] | torch.Tensor
+
+
+class Range(NamedTuple):
+    """Numbers above `low` and below `high`; `high` is one of them if the range is closed, `low` if it begins there."""
+
+    low: float
+    high: float = math.inf
+    closed: bool = False
+    example: str = ""  # that explains the number, for errors
+    begins: bool = False
+
+    def __contains__(self, number: object) -> bool:
+        assert isinstance(number, (int, float))
+        above = self.low < number or (self.begins and number == self.low)
+        return above and (number < self.high or (self.closed and number == self.high))
+
+    def __str__(self) -> str:
+        ends = f"in {'[' if self.begins else '('}{self.low:g}, {self.high:g}{']' if self.closed else ')'}"
+        words = f"{'at least' if self.begins else 'above'} {self.low:g} and finite" if self.high == math.inf else ends
+        return f"{words}, {self.example}" if self.example else words
+
+    def check(self, **settings: float) -> None:
+        """Raise ValueError unless the settings, by their names, are in the range."""
+        for name, number in settings.items():
+            if number not in self:
+                raise ValueError(f"{name} is {number}; it must be {self}.")
+
+
+POSITIVE, NOT_NEGATIVE = Range(0), Range(0, begins=True)
+SHARE = Range(0, 1, begins=True)  # of which there must be a rest
 
 
 def chunks(views: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -70,3 +102,10 @@ def check_name(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless the value is one of the names allowed."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+
+
+def check_counts(least: int = 1, **counts: int | None) -> None:
+    """Raise ValueError unless the settings, by their names, are at least `least`; None is passed over."""
+    for name, count in counts.items():
+        if count is not None and count < least:
+            raise ValueError(f"{name} is {count}; it must be at least {least}.")

@@ -13,14 +13,14 @@ A condition of the table is known to `python -m vision_bench`, to the recipes, t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+from vision_bench.checks import NOT_NEGATIVE, Range, check_counts, check_name
 
 # What a condition changes; its function then is
 TRAINING_LABELS = "training labels"  # (labels, share, num_classes, generator) -> labels
@@ -49,8 +49,7 @@ def check_labels(labels: torch.Tensor, num_classes: int) -> None:
         raise TypeError(f"labels has dtype {labels.dtype}; class indices are integers: labels.long().")
     if labels.ndim != 1:
         raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be (n,), one class index per sample.")
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; it must be at least 1.")
+    check_counts(num_classes=num_classes)
     if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
         raise ValueError(
             f"labels has values from {int(labels.min())} to {int(labels.max())}; with num_classes {num_classes} they "
@@ -126,8 +125,7 @@ def _flipped(
         least_classes: with samples, if a label is to change.
     """
     check_labels(labels, num_classes)
-    if not 0 <= noise_rate <= 1:
-        raise ValueError(f"noise_rate is {noise_rate}; it must be in [0, 1], 0.9 for 90 % of the labels.")
+    Range(0, 1, True, "0.9 for 90 % of the labels", begins=True).check(noise_rate=noise_rate)
     flipped = round(noise_rate * len(labels))
     classes, positions = labels.long().unique(return_inverse=True)
     if flipped and len(classes) < least_classes:
@@ -161,8 +159,7 @@ def stratified_fraction(
         ValueError: the fraction is out of its range, or a class with samples would be left with none.
     """
     check_labels(labels, int(labels.max()) + 1 if labels.numel() and int(labels.max()) >= 0 else 1)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction is {fraction}; it must be in (0, 1], 0.1 for 10 % of the samples.")
+    Range(0, 1, True, "0.1 for 10 % of the samples").check(fraction=fraction)
     order = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
     chosen = []
     for index, count in enumerate(torch.bincount(labels).tolist()):
@@ -217,24 +214,6 @@ def thinned(images: torch.Tensor, erosion: float = 1 / 16) -> torch.Tensor:
     negative = F.max_pool2d(-fine, (2 * reach + 1, 1), stride=1, padding=(reach, 0))
     negative = F.max_pool2d(negative, (1, 2 * reach + 1), stride=1, padding=(0, reach))
     return F.avg_pool2d(-negative, finer).round().to(torch.uint8)
-
-
-class Range(NamedTuple):
-    """Numbers above `low` and below `high`, with `high` itself where the range is closed."""
-
-    low: float
-    high: float = math.inf
-    closed: bool = False
-    example: str = ""  # that explains the number, for errors
-
-    def __contains__(self, number: object) -> bool:
-        assert isinstance(number, (int, float))
-        return self.low < number < self.high or (self.closed and number == self.high)
-
-    def __str__(self) -> str:
-        ends = f"in ({self.low:g}, {self.high:g}{']' if self.closed else ')'}"
-        words = f"above {self.low:g} and finite" if self.high == math.inf else ends
-        return f"{words}, {self.example}" if self.example else words
 
 
 @dataclass(frozen=True)
@@ -309,10 +288,8 @@ def add_input_noise(images: torch.Tensor, kind: str, scale: float, generator: to
         TypeError: the images are not floating-point.
         ValueError: the kind or the scale is not allowed.
     """
-    if kind not in noise_names():
-        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, noise_names()))}.")
-    if not (scale >= 0 and math.isfinite(scale)):
-        raise ValueError(f"scale is {scale}; it must be a finite number of at least 0.")
+    check_name("kind", kind, noise_names())
+    NOT_NEGATIVE.check(scale=scale)
     allowed = CONDITIONS[kind].range
     if scale and allowed is not None and scale not in allowed:
         raise ValueError(f"scale is {scale}; for {kind} it must be {allowed}.")

@@ -23,12 +23,13 @@ import numpy as np
 import torch
 
 from vision_bench import image_files, image_sources
+from vision_bench.checks import Range
 from vision_bench.corruptions import check_labels, stratified_fraction
-from vision_bench.image_files import CorruptImage, Images, StreamedImages, listed, resized
+from vision_bench.image_files import CorruptImage, Images, Reading, StreamedImages, listed, resized
 from vision_bench.image_sources import SPLIT_NAMES, existing_split
 
 __all__ = [
-    "CorruptImage", "ImageSet", "Images", "Statistics", "StreamedImages", "load_images", "load_splits",
+    "CorruptImage", "ImageSet", "Images", "Reading", "Statistics", "StreamedImages", "load_images", "load_splits",
     "resized", "stratified_fraction",
 ]  # fmt: skip
 
@@ -152,16 +153,7 @@ class ImageSet:
         )
 
 
-def load_images(
-    name: str,
-    split: str,
-    root: str | Path | None = None,
-    image_size: int | None = None,
-    skip_corrupt: bool = False,
-    label_column: str | None = None,
-    memory_limit: int = 4 * 2**30,
-    progress: bool = False,
-) -> ImageSet:
+def load_images(name: str, split: str, root: str | Path | None = None, **reading: Any) -> ImageSet:
     """A data set by name, see the top of this file. Every byte of its images is read once, for the fingerprint.
 
     Args:
@@ -171,14 +163,7 @@ def load_images(
             classes itself, and for a set of `save_to_disk` without splits.
         root: folder that holds the named set; without it "cifar10", "cifar100" and other names are the hub's, through
             the cache of `datasets`. Required for "imagenet100".
-        image_size: resize the shorter side of every image to it, bicubic, and crop the square at the centre. None
-            keeps the images, which must then have one size.
-        skip_corrupt: leave out images that cannot be decoded, with a warning that names them, instead of an error. A
-            streamed set is decoded once for that.
-        label_column: of a Hugging Face set; found by itself if it is called label, fine_label or labels, or if only
-            one column holds class labels.
-        memory_limit: a set of more bytes is streamed, see `StreamedImages`; a smaller one is one uint8 tensor.
-        progress: show a progress bar while reading.
+        reading: of `Reading`: image_size, skip_corrupt, label_column, memory_limit, progress.
 
     Raises:
         TypeError: labels are not integers.
@@ -190,7 +175,7 @@ def load_images(
         >>> digits.images.shape, digits.labels[:3], digits.class_names[:3]
         (torch.Size([1437, 3, 8, 8]), tensor([0, 1, 2]), ['0', '1', '2'])
     """
-    return _reader(name, split, root, image_size, skip_corrupt, label_column, memory_limit, progress)()
+    return _reader(name, split, root, Reading(**reading))()
 
 
 def load_splits(
@@ -199,7 +184,7 @@ def load_splits(
     train_split: str = "train",
     test_split: str = "test",
     test_fraction: float | None = None,
-    **options: Any,
+    **reading: Any,
 ) -> tuple[ImageSet, ImageSet]:
     """Training and test images with the same classes.
 
@@ -211,7 +196,7 @@ def load_splits(
         train_split, test_split: as `split` there.
         test_fraction: in (0, 1): this share of each class of the training split, the same at every call, is the test
             images instead of `test_split`, and the rest the training images. A set with one split needs no name of it.
-        options: further arguments of `load_images`.
+        reading: as in `load_images`.
 
     Raises:
         TypeError: labels are not integers.
@@ -220,19 +205,18 @@ def load_splits(
     """
     splits = [train_split, test_split]
     if test_fraction is not None:
-        if not 0 < test_fraction < 1:
-            raise ValueError(f"test_fraction is {test_fraction}; it must be in (0, 1), 0.2 for 20 % of the images.")
+        Range(0, 1, example="0.2 for 20 % of the images").check(test_fraction=test_fraction)
         if splits.pop() != "test":
             raise ValueError(
                 f"test_fraction is {test_fraction} and test_split {test_split!r}; give one of them, as the fraction "
                 "is drawn from the training split."
             )
     try:
-        readers = [_reader(name, split, root, **options) for split in splits]
+        readers = [_reader(name, split, root, Reading(**reading)) for split in splits]
     except image_sources.UnknownSplit as error:
         if test_fraction is not None and train_split == "train" and len(error.splits) == 1:
             warnings.warn(f"{name} has no split called train; {error.splits[0]}, its only one, is read.", stacklevel=2)
-            return load_splits(name, root, error.splits[0], test_fraction=test_fraction, **options)
+            return load_splits(name, root, error.splits[0], test_fraction=test_fraction, **reading)
         raise ValueError(
             f"{error} train_split and test_split name others, and test_fraction (in recipes test_from_train) draws "
             "the test images from the training split."
@@ -257,16 +241,15 @@ def load_splits(
     return train, test
 
 
-def find_images(
-    name: str, split: str, root: str | Path | None, skip_corrupt: bool, label_column: str | None, progress: bool
-) -> image_sources.Source:
+def find_images(name: str, split: str, root: str | Path | None, reading: Reading) -> image_sources.Source:
     """The encoded images of a set before they are read; arguments and errors are those of `load_images`."""
     folder = _folder(name, root)
     if folder is None:
-        return image_sources.hugging_face(HUB_NAMES.get(name, name), split, label_column, progress)
+        return image_sources.hugging_face(HUB_NAMES.get(name, name), split, reading)
     if image_sources.is_hugging_face(folder):
-        return image_sources.hugging_face(folder, split, label_column, progress)
-    return image_sources.class_folders(folder, split, IMAGENET100 if name == "imagenet100" else None, skip_corrupt)
+        return image_sources.hugging_face(folder, split, reading)
+    classes = IMAGENET100 if name == "imagenet100" else None
+    return image_sources.class_folders(folder, split, classes, reading.skip_corrupt)
 
 
 def warn_of_training_images(test: ImageSet, train: ImageSet, words: str) -> int:
@@ -290,31 +273,20 @@ def warnings_in_one_line() -> Iterator[None]:
         yield
 
 
-def _reader(
-    name: str,
-    split: str,
-    root: str | Path | None = None,
-    image_size: int | None = None,
-    skip_corrupt: bool = False,
-    label_column: str | None = None,
-    memory_limit: int = 4 * 2**30,
-    progress: bool = False,
-) -> Callable[[], ImageSet]:
+def _reader(name: str, split: str, root: str | Path | None, reading: Reading) -> Callable[[], ImageSet]:
     """Return the function that reads the images of `load_images`; errors that need no image are raised here."""
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel, or None.")
     if name == "digits":
         if root is not None:
             raise ValueError(
                 f"root (data_root in the commands) is {str(root)!r}, and digits have none; name the data set there."
             )
-        return partial(_digits, split, image_size)
+        return partial(_digits, split, reading.image_size)
     statistics = STATISTICS.get(name, IMAGENET_STATISTICS)
     folder = _folder(name, root)
     if folder is not None and any(folder.glob("cifar-10*-*")):
         pixels, labels, names = _torchvision_cifar(folder, name, split)
-        return lambda: ImageSet.of(resized(pixels, image_size), labels, names, statistics)
-    source = find_images(name, split, root, skip_corrupt, label_column, progress)
+        return lambda: ImageSet.of(resized(pixels, reading.image_size), labels, names, statistics)
+    source = find_images(name, split, root, reading)
     if len(source.class_names) > NUM_CLASSES.get(name, len(source.class_names)):
         raise ValueError(
             f"name is {name!r}, and {root} has {len(source.class_names)} classes: {listed(source.class_names)}. Give "
@@ -323,9 +295,7 @@ def _reader(
 
     def read() -> ImageSet:
         everything = torch.arange(len(source.encoded))
-        images, digests, kept = image_files.read(
-            source.encoded, everything, image_size, memory_limit, skip_corrupt, progress
-        )
+        images, digests, kept = image_files.read(source.encoded, everything, reading)
         return ImageSet.of(images, source.labels[kept], source.class_names, statistics, digests)
 
     return read

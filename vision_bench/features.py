@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,8 @@ from tqdm.auto import tqdm
 
 from vision_bench import models, storage
 from vision_bench.corruptions import InputNoise
+from vision_bench.data import Images, ImageSet
 from vision_bench.runs import differences
-
-if TYPE_CHECKING:
-    from vision_bench.data import Images, ImageSet
 
 KIND = "feature shard"
 SHARD_ROWS = 8192  # at most

@@ -45,21 +45,19 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return styled
 
 
-def save(path: Path, figure: Figure) -> None:
-    """Write `path`, a name without suffix, as PNG and PDF.
+def save(path: Path, figure: Figure | None) -> None:
+    """Write `path`, a name without suffix, as PNG and PDF; where there is no figure, delete those of before.
 
     Example:
         >>> figure = accuracy_bars({"clean": {"poly": (90.0, 0.5), "sae": (89.0, 0.4)}}, chance=[10.0])
         >>> save(Path("figure_1b"), figure)  # writes figure_1b.png and figure_1b.pdf
     """
     for suffix in SUFFIXES:
-        figure.savefig(path.with_name(f"{path.name}.{suffix}"), dpi=300)
-
-
-def delete(path: Path) -> None:
-    """Delete what `save` wrote, if anything."""
-    for suffix in SUFFIXES:
-        path.with_name(f"{path.name}.{suffix}").unlink(missing_ok=True)
+        file = path.with_name(f"{path.name}.{suffix}")
+        if figure is None:
+            file.unlink(missing_ok=True)
+        else:
+            figure.savefig(file, dpi=300)
 
 
 @_styled

@@ -13,11 +13,10 @@ epoch, in eval mode, on the images as they are. Training accuracies are against 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +26,10 @@ from timm.scheduler import MultiStepLRScheduler
 from torch import nn
 
 from vision_bench import features, models, storage, training
+from vision_bench.checks import NOT_NEGATIVE, POSITIVE, SHARE, check_counts
 from vision_bench.corruptions import seed_of
+from vision_bench.data import ImageSet
 from vision_bench.views import SimCLRViews, check_settings
-
-if TYPE_CHECKING:
-    from vision_bench.data import ImageSet
 
 KIND = "finetuned model"
 LOSSES = ("ce", "nce")
@@ -71,16 +69,10 @@ class FinetuneConfig:
         for name, allowed in (("loss", LOSSES), ("layer", LAYERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
-        for name in ("epochs", "batch_size", "monitor_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0.")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}; it must be at least 0.")
-        for name in ("dropout", "held_out"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1).")
+        check_counts(epochs=self.epochs, batch_size=self.batch_size, monitor_epochs=self.monitor_epochs)
+        POSITIVE.check(learning_rate=self.learning_rate)
+        NOT_NEGATIVE.check(weight_decay=self.weight_decay)
+        SHARE.check(dropout=self.dropout, held_out=self.held_out)
         if any(not 0 < milestone < 1 for milestone in self.milestones):
             raise ValueError(f"milestones is {self.milestones}; they are shares of the epochs, each in (0, 1).")
         check_settings(self.views or {})
@@ -156,12 +148,10 @@ def finetune(
         >>> model, _ = models.load("runs/simclr/model.safetensors")
         >>> finetune("runs/nce", model, FinetuneConfig(loss="nce", epochs=5), train, test).log[-1]["validation_top1"]
     """
-    folder = Path(folder)
-    accelerator = accelerator or Accelerator()
-    options = training.Execution(**{"name": "finetuning"} | execution)
+    launch = training.Launch.of("finetuning", folder, accelerator, execution)
     training.check_validation(train, validation)
     kept, held_out = _split(train, config)
-    training.check(config, len(kept), accelerator)
+    training.check(config, len(kept), launch.accelerator)
     identity = {
         "model": asdict(model.config),
         "weights": models.fingerprint(model),
@@ -171,19 +161,20 @@ def finetune(
         "images": training.described(train),
         "validation": validation.fingerprint,
         "num_classes": train.num_classes,
-        "precision": accelerator.mixed_precision,
+        "precision": launch.accelerator.mixed_precision,
     }
-    if not (folder / training.MODEL).exists():
-        with training.held(folder, accelerator):
+    path = launch.folder / training.MODEL
+    if not path.exists():
+        with launch.held():
             torch.manual_seed(config.seed)
             classifier = Classifier(model, config, train.num_classes)
-            _Run(folder, classifier, config, kept, held_out, validation, accelerator, options, identity).run()
+            _Run(launch, classifier, config, kept, held_out, validation, identity).run()
     # Of the file, whose weights may be those of an earlier epoch.
-    tensors, header = storage.load(folder / training.MODEL, KIND)
-    storage.refuse_another(folder / training.MODEL, header["what"], identity)
+    tensors, header = storage.load(path, KIND)
+    storage.refuse_another(path, header["what"], identity)
     classifier = Classifier(model, config, train.num_classes)
     classifier.load_state_dict(tensors)
-    return Finetuned(classifier.eval(), training.read_log(folder), header["epoch"])
+    return Finetuned(classifier.eval(), training.read_log(launch.folder), header["epoch"])
 
 
 def _split(train: ImageSet, config: FinetuneConfig) -> tuple[ImageSet, ImageSet | None]:
@@ -208,14 +199,12 @@ class _Run(training.Training):
 
     def __init__(
         self,
-        folder: Path,
+        launch: training.Launch,
         classifier: Classifier,
         config: FinetuneConfig,
         train: ImageSet,
         held_out: ImageSet | None,
         validation: ImageSet,
-        accelerator: Accelerator,
-        execution: training.Execution,
         identity: Mapping[str, Any],
     ) -> None:
         self.config, self.held_out, self.validation = config, held_out, validation
@@ -226,18 +215,15 @@ class _Run(training.Training):
             self.views = SimCLRViews(train.images.shape[-1], train.mean, train.std, **config.views)
         self.best: dict[str, torch.Tensor] = {}
         self.best_epoch, self.best_top1 = 0, -1.0
-        training.share_batch_norm(classifier, accelerator)
-        classifier.to(accelerator.device).to(memory_format=torch.channels_last)
+        training.share_batch_norm(classifier, launch.accelerator)
+        classifier.to(launch.accelerator.device).to(memory_format=torch.channels_last)
         optimizer = create_optimizer_v2(
             classifier, config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay
         )
         total = config.epochs * (len(train) // config.batch_size)
         steps = [1 + round(share * total) for share in config.milestones]  # timm lowers the rate a step before each
         schedule = MultiStepLRScheduler(optimizer, decay_t=steps, decay_rate=0.1, t_in_epochs=False)
-        monitor_epochs = config.monitor_epochs
-        super().__init__(
-            folder, identity, config, train, classifier, optimizer, schedule, accelerator, monitor_epochs, execution
-        )
+        super().__init__(launch, identity, config, train, classifier, optimizer, schedule, config.monitor_epochs)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> None:
         if self.views is None:

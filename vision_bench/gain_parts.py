@@ -57,29 +57,19 @@ def parts(
     return found | {KERNEL: table.gain(twin, column, over=unit), BASIS: table.gain(kind, column, over=twin)}
 
 
-def all_parts(
-    table: ProbeTable, columns: Mapping[str, Hashable], names: RawNames, tuned: ProbeTable | None = None
-) -> dict[str, dict[str, dict[str, Interval]]]:
-    """`parts` of every gain by kind, part and column; `columns` are by the names that they are shown with."""
-    found: dict[str, dict[str, dict[str, Interval]]] = {}
-    for kind in explained_kinds(table.arms, names):
-        for shown, column in columns.items():
-            for part, interval in parts(table, kind, column, names, tuned).items():
-                found.setdefault(kind, {}).setdefault(part, {})[shown] = interval
-    return found
-
-
 def dots(
     table: ProbeTable, columns: Mapping[str, Hashable], names: RawNames, tuned: ProbeTable | None = None
 ) -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
-    """The panels of `figures.gain_dots`; none if no gain can be explained."""
-    return {
-        kind: {
-            part: {shown: (interval.mean, interval.half_width or 0.0) for shown, interval in by_column.items()}
-            for part, by_column in by_part.items()
-        }
-        for kind, by_part in all_parts(table, columns, names, tuned).items()
-    }
+    """The panels of `figures.gain_dots`: `parts` of every gain by kind, part and column; none if none is explained.
+
+    `columns` are by the names that they are shown with.
+    """
+    panels: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
+    for kind in explained_kinds(table.arms, names):
+        for shown, column in columns.items():
+            for part, gain in parts(table, kind, column, names, tuned).items():
+                panels.setdefault(kind, {}).setdefault(part, {})[shown] = gain.mean, gain.half_width or 0.0
+    return panels
 
 
 def markdown(
@@ -97,13 +87,13 @@ def markdown(
         columns: by the names that they are shown with.
         is_equivariant: whether the accuracies are of a learner that does not know in which basis features are.
     """
-    found = all_parts(table, columns, names, tuned)
+    found = {
+        (kind, shown): parts(table, kind, column, names, tuned)
+        for kind in explained_kinds(table.arms, names)
+        for shown, column in columns.items()
+    }
     header = ["features", "corruption", *next(iter(found.values()))]
-    lines = [
-        [kind, shown, *(by_column[shown].text(1, sign=True) for by_column in by_part.values())]
-        for kind, by_part in found.items()
-        for shown in columns
-    ]
+    lines = [[*line, *(gain.text(1, sign=True) for gain in by_part.values())] for line, by_part in found.items()]
     raw, unit = names
     basis = (
         f"This learner cannot tell one basis from another: {BASIS} is 0 but for rounding and the draw of its start,\n"

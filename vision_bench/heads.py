@@ -24,7 +24,6 @@ stopped continues to the same bits, as those of `training` do.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from vision_bench import models, sae, storage, training
-from vision_bench.checks import CHUNK, check_features, check_finite, check_name
+from vision_bench.checks import CHUNK, POSITIVE, check_counts, check_features, check_finite, check_name
 from vision_bench.geometric_median import geometric_median
 from vision_bench.losses import info_nce
 from vision_bench.sae_kernels import Active, Decode, Encode
@@ -63,12 +62,10 @@ class HeadConfig:
     seed: int = 0  # of the initial weights, the order of the images and the drawn views
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2), ("k", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        for name in ("learning_rate", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite.")
+        check_counts(epochs=self.epochs, k=self.k)
+        check_counts(2, batch_size=self.batch_size)
+        check_counts(0, seed=self.seed)
+        POSITIVE.check(learning_rate=self.learning_rate, temperature=self.temperature)
 
 
 class Head:
@@ -116,9 +113,9 @@ def fit(
         FloatingPointError: the training diverged.
     """
     check_name("head", name, HEADS)
-    folder, accelerator = Path(folder), accelerator or Accelerator()
+    launch = training.Launch.of(name, folder, accelerator, execution)
     identity = {"head": name, "config": asdict(config), "source": source}
-    finished = _finished(folder, identity)
+    finished = _finished(launch.folder, identity)
     if finished is not None:
         return finished
     views = check_features(load_views(), dims=(3,))
@@ -126,13 +123,12 @@ def fit(
         raise ValueError(f"features are of {len(views)} view of each image; a head is trained on pairs, give two.")
     check_finite("features", views)
     images = _Images(F.normalize(views.transpose(0, 1), dim=2), torch.zeros(views.shape[1], dtype=torch.int64))
-    training.check(config, len(images), accelerator)
-    with training.held(folder, accelerator):
-        finished = _finished(folder, identity)  # by a process that has just ended
+    training.check(config, len(images), launch.accelerator)
+    with launch.held():
+        finished = _finished(launch.folder, identity)  # by a process that has just ended
         if finished is None:
-            options = training.Execution(**{"name": name} | execution)
-            _Run(folder, name, identity, config, images, accelerator, options).run()
-            finished = _finished(folder, identity)
+            _Run(launch, identity, config, images).run()
+            finished = _finished(launch.folder, identity)
     assert finished is not None, "a training that ends leaves its head"
     return finished
 
@@ -197,35 +193,30 @@ class _Run(training.Training):
 
     def __init__(
         self,
-        folder: Path,
-        name: str,
+        launch: training.Launch,
         identity: Mapping[str, Any],
         config: HeadConfig,
         images: Any,  # _Images, which has of an ImageSet what the loop needs
-        accelerator: Accelerator,
-        execution: training.Execution,
     ) -> None:
         self.config = config
         self.remedy = f"Lower learning_rate (here {config.learning_rate:g})"
         d = images.images.shape[2]
         torch.manual_seed(config.seed)
-        module = _module(name, d, config)
+        module = _module(identity["head"], d, config)
         if isinstance(module, _SparseCodes):
             with torch.no_grad():
                 few = images.images[: sae.MEDIAN_ROWS, 0]
                 module.autoencoder.pre_bias.copy_(geometric_median(few[few.any(dim=1)]))
-        module.to(accelerator.device)
+        module.to(launch.accelerator.device)
         optimizer = torch.optim.Adam(module.parameters(), lr=config.learning_rate, fused=True)
         if isinstance(module, _SparseCodes):
             optimizer.register_step_pre_hook(lambda *_: module.autoencoder.project_decoder_gradient())
             optimizer.register_step_post_hook(lambda *_: module.autoencoder.normalize_decoder())
         # Of each latent the samples since it was above 0; only csr has latents.
-        self.idle = torch.zeros(d, dtype=torch.int64, device=accelerator.device)
+        self.idle = torch.zeros(d, dtype=torch.int64, device=launch.accelerator.device)
         steps = config.epochs * (len(images) // config.batch_size)
         schedule = CosineLRScheduler(optimizer, t_initial=steps, t_in_epochs=False)
-        super().__init__(
-            folder, identity, config, images, module, optimizer, schedule, accelerator, config.epochs, execution
-        )
+        super().__init__(launch, identity, config, images, module, optimizer, schedule, config.epochs)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> None:
         n, views, _ = images.shape

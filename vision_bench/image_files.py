@@ -18,6 +18,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from vision_bench.checks import check_counts
+
 T = TypeVar("T")
 
 CHUNK = 1024  # images that are read between two updates of the progress bar
@@ -28,6 +30,26 @@ BROKEN = (
     OSError, RuntimeError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, struct.error,
     zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the images of a set are read. Raises ValueError for an image size below 1."""
+
+    # Resize the shorter side of every image to it, bicubic, and crop the square at the centre. None keeps the images,
+    # which must then have one size.
+    image_size: int | None = None
+    # Leave out images that cannot be decoded, with a warning that names them, instead of an error. A streamed set is
+    # decoded once for that.
+    skip_corrupt: bool = False
+    # Of a Hugging Face set; found by itself if it is called label, fine_label or labels, or if only one column holds
+    # class labels.
+    label_column: str | None = None
+    memory_limit: int = 4 * 2**30  # a set of more bytes is streamed, see `StreamedImages`; others are a uint8 tensor
+    progress: bool = False  # show a progress bar while reading
+
+    def __post_init__(self) -> None:
+        check_counts(image_size=self.image_size)
 
 
 class CorruptImage(ValueError):
@@ -45,21 +67,9 @@ class Images(Protocol):
     def __getitem__(self, index: Any, /) -> torch.Tensor: ...
 
 
-class EncodedImages(Protocol):
-    """The bytes of images by index, and where each image is, in words."""
-
-    def __len__(self) -> int: ...
-
-    def encoded(self, index: int) -> bytes:
-        """Raises OSError where there are no bytes."""
-        ...
-
-    def where(self, index: int) -> str: ...
-
-
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images that are files."""
+    """Images that are files: their bytes by index, and where each of them is, in words."""
 
     paths: list[str]
 
@@ -75,7 +85,7 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class ImageRows:
-    """Images in the rows of a data set of Hugging Face."""
+    """Images in the rows of a data set of Hugging Face: as `ImageFiles`; raises OSError where a row has no bytes."""
 
     name: str
     column: str
@@ -94,6 +104,9 @@ class ImageRows:
 
     def where(self, index: int) -> str:
         return f"row {index} of {self.name}"
+
+
+EncodedImages = ImageFiles | ImageRows
 
 
 class StreamedImages(torch.utils.data.Dataset[torch.Tensor]):
@@ -144,25 +157,16 @@ class ReadImages(NamedTuple):
     indices: torch.Tensor  # (n,) int64, in the source, without those that are corrupt
 
 
-def read(
-    source: EncodedImages,
-    indices: torch.Tensor,
-    image_size: int | None,
-    memory_limit: int,
-    skip_corrupt: bool,
-    progress: bool,
-) -> ReadImages:
+def read(source: EncodedImages, indices: torch.Tensor, reading: Reading) -> ReadImages:
     """The images of a source at `indices` (m,) int64, held or streamed; every byte of theirs is read once.
-
-    Args:
-        image_size, memory_limit, skip_corrupt, progress: as in `vision_bench.data.load_images`.
 
     Raises:
         ValueError: no image is left, or one cannot be read or, held in memory, has another size; the error names it.
     """
+    image_size, skip_corrupt, progress = reading.image_size, reading.skip_corrupt, reading.progress
     chosen = indices.tolist()
     shape = _first_readable(source, chosen, image_size, skip_corrupt).shape
-    streamed = len(chosen) * shape.numel() > memory_limit
+    streamed = len(chosen) * shape.numel() > reading.memory_limit
     if streamed and not skip_corrupt:
         hashes = list(_each(lambda index: digest(_bytes(source, index)), chosen, "hashing images", progress))
         return ReadImages(StreamedImages(source, image_size, indices), torch.tensor(hashes), indices)

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from vision_bench.corruptions import check_labels
-from vision_bench.image_files import EncodedImages, ImageFiles, ImageRows, in_threads, listed
+from vision_bench.image_files import EncodedImages, ImageFiles, ImageRows, Reading, in_threads, listed
 from vision_bench.runs import file_checksum
 
 # What a split is called elsewhere, in the order of preference.
@@ -54,7 +54,7 @@ class Source(NamedTuple):
     class_names: list[str]
 
 
-def hugging_face(place: str | Path, split: str, label_column: str | None, progress: bool) -> Source:
+def hugging_face(place: str | Path, split: str, reading: Reading) -> Source:
     """A set of the hub (str), or a folder of parquet files or of `save_to_disk` (Path).
 
     Raises:
@@ -63,19 +63,19 @@ def hugging_face(place: str | Path, split: str, label_column: str | None, progre
     """
     import datasets
 
-    rows, split = _rows(place, split, progress)
+    rows, split = _rows(place, split, reading.progress)
     features = rows.features
     images = [c for c, kind in features.items() if isinstance(kind, datasets.Image)]
     images = images or [c for c in ("image", "img") if c in features]
     if len(images) != 1:
         raise ValueError(f"{place} has {len(images)} columns of images among {', '.join(features)}; one is needed.")
-    label = label_column or next((c for c in LABEL_COLUMNS if c in features), None)
+    label = reading.label_column or next((c for c in LABEL_COLUMNS if c in features), None)
     classes = [c for c, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     if label is None and len(classes) == 1:
         label = classes[0]
     if label not in features:
         raise ValueError(f"label_column is {label!r}; {place} has the columns {', '.join(features)}.")
-    labels = _labels(rows[label][:], f"column {label!r} of {place} (split {split})")
+    labels = integer_labels(rows[label][:], f"column {label!r} of {place} (split {split})")
     if isinstance(features[label], datasets.ClassLabel):
         class_names = list(features[label].names)
     elif int(labels.max()) < MOST_CLASSES:
@@ -229,7 +229,7 @@ def _rows(place: str | Path, split: str, progress: bool) -> tuple[Any, str]:
     return splits[name], name
 
 
-def _labels(values: Any, where: str) -> torch.Tensor:
+def integer_labels(values: Any, where: str) -> torch.Tensor:
     """(n,) int64. Raises TypeError for labels that are not integers, and ValueError for hidden ones."""
     missing = sum(value is None for value in values)
     if missing:

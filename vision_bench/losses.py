@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from vision_bench.checks import Range, check_counts
 from vision_bench.corruptions import check_labels
 
 LEAST_PROBABILITY, LOG_OF_ZERO = 1e-7, math.log(1e-4)  # of the reverse cross entropy
@@ -59,10 +60,8 @@ def info_nce(
         raise ValueError(
             f"z1 and z2 have shapes {tuple(z1.shape)} and {tuple(z2.shape)}; both must be the same (n, d)."
         )
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature is {temperature}; it must be above 0, 0.2 in the paper.")
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows is {chunk_rows}; it must be at least 1.")
+    Range(0, example="0.2 in the paper").check(temperature=temperature)
+    check_counts(chunk_rows=chunk_rows)
     views = torch.cat([z1, z2])
     views = views.to(torch.promote_types(views.dtype, torch.float32))
     norms = torch.linalg.vector_norm(views, dim=1, keepdim=True)

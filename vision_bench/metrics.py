@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from vision_bench.checks import check_counts
 from vision_bench.corruptions import check_labels
 
 _CHUNK_VALUES = 2**23  # of a chunk of dimensions, held as one byte each
@@ -80,10 +81,7 @@ def semantic_consistency(
     check_labels(labels, classes)
     if len(labels) != len(features):
         raise ValueError(f"features has {len(features)} rows and labels {len(labels)}; each sample needs one label.")
-    if min_support < 1:
-        raise ValueError(f"min_support is {min_support}; it must be at least 1.")
-    if shuffles is not None and shuffles < 1:
-        raise ValueError(f"shuffles is {shuffles}; it must be at least 1.")
+    check_counts(min_support=min_support, shuffles=shuffles)
 
     labels = labels.to(features.device)
     sizes = torch.bincount(labels, minlength=classes).tolist()

@@ -11,12 +11,11 @@ without any training, in the backbone features. (A linear probe trained afterwar
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +25,11 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from vision_bench import features, models, storage, training
+from vision_bench.checks import NOT_NEGATIVE, POSITIVE, check_counts
+from vision_bench.data import ImageSet
 from vision_bench.losses import activation_bonus, info_nce
 from vision_bench.probe import knn_accuracy, probe_accuracy
 from vision_bench.views import SimCLRViews, check_settings
-
-if TYPE_CHECKING:
-    from vision_bench.data import ImageSet
 
 MONITORED = ("online_probe_validation_top1", "knn_validation_top1")
 VALIDATION = "validation_images"  # of the log: the fingerprint of those that MONITORED are of
@@ -60,15 +58,10 @@ class PretrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("learning_rate", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite.")
-        for name in ("classifier_learning_rate", "weight_decay", "activation_bonus"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and finite.")
+        check_counts(epochs=self.epochs, batch_size=self.batch_size)
+        POSITIVE.check(learning_rate=self.learning_rate, temperature=self.temperature)
+        NOT_NEGATIVE.check(weight_decay=self.weight_decay, activation_bonus=self.activation_bonus)
+        NOT_NEGATIVE.check(classifier_learning_rate=self.classifier_learning_rate)
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"warmup_epochs is {self.warmup_epochs}; it must be in [0, {self.epochs}), the epochs.")
         check_settings(self.views)
@@ -132,10 +125,8 @@ def pretrain(
         >>> small = models.ModelConfig("small_conv", projector_hidden=64, projector_out=32)
         >>> pretrain("runs/simclr", small, PretrainConfig(epochs=3, warmup_epochs=1), train, test).log[-1]
     """
-    folder = Path(folder)
-    accelerator = accelerator or Accelerator()
-    options = training.Execution(**{"name": "pretraining"} | execution)
-    training.check(config, len(train), accelerator)
+    launch = training.Launch.of("pretraining", folder, accelerator, execution)
+    training.check(config, len(train), launch.accelerator)
     if validation is not None:
         training.check_validation(train, validation)
     identity = {
@@ -143,29 +134,29 @@ def pretrain(
         "data": train.fingerprint,
         "images": training.described(train),
         "num_classes": train.num_classes,
-        "precision": accelerator.mixed_precision,
+        "precision": launch.accelerator.mixed_precision,
     }
-    finished = _finished(folder, model_config, identity, validation)
+    path = launch.folder / training.MODEL
+    finished = _finished(path, model_config, identity, validation)
     if finished is not None:  # reading needs no lock
         return finished
-    with training.held(folder, accelerator):
-        finished = _finished(folder, model_config, identity, validation)  # by a process that has just ended
+    with launch.held():
+        finished = _finished(path, model_config, identity, validation)  # by a process that has just ended
         if finished is not None:
             return finished
-        run = _Run(folder, model_config, config, train, validation, accelerator, monitor_epochs, options, identity)
+        run = _Run(launch, model_config, config, train, validation, monitor_epochs, identity)
         run.run()
     # as a loaded model is: convolutions round otherwise in the layout of training
     run.model.to("cpu").to(memory_format=torch.contiguous_format).eval()
-    if accelerator.num_processes > 1:  # the statistics of batch normalisation may differ between them
-        run.model, _ = models.load(folder / training.MODEL)
+    if launch.accelerator.num_processes > 1:  # the statistics of batch normalisation may differ between them
+        run.model, _ = models.load(path)
     return Pretrained(run.model, run.log)
 
 
 def _finished(
-    folder: Path, model_config: models.ModelConfig, identity: Mapping[str, Any], validation: ImageSet | None
+    path: Path, model_config: models.ModelConfig, identity: Mapping[str, Any], validation: ImageSet | None
 ) -> Pretrained | None:
-    """The model of a folder whose training has ended, with the accuracies that are of these validation images."""
-    path = folder / training.MODEL
+    """The model of a training that has ended, with the accuracies that are of these validation images."""
     if not path.exists():
         return None
     model, trained = models.load(path)
@@ -178,7 +169,7 @@ def _finished(
         trained["images"] = identity["images"]
     trained["model"] = asdict(model.config)
     storage.refuse_another(path, trained, {"model": asdict(model_config), **identity})
-    log = training.read_log(folder)
+    log = training.read_log(path.parent)
     for entry in log:
         if validation is None or entry.get(VALIDATION) != validation.fingerprint:
             for name in MONITORED:
@@ -193,14 +184,12 @@ class _Run(training.Training):
 
     def __init__(
         self,
-        folder: Path,
+        launch: training.Launch,
         model_config: models.ModelConfig,
         config: PretrainConfig,
         train: ImageSet,
         validation: ImageSet | None,
-        accelerator: Accelerator,
         monitor_epochs: int,
-        execution: training.Execution,
         identity: Mapping[str, Any],
     ) -> None:
         self.config, self.validation = config, validation
@@ -212,8 +201,8 @@ class _Run(training.Training):
         torch.manual_seed(config.seed)
         self.model = models.ContrastiveModel(model_config)
         trainee = _Trainee(self.model, train.num_classes)
-        training.share_batch_norm(trainee, accelerator)
-        trainee.to(accelerator.device).to(memory_format=torch.channels_last)
+        training.share_batch_norm(trainee, launch.accelerator)
+        trainee.to(launch.accelerator.device).to(memory_format=torch.channels_last)
         optimizer = _optimizer(trainee, config)
         steps = len(train) // config.batch_size
         schedule = CosineLRScheduler(
@@ -225,9 +214,7 @@ class _Run(training.Training):
             t_in_epochs=False,
         )
         identity = {"model": asdict(model_config), **identity}
-        super().__init__(
-            folder, identity, config, train, trainee, optimizer, schedule, accelerator, monitor_epochs, execution
-        )
+        super().__init__(launch, identity, config, train, trainee, optimizer, schedule, monitor_epochs)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> None:
         config = self.config

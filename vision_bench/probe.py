@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -142,7 +143,8 @@ def fit_linear_probes(
         generator = torch.Generator().manual_seed(order_stream(key))
         own = {name: values[members].to(device, dtype) for name, values in vectors.items()}
         start = _initial([seeds[i] for i in members], num_classes, d, dtype, device)
-        groups.append((generator, _Group(start, labels[members].to(device), optimizer, momentum, **own), members))
+        group = _Group(*start, labels[members].to(device), optimizer == "lars", momentum, **own)
+        groups.append((generator, group, members))
 
     steps = n // batch_size
     bar = tqdm(total=epochs * steps, desc=f"probes ({k} x {n})", unit="step", disable=not progress)
@@ -185,26 +187,23 @@ def order_stream(seed: int) -> int:
     return seed_of(seed, 1)
 
 
+@dataclass
 class _Group:
     """Probes that see the same batches, and their optimiser."""
 
-    def __init__(
-        self,
-        start: Probes,
-        labels: torch.Tensor,
-        optimizer: str,
-        momentum: float,
-        learning_rate: torch.Tensor,
-        weight_decay: torch.Tensor,
-        alpha: torch.Tensor,
-        beta: torch.Tensor,
-    ) -> None:
-        self.weights, self.biases = start
-        self.labels, self.adaptive, self.momentum = labels, optimizer == "lars", momentum
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.alpha, self.beta = alpha[:, None], beta[:, None]
-        self.decays = bool(weight_decay.any())
-        self.plain = bool((alpha == 1).all() and (beta == 0).all())
+    weights: torch.Tensor  # (k, num_classes, d)
+    biases: torch.Tensor  # (k, num_classes)
+    labels: torch.Tensor  # (k, n)
+    adaptive: bool  # whether the optimiser is LARS
+    momentum: float
+    learning_rate: torch.Tensor  # (k,), as the following
+    weight_decay: torch.Tensor
+    alpha: torch.Tensor
+    beta: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.decays = bool(self.weight_decay.any())
+        self.plain = bool((self.alpha == 1).all() and (self.beta == 0).all())
         self.gradient = torch.empty_like(self.weights)
         self.weight_momentum = torch.zeros_like(self.weights)
         self.bias_momentum = torch.zeros_like(self.biases)
@@ -241,7 +240,7 @@ class _Group:
         slope = (p >= LEAST_PROBABILITY).to(p.dtype).mul_(-LOG_OF_ZERO).scatter_(2, y, 0.0)
         slope = p * (slope - (p * slope).sum(dim=2, keepdim=True))
         entropy = p.scatter_add_(2, y, torch.full_like(y, -1.0, dtype=p.dtype))
-        return entropy.mul_(self.alpha).addcmul_(slope, self.beta)
+        return entropy.mul_(self.alpha[:, None]).addcmul_(slope, self.beta[:, None])
 
 
 @torch.no_grad()

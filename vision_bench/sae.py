@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from vision_bench import storage
-from vision_bench.checks import check_features, check_finite, check_name
+from vision_bench.checks import POSITIVE, check_counts, check_features, check_finite, check_name
 from vision_bench.geometric_median import geometric_median
 from vision_bench.runs import locked
 from vision_bench.sae_kernels import Active, Decode, Encode
@@ -239,13 +239,10 @@ def fit(
         raise ValueError(f"batch_size is {batch_size} for {n} samples; it must be in [1, {n}].")
     if batch_size % processes:
         raise ValueError(f"batch_size is {batch_size} for {processes} processes; it must be a multiple of them.")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate is {learning_rate}; it must be above 0 and finite.")
+    POSITIVE.check(learning_rate=learning_rate)
     steps_per_epoch = n // batch_size
     log_every = steps_per_epoch if log_every is None else log_every
-    for name, number in {"epochs": epochs, "checkpoint_every": checkpoint_every, "log_every": log_every}.items():
-        if number < 1:
-            raise ValueError(f"{name} is {number}; it must be at least 1.")
+    check_counts(epochs=epochs, checkpoint_every=checkpoint_every, log_every=log_every)
     variance = _variance(features)
 
     if accelerator is not None:
@@ -305,29 +302,23 @@ def _steps(checkpoint: Path) -> int:
     return int(storage.read_header(checkpoint, CHECKPOINT_KIND)["step"]) if checkpoint.exists() else 0
 
 
+@dataclass
 class _Training:
-    """Everything that changes from step to step.
+    """Everything that changes from step to step."""
 
-    Args:
-        dead_after: samples after which a latent that was not above 0 is dead.
-        variance: of the features, for the log.
-    """
+    autoencoder: TopKAutoencoder
+    learning_rate: float
+    dead_after: int  # samples after which a latent that was not above 0 is dead
+    variance: float  # of the features, for the log
+    accelerator: Accelerator | None = None
 
-    def __init__(
-        self,
-        autoencoder: TopKAutoencoder,
-        learning_rate: float,
-        dead_after: int,
-        variance: float,
-        accelerator: Accelerator | None = None,
-    ) -> None:
-        self.autoencoder, self.dead_after, self.variance = autoencoder, dead_after, variance
-        self.accelerator, self.processes = accelerator, 1 if accelerator is None else accelerator.num_processes
-        self.trained = [parameter for parameter in autoencoder.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(self.trained, lr=learning_rate, fused=True)
+    def __post_init__(self) -> None:
+        self.processes = 1 if self.accelerator is None else self.accelerator.num_processes
+        self.trained = [parameter for parameter in self.autoencoder.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(self.trained, lr=self.learning_rate, fused=True)
         self.step = 0
-        device = autoencoder.decoder.device
-        self.idle = torch.zeros(autoencoder.d_latent, dtype=torch.int64, device=device)  # samples since above 0
+        device = self.autoencoder.decoder.device
+        self.idle = torch.zeros(self.autoencoder.d_latent, dtype=torch.int64, device=device)  # samples since above 0
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, fvu, l0, steps since the last row
         self.log: list[dict[str, float]] = []
 

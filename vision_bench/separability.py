@@ -137,7 +137,8 @@ def laws(sparsity: ArrayLike, noise_rate: ArrayLike = 0, input_noise: ArrayLike 
     stay = np.eye(2).reshape(2, 2, *[1] * sparsity.ndim)
     joint = np.where(stay > 0, 1 - noise_rate, noise_rate) * priors  # [j, c] = P(noisy label j, label c)
     noisy_priors = joint.sum(axis=1)
-    posterior = np.where(noisy_priors[:, None] > 0, joint / _positive(noisy_priors)[:, None], stay)
+    posterior = np.broadcast_to(stay, joint.shape).copy()
+    np.divide(joint, noisy_priors[:, None], out=posterior, where=noisy_priors[:, None] > 0)
     mono, poly = (np.einsum("jc...,kc...->kj...", posterior, law) for law in (mono, poly))
     return Laws(Law._make([*mono, sigma]), Law._make([*poly, np.sqrt(2) * sigma]), noisy_priors)
 
@@ -368,11 +369,6 @@ def _input_crossing(clean: Moments, kind: str) -> float | None:
         lead = v_distance**power * u - u_distance**power * v
         slope = 4 * u_distance**power - 2 * v_distance**power
     return float(np.sqrt(lead / slope)) if lead > 0 and slope > 0 else None
-
-
-def _positive(values: Array) -> Array:
-    """The values, with 1 in the place of 0, to divide by where the quotient is not used."""
-    return np.where(values > 0, values, 1.0)
 
 
 def _in_range(name: str, value: ArrayLike, high: float = np.inf) -> Array:

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from vision_bench import image_files
 from vision_bench.corruptions import CONDITIONS, shift_names
 from vision_bench.data import ImageSet, find_images, warn_of_training_images
-from vision_bench.image_files import in_threads, listed, resized
-from vision_bench.image_sources import Source, has_class_folders
+from vision_bench.image_files import Reading, in_threads, listed, resized
+from vision_bench.image_sources import Source, has_class_folders, integer_labels
 
 SEVERITIES = 5
 # Of the 19 corruptions, those that are not of the benchmark but for validation (Hendrycks and Dietterich, 2019).
@@ -56,10 +56,7 @@ def load_shifted(
     like: ImageSet,
     split: str | None = None,
     class_map: Mapping[str, str] | None = None,
-    skip_corrupt: bool = False,
-    label_column: str | None = None,
-    memory_limit: int = 4 * 2**30,
-    progress: bool = False,
+    **reading: Any,
 ) -> ImageSet:
     """The images of a folder or of a Hugging Face set whose class is one of the training set's.
 
@@ -69,7 +66,7 @@ def load_shifted(
         split: by default "." for a folder that holds the folders of the classes (`place/CLASS/*.jpg`), else "test".
         class_map: class of the training set by class of this one; classes that it does not name are left out. Without
             it the names must be the same; classes that the training set does not have are left out.
-        skip_corrupt, label_column, memory_limit, progress: as in `load_images`.
+        reading: as in `load_images`, but for the image size, which is that of the training set.
 
     Raises:
         TypeError: labels are not integers.
@@ -77,13 +74,13 @@ def load_shifted(
             without images, in which case the error lists these classes and those of the folder; or all images are
             training images.
     """
-    side = _side(like)
+    options = Reading(image_size=_side(like), **reading)
     split = split or ("." if has_class_folders(Path(place)) else "test")
-    source = find_images(str(place), split, None, skip_corrupt, label_column, progress)
+    source = find_images(str(place), split, None, options)
     labels = _labels_as(source, like, class_map, str(place))
     matched = (labels >= 0).nonzero().squeeze(1)
     _check_every_class(labels[matched], like, place, source.class_names)
-    images, digests, kept = image_files.read(source.encoded, matched, side, memory_limit, skip_corrupt, progress)
+    images, digests, kept = image_files.read(source.encoded, matched, options)
     _check_every_class(labels[kept], like, place, source.class_names)
     shifted = replace(like, images=images, labels=labels[kept], digests=digests, digested=None)
     if warn_of_training_images(shifted, like, f"images of {place}") == len(shifted):
@@ -237,11 +234,9 @@ def _content(array: np.ndarray[Any, Any]) -> str:
 def _labels_of(path: Path) -> torch.Tensor:
     """Labels (n,) int64 of a file."""
     array = _read(path)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{path} has dtype {array.dtype}; labels are integers.")
     if array.ndim != 1 or not len(array):
         raise ValueError(f"{path} has the shape {array.shape}; it must be (n,), one label for each image.")
-    return torch.from_numpy(array.astype(np.int64))
+    return integer_labels(array, str(path))
 
 
 def _classes_of(numbers: torch.Tensor, like: ImageSet, place: Path) -> torch.Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from vision_bench.checks import check_name
+from vision_bench.checks import Range, check_counts, check_name
 
 ACTIVATIONS = ("relu", "linear")
 FLIPS = ("others", "all")
@@ -87,8 +87,7 @@ def train(
     for sparsity in sparsities:
         _check_range("sparsities", sparsity, 0, 1)
     check_name("activation", activation, ACTIVATIONS)
-    if not (0 < importance <= 1):
-        raise ValueError(f"importance is {importance}; it must be in (0, 1], 1 for equally important features.")
+    Range(0, 1, True, "1 for equally important features").check(importance=importance)
     if not sparsities or not seeds:
         raise ValueError("sparsities and seeds must each have a value.")
 
@@ -175,8 +174,7 @@ def sample(
     Raises:
         ValueError: `sparsity` is not in [0, 1).
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is {sparsity}; it must be in [0, 1), at 1 no sample has a largest feature.")
+    Range(0, 1, example="at 1 no sample has a largest feature", begins=True).check(sparsity=sparsity)
     kept, missing = [], count
     while missing > 0:
         size = int(missing / (1 - sparsity**n_features)) + 1
@@ -339,9 +337,7 @@ def classify(
 def _check_sizes(n_features: int, n_dims: int, **counts: int) -> None:
     if not 1 <= n_dims <= n_features:
         raise ValueError(f"n_dims is {n_dims}; it must be in [1, n_features], and n_features is {n_features}.")
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}; it must be at least 1.")
+    check_counts(**counts)
 
 
 def _check_samples(count: int, n_classes: int) -> None:

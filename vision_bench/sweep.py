@@ -139,21 +139,19 @@ class Grid:
         accuracies = [self.accuracy_cell(name, training, test) for training in self.tested(name, test)]
         return accuracies + self.described_cells(name, test)
 
-    def learner_cells(self, name: str, learner: str) -> list[Cell]:
-        """The cells of the probes of an arm that are of one learner."""
-        own = [training for training in self.arms[name].trainings if training.learner == learner]
-        tested = [(training, test) for test in self.tests for training in self.tested(name, test) if training in own]
-        trained = [cell for training in own for cell in self.training_cells(name, training)]
-        return trained + [self.accuracy_cell(name, *pair) for pair in tested]
-
     def tested(self, name: str, test: Test) -> list[Training]:
         """The trainings of an arm whose probes are tested on the images of a test."""
         return [t for t in self.arms[name].trainings if test.seeds is None or t.seed in test.seeds]
 
-    def cells(self, name: str) -> list[Cell]:
-        """Every cell of an arm."""
-        trained = [cell for training in self.arms[name].trainings for cell in self.training_cells(name, training)]
-        return trained + [cell for test in self.tests for cell in self.test_cells(name, test)]
+    def cells(self, name: str, learner: str | None = None) -> list[Cell]:
+        """Every cell of an arm, or those of its probes of one learner."""
+        own = [training for training in self.arms[name].trainings if learner in (None, training.learner)]
+        cells = [cell for training in own for cell in self.training_cells(name, training)]
+        for test in self.tests:
+            tested = [training for training in self.tested(name, test) if training in own]
+            cells += [self.accuracy_cell(name, training, test) for training in tested]
+            cells += self.described_cells(name, test) if learner is None else []
+        return cells
 
 
 def fit(
@@ -296,7 +294,7 @@ def sweep(
         fitted[name] = []
         train = make(frozen.train)
         for learner in dict.fromkeys(training.learner for training in grid.arms[name].trainings):
-            if study is None and not lacking(grid.learner_cells(name, learner)):
+            if study is None and not lacking(grid.cells(name, learner)):
                 continue
             trainings = [training for training in grid.arms[name].trainings if training.learner == learner]
             learnt = fit(train, labels, num_classes, trainings, device=device, progress=progress, **probe)

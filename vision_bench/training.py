@@ -11,10 +11,10 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,10 +28,8 @@ from tqdm.auto import tqdm
 
 from vision_bench import storage
 from vision_bench.corruptions import seed_of
+from vision_bench.data import ImageSet
 from vision_bench.runs import locked
-
-if TYPE_CHECKING:
-    from vision_bench.data import ImageSet
 
 STATE = "training.safetensors"
 MODEL = "model.safetensors"
@@ -63,6 +61,23 @@ class Execution:
     workers: int = 0  # processes that decode streamed images ahead of time; those of a tensor need none
     name: str = "training"  # before the names of what trackers get, and at the progress bar
     progress: bool = False  # show a progress bar in the main process
+
+
+class Launch(NamedTuple):
+    """Where a training runs: its folder, the processes, and how they execute it."""
+
+    folder: Path
+    accelerator: Accelerator
+    execution: Execution
+
+    @classmethod
+    def of(cls, name: str, folder: str | Path, accelerator: Accelerator | None, options: dict[str, Any]) -> Launch:
+        """The launch with `options` of `Execution`; by default of one process, and with the name given."""
+        return cls(Path(folder), accelerator or Accelerator(), Execution(**{"name": name} | options))
+
+    def held(self) -> AbstractContextManager[None]:
+        """Hold the folder for the processes of this launch. Raises ValueError if others are training in it."""
+        return locked(self.folder) if self.accelerator.is_main_process else nullcontext()
 
 
 def check(config: Config, images: int, accelerator: Accelerator) -> None:
@@ -111,13 +126,6 @@ def share_batch_norm(model: nn.Module, accelerator: Accelerator) -> None:
         )
 
 
-@contextmanager
-def held(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Hold the folder for the processes of this launch. Raises ValueError if others are training in it."""
-    with locked(folder) if accelerator.is_main_process else nullcontext():
-        yield
-
-
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The whole entries of a folder's log, none if it has no log."""
     path = folder / LOG
@@ -147,19 +155,18 @@ class Training:
 
     def __init__(
         self,
-        folder: Path,
+        launch: Launch,
         identity: Mapping[str, Any],
         config: Config,
         data: ImageSet,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: Scheduler,
-        accelerator: Accelerator,
         monitor_epochs: int,
-        execution: Execution,
     ) -> None:
-        self.folder, self.identity, self.accelerator, self.execution = folder, identity, accelerator, execution
-        self.monitor_epochs = monitor_epochs
+        self.folder, accelerator, execution = launch
+        self.accelerator, self.execution = accelerator, execution
+        self.identity, self.monitor_epochs = identity, monitor_epochs
         self.epochs, self.batch_size, self.seed = config.epochs, config.batch_size, config.seed
         self.data, self.raw, self.optimizer, self.schedule = data, module, optimizer, schedule
         self.steps_per_epoch = len(data) // config.batch_size
@@ -168,10 +175,10 @@ class Training:
         self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         self.step_number = self.saved_step = 0
         self.log: list[dict[str, Any]] = []
-        if (folder / STATE).exists():
+        if (self.folder / STATE).exists():
             self._load_state()
         elif accelerator.is_main_process:  # a training that was stopped before its first state may have left one
-            (folder / LOG).unlink(missing_ok=True)
+            (self.folder / LOG).unlink(missing_ok=True)
         # The optimiser is not prepared: without gradient accumulation or scaling accelerate adds nothing to it.
         prepared = accelerator.prepare_model(module)
         self.module = torch.compile(prepared) if execution.compile_model else prepared

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import evaluation
 import frontier
+import pandas as pd
 import pytest
 import silence_frontier
 from matplotlib.image import imread
@@ -69,6 +70,13 @@ def test_conditions_continue_in_folders_of_their_own(arguments, pairs_file, tmp_
         harm = 100 * (1 - rows_of(rows, "refused_harmful", method="base")[0]["value"])
         assert float(table["base"][header.index("harmful requests not refused, %")]) == pytest.approx(harm, abs=0.051)
         assert table["lora"][header.index("harmful prompts silent, %")] == "not applicable"
+        section = text.split(f"## {title}")[1]
+        assert list(lines(section, "harmful prompts silent, %, over the steps"))[2:] == ["2", "end"]
+        over_steps = lines(section, "accuracy, %, over the steps")
+        assert over_steps["step"] == ["step", "lora", "monolora+silence1000"]
+        assert over_steps["end"][1] == table["lora"][header.index("accuracy, %")]
+        at_two = [100 * row["value"] for row in rows_of(rows, "accuracy", method="lora", step=2)]
+        assert float(over_steps["2"][1].split(" ")[0]) == pytest.approx(sum(at_two) / 2, abs=0.051)
     # All adapters are certified on the same prompts, which are drawn from all that ask for harm.
     answers = read_completions(out / "poison_0.5" / "evaluation" / "completions.jsonl").rows
     harmful = {row.prompt_id: row.prompt for row in answers if row.category == "harmful"}
@@ -78,10 +86,8 @@ def test_conditions_continue_in_folders_of_their_own(arguments, pairs_file, tmp_
     assert len(harmful) == 3
     assert len(certified) == 8  # two conditions, two seeds, two steps
     assert all(prompts == expected for prompts in certified)
-    over_steps = lines(text.split("## 25 % poison")[1], "over the steps of training")
-    assert list(over_steps) == ["step", "---:", "2", "end"] or list(over_steps) == ["step", "---", "2", "end"]
     assert imread(out / "frontier.png").std() > 0.05
-    assert imread(out / "silent_over_steps.png").std() > 0.05
+    assert imread(out / "over_steps.png").std() > 0.05
 
     request.getfixturevalue("no_training")
     silence_frontier.main([*arguments, *extra])
@@ -293,3 +299,35 @@ def test_refused_before_any_run(arguments, pairs_file, extra, message, tmp_path)
     with pytest.raises(ValueError, match=message):
         silence_frontier.main([*arguments, *extra])
     assert not (tmp_path / "out").exists()
+
+
+def test_over_the_steps_each_arm_has_the_seeds_of_its_checkpoints():
+    rows = [("lora", 3, 40, 80), ("lora", 3, None, 90), ("lora", 4, None, 50), ("monolora", 4, 40, 60)]
+    rows += [("monolora", 4, None, 70)]
+    lines = pd.DataFrame(
+        [
+            {"method": method, "seed": seed, "step": step, "metric": "accuracy", "task": "", "judge": "",
+             "value": value / 100, "is_part": False}
+            for method, seed, step, value in rows
+        ]
+    )  # fmt: skip
+    table = [line.split("|")[1:-1] for line in frontier.steps_tables(lines, ["lora", "monolora"]).splitlines()[3:]]
+    assert [[cell.strip() for cell in row] for row in table] == [
+        ["step", "lora", "monolora"],
+        ["---", "---:", "---:"],
+        ["40", "80.0", "60.0"],
+        ["end", "90.0", "70.0"],
+    ]
+
+
+def test_checkpoints_without_a_measure_need_no_figure(tmp_path):
+    lines = pd.DataFrame(
+        [
+            {"method": "lora", "seed": 0, "step": step, "metric": metric, "task": "", "judge": "", "value": 0.5,
+             "n": 10, "seconds": 1.0, "is_part": False}
+            for step, metric in ((None, "accuracy"), (2, "diverged"))
+        ]
+    )  # fmt: skip
+    silence_frontier.report(tmp_path, {"the task alone": lines}, ["lora"])
+    assert (tmp_path / "results.md").exists()
+    assert not (tmp_path / "over_steps.png").exists()
