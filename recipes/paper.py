@@ -1,10 +1,9 @@
-"""The paper's numbers, one constant for each table and figure that prints some; recipes show them beside their own."""
+"""The paper's numbers, one constant for each table and figure that prints some; recipes show them beside their own.
+
+Those of Table 2 are in `evals/paper.py`.
+"""
 
 from __future__ import annotations
-
-from evals.paper import TABLE_2, TABLE_2_HEADER
-
-__all__ = ["FEW_SHOT_GAINS", "NOISY_GAINS", "TABLE_1", "TABLE_1_RATES", "TABLE_2", "TABLE_2_HEADER"]
 
 # Fig. 3: points that non-negative tuning gains at most on ImageNet-100, by share of the labels, and of wrong labels,
 # where the rate is not printed.
