@@ -239,14 +239,14 @@ def decode(encoded: bytes, where: str, image_size: int | None) -> torch.Tensor:
         ) from None
     if deep:
         raise ValueError(f"{where} has mode {image.mode}, of more than 8 bits; convert it to 8 bits per channel.")
-    if image_size is not None:
-        image = functional.resize(image, [image_size], functional.InterpolationMode.BICUBIC)
-        image = functional.center_crop(image, [image_size, image_size])
-    return functional.pil_to_tensor(image)
+    return functional.pil_to_tensor(resized(image, image_size))
 
 
-def resized(images: torch.Tensor, image_size: int | None) -> torch.Tensor:
-    """uint8 (n, 3, h, w) with the shorter side resized, bicubic, then the square at the centre; None: as they are."""
+def resized(images: T, image_size: int | None) -> T:
+    """uint8 (n, 3, h, w) or an image of Pillow: the shorter side resized, bicubic, then the square at the centre.
+
+    None leaves them as they are.
+    """
     if image_size is None:
         return images
     from torchvision.transforms.v2 import functional

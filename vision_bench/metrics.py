@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from vision_bench.checks import check_counts
+from vision_bench.checks import NOT_NEGATIVE, check_counts
 from vision_bench.corruptions import check_labels
 
 _CHUNK_VALUES = 2**23  # of a chunk of dimensions, held as one byte each
@@ -246,8 +246,7 @@ def _checked_norms(features: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
         raise TypeError(f"features has dtype {features.dtype}; it must be floating-point.")
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features has shape {tuple(features.shape)}; it must be (n, d), neither of them 0.")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}; it must be at least 0.")
+    NOT_NEGATIVE.check(eps=eps)
     dtype = torch.promote_types(features.dtype, torch.float32)
     norms = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=dtype)
     unusable = int((~norms.isfinite()).sum())

@@ -83,8 +83,7 @@ class TopKAutoencoder(nn.Module):
 
     def __init__(self, d_in: int, d_latent: int, k: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        if min(d_in, d_latent) < 1:
-            raise ValueError(f"d_in is {d_in} and d_latent is {d_latent}; both must be at least 1.")
+        check_counts(d_in=d_in, d_latent=d_latent)
         if not 1 <= k <= d_latent:
             raise ValueError(f"k is {k} for d_latent {d_latent}; it must be in [1, {d_latent}].")
         self.d_in, self.d_latent, self.k = d_in, d_latent, k
