@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import InterpolationMode, rotate
 
 from vision_bench.checks import NOT_NEGATIVE, Range, check_counts, check_name
 
@@ -181,9 +182,7 @@ def uniform_centred(images: torch.Tensor, scale: float, generator: torch.Generat
 
 def rotated(images: torch.Tensor, degrees: float = 25.0) -> torch.Tensor:
     """uint8 images (n, 3, h, w), turned counter-clockwise, bilinear, black where there was nothing."""
-    from torchvision.transforms.v2 import functional
-
-    return functional.rotate(images, degrees, functional.InterpolationMode.BILINEAR)
+    return rotate(images, degrees, InterpolationMode.BILINEAR)
 
 
 def inverted(images: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional
 from tqdm.auto import tqdm
 
 from vision_bench.checks import check_counts
@@ -224,8 +225,6 @@ def decode(encoded: bytes, where: str, image_size: int | None) -> torch.Tensor:
         CorruptImage: the bytes cannot be decoded; `where` names the image.
         ValueError: it is grey of more than 8 bits, or floating-point, which would be clipped.
     """
-    from torchvision.transforms.v2 import functional
-
     try:
         image: Image.Image = Image.open(io.BytesIO(encoded))
         image.load()
@@ -249,8 +248,6 @@ def resized(images: T, image_size: int | None) -> T:
     """
     if image_size is None:
         return images
-    from torchvision.transforms.v2 import functional
-
     images = functional.resize(images, [image_size], functional.InterpolationMode.BICUBIC, antialias=True)
     return functional.center_crop(images, [image_size, image_size])
 

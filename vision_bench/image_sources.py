@@ -304,8 +304,7 @@ def _parquet_split(folder: Path, split: str) -> tuple[str, list[str]]:
 
 def _image_suffixes() -> set[str]:
     """Return the suffixes, in lower case, of the formats that Pillow and its registered plugins decode."""
-    Image.init()
-    suffixes = Image.registered_extensions().items()
+    suffixes = Image.registered_extensions().items()  # which loads the plugins first
     return {suffix.lower() for suffix, kind in suffixes if kind in Image.OPEN and kind not in NO_IMAGES}
 
 
