@@ -331,12 +331,9 @@ def _with_common_classes(train: ImageSet, test: ImageSet, name: str) -> tuple[Im
         train, test = (replace(images, class_names=longer, class_numbers=numbers) for images in (train, test))
     if train.class_names != test.class_names:
         differences = [
-            f"{words} split has {listed(names)}"
-            for words, names in (
-                ("only the training", [name for name in train.class_names if name not in test.class_names]),
-                ("only the test", [name for name in test.class_names if name not in train.class_names]),
-            )
-            if names
+            f"only the {words} split has {listed(alone)}"
+            for words, one, other in (("training", train, test), ("test", test, train))
+            if (alone := [name for name in one.class_names if name not in other.class_names])
         ]
         order = f"in another order: {listed(train.class_names)}; and {listed(test.class_names)}"
         raise ValueError(f"the splits of {name} have other classes: {'; '.join(differences) or order}.")
