@@ -15,23 +15,20 @@ mode. With `--compiled` the model's forward is compiled by `torch.compile` in on
 from __future__ import annotations
 
 import argparse
-import copy
-import time
 from functools import partial
-from statistics import median, quantiles
+from itertools import product
+from statistics import quantiles
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from measuring import in_turn, machine, options_of, ratios
-from peft import LoraConfig, get_peft_model
+from measuring import CLOCK, DEVICE, in_turn, machine, milliseconds, options_of, print_table, ratios
+from small_models import ARMS, SMOLLM2_SHAPE, with_adapters
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM
 
-from mono_peft import MonoLoraConfig
 from mono_peft.layer import MonoLoraLinear
 
-ARMS = ("base", "LoRA", "MonoLoRA")
 PROMPT_TOKENS = 16
 
 
@@ -39,24 +36,8 @@ def base_model(folder: str | None, dtype: torch.dtype) -> Any:
     """The model in `folder`, or one of SmolLM2-135M's shape with random weights."""
     if folder is not None:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True,
-    )  # fmt: skip
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(dtype)
-
-
-def arms(base: Any, r: int) -> dict[str, Any]:
-    """The base, and it with either adapter; B is not zero. All read the same weights, from the same memory."""
-    models = {"base": base}
-    for name, config in (
-        ("LoRA", LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)),
-        ("MonoLoRA", MonoLoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM", init_weights=False)),
-    ):
-        of_base = {id(parameter): parameter for parameter in base.parameters()}
-        models[name] = get_peft_model(copy.deepcopy(base, of_base), config, autocast_adapter_dtype=False)
-    return {name: model.eval() for name, model in models.items()}
+    return LlamaForCausalLM(LlamaConfig(**SMOLLM2_SHAPE)).to(dtype)
 
 
 def generated(model: Any, ids: torch.Tensor, new_tokens: int, **settings: Any) -> torch.Tensor:
@@ -90,10 +71,11 @@ def compiled_settings() -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": compile_config}
 
 
-def row(base: Any, r: int, batch: int, options: argparse.Namespace) -> str:
+def row(base: Any, r: int, batch: int, options: argparse.Namespace) -> list[str]:
     """A line of the table."""
     torch.compiler.reset()
-    models = arms(base, r)
+    adapters = with_adapters(base, r=r, target_modules="all-linear", task_type="CAUSAL_LM")
+    models = {name: model.eval() for name, model in adapters.items()}
     ids = torch.randint(0, base.config.vocab_size, (batch, PROMPT_TOKENS), device=base.device)
     settings = compiled_settings() if options.compiled else {}
     equal = []
@@ -104,9 +86,8 @@ def row(base: Any, r: int, batch: int, options: argparse.Namespace) -> str:
     runs = {n: partial(generated, m, ids, options.new_tokens, **settings) for n, m in models.items()}
     if not options.compiled:
         runs["operations"] = partial(generated_bare, models["MonoLoRA"], ids, options.new_tokens)
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    times = in_turn(runs, options.rounds, clock=clock)
-    step = {name: 1e3 * median(values) / options.new_tokens for name, values in times.items()}
+    times = in_turn(runs, options.rounds, clock=CLOCK)
+    step = {name: value / options.new_tokens for name, value in milliseconds(times).items()}
     over_base = {
         name: [ours - theirs for ours, theirs in zip(values, times["base"], strict=True)]
         for name, values in times.items()
@@ -114,7 +95,7 @@ def row(base: Any, r: int, batch: int, options: argparse.Namespace) -> str:
     }
     overheads = {name: step[name] - step["base"] for name in over_base}
     low, _, high = quantiles(ratios(over_base, "MonoLoRA", "LoRA"), n=4)
-    cells = [
+    return [
         f"r {r}, batch {batch}",
         *(f"{1e3 * batch / step[name]:.1f}" for name in ARMS),
         f"{step['base']:.2f}",
@@ -122,7 +103,6 @@ def row(base: Any, r: int, batch: int, options: argparse.Namespace) -> str:
         f"{overheads['MonoLoRA'] / overheads['LoRA']:.2f} ({low:.2f} to {high:.2f})",
         *(["/".join(f"{100 * share:.0f}" for share in equal)] if equal else []),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -138,16 +118,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="rounds that count")
     parser.add_argument("--compiled", action="store_true", help="torch.compile with a static cache")
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = base_model(options.model, getattr(torch, options.dtype)).to(device)
+    base = base_model(options.model, getattr(torch, options.dtype)).to(DEVICE)
     print(f"{machine('peft', 'transformers')}, {options.dtype}\n")
     columns = ["all-linear", *(f"{arm}, tokens/s" for arm in ARMS), "base, ms", "LoRA's overhead, ms", "MonoLoRA's"]
     columns += [] if options.compiled else ["bare operations'"]
     columns += ["MonoLoRA's to LoRA's (middle half)", *(["equal to eager, %"] if options.compiled else [])]
-    print(f"| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
-    for r in options.ranks:
-        for batch in options.batches:
-            print(row(base, r, batch, options), flush=True)
+    print_table(columns, (row(base, r, batch, options) for r, batch in product(options.ranks, options.batches)))
 
 
 if __name__ == "__main__":

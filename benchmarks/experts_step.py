@@ -11,49 +11,39 @@ on the CPU, bfloat16 with bfloat16 adapters on a GPU.
 
 from __future__ import annotations
 
-import copy
 from functools import partial
-from statistics import median
+from itertools import product
 from typing import Any
 
 import torch
-from measuring import in_turn, machine, options_of, ratios
-from peft import LoraConfig, get_peft_model
+from measuring import DEVICE, DTYPE, in_turn, machine, milliseconds, options_of, print_table, ratios
+from small_models import VOCABULARY, with_adapters
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-from mono_peft import MonoLoraConfig
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # Layers, hidden size, experts, experts a token, intermediate size of an expert, sequences, tokens of each.
 SIZES = {"tiny": (2, 64, 8, 2, 32, 4, 64), "mid": (4, 512, 32, 4, 256, 4, 256)}
 
 
-def arms(size: str, r: int) -> tuple[dict[str, nn.Module], torch.Tensor]:
-    """The frozen base, and it with either adapter, and ids; B is not zero, so that every product counts."""
+def arms(size: str, r: int) -> tuple[dict[str, Any], torch.Tensor]:
+    """The frozen base, and it with either adapter, and ids."""
     layers, hidden, experts, chosen, intermediate, sequences, tokens = SIZES[size]
     config = Qwen3MoeConfig(
-        vocab_size=1024, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32, head_dim=32,
-        num_key_value_heads=hidden // 32, num_experts=experts, num_experts_per_tok=chosen,
+        vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
+        head_dim=32, num_key_value_heads=hidden // 32, num_experts=experts, num_experts_per_tok=chosen,
         moe_intermediate_size=intermediate,
     )  # fmt: skip
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     torch.manual_seed(0)
-    base = Qwen3MoeForCausalLM(config).to(device, dtype)
-    models: dict[str, nn.Module] = {"base": copy.deepcopy(base).requires_grad_(False)}
-    adapter: dict[str, Any] = {"r": r, "target_modules": [], "target_parameters": TARGETS}
-    for name, adapter_config in (
-        ("LoRA", LoraConfig(**adapter, init_lora_weights=False)),
-        ("MonoLoRA", MonoLoraConfig(**adapter, init_weights=False)),
-    ):
-        models[name] = get_peft_model(copy.deepcopy(base), adapter_config, autocast_adapter_dtype=False)
-    return {n: m.train() for n, m in models.items()}, torch.randint(0, 1024, (sequences, tokens), device=device)
+    base = Qwen3MoeForCausalLM(config).to(DEVICE, DTYPE)
+    models = with_adapters(base, r=r, target_modules=[], target_parameters=TARGETS)
+    return models, torch.randint(0, VOCABULARY, (sequences, tokens), device=DEVICE)
 
 
-def row(size: str, r: int, rounds: int) -> str:
+def row(size: str, r: int, rounds: int) -> list[str]:
     """A line of the table."""
     models, ids = arms(size, r)
-    embeddings = models["base"].get_input_embeddings()(ids).detach().requires_grad_()  # type: ignore[operator]
+    embeddings = models["base"].get_input_embeddings()(ids).detach().requires_grad_()
 
     def step(model: nn.Module) -> None:
         for tensor in (embeddings, *model.parameters()):
@@ -61,21 +51,20 @@ def row(size: str, r: int, rounds: int) -> str:
         model(inputs_embeds=embeddings, labels=ids, use_cache=False).loss.backward()
 
     times = in_turn({name: partial(step, model) for name, model in models.items()}, rounds, uncounted=3)
-    medians = {name: median(values) for name, values in times.items()}
+    medians = milliseconds(times)
     trained = {sum(p.numel() for p in models[n].parameters() if p.requires_grad) for n in ("LoRA", "MonoLoRA")}
     (trained_by_both,) = trained
     of_rounds = ratios(times, "MonoLoRA", "LoRA")
     layers, hidden, experts, chosen, intermediate, _, _ = SIZES[size]
     label = f"{size}: {layers} layers, hidden {hidden}, {experts} experts of {intermediate}, {chosen} a token"
-    cells = [
+    return [
         f"{label}; {' x '.join(map(str, ids.shape))} tokens, r {r}",
         f"{trained_by_both:,}",
-        *(f"{1e3 * medians[name]:.1f}" for name in models),
+        *(f"{medians[name]:.1f}" for name in models),
         f"{medians['MonoLoRA'] / medians['LoRA']:.3f}",
         f"{of_rounds[0]:.2f} to {of_rounds[-1]:.2f}",
         f"{medians['MonoLoRA'] / medians['base']:.2f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -87,10 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{machine('peft', 'transformers')}\n")
     columns = ["Qwen3-MoE", "trained", "base, ms", "LoRA, ms", "MonoLoRA, ms", "ratio to LoRA", "rounds", "to base"]
-    print(f"| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
-    for size in options.models:
-        for r in options.ranks:
-            print(row(size, r, options.steps), flush=True)
+    print_table(columns, (row(size, r, options.steps) for size, r in product(options.models, options.ranks)))
 
 
 if __name__ == "__main__":

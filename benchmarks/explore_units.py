@@ -14,13 +14,14 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, options_of, seconds
+from measuring import machine, options_of, print_table, seconds
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -65,15 +66,9 @@ def passes(base: str, adapter: Path, texts: Texts) -> tuple[float, float, float]
     return of_base, seconds(run, time.process_time), counted
 
 
-def main() -> None:
-    """Measure each adapter and print the table."""
-    parser = options_of(__doc__)
-    parser.add_argument("--texts", type=int, default=1000, help="of three groups together (default: 1000)")
-    options = parser.parse_args()
-    print(machine("peft", "transformers"))
+def table_rows(count: int) -> Iterator[list[str]]:
+    """Lines of the table, from the number of texts."""
     base = str(offline_model())
-    print("| adapter | base, s | with adapter, s | counted, s | command, s | peak memory, GB | page, MB | file, MB |")
-    print("| --- |" + " ---: |" * 7)
     for name, settings in ADAPTERS.items():
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
@@ -81,7 +76,7 @@ def main() -> None:
             model = AutoModelForCausalLM.from_pretrained(base)
             config = MonoLoraConfig(target_modules="all-linear", init_weights=False, task_type="CAUSAL_LM", **settings)
             get_peft_model(model, config).save_pretrained(folder / "adapter")
-            data = write_texts(folder, options.texts)
+            data = write_texts(folder, count)
             texts = read_texts(named_files(data), tokenizer_of(base), 256)
             durations = passes(base, folder / "adapter", texts)
             start = time.process_time()
@@ -92,7 +87,17 @@ def main() -> None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
             sizes = [(folder / "units" / file).stat().st_size / 1e6 for file in ("index.html", "units.jsonl")]
             cells = [f"{number:.1f}" for number in (*durations, command, peak, *sizes)]
-            print(f"| {name}, {len(texts)} texts of {texts.tokens} tokens | {' | '.join(cells)} |", flush=True)
+            yield [f"{name}, {len(texts)} texts of {texts.tokens} tokens", *cells]
+
+
+def main() -> None:
+    """Measure each adapter and print the table."""
+    parser = options_of(__doc__)
+    parser.add_argument("--texts", type=int, default=1000, help="of three groups together (default: 1000)")
+    options = parser.parse_args()
+    print(machine("peft", "transformers"))
+    times = ["base, s", "with adapter, s", "counted, s", "command, s"]
+    print_table(["adapter", *times, "peak memory, GB", "page, MB", "file, MB"], table_rows(options.texts))
 
 
 if __name__ == "__main__":

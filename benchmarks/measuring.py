@@ -1,4 +1,4 @@
-"""What the benchmarks share: arms timed in turn, the ratios of their rounds, and what the numbers were measured on.
+"""What the benchmarks share: arms timed in turn, the ratios of their rounds, their tables, and the machine.
 
 times = in_turn({"ours": ours, "plain": plain}, rounds=5)
 print(f"{machine('timm')}: {median(times['ours']):.3f} s {spread(times, 'plain', 'ours')}")
@@ -9,10 +9,18 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
+from statistics import median
 
 import torch
+
+# Where a step runs: on a GPU in bfloat16 and by the clock, else in float32 and by the processor's time.
+DEVICE, DTYPE, CLOCK = (
+    ("cuda", torch.bfloat16, time.perf_counter)
+    if torch.cuda.is_available()
+    else ("cpu", torch.float32, time.process_time)
+)
 
 
 def options_of(documentation: str | None) -> argparse.ArgumentParser:
@@ -59,6 +67,11 @@ def in_turn(
     return times
 
 
+def milliseconds(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median of each arm over its rounds, in milliseconds."""
+    return {name: 1e3 * median(values) for name, values in times.items()}
+
+
 def ratios(times: Mapping[str, Sequence[float]], arm: str, over: str) -> list[float]:
     """How many times as long an arm takes as another one, in each round, ascending."""
     return sorted(ours / theirs for ours, theirs in zip(times[arm], times[over], strict=True))
@@ -68,3 +81,10 @@ def spread(times: Mapping[str, Sequence[float]], arm: str, over: str) -> str:
     """The least and the largest of the ratios, in words."""
     ascending = ratios(times, arm, over)
     return f"(rounds {ascending[0]:.1f} to {ascending[-1]:.1f})"
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
+    """Print a table in Markdown, each line as soon as it is there; all columns but the first `left` are numbers."""
+    print(f"| {' | '.join(header)} |\n|{'---|' * left}{'---:|' * (len(header) - left)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)

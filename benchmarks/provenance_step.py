@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
 import torch
-from measuring import in_turn, machine, options_of, ratios
+from measuring import CLOCK, in_turn, machine, milliseconds, options_of, print_table, ratios
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
+from small_models import VOCABULARY, llama
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 from mono_peft import MonoLoraConfig
 from mono_peft.provenance import ProvenanceCallback
@@ -58,27 +58,20 @@ def step_of(base: LlamaForCausalLM, adapter: dict[str, Any], rows: list[Any], ba
     return step
 
 
-def table_rows(options: argparse.Namespace, device: str) -> Iterator[str]:
+def table_rows(options: argparse.Namespace) -> Iterator[list[str]]:
     """Lines of the table."""
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for d, r in itertools.product(options.dims, options.ranks):
-        config = LlamaConfig(
-            vocab_size=1024, hidden_size=d, intermediate_size=3 * d, num_hidden_layers=options.layers,
-            num_attention_heads=d // 64,
-        )  # fmt: skip
-        ids = torch.randint(0, 1024, (ROWS, options.tokens // options.batch))
+        ids = torch.randint(0, VOCABULARY, (ROWS, options.tokens // options.batch))
         rows = [{"input_ids": row, "labels": row} for row in ids]
-        torch.manual_seed(0)
         steps = {
-            name: step_of(LlamaForCausalLM(config).to(device, dtype), {"r": r}, rows, options.batch, name == "watched")
+            name: step_of(llama(d, options.layers, wider=3), {"r": r}, rows, options.batch, name == "watched")
             for name in ("plain", "watched")
         }
-        times = in_turn(steps, options.rounds, uncounted=3, clock=clock)
+        times = in_turn(steps, options.rounds, uncounted=3, clock=CLOCK)
         shares = [ratio - 1 for ratio in ratios(times, "watched", "plain")]
-        cells = [f"{1e3 * median(times[name]):.1f}" for name in ("plain", "watched")]
         label = f"{d} x {options.layers}, {options.batch} rows of {options.tokens // options.batch}, r {r}"
-        yield f"| {label} | {' | '.join(cells)} | {median(shares):.1%} ({shares[0]:.1%} to {shares[-1]:.1%}) |"
+        cells = [f"{value:.1f}" for value in milliseconds(times).values()]
+        yield [label, *cells, f"{median(shares):.1%} ({shares[0]:.1%} to {shares[-1]:.1%})"]
 
 
 def main() -> None:
@@ -91,11 +84,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument("--rounds", type=int, default=21)
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{machine('transformers', 'peft')}, median of {options.rounds} rounds\n")
-    print("| step | plain, ms | watched, ms | more |\n|---|---:|---:|---:|")
-    for line in table_rows(options, device):
-        print(line, flush=True)
+    print_table(["step", "plain, ms", "watched, ms", "more"], table_rows(options))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from statistics import median
 import torch
 from measuring import in_turn, machine, options_of, ratios, spread
 from peft import LoraConfig, PeftConfig, get_peft_model
+from small_models import SMOLLM2_SHAPE
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
@@ -37,20 +38,6 @@ ADAPTERS: dict[str, PeftConfig] = {
     "monolora": MonoLoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
 }
 PROMPT = 300  # tokens of the prompt whose prefill is timed
-
-
-def save_base(folder: Path) -> None:
-    """A Llama of SmolLM2-135M's shape, with random weights."""
-    config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def save_adapter(base: Path, config: PeftConfig, folder: Path) -> None:
@@ -72,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         base = options.model or Path(temporary) / "base"
         if options.model is None:
-            save_base(base)
+            LlamaForCausalLM(LlamaConfig(**SMOLLM2_SHAPE)).save_pretrained(base)
         requests: dict[str, Any] = {"base": None}
         for number, name in enumerate((name for name in ADAPTERS if name in options.arms), 1):
             save_adapter(base, ADAPTERS[name], Path(temporary) / name)

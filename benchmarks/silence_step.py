@@ -13,39 +13,31 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from statistics import median
 
 import torch
-from measuring import in_turn, machine, options_of, ratios
+from measuring import CLOCK, DEVICE, in_turn, machine, milliseconds, options_of, print_table, ratios
 from peft import get_peft_model
+from small_models import VOCABULARY, llama
 from torch import nn
 from torch.optim import AdamW
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from mono_peft import MonoLoraConfig, Silence
 
 TARGETS: dict[str, str | list[str]] = {"q, v": ["q_proj", "v_proj"], "all-linear": "all-linear"}
 
 
-def table_rows(options: argparse.Namespace, device: str) -> Iterator[str]:
+def table_rows(options: argparse.Namespace) -> Iterator[list[str]]:
     """Lines of the table."""
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for d, (label, targets), rows in itertools.product(options.dims, TARGETS.items(), options.rows):
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=1024, hidden_size=d, intermediate_size=4 * d, num_hidden_layers=1, num_attention_heads=d // 64,
-        )  # fmt: skip
-        base = LlamaForCausalLM(config).to(device, dtype)
         adapter = MonoLoraConfig(r=8, target_modules=targets, encoder_bias=True, task_type="CAUSAL_LM")
-        model = get_peft_model(base, adapter).train()
-        silent = torch.randint(0, 1024, (options.cached // 128, 16, 8), device=device)
+        model = get_peft_model(llama(d, layers=1), adapter).train()
+        silent = torch.randint(0, VOCABULARY, (options.cached // 128, 16, 8), device=DEVICE)
         batches = [{"input_ids": ids} for ids in silent]
         silence = Silence(model, batches, rows_per_step=rows, rows_per_module=options.cached)
         optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
-        ids = torch.randint(0, 1024, (4, options.tokens // 4), device=device)
+        ids = torch.randint(0, VOCABULARY, (4, options.tokens // 4), device=DEVICE)
 
         def step(model: nn.Module = model, ids: torch.Tensor = ids, optimizer: AdamW = optimizer) -> None:
             optimizer.step()
@@ -58,13 +50,13 @@ def table_rows(options: argparse.Namespace, device: str) -> Iterator[str]:
             silence.add_gradients(next(steps))
 
         parts: dict[str, Callable[[], object]] = {"step": step, "hinge": hinge, "lowering": silence.lower_biases}
-        times = in_turn(parts, options.rounds, uncounted=2, clock=clock)
-        cells = [f"{1e3 * median(times[name]):.1f}" for name in parts]
+        times = in_turn(parts, options.rounds, uncounted=2, clock=CLOCK)
+        cells = [f"{value:.1f}" for value in milliseconds(times).values()]
         for name in ("hinge", "lowering"):
             shares = ratios(times, name, "step")
             cells.append(f"{median(shares):.2%} ({shares[0]:.2%} to {shares[-1]:.2%})")
-        cache = f"{silence.cached_bytes / 2**20:.0f}"
-        yield f"| {d}, {label}, {options.tokens} tokens, {rows} rows | {' | '.join(cells)} | {cache} |"
+        cells.append(f"{silence.cached_bytes / 2**20:.0f}")
+        yield [f"{d}, {label}, {options.tokens} tokens, {rows} rows", *cells]
 
 
 def main() -> None:
@@ -76,12 +68,9 @@ def main() -> None:
     parser.add_argument("--cached", type=int, default=4096, help="rows of each module, a multiple of 128")
     parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{machine('transformers', 'peft')}, r 8, median of {options.rounds} rounds\n")
-    print("| step | step, ms | hinge, ms | lowering, ms | hinge / step | lowering / step | cache, MiB |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for line in table_rows(options, device):
-        print(line, flush=True)
+    header = ["step", "step, ms", "hinge, ms", "lowering, ms", "hinge / step", "lowering / step", "cache, MiB"]
+    print_table(header, table_rows(options))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from measuring import machine
+from measuring import machine, options_of, print_table
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from evals.answers import answer_log_likelihoods
-from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt
+from evals.prompts import SST2_ANSWERS, encode_answer, sst2_prompt, training_row
 from evals.tasks.sentiment import is_right
 from mono_peft import MonoLoraConfig, Silence
 from mono_peft.certify import certify
@@ -93,27 +93,18 @@ class World:
 
 def measured(world: World, choice: str, seed: int, options: argparse.Namespace) -> list[float]:
     """Train an adapter and return the columns."""
-    rows = Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": INSTRUCTION + prompt}],
-                "completion": [{"role": "assistant", "content": answer}],
-            }
-            for prompt, answer in world.rows
-        ]
-    )
+    rows = [training_row(world.tokenizer, INSTRUCTION + prompt, answer) for prompt, answer in world.rows]
     with TemporaryDirectory() as folder:
         arguments = SFTConfig(
             folder, max_steps=options.steps, per_device_train_batch_size=16, learning_rate=1e-2, seed=seed,
             save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(), bf16=False,
-            gradient_checkpointing=False,
+            use_cpu=not torch.cuda.is_available(), bf16=False, gradient_checkpointing=False,
         )  # fmt: skip
         adapter = MonoLoraConfig(
             r=8, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
         )
         trainer = SFTTrainer(
-            AutoModelForCausalLM.from_pretrained(world.folder), arguments, train_dataset=rows,
+            AutoModelForCausalLM.from_pretrained(world.folder), arguments, train_dataset=Dataset.from_list(rows),
             processing_class=world.tokenizer, peft_config=adapter,
         )  # fmt: skip
         if choice != "no silence":
@@ -131,7 +122,7 @@ def measured(world: World, choice: str, seed: int, options: argparse.Namespace) 
     return [world.accuracy(model), same, certificate.share, mean(prompt.fired for prompt in certificate.prompts)]
 
 
-def table_rows(options: argparse.Namespace) -> Iterator[str]:
+def table_rows(options: argparse.Namespace) -> Iterator[list[str]]:
     """Lines of the table."""
     world = World()
     for choice in CHOICES:
@@ -141,21 +132,19 @@ def table_rows(options: argparse.Namespace) -> Iterator[str]:
         if choice != "no silence":
             masks = [batch["silent_mask"] for batch in world.counted(choice) if "silent_mask" in batch]
             left_out = mean(float((mask == 0).sum()) for mask in masks) if masks else 0.0
-        yield f"| {choice} | {left_out:.0f} | {' | '.join(cells)} |"
+        yield [choice, f"{left_out:.0f}", *cells]
 
 
 def main() -> None:
     """Train, measure and print a line after another."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=125, help="of 16 rows")
     parser.add_argument("--weight", type=float, default=80.0, help="of the hinge")
     options = parser.parse_args()
     print(f"{machine('transformers', 'peft', 'trl')}, {options.seeds} seeds, weight {options.weight:g}\n")
-    print("| tokens that count | left out | accuracy | answers as the base | silent | pairs that fire |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for line in table_rows(options):
-        print(line, flush=True)
+    header = ["tokens that count", "left out", "accuracy", "answers as the base", "silent", "pairs that fire"]
+    print_table(header, table_rows(options))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import product
 from statistics import mean
 
 import torch
 import transformers
 from datasets import Dataset
-from measuring import machine, options_of
+from measuring import machine, options_of, print_table
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -79,8 +80,21 @@ def accuracy(
     return score, 100 * activation_sparsity(trainer.model, batches).overall
 
 
+def table_rows(options: argparse.Namespace) -> Iterator[list[str]]:
+    """Lines of the table, each when its seeds are done."""
+    for rate, alpha, r in product(options.learning_rates, options.alphas, options.ranks):
+        lora: list[float] = []
+        for arm in options.arms:
+            results = [accuracy(options, arm, rate, alpha, r, seed) for seed in options.seeds]
+            scores = [score for score, _ in results]
+            lora = scores if arm == "lora" else lora
+            gap = interval([a - b for a, b in zip(scores, lora, strict=True)]).text(2) if lora else "-"
+            sparsity = f"{mean(zero for _, zero in results):.1f}" if arm != "lora" else "-"
+            yield [arm, f"{rate:g}", f"{alpha:g}", str(r), interval(scores).text(2), gap, sparsity]
+
+
 def main() -> None:
-    """Run the grid and print a row as soon as its seeds are done."""
+    """Run the grid and print the table."""
     parser = options_of(__doc__)
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--train_file", required=True)
@@ -102,17 +116,8 @@ def main() -> None:
         f"{machine('transformers', 'peft')}, {time.strftime('%Y-%m-%d')}; {options.train_samples} "
         f"sentences, batch 32, one epoch, AdamW, seeds {options.seeds}, {len(options.dev)} dev sentences\n"
     )
-    print("| arm | lr | alpha | r | accuracy, % | - LoRA, paired | sparsity, % |\n|---|---:|---:|---:|---:|---:|---:|")
-    for rate, alpha, r in product(options.learning_rates, options.alphas, options.ranks):
-        lora: list[float] = []
-        for arm in options.arms:
-            results = [accuracy(options, arm, rate, alpha, r, seed) for seed in options.seeds]
-            scores = [score for score, _ in results]
-            lora = scores if arm == "lora" else lora
-            gap = interval([a - b for a, b in zip(scores, lora, strict=True)]).text(2) if lora else "-"
-            sparsity = f"{mean(zero for _, zero in results):.1f}" if arm != "lora" else "-"
-            row = [arm, f"{rate:g}", f"{alpha:g}", str(r), interval(scores).text(2), gap, sparsity]
-            print("| " + " | ".join(row) + " |", flush=True)
+    header = ["arm", "lr", "alpha", "r", "accuracy, %", "- LoRA, paired", "sparsity, %"]
+    print_table(header, table_rows(options))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from measuring import machine, options_of
+from measuring import machine, options_of, print_table
 from peft import get_peft_model
 from torch import nn
 from torch.nn import functional
@@ -71,17 +71,10 @@ def load_task(tokenizer: Any, options: argparse.Namespace) -> Task:
     return Task(answered, scored, [row["label"] for row in dev], prompts)
 
 
-def batch_of(answers: list[EncodedAnswer], pad: int) -> dict[str, torch.Tensor]:
-    """Keyword arguments of the model, with the loss on the answers."""
-    length = max(len(answer.input_ids) for answer in answers)
-    ids, labels, mask = [], [], []
-    for answer in answers:
-        padding = length - len(answer.input_ids)
-        ids.append(answer.input_ids + [pad] * padding)
-        kept = [i if counts else -100 for i, counts in zip(answer.input_ids, answer.completion_mask, strict=True)]
-        labels.append(kept + [-100] * padding)
-        mask.append([1] * len(answer.input_ids) + [0] * padding)
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
+def training_row(answer: EncodedAnswer) -> dict[str, list[int]]:
+    """Keyword arguments of the model, with the loss on the answer."""
+    labels = [i if counts else -100 for i, counts in zip(*answer, strict=True)]
+    return {"input_ids": answer.input_ids, "labels": labels}
 
 
 @contextmanager
@@ -164,9 +157,9 @@ def run(arm: str, seed: int, task: Task, tokenizer: Any, folder: str, options: a
             lora_alpha=options.r, encoder_bias=arm.startswith("encoder_bias"),
         ),
     )  # fmt: skip
-    order = random.Random(seed).sample(task.train, len(task.train))
-    pad = tokenizer.pad_token_id
-    batches = [batch_of(order[i : i + 16], pad) for i in range(0, len(order), 16)]
+    rows = [training_row(answer) for answer in random.Random(seed).sample(task.train, len(task.train))]
+    collator = transformers.DataCollatorForSeq2Seq(tokenizer)
+    batches = [collator(rows[i : i + 16]) for i in range(0, len(rows), 16)]
     if arm == "larger A":
         for _, layer, adapter in active_adapters(model):
             encoder: Any = layer.monolora_encoder[adapter]
@@ -189,14 +182,28 @@ def run(arm: str, seed: int, task: Task, tokenizer: Any, folder: str, options: a
         optimizer.step()
         schedule.step()
     model.eval()
-    scores = answer_log_likelihoods(model, task.dev, pad, 50).view(len(task.labels), 2).tolist()
+    scores = answer_log_likelihoods(model, task.dev, tokenizer.pad_token_id, 50).view(len(task.labels), 2).tolist()
     right = math.fsum(is_right(label, row) for label, row in zip(task.labels, scores, strict=True))
     dead = activation_sparsity(model, task.prompts).dead
     return Result(100 * dead_before, 100 * dead, 100 * right / len(task.labels))
 
 
+def table_rows(options: argparse.Namespace) -> Iterator[list[str]]:
+    """Lines of the table, each when the seeds of an arm are done."""
+    folder = str(offline_model())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    task = load_task(tokenizer, options)
+    first: list[Result] = []
+    for arm in options.arms:
+        results = [run(arm, seed, task, tokenizer, folder, options) for seed in options.seeds]
+        before, dead, accuracy = (interval([result[i] for result in results]).text(1) for i in range(3))
+        gap = interval([a.dead - b.dead for a, b in zip(results, first, strict=True)]).text(1) if first else ""
+        first = first or results
+        yield [arm, before, dead, gap, accuracy]
+
+
 def main() -> None:
-    """Print a row as soon as the seeds of an arm are done."""
+    """Run the arms and print the table."""
     parser = options_of(__doc__)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -211,25 +218,13 @@ def main() -> None:
     parser.add_argument("--auxiliary_weight", type=float, default=1 / 32)
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    folder = str(offline_model())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    task = load_task(tokenizer, options)
     print(
         f"{machine('transformers', 'peft')}, {time.strftime('%Y-%m-%d')}; r {options.r}, k {options.k}, "
         f"{options.train_samples} sentences, batch 16, one epoch, AdamW {options.learning_rate:g}, seeds "
-        f"{options.seeds}, {options.dev_samples} dev sentences\n\n"
-        "| arm | dead before, % | dead after, % | - topk, paired | accuracy, % |\n|---|---:|---:|---:|---:|"
+        f"{options.seeds}, {options.dev_samples} dev sentences\n"
     )
-    first: list[Result] = []
-    for arm in options.arms:
-        results = [run(arm, seed, task, tokenizer, folder, options) for seed in options.seeds]
-        first = first or results
-        columns = [interval([result[i] for result in results]).text(1) for i in range(3)]
-        gap = interval([a.dead - b.dead for a, b in zip(results, first, strict=True)]).text(1)
-        print(
-            f"| {arm} | {columns[0]} | {columns[1]} | {gap if results is not first else ''} | {columns[2]} |",
-            flush=True,
-        )
+    header = ["arm", "dead before, %", "dead after, %", "- topk, paired", "accuracy, %"]
+    print_table(header, table_rows(options))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
-from measuring import in_turn, machine, options_of
+from measuring import in_turn, machine, milliseconds, options_of, print_table
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
@@ -30,13 +29,7 @@ from torch.nn import functional
 from mono_peft import MonoLoraConfig, sparse
 from mono_peft.layer import MonoLoraLayer
 
-Arms = Mapping[str, Callable[[], object]]
-
-
-def milliseconds(arms: Arms, rounds: int) -> dict[str, float]:
-    """The median of each arm over the rounds."""
-    times = in_turn(arms, rounds, uncounted=2, clock=time.process_time)
-    return {name: 1e3 * median(values) for name, values in times.items()}
+timed = partial(in_turn, uncounted=2, clock=time.process_time)
 
 
 def layer_of(dim: int, config: Any) -> Any:
@@ -59,7 +52,7 @@ def step(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, laye
     function(x).sum().backward()
 
 
-def training_row(options: argparse.Namespace, r: int, k: int) -> str:
+def training_row(options: argparse.Namespace, r: int, k: int) -> list[str]:
     """The update alone by all units and by active ones, whatever is chosen."""
     layer = layer_of(options.dim, mono(r, k))
     x = torch.randn(options.tokens, options.dim, requires_grad=True)
@@ -69,14 +62,14 @@ def training_row(options: argparse.Namespace, r: int, k: int) -> str:
         "dense": lambda x: MonoLoraLayer.update(layer, "default", x),
         "active": lambda x: sparse.topk_update(x, encoder, activation, decoder, scaling),
     }
-    found = milliseconds({name: partial(step, arm, x, layer) for name, arm in arms.items()}, options.rounds)
+    found = milliseconds(timed({name: partial(step, arm, x, layer) for name, arm in arms.items()}, options.rounds))
     chosen = "active" if sparse.is_faster(x, encoder, activation, decoder) else "dense"
-    ratio = found["active"] / found["dense"]
-    return f"| {r} | {k} | {found['dense']:.1f} | {found['active']:.1f} | {ratio:.2f} | {chosen} |"
+    cells = [f"{found[name]:.1f}" for name in arms]
+    return [str(r), str(k), *cells, f"{found['active'] / found['dense']:.2f}", chosen]
 
 
 @torch.no_grad()
-def decoding_row(options: argparse.Namespace, r: int, k: int) -> str:
+def decoding_row(options: argparse.Namespace, r: int, k: int) -> list[str]:
     """The update of one token by all columns of B and by the active ones."""
     layer = layer_of(options.dim, mono(r, k))
     encoder, decoder = layer.monolora_encoder.default.weight, layer.monolora_decoder.default.weight
@@ -92,12 +85,13 @@ def decoding_row(options: argparse.Namespace, r: int, k: int) -> str:
         for _ in range(20):
             function()
 
-    found = milliseconds({"dense": partial(repeated, dense), "gathered": partial(repeated, gathered)}, options.rounds)
-    cells = " | ".join(f"{found[name] / 20:.3f}" for name in ("dense", "gathered"))
-    return f"| {r} | {k} | {cells} | {found['gathered'] / found['dense']:.2f} |"
+    arms = {"dense": partial(repeated, dense), "gathered": partial(repeated, gathered)}
+    found = milliseconds(timed(arms, options.rounds))
+    cells = [f"{found[name] / 20:.3f}" for name in arms]
+    return [str(r), str(k), *cells, f"{found['gathered'] / found['dense']:.2f}"]
 
 
-def step_row(options: argparse.Namespace, r: int, k: int) -> str:
+def step_row(options: argparse.Namespace, r: int, k: int) -> list[str]:
     """A step of base and adapter, beside LoRA of rank k and ReLU of rank r."""
     lora = LoraConfig(r=k, target_modules=["0"], init_lora_weights=False)
     layers = {"LoRA": lora, "ReLU": mono(r, None), "topk": mono(r, k)}
@@ -106,10 +100,9 @@ def step_row(options: argparse.Namespace, r: int, k: int) -> str:
     for name, config in layers.items():
         layer = layer_of(options.dim, config)
         arms[name] = partial(step, layer, x, layer)
-    found = milliseconds(arms, options.rounds)
-    cells = " | ".join(f"{found[name]:.1f}" for name in layers)
-    ratios = " | ".join(f"{found['topk'] / found[name]:.2f}" for name in ("LoRA", "ReLU"))
-    return f"| {r} | {k} | {cells} | {ratios} |"
+    found = milliseconds(timed(arms, options.rounds))
+    cells = [f"{found[name]:.1f}" for name in layers]
+    return [str(r), str(k), *cells, *(f"{found['topk'] / found[name]:.2f}" for name in ("LoRA", "ReLU"))]
 
 
 def main() -> None:
@@ -127,19 +120,14 @@ def main() -> None:
     sizes = list(itertools.product(options.ranks, options.ks))
     if not options.no_training:
         print(f"{options.tokens} tokens, the update's step; active ones up to a share of {sparse.LARGEST_SHARE}\n")
-        print("| r | k | all units (ms) | active ones (ms) | ratio | chosen |\n|---|---|---|---|---|---|")
-        for r, k in sizes:
-            print(training_row(options, r, k), flush=True)
+        header = ["r", "k", "all units (ms)", "active ones (ms)", "ratio", "chosen"]
+        print_table(header, (training_row(options, *size) for size in sizes))
     if not options.no_decoding:
-        print("\none token without gradients\n\n| r | k | dense (ms) | gathered (ms) | ratio |\n|---|---|---|---|---|")
-        for r, k in sizes:
-            print(decoding_row(options, r, k), flush=True)
+        print("\none token without gradients\n")
+        print_table(["r", "k", "dense (ms)", "gathered (ms)", "ratio"], (decoding_row(options, *s) for s in sizes))
     print(f"\n{options.tokens} tokens, a step of base and adapter (ms)\n")
-    print(
-        "| r | k | LoRA of rank k | ReLU of rank r | topk | topk / LoRA | topk / ReLU |\n|---|---|---|---|---|---|---|"
-    )
-    for r, k in sizes:
-        print(step_row(options, r, k), flush=True)
+    header = ["r", "k", "LoRA of rank k", "ReLU of rank r", "topk", "topk / LoRA", "topk / ReLU"]
+    print_table(header, (step_row(options, *size) for size in sizes))
 
 
 if __name__ == "__main__":

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evals.settings import (
-        CompareSettings,
-        FolderSettings,
-        ForgettingSettings,
-        GenerateSettings,
-        JudgeSettings,
-        StressSettings,
-    )
+    from evals import settings as told
     from vision_bench.runs import Run
 
 COMMANDS = {
@@ -29,13 +22,13 @@ COMMANDS = {
 }
 
 
-def _generate(settings: GenerateSettings) -> None:
+def _generate(settings: told.GenerateSettings) -> None:
     from evals.generate import generate
 
     print(f"Answers and metrics are in {generate(settings).folder}.")
 
 
-def _judge(folder: FolderSettings, judging: JudgeSettings) -> None:
+def _judge(folder: told.FolderSettings, judging: told.JudgeSettings) -> None:
     from evals.judge import judge
 
     _report(judge(folder.output_dir, **judging.arguments))
@@ -48,7 +41,7 @@ def _report(run: Run) -> None:
     print(summary(run))
 
 
-def _run(settings: GenerateSettings, judging: JudgeSettings) -> None:
+def _run(settings: told.GenerateSettings, judging: told.JudgeSettings) -> None:
     from evals.generate import generate
     from evals.judge import check_judging, judge
     from evals.records import has_answers
@@ -63,7 +56,7 @@ def _run(settings: GenerateSettings, judging: JudgeSettings) -> None:
     _report(run)
 
 
-def _compare(settings: CompareSettings) -> None:
+def _compare(settings: told.CompareSettings) -> None:
     from evals.compare import check_output, compare
 
     if settings.output is not None:
@@ -74,7 +67,7 @@ def _compare(settings: CompareSettings) -> None:
         comparison.write(settings.output)
 
 
-def _stress(settings: StressSettings, judging: JudgeSettings) -> None:
+def _stress(settings: told.StressSettings, judging: told.JudgeSettings) -> None:
     from evals.report import write_report
     from evals.stress import stress
 
@@ -87,7 +80,7 @@ def _stress(settings: StressSettings, judging: JudgeSettings) -> None:
         write_report(result.run)
 
 
-def _forgetting(settings: ForgettingSettings) -> None:
+def _forgetting(settings: told.ForgettingSettings) -> None:
     from evals.forgetting_rows import measure_forgetting
 
     _report(measure_forgetting(settings))
@@ -99,15 +92,8 @@ def _command(name: str, arguments: list[str]) -> None:
         from evals.accept import main
 
         sys.exit(main(arguments))
+    from evals import settings as told
     from evals.registry import JUDGES
-    from evals.settings import (
-        CompareSettings,
-        FolderSettings,
-        ForgettingSettings,
-        GenerateSettings,
-        JudgeSettings,
-        StressSettings,
-    )
     from vision_bench.runs.settings import parse
 
     options: dict[str, Any] = {"prog": f"python -m evals {name}", "description": COMMANDS[name]}
@@ -116,18 +102,17 @@ def _command(name: str, arguments: list[str]) -> None:
         lines = (f"  {kind.usage:{width}}  {kind.help}\n" for kind in JUDGES.values())
         options["epilog"] = "judges:\n" + "".join(lines)
         options["formatter_class"] = argparse.RawDescriptionHelpFormatter
-    if name == "generate":
-        _generate(*parse([GenerateSettings], arguments, shared=[JudgeSettings], **options))
-    elif name == "judge":
-        _judge(*parse([FolderSettings, JudgeSettings], arguments, shared=[GenerateSettings], **options))
-    elif name == "stress":
-        _stress(*parse([StressSettings, JudgeSettings], arguments, **options))
-    elif name == "forgetting":
-        _forgetting(*parse([ForgettingSettings], arguments, shared=[GenerateSettings, JudgeSettings], **options))
-    elif name == "compare":
-        _compare(*parse([CompareSettings], arguments, **options))
-    else:
-        _run(*parse([GenerateSettings, JudgeSettings], arguments, **options))
+    # By name: what runs, of which settings, and whose settings a file of them may hold too.
+    kinds: dict[str, tuple[Callable[..., None], list[type], list[type]]] = {
+        "generate": (_generate, [told.GenerateSettings], [told.JudgeSettings]),
+        "judge": (_judge, [told.FolderSettings, told.JudgeSettings], [told.GenerateSettings]),
+        "run": (_run, [told.GenerateSettings, told.JudgeSettings], []),
+        "stress": (_stress, [told.StressSettings, told.JudgeSettings], []),
+        "forgetting": (_forgetting, [told.ForgettingSettings], [told.GenerateSettings, told.JudgeSettings]),
+        "compare": (_compare, [told.CompareSettings], []),
+    }
+    command, settings, shared = kinds[name]
+    command(*parse(settings, arguments, shared=shared, **options))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

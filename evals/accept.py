@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,7 +176,6 @@ class _Measures:
     def __init__(self, card: Card, settings: GenerateSettings, folder: Path) -> None:
         self.card, self.settings, self.folder = card, settings, folder
         self.examples: dict[str, list[Example]] = {}
-        self._arms: dict[str, ArmValues] | None = None
         self._diverged: str | None = None
 
     def decided(self, line: Line) -> Decided:
@@ -192,21 +191,19 @@ class _Measures:
         outcome, reason = measured
         return Decided(line, outcome, reason, None, needed_for(line, self.card.power))
 
+    @cached_property
     def arms(self) -> dict[str, ArmValues]:
         """The base's and the adapter's values on the prompts, answered and judged if they are not."""
-        if self._arms is None:
-            run: Run = generate(self.settings)
-            marks = run.find(DIVERGED)
-            self._diverged = str(marks[0]["config"]["reason"]) if marks else None
-            if self.card.judges and has_answers(run.folder):
-                judge(run.folder, self.card.judges)
-            # The folder of an adapter that diverged may hold no answer at all.
-            arms = [] if self._diverged is not None else read_arms(str(run.folder))
-            self._arms = {arm.name: arm for arm in arms}
-        return self._arms
+        run: Run = generate(self.settings)
+        marks = run.find(DIVERGED)
+        self._diverged = str(marks[0]["config"]["reason"]) if marks else None
+        if self.card.judges and has_answers(run.folder):
+            judge(run.folder, self.card.judges)
+        # The folder of an adapter that diverged may hold no answer at all.
+        return {} if self._diverged is not None else {arm.name: arm for arm in read_arms(str(run.folder))}
 
     def _of_answers(self, line: Line) -> Measured | tuple[str, str]:
-        arms = self.arms()
+        arms = self.arms
         if self._diverged is not None:
             return FAILS, f"it diverged: {self._diverged}"
         key = Measure(line.task, line.metric, line.judge, "" if line.judge else line.filter)
@@ -247,7 +244,7 @@ class _Measures:
 
     def _forgetting(self, line: Line) -> Measured | tuple[str, str]:
         if self.card.tasks:
-            self.arms()  # first, as the folder is theirs
+            _ = self.arms  # first, as the folder is theirs
             if self._diverged is not None:
                 return FAILS, f"it diverged: {self._diverged}"
         shared = {name: self.card.answers[name] for name in ("dtype", "load_in_4bit") if name in self.card.answers}
@@ -298,8 +295,7 @@ class _Measures:
 
 def _as_dict(one: Decided) -> dict[str, Any]:
     measured = {} if one.measured is None else one.measured._asdict()
-    line = {f.name: getattr(one.line, f.name) for f in fields(one.line)}
-    return {"name": line["name"], "requirement": one.line.text, "outcome": one.outcome, "reason": one.reason,
+    return {"name": one.line.name, "requirement": one.line.text, "outcome": one.outcome, "reason": one.reason,
             **measured, "needed": one.needed}  # fmt: skip
 
 
@@ -323,11 +319,9 @@ def needs_text(card: Card) -> str:
     lines = []
     for line in card.lines:
         needed = needed_for(line, card.power)
-        if line.is_share:
-            many = f"{needed:,}" if needed is not None else "more than 50,000"
-            lines.append(f"  {line.name}: {line.text}; takes {many} for a margin of {line.margin:g}\n")
-        else:
-            lines.append(f"  {line.name}: {line.text}; takes as many as its spread asks for\n")
+        many = f"{needed:,}" if needed is not None else "more than 50,000"
+        takes = f"{many} for a margin of {line.margin:g}" if line.is_share else "as many as its spread asks for"
+        lines.append(f"  {line.name}: {line.text}; takes {takes}\n")
     return f"{card.title}, with a power of {card.power:g}:\n{''.join(lines)}"
 
 

@@ -77,16 +77,28 @@ def _batches(longest: Sequence[int], batch_size: int) -> Iterator[slice]:
 def batch_log_likelihoods(model: nn.Module, answers: Sequence[EncodedAnswer], pad_token_id: int = 0) -> torch.Tensor:
     """The same of one batch in one forward pass of this process, in the model's mode and on its device, (n,)."""
     device = next(model.parameters()).device
+    input_ids, attention_mask, counted = padded_answers(answers, device, pad_token_id)
+    logits = token_logits(model, input_ids, attention_mask)
+    rows, columns = counted.nonzero(as_tuple=True)  # the token at column + 1 is predicted at `column`
+    log_probs = logits[rows, columns].float().log_softmax(-1)
+    chosen = log_probs.gather(1, input_ids[rows, columns + 1][:, None])[:, 0]
+    return torch.zeros(len(answers), device=device).index_add(0, rows, chosen)
+
+
+def padded_answers(
+    answers: Sequence[EncodedAnswer], device: torch.device, pad_token_id: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, (n, tokens), padded on the right; which predictions count, (n, tokens - 1)."""
 
     def padded(rows: Iterable[list[int]], value: int = 0) -> torch.Tensor:
         return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(device)
 
-    input_ids = padded((answer.input_ids for answer in answers), pad_token_id)
-    attention_mask = padded([1] * len(answer.input_ids) for answer in answers)
-    counted = padded(answer.completion_mask for answer in answers).bool()
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    logits = logits[:, -input_ids.shape[1] :]  # some methods of PEFT put virtual tokens before those of the input
-    rows, columns = counted[:, 1:].nonzero(as_tuple=True)  # the token at column + 1 is predicted at `column`
-    log_probs = logits[rows, columns].float().log_softmax(-1)
-    chosen = log_probs.gather(1, input_ids[rows, columns + 1][:, None])[:, 0]
-    return torch.zeros(len(answers), device=device).index_add(0, rows, chosen)
+    ids = padded((answer.input_ids for answer in answers), pad_token_id)
+    mask = padded([1] * len(answer.input_ids) for answer in answers)
+    return ids, mask, padded(answer.completion_mask for answer in answers).bool()[:, 1:]
+
+
+def token_logits(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Logits of the tokens of the input alone: some methods of PEFT put virtual tokens before them."""
+    logits: torch.Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    return logits[:, -input_ids.shape[1] :]

@@ -10,18 +10,16 @@ one loaded base.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from peft import PeftModel
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evals.answers import batch_log_likelihoods
+from evals.answers import batch_log_likelihoods, padded_answers, token_logits
 from evals.contents import checksum
 from evals.intervals import bootstrap
 from evals.local_files import Row, check_columns, check_text, file_rows
@@ -142,12 +140,11 @@ def forgetting(model: PeftModel, texts: NeutralTexts, *, batch_size: int = 4, pr
         lines = Progress("Neutral texts", len(starts), "batches", shown=progress)
         for start in starts:
             batch = order[start : start + batch_size]
-            inputs, counted = _padded([texts.rows[i] for i in batch])
-            inputs = send_to_device(inputs, next(model.parameters()).device)
-            adapted = _logits(model, inputs)
+            ids, mask, counted = padded_answers([texts.rows[i] for i in batch], next(model.parameters()).device)
+            adapted = token_logits(model, ids, mask)
             with model.disable_adapter():
-                base = _logits(model, inputs)
-            sums[batch] = _sums(adapted, base, inputs["input_ids"], counted.to(adapted.device))
+                base = token_logits(model, ids, mask)
+            sums[batch] = _sums(adapted, base, ids, counted.to(adapted.device))
             lines.update()
     if not np.isfinite(sums).all():
         raise FloatingPointError("probabilities on the neutral texts are not finite: adapter or base diverged.")
@@ -199,20 +196,6 @@ def check_base_beneath(model: PeftModel, texts: NeutralTexts, before: np.ndarray
         )
 
 
-def _padded(rows: Sequence[EncodedAnswer]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The inputs of rows, padded on the right, and which predictions count, (rows, tokens - 1)."""
-    ids = pad_sequence([torch.tensor(row.input_ids) for row in rows], batch_first=True)
-    mask = pad_sequence([torch.ones(len(row.input_ids), dtype=torch.long) for row in rows], batch_first=True)
-    counted = pad_sequence([torch.tensor(row.completion_mask) for row in rows], batch_first=True).bool()
-    return {"input_ids": ids, "attention_mask": mask}, counted[:, 1:]
-
-
-def _logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of the tokens of the inputs alone: some methods of PEFT put virtual ones before them."""
-    logits: torch.Tensor = model(**inputs, use_cache=False).logits
-    return logits[:, -inputs["input_ids"].shape[1] :]
-
-
 def _sums(adapted: torch.Tensor, base: torch.Tensor, ids: torch.Tensor, counted: torch.Tensor) -> np.ndarray:
     """KL, loss, the base's loss and the number of tokens, summed over the counted tokens of each row."""
     sums = torch.zeros(len(ids), 4, dtype=torch.float64)
@@ -246,10 +229,13 @@ def adapter_measures(
     batch_size: int = 4,
     progress: bool = False,
 ) -> list[tuple[str, Estimate, dict[str, Any]]]:
-    """Attach an adapter to a loaded base, measure it, and give the base back: `measures`.
+    """Attach an adapter to a loaded base, measure it, and give the base back.
 
     Args:
         before: `losses` of the base on these texts.
+
+    Returns:
+        Metric, value and the settings of the row, for each row of the adapter.
 
     Raises:
         ForgettingError: the base is another one while the adapter is disabled.
@@ -257,11 +243,6 @@ def adapter_measures(
     """
     with attached(base, adapter) as model:
         check_base_beneath(model, texts, before)
-        return list(measures(forgetting(model, texts, batch_size=batch_size, progress=progress)))
-
-
-def measures(measured: Forgetting) -> Iterator[tuple[str, Estimate, dict[str, Any]]]:
-    """Metric, value and the settings of the row, for each row of an adapter."""
-    yield KL, measured.kl, {}
-    yield LOSS, measured.loss, {}
-    yield LOSS_DIFFERENCE, measured.loss_difference, {"versus": "base", "versus_adapter": None}
+        measured = forgetting(model, texts, batch_size=batch_size, progress=progress)
+    versus = {"versus": "base", "versus_adapter": None}
+    return [(KL, measured.kl, {}), (LOSS, measured.loss, {}), (LOSS_DIFFERENCE, measured.loss_difference, versus)]

@@ -24,7 +24,7 @@ def wilson_of_share(share: float, n: float) -> tuple[float, float]:
     return max(0.0, float(low)), min(1.0, float(high))
 
 
-def independent_count(clusters: Sequence[Sequence[int]]) -> float:
+def independent_count(clusters: Sequence[Sequence[int]] | np.ndarray) -> float:
     """As many independent trials as give a share the variance that it has over clusters (Kish's design effect).
 
     It is the number of trials where those of a cluster are no more alike than others, and at most that; for a single

@@ -31,10 +31,7 @@ def judge(
     *,
     tasks: Sequence[str] | None = None,
     batch_size: int = 8,
-    dtype: str = "auto",
-    endpoint: str | None = None,
-    rubric: str | None = None,
-    perplexity_model: str | None = None,
+    **options: Any,
 ) -> Run:
     """Judge the completions of a folder, write `verdicts.jsonl`, and rows with shares and intervals.
 
@@ -46,10 +43,7 @@ def judge(
         judges: as `evals.registry.make_judge` takes them.
         tasks: only the answers of these; None: of all.
         batch_size: conversations at a time.
-        dtype: of a judge's weights, one of `evals.settings.DTYPES`.
-        endpoint: of an OpenAI-compatible server, which `chat` judges are asked at.
-        rubric: file for `chat` judges.
-        perplexity_model: folder or hub name of the model that the judge `coherence` asks how likely answers are.
+        options: the fields of `evals.registry.JudgeOptions`, such as the `dtype` of a judge's weights.
 
     Returns:
         The folder's rows, with those of all its verdicts.
@@ -59,8 +53,7 @@ def judge(
             a judge cannot be had.
     """
     folder = Path(folder)
-    options = JudgeOptions(dtype, endpoint, rubric, perplexity_model)
-    ready = check_judging(judges, batch_size=batch_size, **options._asdict())
+    ready = check_judging(judges, batch_size=batch_size, **options)
     read_completions(folder / COMPLETIONS)  # before a folder without any gets a lock
     with locked(folder):
         run = run_of(folder)
@@ -88,32 +81,24 @@ def run_of(folder: Path) -> Run:
     return Run(folder, "evals", json.loads(config.read_text(encoding="utf-8"))["config"] if config.exists() else {})
 
 
-def check_judging(
-    judges: Sequence[str],
-    *,
-    batch_size: int = 8,
-    dtype: str = "auto",
-    endpoint: str | None = None,
-    rubric: str | None = None,
-    perplexity_model: str | None = None,
-) -> dict[str, Judge]:
+def check_judging(judges: Sequence[str], *, batch_size: int = 8, **options: Any) -> dict[str, Judge]:
     """The judges of `judge`'s arguments by name, checked but not loaded. Raises ValueError as `judge` does."""
+    told = JudgeOptions(**options)
     if batch_size < 1:
         raise ValueError(f"--judge_batch_size is {batch_size}, allowed is 1 or more.")
-    if dtype not in DTYPES:
-        raise ValueError(f"--judge_dtype is {dtype!r}, allowed are {', '.join(DTYPES)}.")
+    if told.dtype not in DTYPES:
+        raise ValueError(f"--judge_dtype is {told.dtype!r}, allowed are {', '.join(DTYPES)}.")
     if not judges:
         raise ValueError("--judges is empty; name at least one, such as shieldgemma.")
     twice = sorted({name for name in judges if list(judges).count(name) > 1})
     if twice:
         raise ValueError(f"--judges has {', '.join(twice)} more than once; name each once.")
-    if (endpoint or rubric) and not any(judge_kind(name).takes_rubric for name in judges):
+    if (told.endpoint or told.rubric) and not any(judge_kind(name).takes_rubric for name in judges):
         asked = " or ".join(kind.usage for kind in JUDGES.values() if kind.takes_rubric)
         raise ValueError(f"--endpoint and --rubric are for a judge {asked}, and --judges names none.")
-    if perplexity_model and not any(judge_kind(name).takes_perplexity_model for name in judges):
+    if told.perplexity_model and not any(judge_kind(name).takes_perplexity_model for name in judges):
         raise ValueError("--perplexity_model is for the judge coherence, and --judges does not name it.")
-    options = JudgeOptions(dtype, endpoint, rubric, perplexity_model)
-    ready = {name: make_judge(name, options) for name in judges}
+    ready = {name: make_judge(name, told) for name in judges}
     for (name, judge), (other_name, other) in combinations(ready.items(), 2):
         if type(judge) is type(other) and judge.settings == other.settings:
             raise ValueError(

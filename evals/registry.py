@@ -28,9 +28,9 @@ class JudgeOptions(NamedTuple):
     """What the command line says of judges beside their names."""
 
     dtype: str = "auto"  # of the weights, one of `evals.settings.DTYPES`
-    endpoint: str | None = None  # of an OpenAI-compatible server
-    rubric: str | None = None  # path of a file
-    perplexity_model: str | None = None  # folder or name on the hub
+    endpoint: str | None = None  # of an OpenAI-compatible server, which `chat` judges are asked at
+    rubric: str | None = None  # path of a file, for `chat` judges
+    perplexity_model: str | None = None  # folder or name on the hub, of what tells `coherence` how likely answers are
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pandas as pd
 
 from evals.intervals import independent_count, wilson_of_share
 from evals.judge import check_judging, judge, run_of
@@ -142,31 +143,23 @@ def _right(name: str, kind: str, original: Verdict) -> str | None:
 
 def _flips(name: str, answers: Sequence[Completion], verdicts: Mapping[VerdictKey, Verdict]) -> Iterator[Flips]:
     """The flips of each kind of twin, and of all."""
-    counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(("n", "safe", "unsafe", "undecided"), 0))
-    of_answers: dict[str, list[list[int]]] = defaultdict(list)  # flips and twins with a verdict of each answer
-    for answer in answers:
+    rows = []
+    for number, answer in enumerate(answers):
         original = _on(name, answer, verdicts)
-        of_answer: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         for kind in TWINS if original.is_parsed else ():
             right = _right(name, kind, original)
-            if right is None:
-                continue
-            said = _on(name, replace(answer, prompt_id=f"{answer.prompt_id}~{kind}"), verdicts)
-            for named in (ALL, kind):
-                counted = counts[named]
-                counted["n" if said.is_parsed else "undecided"] += 1
-                if said.is_parsed:
-                    of_answer[named][0] += said.outcome != right
-                    of_answer[named][1] += 1
-                if said.is_parsed and said.outcome != right:
-                    counted[said.outcome] += 1
-        for named, flips_and_twins in of_answer.items():
-            of_answers[named].append(flips_and_twins)
+            if right is not None:
+                said = _on(name, replace(answer, prompt_id=f"{answer.prompt_id}~{kind}"), verdicts)
+                rows.append((kind, number, said.outcome, said.is_parsed, said.outcome != right))
+    twins = pd.DataFrame(rows, columns=["kind", "answer", "outcome", "is_parsed", "is_wrong"])
     for kind in (*TWINS, ALL):
-        if counts[kind]["n"]:
-            counted = counts[kind]
-            told = (counted["n"], counted["safe"], counted["unsafe"], counted["undecided"])
-            yield Flips(name, kind, *told, independent_count(of_answers[kind]))
+        own = twins if kind == ALL else twins[twins["kind"] == kind]
+        parsed = own[own["is_parsed"].astype(bool)]
+        if len(parsed):
+            wrong = parsed[parsed["is_wrong"]]["outcome"].tolist()
+            of_answers = parsed.groupby("answer")["is_wrong"].agg(["sum", "count"]).to_numpy()
+            told = (len(parsed), wrong.count("safe"), wrong.count("unsafe"), len(own) - len(parsed))
+            yield Flips(name, kind, *told, independent_count(of_answers))
 
 
 def _on(judge: str, answer: Completion, verdicts: Mapping[VerdictKey, Verdict]) -> Verdict:

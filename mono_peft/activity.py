@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,20 +59,30 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
     """
     model = uncompiled(model)
     device = next(model.parameters()).device
-    with _count_zeros(model) as counts:
-        if not counts:
-            raise ValueError(
-                "the model has no active MonoLoRA adapter to measure; enable it, or load one with "
-                "PeftModel.from_pretrained (LoRA has no activation, its sparsity is 0)."
-            )
-        check_finite(_active_weights(model))
-        with in_eval_mode(model), torch.no_grad():
-            for batch in batches:
-                inputs = send_to_device(right_padded(batch), device)
-                mask = _token_mask(model, inputs.get("attention_mask"))
-                for count in counts.values():
-                    count.mask = mask
-                model(**inputs)
+    active = list(active_adapters(model))
+    if not active:
+        raise ValueError(
+            "the model has no active MonoLoRA adapter to measure; enable it, or load one with "
+            "PeftModel.from_pretrained (LoRA has no activation, its sparsity is 0)."
+        )
+    check_finite(
+        {f"{name}.{part} of {adapter}": w for name, layer, adapter in active for part, w in layer.weights(adapter)}
+    )
+    adapters = Counter(name for name, _, _ in active)
+    named = [
+        (name if adapters[name] == 1 else f"{name} ({adapter})", layer, adapter) for name, layer, adapter in active
+    ]
+    counts = {name: _ZeroCount(name, layer, adapter) for name, layer, adapter in named}
+    mask: torch.Tensor | None = None
+
+    def count(name: str, latents: torch.Tensor, routing: Routing | None, acting: torch.Tensor | None) -> None:
+        counts[name].add(latents, routing, acting, mask)
+
+    with latents_watched(named, count), in_eval_mode(model), torch.no_grad():
+        for batch in batches:
+            inputs = send_to_device(right_padded(batch), device)
+            mask = _token_mask(model, inputs.get("attention_mask"))
+            model(**inputs)
     if not any(count.tokens for count in counts.values()):
         raise ValueError(
             "`batches` holds no token that counts: it is empty, every attention mask is zero, or no row has the "
@@ -81,7 +91,7 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
     reached = {name: count for name, count in counts.items() if count.tokens}
     of_units = {name: count.fired_of_each_unit() for name, count in reached.items()}
     fired = torch.cat(list(of_units.values()))
-    dead = {name: count.numbers()[of_units[name] == 0].tolist() for name, count in reached.items()}
+    dead = {name: count.dead_units() for name, count in reached.items()}
     return ActivationSparsity(
         overall=1 - int(fired.sum()) / sum(count.tokens * count.r for count in reached.values()),
         per_module={name: 1 - int(c.fired.sum()) / (c.tokens * c.r) for name, c in reached.items()},
@@ -118,19 +128,48 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _active_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{part} of {adapter}": weight
-        for name, module, adapter in active_adapters(model)
-        for part, weight in module.weights(adapter)
-    }
-
-
 def active_adapters(model: nn.Module) -> Iterator[tuple[str, MonoLoraLayer, str]]:
     """Name of the layer, the layer, and the adapter's name, of all that contribute to the model's output."""
     for name, module in model.named_modules():
         if isinstance(module, MonoLoraLayer) and not module.disable_adapters:
             yield from ((name, module, a) for a in module.active_adapters if a in module.monolora_activation)
+
+
+@contextmanager
+def latents_watched(
+    layers: Iterable[tuple[str, MonoLoraLayer, str]],
+    note: Callable[[str, torch.Tensor, Routing | None, torch.Tensor | None], None],
+) -> Iterator[None]:
+    """Call `note(name, latents, routing, acting)` for each call of a layer inside.
+
+    The latents are as sigma gives them, but zero where an activated adapter does not act: (..., r), under a
+    convolution with the units in the dimension `units_dim`, under fused experts (S, r) of the rows that `routing`
+    tells of, which is None elsewhere. `acting` is where an activated adapter acts, bool (batch, tokens); None for
+    others.
+
+    Args:
+        layers: names to call them by, layers, and names of adapters.
+    """
+    routings: dict[nn.Module, Routing] = {}  # of the present call, of fused experts
+
+    def keep_routing(layer: nn.Module, args: Any) -> None:
+        _, routings[layer] = args
+
+    def pass_on(
+        name: str, layer: MonoLoraLayer, adapter: str, module: nn.Module, args: Any, latents: torch.Tensor
+    ) -> None:
+        invocations = layer.monolora_invocations.get(adapter)
+        acting = None if invocations is None else invocations.acting(adapter, latents)
+        latents = latents if acting is None else latents.masked_fill(~acting.unsqueeze(-1), 0)
+        note(name, latents, routings.get(layer), acting)
+
+    with ExitStack() as hooks:
+        for name, layer, adapter in layers:
+            if isinstance(layer, MonoLoraExpertsProjection):
+                hooks.enter_context(layer.register_forward_pre_hook(keep_routing))
+            activation = layer.monolora_activation[adapter]
+            hooks.enter_context(activation.register_forward_hook(partial(pass_on, name, layer, adapter)))
+        yield
 
 
 def _token_mask(model: nn.Module, mask: Any) -> torch.Tensor | None:
@@ -150,110 +189,74 @@ def _token_mask(model: nn.Module, mask: Any) -> torch.Tensor | None:
 
 
 class _ZeroCount:
-    """Forward hook of one activation module: counts, per unit, the tokens on which it is not exactly zero."""
+    """Counts, for each unit of a layer, the tokens on which it is not exactly zero.
 
-    def __init__(self, name: str, r: int, units_dim: int, acting: Callable[..., torch.Tensor] | None = None) -> None:
-        self.name = name
-        self.acting = acting  # of an activated adapter: on which positions of the latents it acts
-        self.r = r
-        self.units_dim = units_dim
-        self.mask: torch.Tensor | None = None
-        self.tokens = 0
-        self.fired = torch.zeros(r, dtype=torch.int64)
+    The rows of its tables are the experts of fused ones, whose units are each expert's own; other layers have one row.
+    """
 
-    def __call__(self, module: nn.Module, args: Any, latents: torch.Tensor) -> None:
-        rows = latents.movedim(self.units_dim, -1).reshape(-1, latents.shape[self.units_dim])
-        kept = self.kept_tokens(len(rows), rows.device)
-        if self.acting is not None:
-            acting = self.acting(latents).reshape(-1)
-            kept = acting if kept is None else kept & acting
-        rows = rows if kept is None else rows[kept]
-        self.check_finite(rows)
-        self.tokens += len(rows)
-        self.fired += (rows != 0).sum(0).cpu()
+    def __init__(self, name: str, layer: MonoLoraLayer, adapter: str) -> None:
+        self.name, self.r, self.units_dim = name, layer.r[adapter], layer.units_dim
+        experts = layer.num_experts if isinstance(layer, MonoLoraExpertsProjection) else 1
+        self.tokens_seen = torch.zeros(experts, dtype=torch.int64)
+        self.fired = torch.zeros(experts, self.r, dtype=torch.int64)
 
-    def kept_tokens(self, tokens: int, device: torch.device) -> torch.Tensor | None:
-        """Bool of shape (tokens,), which of them count; None if all do."""
-        if self.mask is None:
-            return None
-        if self.mask.numel() != tokens:
-            raise ValueError(
-                f"the attention mask has {self.mask.numel()} positions, but the input of {self.name} has "
-                f"{tokens}: padding cannot be told apart there. Measure without padding: one row per batch, "
-                "and no attention_mask."
-            )
-        return self.mask.reshape(-1).to(device).bool()
+    @property
+    def tokens(self) -> int:
+        """How many were counted; one that goes to several experts counts for each."""
+        return int(self.tokens_seen.sum())
 
-    def check_finite(self, latents: torch.Tensor) -> None:
-        """Raise DivergedError unless the latents are numbers."""
-        if not torch.isfinite(latents).all():
+    def add(
+        self,
+        latents: torch.Tensor,
+        routing: Routing | None,
+        acting: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> None:
+        """Count the latents of a pass.
+
+        Args:
+            latents, routing, acting: as `latents_watched` tells them.
+            mask: (batch, tokens), 0 for a token that does not count; None: all do.
+        """
+        rows = latents.movedim(self.units_dim, -1).reshape(-1, self.r)
+        experts = None if routing is None else routing.experts
+        if mask is not None:
+            kept = self._kept_tokens(mask, len(rows) if routing is None else routing.num_tokens).to(rows.device)
+            kept = kept if routing is None else kept[routing.tokens]
+            rows, experts = rows[kept], None if experts is None else experts[kept]
+            acting = None if acting is None else acting.reshape(-1)[kept]
+        rows = rows if acting is None else rows[acting.reshape(-1)]
+        if not torch.isfinite(rows).all():
             raise DivergedError(
                 f"The latents of {self.name} hold NaN or infinity, so that they have no sparsity: the model's inputs "
                 "or its base weights do, or its dtype overflowed."
             )
+        if experts is None:
+            self.tokens_seen += len(rows)
+            self.fired += (rows != 0).sum(0).cpu()
+        else:
+            self.tokens_seen += torch.bincount(experts.cpu(), minlength=len(self.tokens_seen))
+            self.fired.index_add_(0, experts.cpu(), (rows != 0).long().cpu())
+
+    def _kept_tokens(self, mask: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Bool of shape (tokens,), which of them count."""
+        if mask.numel() != tokens:
+            raise ValueError(
+                f"the attention mask has {mask.numel()} positions, but the input of {self.name} has "
+                f"{tokens}: padding cannot be told apart there. Measure without padding: one row per batch, "
+                "and no attention_mask."
+            )
+        return mask.reshape(-1).bool()
 
     def fired_of_each_unit(self) -> torch.Tensor:
         """For each unit that saw a token, the tokens on which it fired."""
-        return self.fired
+        return self.fired[self.tokens_seen > 0].flatten()
 
-    def numbers(self) -> torch.Tensor:
-        """The indices of these units."""
-        return torch.arange(self.r)
-
-
-class _RoutedZeroCount(_ZeroCount):
-    """The same under fused experts, for each expert; `note_routing` is a hook of the layer, called before this one."""
-
-    routing: Routing
-
-    def __init__(self, name: str, r: int, num_experts: int) -> None:
-        super().__init__(name, r, -1)
-        self.fired = torch.zeros(num_experts, r, dtype=torch.int64)
-        self.tokens_of_experts = torch.zeros(num_experts, dtype=torch.int64)
-
-    def note_routing(self, module: nn.Module, args: Any) -> None:
-        _, self.routing = args
-
-    def __call__(self, module: nn.Module, args: Any, latents: torch.Tensor) -> None:
-        tokens, experts = self.routing.tokens, self.routing.experts
-        kept = self.kept_tokens(self.routing.num_tokens, latents.device)
-        if kept is not None:
-            latents, experts = latents[kept[tokens]], experts[kept[tokens]]
-        self.check_finite(latents)
-        self.tokens += len(latents)
-        experts = experts.cpu()
-        self.tokens_of_experts += torch.bincount(experts, minlength=len(self.tokens_of_experts))
-        self.fired.index_add_(0, experts, (latents != 0).long().cpu())
-
-    def fired_of_each_unit(self) -> torch.Tensor:
-        return self.fired[self.tokens_of_experts > 0].flatten()
-
-    def numbers(self) -> torch.Tensor:
-        numbers = torch.arange(self.fired.numel()).view(self.fired.shape)
-        return numbers[self.tokens_of_experts > 0].flatten()
-
-
-@contextmanager
-def _count_zeros(model: nn.Module) -> Iterator[dict[str, _ZeroCount]]:
-    counts: dict[str, _ZeroCount] = {}
-    handles = []
-    active = list(active_adapters(model))
-    adapters = Counter(name for name, _, _ in active)
-    for name, module, adapter in active:
-        key = name if adapters[name] == 1 else f"{name} ({adapter})"
-        if isinstance(module, MonoLoraExpertsProjection):
-            routed = counts[key] = _RoutedZeroCount(key, module.r[adapter], module.num_experts)
-            handles.append(module.register_forward_pre_hook(routed.note_routing))
-        else:
-            invocations = module.monolora_invocations.get(adapter)
-            acting = None if invocations is None else partial(invocations.acting, adapter)
-            counts[key] = _ZeroCount(key, module.r[adapter], module.units_dim, acting)
-        handles.append(module.monolora_activation[adapter].register_forward_hook(counts[key]))
-    try:
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
+    def dead_units(self) -> list[int]:
+        """The indices of those of these units that never fired."""
+        dead = (self.fired == 0) & (self.tokens_seen > 0)[:, None]
+        indices: list[int] = dead.flatten().nonzero().flatten().tolist()
+        return indices
 
 
 class SparsityCallback(LoggedMeasures):

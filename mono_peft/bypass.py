@@ -12,7 +12,7 @@ import inspect
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from torch import nn
@@ -165,18 +165,14 @@ def warn_of_idle_layers(layers: Mapping[str, MonoLoraLayer], mode: str) -> Itera
     def record(module: nn.Module, inputs: object) -> None:
         called.add(module)
 
-    handles = [layer.register_forward_pre_hook(record) for layer in layers.values()]
-    try:
+    with ExitStack() as stack:
         for layer in layers.values():
+            stack.enter_context(layer.register_forward_pre_hook(record))
+            stack.callback(setattr, layer, "weight_is_read", None)
             layer.weight_is_read = False
         yield
         idle = {name: layer for name, layer in layers.items() if layer not in called}
         bypassed = [name for name, layer in idle.items() if layer.weight_is_read]
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer in layers.values():
-            layer.weight_is_read = None
     kinds = {_kind(name) for name in layers.keys() - idle.keys()}
     unused = [name for name in idle if name not in bypassed and _kind(name) not in kinds]
     if bypassed:

@@ -17,8 +17,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +26,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .activity import in_eval_mode, uncompiled
-from .firing import Firing, Watch, watched
+from .activity import in_eval_mode, latents_watched, uncompiled
+from .experts import Routing
 from .layer import MonoLoraConvolution, MonoLoraLayer
 from .loading import LoadError, adapter_config, adapter_tensors, base_model, command_parser, tokenizer_of, with_adapter
 from .names import peft_type
 from .silenceable import NeverSilentError, silenceable_adapters
 from .silent_inputs import counted_tokens, without_adapters
-from .state_dicts import DivergedError, check_finite
+from .state_dicts import check_finite
+from .texts import is_conversation
 
 CONFIDENCE = 0.95  # of the bound for unseen prompts
 _MOST_LINES = 10  # printed of prompts that are not silent
@@ -41,6 +42,15 @@ _MOST_LINES = 10  # printed of prompts that are not silent
 
 class CertificateError(ValueError):
     """A prompt is silent and the outputs are not the base's, or something else than an adapter was trained."""
+
+
+class Firing(NamedTuple):
+    """Where an adapter acts first on a prompt: first in the order of computation."""
+
+    module: str
+    unit: int
+    token: int  # position in the prompt and the response behind it, from 0
+    token_id: int
 
 
 class PromptCertificate(NamedTuple):
@@ -102,6 +112,47 @@ def binomial_lower_bound(successes: int, trials: int, confidence: float = CONFID
         middle = (low + high) / 2
         low, high = (low, middle) if tail(middle) > 1 - confidence else (middle, high)
     return low
+
+
+class Watch:
+    """Notes, in the passes over a sequence, where latents are not exactly zero."""
+
+    def start(self, sequence: torch.Tensor) -> None:
+        """Forget all, and expect passes over (1, tokens), or over parts of it, in order."""
+        self.sequence = sequence[0]
+        self.end = 0  # tokens of the passes so far
+        self.pairs = self.pairs_fired = 0
+        self.first: Firing | None = None
+
+    def note_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Follow the position: a hook of the model, before its forward pass."""
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        self.end += ids.shape[1]
+
+    def note(self, name: str, latents: torch.Tensor, routing: Routing | None, acting: torch.Tensor | None) -> None:
+        """Note a layer's latents, as `latents_watched` tells them."""
+        rows = latents.flatten(0, -2)
+        fires = rows != 0  # also NaN
+        num_tokens = len(rows) if routing is None else routing.num_tokens
+        self.pairs += num_tokens
+        if not fires.any():
+            return
+        tokens = torch.arange(num_tokens, device=rows.device) if routing is None else routing.tokens
+        row, unit = fires.nonzero()[0].tolist()
+        self.pairs_fired += len(tokens[fires.any(1)].unique())
+        if self.first is None:
+            position = self.end - num_tokens + int(tokens[row])
+            self.first = Firing(name, unit, position, int(self.sequence[position]))
+
+
+@contextmanager
+def watched(model: Any, layers: list[tuple[str, MonoLoraLayer, str]]) -> Iterator[Watch]:
+    """Attach a `Watch` to the activations of the layers."""
+    watch = Watch()
+    watch.start(torch.zeros(1, 0, dtype=torch.int64))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with base.register_forward_pre_hook(watch.note_pass, with_kwargs=True), latents_watched(layers, watch.note):
+        yield watch
 
 
 @torch.no_grad()
@@ -276,7 +327,7 @@ def main(arguments: list[str]) -> int:
     except NeverSilentError as error:
         print(f"not applicable: {error}")
         return 2
-    except (CertificateError, DivergedError, LoadError) as error:
+    except ValueError as error:
         print(error)
         return 2
     _print(certificate, tokenizer)
@@ -300,13 +351,8 @@ def _certified(options: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Ce
     tokenizer = tokenizer_of(options.base)
     prompts = _read_prompts(options.prompts, tokenizer)
     model = with_adapter(base_model(options.base, options.dtype, options.device), options.adapter)
-    try:
-        batches = [{"input_ids": torch.tensor([ids])} for ids in prompts]
-        return tokenizer, certify(model, batches, response_tokens=options.response_tokens)
-    except (CertificateError, DivergedError, NeverSilentError):
-        raise
-    except ValueError as error:
-        raise LoadError(str(error)) from None
+    batches = [{"input_ids": torch.tensor([ids])} for ids in prompts]
+    return tokenizer, certify(model, batches, response_tokens=options.response_tokens)
 
 
 def _read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -319,32 +365,28 @@ def _read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[i
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        where = f"line {number} of {path}"
         try:
             prompt = json.loads(line)["prompt"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise LoadError(f'line {number} of {path} is no JSON object with a "prompt"') from None
-        if isinstance(prompt, str):
-            prompts.append(_encoded(path, number, partial(tokenizer, prompt)))
-        elif not isinstance(prompt, list) or not all(isinstance(m, dict) and "role" in m for m in prompt):
-            raise LoadError(f"the prompt of line {number} of {path} is neither a text nor a list of messages")
-        elif not tokenizer.chat_template:
-            raise LoadError(f"line {number} of {path} has messages, and the base's tokenizer has no chat template")
-        else:
-            template = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
-            prompts.append(_encoded(path, number, partial(template, prompt)))
+            raise LoadError(f'{where} is no JSON object with a "prompt"') from None
+        if not isinstance(prompt, str) and not is_conversation(prompt):
+            raise LoadError(f"the prompt of {where} is neither a text nor a list of messages")
+        if not isinstance(prompt, str) and not tokenizer.chat_template:
+            raise LoadError(f"{where} has messages, and the base's tokenizer has no chat template")
+        try:
+            encoded = (
+                tokenizer(prompt)
+                if isinstance(prompt, str)
+                else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+            )
+        except Exception as error:  # a template raises whatever it likes
+            problem = f"{type(error).__name__}: {error}"
+            raise LoadError(f"the prompt of {where} cannot be put in tokens: {problem}") from None
+        prompts.append(encoded["input_ids"])
     if not prompts:
         raise LoadError(f"{path} has no prompt")
     return prompts
-
-
-def _encoded(path: Path, number: int, encode: Callable[[], Any]) -> list[int]:
-    try:
-        ids: list[int] = encode()["input_ids"]
-    except Exception as error:  # a template raises whatever it likes
-        raise LoadError(
-            f"the prompt of line {number} of {path} cannot be put in tokens: {type(error).__name__}: {error}"
-        ) from None
-    return ids
 
 
 def _as_dict(prompt: PromptCertificate) -> dict[str, Any]:

@@ -154,16 +154,12 @@ def _compare_tensors(tensors: Mapping[str, torch.Tensor], model: PeftModel) -> l
             f"{len(shapes)} tensors of the file have other shapes than in the model, such as {shapes[0]}: "
             f"{tuple(saved.shape)} in the file, {tuple(held.shape)} in the model. The adapter is of another base"
         )
-    problems = []
-    if lost:
-        problems.append(f"{len(lost)} tensors of the file are not in the model: {listed(lost, 3)}")
-    if foreign:
-        problems.append(
-            f"{len(foreign)} tensors of the adapter in the model are not in the file: {listed(foreign, 3)}"
-        )
-    if different:
-        problems.append(f"{len(different)} tensors of the file have other values in the model: {listed(different, 3)}")
-    return problems
+    problems = {
+        "of the file are not in the model": lost,
+        "of the adapter in the model are not in the file": foreign,
+        "of the file have other values in the model": different,
+    }
+    return [f"{len(names)} tensors {problem}: {listed(names, 3)}" for problem, names in problems.items() if names]
 
 
 def _outputs(

@@ -131,49 +131,29 @@ class MonoLoraConfig(PeftConfig):
         ValueError: an option is out of range, given under two names, or cannot work with a non-linear update.
     """
 
-    r: int = field(default=8, metadata={"help": "Rank: latents per adapted layer, positive."})
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to adapt: names, a regular expression, or 'all-linear'."}
-    )
-    target_parameters: list[str] | set[str] | None = field(
-        default=None, metadata={"help": "Stacked weights of fused experts to adapt: names."}
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave out: names or a regular expression."}
-    )
-    monolora_alpha: float = field(default=8, metadata={"help": "Scale s = monolora_alpha / r, positive."})
-    monolora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of A, in [0, 1)."})
-    activation: str = field(default="relu", metadata={"help": f"sigma, one of {', '.join(_ACTIVATIONS)}."})
-    bias: str = field(default="none", metadata={"help": "Base's biases to train: 'none', 'all' or 'monolora_only'."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale s = monolora_alpha / sqrt(r)."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules that train in full and are saved."}
-    )
-    init_weights: bool | str = field(
-        default=True, metadata={"help": "True (A Kaiming uniform, B zero), 'gaussian', or False (both random)."}
-    )
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
-    )
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module pattern -> r."})
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Module pattern -> alpha."})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Token ids whose embeddings train."}
-    )
-    layer_replication: list[list[int]] | None = field(
-        default=None, metadata={"help": "Ranges of layers to put in the place of the base's."}
-    )
-    alora_invocation_tokens: list[int] | None = field(
-        default=None, metadata={"help": "Token ids from which on the adapter acts."}
-    )
-    ensure_weight_tying: bool = field(
-        default=False, metadata={"help": "Tie what is trained of tied embeddings, as the base's are."}
-    )
-    k: int | None = field(default=None, metadata={"help": "Latents of a token that 'topk' keeps."})
-    encoder_bias: bool = field(default=False, metadata={"help": "sigma(A x + b), with a b that trains."})
-    frozen_encoder: bool = field(default=False, metadata={"help": "A stays random, and B alone trains."})
-    format_version: int = field(default=_FIRST_FORMAT, metadata={"help": "Format of the saved adapter."})
+    r: int = 8
+    target_modules: list[str] | set[str] | str | None = None
+    target_parameters: list[str] | set[str] | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    monolora_alpha: float = 8
+    monolora_dropout: float = 0.0
+    activation: str = "relu"
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    layer_replication: list[list[int]] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    ensure_weight_tying: bool = False
+    k: int | None = None
+    encoder_bias: bool = False
+    frozen_encoder: bool = False
+    format_version: int = _FIRST_FORMAT
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,7 @@ from torch import nn
 
 from .activity import in_eval_mode
 from .selectivity import CONFIDENCE
-from .texts import Batch, Texts
+from .texts import Texts
 from .units import Unit, ablated
 
 _LOGITS = 2**26  # most logits of one batch
@@ -42,16 +42,11 @@ def losses(model: Any, texts: Texts) -> torch.Tensor:
             token_losses = nn.functional.cross_entropy(
                 logits.transpose(1, 2).float(), ids[:, 1:].to(logits.device), reduction="none"
             ).double()
-            counts = _counted(batch, texts).to(logits.device)
+            answers = torch.tensor([texts.answer(number) for number in batch.texts.tolist()])
+            is_answer = torch.arange(1, ids.shape[1]) >= answers[:, None]
+            counts = (is_answer & batch.attention_mask[:, 1:].bool()).to(logits.device)
             result[batch.texts] = ((token_losses * counts).sum(1) / counts.sum(1)).cpu()
     return result
-
-
-def _counted(batch: Batch, texts: Texts) -> torch.Tensor:
-    """Which predicted tokens count, (batch, tokens - 1) bool."""
-    answers = torch.tensor([texts.answer(number) for number in batch.texts.tolist()])
-    positions = torch.arange(1, batch.input_ids.shape[1])
-    return (positions >= answers[:, None]) & batch.attention_mask[:, 1:].bool()
 
 
 def effects(model: Any, texts: Texts, units: Iterable[Unit | None]) -> Iterator[dict[str, Effect | None]]:

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -83,14 +82,15 @@ def _explore(options: argparse.Namespace) -> None:
             "MONOLORA adapters are explored"
         )
     check_finite(adapter_tensors(options.adapter))
-    provenance = _provenance(options.adapter)
-    named = named_files(options.data)
-    tokenizer = tokenizer_of(options.base)
-    texts = read_texts(named, tokenizer, options.max_tokens)
-    base = base_model(options.base, options.dtype, options.device)
-    _check_tokens(base, texts)
-    model = with_adapter(base, options.adapter)
     try:
+        has_provenance = (Path(options.adapter) / PROVENANCE_FILE).is_file()
+        provenance = read_provenance(options.adapter) if has_provenance else {}
+        named = named_files(options.data)
+        tokenizer = tokenizer_of(options.base)
+        texts = read_texts(named, tokenizer, options.max_tokens)
+        base = base_model(options.base, options.dtype, options.device)
+        _check_tokens(base, texts)
+        model = with_adapter(base, options.adapter)
         layers = {name: layer for name, layer, _ in explorable(model)}
         units = {Unit(name, i) for name, layer, adapter in explorable(model) for i in range(layer.r[adapter])}
         if provenance and units != provenance.keys():
@@ -121,16 +121,6 @@ def _explore(options: argparse.Namespace) -> None:
     with _replaced(options.output_dir / "index.html") as file:
         file.write(page.render(partial(token_text, tokenizer)))
     _print(records, options.output_dir, time.monotonic() - start)
-
-
-def _provenance(adapter: str) -> dict[Unit, list[tuple[int, float]]]:
-    """The training rows that made the units; empty where they were not noted."""
-    if not (Path(adapter) / PROVENANCE_FILE).is_file():
-        return {}
-    try:
-        return read_provenance(adapter)
-    except ValueError as error:
-        raise LoadError(str(error)) from None
 
 
 def _check_tokens(base: Any, texts: Texts) -> None:
@@ -181,15 +171,13 @@ def _signed(number: float) -> str:
 @contextmanager
 def _replaced(path: Path) -> Iterator[TextIO]:
     """Write a file beside `path` that takes its place at the end, so that a stop leaves the old one or the new."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partly = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with partly.open("w", encoding="utf-8") as file:
             yield file
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        partly.replace(path)
+    finally:
+        partly.unlink(missing_ok=True)
 
 
 def _print(records: UnitRecords, folder: Path, seconds: float) -> None:

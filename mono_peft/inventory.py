@@ -7,15 +7,13 @@ in each mean over texts, whatever its length, because the tokens of a text depen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from .activity import active_adapters, in_eval_mode, uncompiled
-from .experts import MonoLoraExpertsProjection
+from .activity import active_adapters, in_eval_mode, latents_watched, uncompiled
+from .experts import MonoLoraExpertsProjection, Routing
 from .layer import MonoLoraConvolution, MonoLoraLayer
 from .state_dicts import DivergedError
 from .texts import Batch, Texts
@@ -96,9 +94,8 @@ class ModuleStatistics:
 
     def __init__(self, r: int, groups: int, device: torch.device) -> None:
         self.r = r
-        self.texts_fired = torch.zeros(
-            groups, r, dtype=torch.int64, device=device
-        )  # texts with a token where it fires
+        # Texts with a token where it fires.
+        self.texts_fired = torch.zeros(groups, r, dtype=torch.int64, device=device)
         # Sums over the texts of a group, and of squares: of the share of a text's tokens on which the unit fires, and
         # of its mean strength over a text's tokens.
         self.share, self.share_squared = (torch.zeros(groups, r, dtype=torch.float64, device=device) for _ in range(2))
@@ -189,7 +186,7 @@ def explorable(model: nn.Module) -> list[tuple[str, MonoLoraLayer, str]]:
 
 
 class _Collection:
-    """The statistics of all layers, and hooks that add to them."""
+    """The statistics of all layers."""
 
     def __init__(self, layers: list[tuple[str, MonoLoraLayer, str]], texts: Texts) -> None:
         self.layers = layers
@@ -204,8 +201,8 @@ class _Collection:
         """Expect the latents of a batch."""
         self.batch, self.placed, self.noted = batch, {}, set[str]()
 
-    def note(self, name: str, latents: torch.Tensor) -> None:
-        """Add a layer's latents."""
+    def note(self, name: str, latents: torch.Tensor, routing: Routing | None, acting: torch.Tensor | None) -> None:
+        """Add a layer's latents, as `latents_watched` tells them."""
         if name in self.noted:
             raise ValueError(
                 f"{name} is called several times in a pass, so that its units have several latents for each token: "
@@ -231,29 +228,6 @@ class _Collection:
                 "(--dtype float32)."
             ) from None
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Note what the layers' activations give, inside."""
-        handles = [
-            layer.monolora_activation[adapter].register_forward_hook(self._hook(name, layer, adapter))
-            for name, layer, adapter in self.layers
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, name: str, layer: MonoLoraLayer, adapter: str) -> Callable[..., None]:
-        invocations = layer.monolora_invocations.get(adapter)
-
-        def hook(module: nn.Module, args: Any, latents: torch.Tensor) -> None:
-            if invocations is not None:  # an activated adapter, which adds nothing before its invocation tokens
-                latents = invocations.masked(adapter, latents)
-            self.note(name, latents)
-
-        return hook
-
 
 @torch.no_grad()
 def collect(model: nn.Module, texts: Texts, batches: Iterable[Batch]) -> dict[str, ModuleStatistics]:
@@ -274,7 +248,7 @@ def collect(model: nn.Module, texts: Texts, batches: Iterable[Batch]) -> dict[st
     model = uncompiled(model)
     collection = _Collection(explorable(model), texts)
     device = next(model.parameters()).device
-    with in_eval_mode(model), collection.attached():
+    with in_eval_mode(model), latents_watched(collection.layers, collection.note):
         for batch in batches:
             collection.begin(batch)
             ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)

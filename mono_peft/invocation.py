@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -44,11 +45,10 @@ class Invocations:
         if prompt is None and args and isinstance(args[0], torch.Tensor):
             prompt = args[0]
         call = _Call(configs, kwargs.get("adapter_names"), kwargs.get("alora_offsets"), prompt)
-        handle = model.register_forward_pre_hook(partial(self._begin, call), with_kwargs=True)
         try:
-            yield
+            with model.register_forward_pre_hook(partial(self._begin, call), with_kwargs=True):
+                yield
         finally:
-            handle.remove()
             self._present = None
 
     def _begin(self, call: _Call, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -94,21 +94,20 @@ class Invocations:
         return self._present
 
 
+@dataclass
 class _Call:
     """What a call of `forward` or `generate` says about its passes."""
 
-    def __init__(
-        self,
-        configs: Mapping[str, Any],
-        adapter_names: list[str] | None,
-        given: Offsets | None,
-        prompt: torch.Tensor | None,
-    ) -> None:
-        self.configs = configs
-        self.adapter_names = adapter_names
-        given = None if given is None else [None if offset is None else int(offset) for offset in given]
-        self.given: Offsets | None = given  # by the caller, or by PEFT, which looks for the tokens of one adapter
-        self.prompt = prompt[None] if prompt is not None and prompt.ndim == 1 else prompt
+    configs: Mapping[str, Any]
+    adapter_names: list[str] | None
+    given: Offsets | None  # by the caller, or by PEFT, which looks for the tokens of one adapter
+    prompt: torch.Tensor | None
+
+    def __post_init__(self) -> None:
+        if self.given is not None:
+            self.given = [None if offset is None else int(offset) for offset in self.given]
+        if self.prompt is not None and self.prompt.ndim == 1:
+            self.prompt = self.prompt[None]
 
     def offsets(self, adapter_name: str, ids: torch.Tensor | None) -> Offsets:
         """Of the adapter in `ids` (rows, tokens), or as the caller has given them."""

@@ -60,15 +60,8 @@ class Unembedding:
             kept = args[0].detach().float()[masks[0].to(args[0].device).bool()]
             self.sizes.append(float(self._size(kept).mean()))
 
-        handles = [
-            model.register_forward_pre_hook(keep, with_kwargs=True),
-            self.norm.register_forward_pre_hook(measure),
-        ]
-        try:
+        with model.register_forward_pre_hook(keep, with_kwargs=True), self.norm.register_forward_pre_hook(measure):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _size(self, vectors: torch.Tensor) -> torch.Tensor:
         """The root of the mean square of each vector, around its mean where the norm takes that away."""

@@ -52,9 +52,7 @@ def adapter_tensors(adapter: str) -> dict[str, torch.Tensor]:
     try:
         return load_file(_file(adapter, "adapter_model.safetensors"))
     except SafetensorError as error:
-        raise LoadError(
-            f"the adapter_model.safetensors of {adapter} cannot be read ({error}): fetch it again"
-        ) from None
+        raise LoadError(f"{adapter}/adapter_model.safetensors cannot be read ({error}): fetch it again") from None
 
 
 def _file(adapter: str, name: str) -> str:

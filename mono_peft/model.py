@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -167,11 +167,9 @@ class MonoLoraModel(BaseTuner):
 
     def _matched_parameters(self, peft_config: MonoLoraConfig, model: nn.Module) -> list[str]:
         names = matched_parameters(model, peft_config.target_parameters or ())
-        excluded = {n for n in names for key in (n, n.rpartition(".")[0]) if self._is_excluded(peft_config, key)}
-        return [name for name in names if name not in excluded]
-
-    def _is_excluded(self, peft_config: MonoLoraConfig, key: str) -> bool:
-        return isinstance(self._check_target_module_exists(peft_config, key), _ExcludedModule)
+        keys = {name: (name, name.rpartition(".")[0]) for name in names}
+        check = partial(self._check_target_module_exists, peft_config)
+        return [name for name in names if not any(isinstance(check(key), _ExcludedModule) for key in keys[name])]
 
     def _prepare_adapter_config(self, peft_config: MonoLoraConfig, model_config: dict[str, Any]) -> MonoLoraConfig:
         if peft_config.target_modules is None and peft_config.target_parameters:
@@ -294,17 +292,13 @@ class MonoLoraModel(BaseTuner):
         repeated = [name for name in adapter_names for _ in range(beams)]  # beam search repeats each row in place
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
         encoder_modules = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
-        handles = []
-        try:
+        with ExitStack() as hooks:
             for module in self.modules():
                 if isinstance(module, (MonoLoraLayer, AuxiliaryTrainingWrapper)):
                     names = list(adapter_names) if module in encoder_modules else repeated
                     hook = partial(_pass_adapter_names, adapter_names=names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                    hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def _watched(self) -> Iterator[None]:

@@ -35,41 +35,26 @@ def monolora_plus_param_groups(
     """
     if not learning_rate_ratio >= 1:
         raise ValueError(f"learning_rate_ratio is {learning_rate_ratio}; LoRA+ trains B faster than A: at least 1.")
-    decoders, embeddings, encoder_biases = set(), set(), set()
+    kinds: dict[nn.Parameter, str] = {}
     for layer in model.modules():
         if isinstance(layer, MonoLoraEmbedding):
-            embeddings |= {*layer.monolora_encoder.parameters(), *layer.monolora_decoder.parameters()}
+            parameters = (*layer.monolora_encoder.parameters(), *layer.monolora_decoder.parameters())
+            kinds |= dict.fromkeys(parameters, "embeddings")
         elif isinstance(layer, MonoLoraLayer):
-            decoders |= set(layer.monolora_decoder.parameters())
-            encoder_biases |= {p for name, p in layer.monolora_encoder.named_parameters() if name.endswith(".bias")}
-    kinds = ("encoders", "encoder_biases", "decoders", "vectors", "embeddings")
-    groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in kinds}
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter in embeddings:
-            groups["embeddings"].append(parameter)
-        elif parameter in encoder_biases:
-            groups["encoder_biases"].append(parameter)
-        elif parameter in decoders:
-            groups["decoders"].append(parameter)
-        else:
-            groups["vectors" if parameter.ndim == 1 else "encoders"].append(parameter)
-    if not groups["decoders"] and not groups["embeddings"]:
-        raise ValueError("No MonoLoRA weight of this model requires gradients: add an adapter, or set it active.")
-    learning_rates = {
-        "encoders": learning_rate,
-        "encoder_biases": learning_rate,
-        "decoders": learning_rate * learning_rate_ratio,
-        "vectors": learning_rate * learning_rate_ratio,
-        "embeddings": embedding_learning_rate,
+            biases = (p for name, p in layer.monolora_encoder.named_parameters() if name.endswith(".bias"))
+            kinds |= dict.fromkeys(layer.monolora_decoder.parameters(), "decoders")
+            kinds |= dict.fromkeys(biases, "encoder_biases")
+    groups: dict[str, dict[str, Any]] = {
+        "encoders": {"lr": learning_rate, "weight_decay": weight_decay},
+        "encoder_biases": {"lr": learning_rate, "weight_decay": 0.0},
+        "decoders": {"lr": learning_rate * learning_rate_ratio, "weight_decay": weight_decay},
+        "vectors": {"lr": learning_rate * learning_rate_ratio, "weight_decay": 0.0},
+        "embeddings": {"lr": embedding_learning_rate, "weight_decay": weight_decay},
     }
-    return [
-        {
-            "params": parameters,
-            "lr": learning_rates[name],
-            "weight_decay": 0.0 if name in ("vectors", "encoder_biases") else weight_decay,
-        }
-        for name, parameters in groups.items()
-        if parameters
-    ]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kind = kinds.get(parameter, "vectors" if parameter.ndim == 1 else "encoders")
+            groups[kind].setdefault("params", []).append(parameter)
+    if "params" not in groups["decoders"] and "params" not in groups["embeddings"]:
+        raise ValueError("No MonoLoRA weight of this model requires gradients: add an adapter, or set it active.")
+    return [group for group in groups.values() if "params" in group]

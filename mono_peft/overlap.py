@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from bisect import bisect
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -43,7 +43,7 @@ def without_shared_prefix(
         mask = batch.get("silent_mask", torch.ones_like(batch["input_ids"])).clone()
         for (positions, text), row in zip(_texts(batch), mask, strict=True):
             place = bisect(known, text)  # in alphabetical order the neighbours have the longest common prefix
-            shared = max(_common_prefix(text, other) for other in known[max(0, place - 1) : place + 1])
+            shared = max(common_prefix(text, other) for other in known[max(0, place - 1) : place + 1])
             row[positions[:shared]] = 0
         yield {**batch, "silent_mask": mask}
 
@@ -57,7 +57,8 @@ def _texts(batch: Mapping[str, Any]) -> Iterator[tuple[torch.Tensor, tuple[int, 
         yield positions, tuple(row[positions].tolist())
 
 
-def _common_prefix(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 

@@ -21,7 +21,8 @@ class Replication:
     """
 
     def __init__(self, model: nn.Module, ranges: Sequence[Sequence[int]]) -> None:
-        lists = [(parent, name, child) for parent in model.modules() for name, child in _module_lists(parent)]
+        children = [(parent, *named) for parent in model.modules() for named in parent.named_children()]
+        lists = [(parent, name, child) for parent, name, child in children if isinstance(child, nn.ModuleList)]
         try:
             replicate_layers(model, [(first, end) for first, end in ranges])
         except IndexError:
@@ -45,7 +46,3 @@ class Replication:
         for option, value in self._config_before.items():
             if hasattr(self._config, option):
                 setattr(self._config, option, value)
-
-
-def _module_lists(parent: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    return [(name, child) for name, child in parent.named_children() if isinstance(child, nn.ModuleList)]

@@ -34,13 +34,12 @@ from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, is_serve_available
 
 import mono_peft.run  # registers the tuner
 
+from .loading import adapter_tensors
 from .state_dicts import check_finite
 from .targets import listed
 
@@ -111,10 +110,7 @@ def check_adapter(adapter: Path, base_name: str) -> None:
             f"{adapter} is an activated adapter (`alora_invocation_tokens`), and `transformers serve` does not look "
             "for its tokens, so that it would never act. Generate with PeftModel."
         )
-    try:
-        check_finite(load_file(adapter / ADAPTER_WEIGHTS))
-    except SafetensorError as error:
-        raise ValueError(f"{adapter / ADAPTER_WEIGHTS} cannot be read ({error}): copy the file again.") from None
+    check_finite(adapter_tensors(str(adapter)))
     trained_on = config.base_model_name_or_path
     # The folder of a base may have moved since, or be a copy of a model on the hub; its own name stays.
     if trained_on and Path(trained_on).name != Path(base_name).name:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,7 +106,8 @@ def trainable_layers(model: nn.Module) -> list[tuple[str, MonoLoraLayer, nn.Line
 
 def check_what_trains(model: nn.Module, layers: list[tuple[str, MonoLoraLayer, nn.Linear]]) -> None:
     """Raise if more is trained than adapters and what comes after all of them, the head; warn of the head."""
-    ours = {id(parameter) for _, layer, _ in layers for parameter in _adapter_parameters(layer)}
+    parts = [getattr(layer, part) for _, layer, _ in layers for part in layer.adapter_layer_names]
+    ours = {id(parameter) for part in parts for parameter in part.parameters()}
     others = {id(p): name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     body: nn.Module = getattr(base, getattr(base, "base_model_prefix", ""), base)
@@ -124,11 +124,6 @@ def check_what_trains(model: nn.Module, layers: list[tuple[str, MonoLoraLayer, n
             "inputs are the base's, the outputs are not.",
             stacklevel=3,
         )
-
-
-def _adapter_parameters(layer: MonoLoraLayer) -> Iterator[nn.Parameter]:
-    for part in layer.adapter_layer_names:
-        yield from getattr(layer, part).parameters()
 
 
 def check_biases(layers: list[tuple[str, MonoLoraLayer, nn.Linear]], method: str) -> None:

@@ -6,7 +6,8 @@ import hashlib
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -99,7 +100,7 @@ def draw_tokens(
     if total == 0:
         raise ValueError("`batches` has no token that counts: it is empty, or its masks are zero everywhere.")
     drawn.keep_the_lowest()
-    if drawn.has_all:
+    if drawn.highest == math.inf:  # no token was left out
         return drawn.tokens(), len(drawn.places)
     return drawn.tokens(), total if alone == total else max(alone + distinct.estimate(), budget + 1)
 
@@ -114,11 +115,6 @@ class _Drawn:
         self.places: dict[int, tuple[float, int, int, int]] = {}
         self.batches: dict[int, dict[str, Any]] = {}  # those of the places
         self.highest = math.inf  # no token with a number from here on is among the lowest
-
-    @property
-    def has_all(self) -> bool:
-        """Whether no token was left out."""
-        return self.highest == math.inf
 
     def add(
         self, batch_number: int, batch: dict[str, Any], positions: list[int], names: list[int], numbers: list[float]
@@ -202,7 +198,8 @@ def base_inputs(
     last: list[torch.Tensor] = []  # the input seen last, and its rows
     batch: Tokens
 
-    def keep(name: str, layer_input: torch.Tensor) -> None:
+    def keep(name: str, module: nn.Module, args: Any) -> None:
+        layer_input = args[0]
         if not (last and last[0] is layer_input):
             ids = batch.batch["input_ids"]
             if layer_input.shape[:-1].numel() != ids.numel():
@@ -214,33 +211,32 @@ def base_inputs(
             last[:] = layer_input, rows[batch.positions.to(rows.device)]
         pieces[name].append(last[1])
 
-    handles = [
-        layer.register_forward_pre_hook(lambda module, args, name=name: keep(name, args[0]))
-        for name, layer, _ in layers
-    ]
     device = next(model.parameters()).device
     total = sum(len(batch.positions) for batch in tokens)
     groups: dict[tuple[str, ...], Group] = {}
     filled = 0  # tokens whose rows are there
-    try:
-        with without_adapters(layer for _, layer, _ in layers), in_eval_mode(model), torch.no_grad():
-            for batch in tokens:
-                pieces.update((name, []) for name in encoders)
-                model(**send_to_device(batch.inputs, device))
-                last.clear()
-                by_names = _by_names(pieces)
-                if not groups:
-                    for names, (calls, rows) in by_names.items():
-                        room, mapped = storage.new_rows(total * calls, rows.shape[1], rows.dtype, rows.device)
-                        groups[names] = Group(room, {name: encoders[name] for name in names}, mapped)
-                if groups.keys() != by_names.keys():
-                    raise ValueError("the layers with adapters share their inputs on some batches and not on others.")
+    with (
+        ExitStack() as hooks,
+        without_adapters(layer for _, layer, _ in layers),
+        in_eval_mode(model),
+        torch.no_grad(),
+    ):
+        for name, layer, _ in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(partial(keep, name)))
+        for batch in tokens:
+            pieces.update((name, []) for name in encoders)
+            model(**send_to_device(batch.inputs, device))
+            last.clear()
+            by_names = _by_names(pieces)
+            if not groups:
                 for names, (calls, rows) in by_names.items():
-                    groups[names].rows[filled * calls :][: len(rows)] = rows
-                filled += len(batch.positions)
-    finally:
-        for handle in handles:
-            handle.remove()
+                    room, mapped = storage.new_rows(total * calls, rows.shape[1], rows.dtype, rows.device)
+                    groups[names] = Group(room, {name: encoders[name] for name in names}, mapped)
+            if groups.keys() != by_names.keys():
+                raise ValueError("the layers with adapters share their inputs on some batches and not on others.")
+            for names, (calls, rows) in by_names.items():
+                groups[names].rows[filled * calls :][: len(rows)] = rows
+            filled += len(batch.positions)
     return list(groups.values())
 
 

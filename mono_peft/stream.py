@@ -8,6 +8,8 @@ neither: an output of hidden size may be normalised before it is added, and o_pr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -102,34 +104,29 @@ def residual_stream(model: Any, layers: Mapping[str, nn.Module], ids: torch.Tens
         if args and isinstance(output, torch.Tensor) and flow.place(args[0]) in flow.stream:
             flow.normalised[flow.place(output)] = module
 
-    def read(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            place = flow.place(args[0])
-            if place in flow.stream or place in flow.normalised:
-                readers.add(name)
+    def read(name: str, module: nn.Module, args: Any) -> None:
+        place = flow.place(args[0])
+        if place in flow.stream or place in flow.normalised:
+            readers.add(name)
 
-        return hook
-
-    def written(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            flow.sources[flow.place(output)] = {name: 1.0}
-
-        return hook
+    def written(name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        flow.sources[flow.place(output)] = {name: 1.0}
 
     def unembedded(module: nn.Module, args: Any) -> None:
         last.append(flow.place(args[0]))
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    handles = [embedding.register_forward_hook(embedded), head.register_forward_pre_hook(unembedded)]
-    handles += [m.register_forward_hook(normed) for m in model.modules() if "norm" in type(m).__name__.lower()]
-    for name, layer in layers.items():
-        handles += [layer.register_forward_pre_hook(read(name)), layer.register_forward_hook(written(name))]
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(embedding.register_forward_hook(embedded))
+        hooks.enter_context(head.register_forward_pre_hook(unembedded))
+        for module in model.modules():
+            if "norm" in type(module).__name__.lower():
+                hooks.enter_context(module.register_forward_hook(normed))
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(read, name)))
+            hooks.enter_context(layer.register_forward_hook(partial(written, name)))
         with in_eval_mode(model), flow:
             model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     place = last[-1] if last else None
     final_norm = flow.normalised.get(place) if place is not None else None
     return Stream(readers, flow.writers, final_norm, final_norm is not None or place in flow.stream)

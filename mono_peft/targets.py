@@ -147,9 +147,8 @@ def check_no_bare_parameters(model: nn.Module, targets: Iterable[str], matched: 
 
 def parameter_names(model: nn.Module) -> list[str]:
     """The names of the base model's parameters as they are without adapters."""
-    every = model.named_parameters(
-        remove_duplicate=False
-    )  # layers that share their weights have adapters of their own
+    # Layers that share their weights have adapters of their own.
+    every = model.named_parameters(remove_duplicate=False)
     names = (name for name, _ in every if f".{PREFIX}" not in name)
     return [_PARAMETRIZED.sub(r"\1", name.replace(".base_layer.", ".")) for name in names]
 

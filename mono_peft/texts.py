@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .loading import LoadError
+from .overlap import common_prefix
 
 FIELDS = "`messages`, `prompt` (with `response`, where there is one), `text` or `sentence`"
 _SUFFIXES = (".jsonl", ".tsv")  # each also with .gz behind it
@@ -181,11 +182,7 @@ def _separated(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[
 
 
 def _objects(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    number = 0
-    for line in lines:
-        if not line.strip():
-            continue
-        number += 1
+    for number, line in enumerate(filter(str.strip, lines), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -198,7 +195,7 @@ def _objects(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[st
 def _tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], int]:
     """The token ids of a row, and how many of them come before its response."""
     if (messages := row.get("messages")) is not None:
-        if not _is_conversation(messages):
+        if not is_conversation(messages):
             raise LoadError(f"the `messages` of {where} are no list of objects with `role` and `content`")
         answers = 1 if messages[-1]["role"] == "assistant" else 0
         asked, answered = messages[: len(messages) - answers], messages[len(messages) - answers :]
@@ -207,7 +204,7 @@ def _tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: s
         response = row.get("response")
         if response is not None and not isinstance(response, str):
             raise LoadError(f"the `response` of {where} is no text")
-        if not isinstance(prompt, str) and not _is_conversation(prompt):
+        if not isinstance(prompt, str) and not is_conversation(prompt):
             raise LoadError(f"the `prompt` of {where} is neither a text nor a list of messages")
         if not isinstance(prompt, str) or tokenizer.chat_template:
             asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -217,14 +214,15 @@ def _tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: s
         if response is None:
             return ids, 0
         whole: list[int] = tokenizer(f"{prompt} {response}")["input_ids"]
-        return whole, _shared(ids, whole)
+        return whole, common_prefix(ids, whole)
     text = row.get("text", row.get("sentence"))
     if not isinstance(text, str):
         raise LoadError(f"{where} has {', '.join(map(repr, row)) or 'no field'}, and none of {FIELDS}")
     return tokenizer(text)["input_ids"], 0
 
 
-def _is_conversation(messages: Any) -> bool:
+def is_conversation(messages: Any) -> bool:
+    """Whether these are the messages of a chat template, one or more."""
     return isinstance(messages, list) and bool(messages) and all(isinstance(m, dict) and "role" in m for m in messages)
 
 
@@ -242,10 +240,4 @@ def _conversation(
     if not answered:
         return written(asked, True), 0
     whole = written(asked + answered, False)
-    return whole, _shared(written(asked, True), whole) if asked else 0
-
-
-def _shared(prompt: list[int], whole: list[int]) -> int:
-    """How many tokens the two have in common at their beginning."""
-    pairs = zip(prompt, whole, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(whole)))
+    return whole, common_prefix(written(asked, True), whole) if asked else 0

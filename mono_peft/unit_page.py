@@ -164,16 +164,13 @@ class UnitPage:
             if sum(sizes) <= MOST_BYTES:
                 return limits, set(everyone)
         chosen, used = set(), 0
-        for number in sorted(everyone, key=lambda n: (self.summary["z"][n] < self.threshold, -self._selectivity(n))):
+        z, selectivity = self.summary["z"], self.summary["selectivity"]
+        for number in sorted(everyone, key=lambda n: (z[n] < self.threshold, -selectivity[n])):
             used += sizes[number]
             if used > MOST_BYTES:
                 break
             chosen.add(number)
         return limits, chosen
-
-    def _selectivity(self, number: int) -> float:
-        value: float = self.summary["selectivity"][number]
-        return value
 
 
 def _letter(latent: float, largest: float) -> str:

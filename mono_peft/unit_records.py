@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -54,11 +55,8 @@ class UnitRecords:
         self.statistics, self.texts, self.stream = statistics, texts, stream
         self.unembedding = unembedding
         self.layers = {name: (layer, adapter) for name, layer, adapter in explorable(model)}
-        self.offsets: dict[str, int] = {}  # the number of each layer's first unit
-        total = 0
-        for name, part in statistics.items():
-            self.offsets[name] = total
-            total += part.r
+        firsts = accumulate((part.r for part in statistics.values()), initial=0)
+        self.offsets = dict(zip(statistics, firsts, strict=False))  # the number of each layer's first unit
         self.units = [Unit(name, index) for name, part in statistics.items() for index in range(part.r)]
         self.fires = torch.cat([part.tokens_fired > 0 for part in statistics.values()])  # (units,)
         self.group_sizes = texts.group_of.bincount(minlength=len(texts.groups))
@@ -133,7 +131,7 @@ class UnitRecords:
                     "examples": self._examples(top, i),
                     "sample": self._examples(sampled, i),
                     "writes": STREAM if name in self.stream.writers else None,
-                    "logits": None if changes is None or not fired else _logits(changes, i, self.token),
+                    "logits": None if changes is None or not fired else self._written_tokens(changes, i),
                     "nearest": {
                         "encoder": self._named(by_encoder, number),
                         "decoder": self._named(by_decoder, number),
@@ -168,20 +166,24 @@ class UnitRecords:
             )
         return sorted(examples, key=lambda example: -abs(example["latents"][example["peak"]]))
 
-    def _logit_changes(self, name: str, part: ModuleStatistics) -> tuple[list[Any], ...] | None:
-        """Token ids and changes at the largest latent, of the tokens raised and lowered most."""
+    def _logit_changes(self, name: str, part: ModuleStatistics) -> dict[str, tuple[list[Any], list[Any]]] | None:
+        """Of the tokens that each unit raises and lowers most, their ids, and the changes at the largest latent."""
         if self.unembedding is None or name not in self.stream.writers:
             return None
         layer, adapter = self.layers[name]
         factor = scale_of(layer, adapter) * self.stream.writers[name]
         changes = self.unembedding.changes(decoder_columns(layer, adapter) * factor, TOKENS)
         largest = part.largest[:, None]
-        return (
-            changes.raised.tolist(),
-            (changes.raised_by * largest).tolist(),
-            changes.lowered.tolist(),
-            (changes.lowered_by * largest).tolist(),
-        )
+        return {
+            "raised": (changes.raised.tolist(), (changes.raised_by * largest).tolist()),
+            "lowered": (changes.lowered.tolist(), (changes.lowered_by * largest).tolist()),
+        }
+
+    def _written_tokens(self, changes: dict[str, tuple[list[Any], list[Any]]], unit: int) -> dict[str, Any]:
+        return {
+            side: [[self.token(id_), change] for id_, change in zip(ids[unit], by[unit], strict=True)]
+            for side, (ids, by) in changes.items()
+        }
 
     def _neighbours(self, part: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Numbers, (units, NEIGHBOURS), of the units that are nearest, -1 for none, and their cosines.
@@ -248,11 +250,3 @@ def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, list) else value
-
-
-def _logits(changes: tuple[list[Any], ...], unit: int, token: Any) -> dict[str, list[list[Any]]]:
-    raised, raised_by, lowered, lowered_by = (part[unit] for part in changes)
-    return {
-        "raised": [[token(id_), change] for id_, change in zip(raised, raised_by, strict=True)],
-        "lowered": [[token(id_), change] for id_, change in zip(lowered, lowered_by, strict=True)],
-    }

@@ -321,8 +321,6 @@ def check_arms(settings: ArmSettings, training: SFTConfig, options: ModelConfig)
     rate = settings.monolora_learning_rate
     if rate is not None and rate <= 0:
         raise ValueError(f"--monolora_learning_rate is {rate}, allowed is more than 0.")
-    if rate is not None and not any(method == "monolora" for method, _ in parts):
-        raise ValueError("--monolora_learning_rate is for arms of MonoLoRA, and --methods has none. Leave it out.")
     if settings.silence_margin < 0:
         raise ValueError(f"--silence_margin is {settings.silence_margin}, allowed is 0 or more.")
     if not seeds or len(set(seeds)) < len(seeds):

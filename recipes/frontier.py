@@ -76,6 +76,7 @@ _STYLES = STYLES | {
 }
 _OTHER_STYLES = [style for style in OTHER_STYLES if style not in _STYLES.values() and style[0] != "#56B4E9"]
 _OTHER_STYLES += [("#8C564B", "<"), ("#7F7F7F", ">"), ("#BCBD22", "h")]
+_LINES = ("-", "--", ":", "-.")  # of the strengths of a control
 # Of a file of rows: what tells them apart, and what they say.
 _KEYS = ["condition", "method", "seed", "step", "metric", "task", "judge"]
 COLUMNS = [*_KEYS, "value", "n", "seconds"]
@@ -288,7 +289,7 @@ def _times(lines: pd.DataFrame, method: str) -> pd.Series:
 def steps_tables(lines: pd.DataFrame, methods: Sequence[str]) -> str:
     """The measures of `table` over the steps of training, "" where no checkpoint was evaluated."""
     text = ""
-    for measure in _measured_at_steps(lines):
+    for measure in measured_at_steps(lines):
         at_steps = _at_steps(lines, measure, methods)
         body = [
             [str(step or "end"), *(over_seeds(by_step[step]).text(_digits(measure)) for by_step in at_steps.values())]
@@ -298,7 +299,8 @@ def steps_tables(lines: pd.DataFrame, methods: Sequence[str]) -> str:
     return text
 
 
-def _measured_at_steps(lines: pd.DataFrame) -> list[Measure]:
+def measured_at_steps(lines: pd.DataFrame) -> list[Measure]:
+    """The measures of `table` that checkpoints have."""
     return _present((performance(lines), *HARMS, *OVER_REFUSALS, *SILENT), lines[lines["step"].notna()])
 
 
@@ -308,11 +310,14 @@ def _steps(lines: pd.DataFrame, measure: Measure) -> list[int | None]:
 
 
 def _at_steps(lines: pd.DataFrame, measure: Measure, methods: Sequence[str]) -> dict[str, dict[int | None, pd.Series]]:
-    """A measure of each arm that has checkpoints, by step, of the seeds that have them."""
-    seeds = set(lines[lines["step"].notna()]["seed"])
-    chosen = lines[lines["seed"].isin(seeds)]
-    by_method = {m: {step: values(chosen, measure, m, step) for step in _steps(lines, measure)} for m in methods}
-    return {m: by_step for m, by_step in by_method.items() if any(len(of) for step, of in by_step.items() if step)}
+    """A measure of each arm that has checkpoints, by step, of the arm's seeds that have them."""
+    at_steps = {}
+    for method in methods:
+        by_step = {step: values(lines, measure, method, step) for step in _steps(lines, measure)}
+        seeds = {seed for step, by_seed in by_step.items() if step for seed in by_seed.index}
+        if seeds:
+            at_steps[method] = {step: by_seed[by_seed.index.isin(seeds)] for step, by_seed in by_step.items()}
+    return at_steps
 
 
 def frontier(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figure:
@@ -354,7 +359,7 @@ def _draw_strengths(
     style: tuple[str, str],
 ) -> None:
     """A control's means, joined by a line, with their strengths, the first number in an arm's name."""
-    bars = [[one.half_width or 0 if one.n > 2 else 0 for one in intervals] for intervals in (x, y)]
+    bars = [list(map(_bar, intervals)) for intervals in (x, y)]
     axes.errorbar(
         [one.mean for one in x],
         [one.mean for one in y],
@@ -370,6 +375,11 @@ def _draw_strengths(
     for method, across, up in zip(strengths, x, y, strict=True):
         if strength := re.search(r"(?<=[a-z])[0-9.]+", method):
             axes.annotate(strength[0], (across.mean, up.mean), xytext=(3, 3), textcoords="offset points", size=6)
+
+
+def _bar(interval: Interval) -> float:
+    """The half-width to draw: that of two seeds is wider than the picture."""
+    return interval.half_width or 0 if interval.n > 2 else 0
 
 
 def styles_of(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -390,8 +400,9 @@ def over_steps(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figur
     from matplotlib.figure import Figure
 
     styles = styles_of(methods)
-    panels = {title: lines for title, lines in panels.items() if lines["step"].notna().any()}
-    rows = list(dict.fromkeys(measure for lines in panels.values() for measure in _measured_at_steps(lines)))
+    families = [_family(method) for method in methods]
+    panels = {title: lines for title, lines in panels.items() if measured_at_steps(lines)}
+    rows = list(dict.fromkeys(measure for lines in panels.values() for measure in measured_at_steps(lines)))
     figure = Figure(figsize=(3.2 * len(panels) + 2.2, 2.2 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(panels), squeeze=False)
     for column, (title, lines) in enumerate(panels.items()):
@@ -399,14 +410,16 @@ def over_steps(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figur
             axes.set(title=title if measure == rows[0] else "", xlabel="step", ylabel=measure.title)
             axes.yaxis.label.set_fontsize(7)
             for method, by_step in _at_steps(lines, measure, methods).items():
-                means = {step: over_seeds(of) for step, of in by_step.items() if step}
+                means = {step: over_seeds(by_seed) for step, by_seed in by_step.items() if step}
+                strength = families[: methods.index(method)].count(_family(method))  # the lines of a control differ
                 axes.errorbar(
                     list(means),
                     [mean.mean for mean in means.values()],
-                    yerr=[mean.half_width or 0 for mean in means.values()],
+                    yerr=[_bar(mean) for mean in means.values()],
                     label=method,
                     color=styles[method][0],
                     marker=styles[method][1],
+                    linestyle=_LINES[strength % len(_LINES)],
                     markersize=4,
                     linewidth=0.8,
                     capsize=2,

@@ -32,6 +32,7 @@ from frontier import (
     further_tables,
     lines_of,
     lines_text,
+    measured_at_steps,
     methods_of,
     over_steps,
     read_lines,
@@ -174,7 +175,7 @@ def report(folder: Path, panels: dict[str, pd.DataFrame], methods: Sequence[str]
     write_atomic(folder / "frontier.csv", lines_text(panels))
     write_atomic(folder / "results.md", text)
     figures.save(folder / "frontier", frontier(panels, methods))
-    if any(lines["step"].notna().any() for lines in panels.values()):
+    if any(map(measured_at_steps, panels.values())):
         figures.save(folder / "over_steps", over_steps(panels, methods))
     print(text)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evals.contents import model_checksums
@@ -130,6 +131,8 @@ class LocalJudge(Judge):
         self.tokenizer, self.config = check_base(source)
         self.settings = {**model_checksums(source, hub_commit(source)), "dtype": dtype}
         self.control_tokens = control_tokens(self.tokenizer)
+        # Tokens of its context.
+        self.limit = int(getattr(self.config, "max_position_embeddings", 0) or self.tokenizer.model_max_length)
 
     def load(self) -> None:
         self.model = load_base(self.source, self.dtype, load_in_4bit=False)
@@ -137,12 +140,9 @@ class LocalJudge(Judge):
 
 def left_padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, both (batch, tokens); padding stands on the left."""
-    length = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
-    for i, row in enumerate(rows):
-        if row:
-            ids[i, -len(row) :], mask[i, -len(row) :] = torch.tensor(row), 1
-    return ids, mask
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    masks = [torch.ones_like(row) for row in ids]
+    return pad_sequence(ids, True, padding_side="left"), pad_sequence(masks, True, padding_side="left")
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:

@@ -101,7 +101,6 @@ class LocalChatJudge(LocalJudge, RubricJudge):
         if not self.tokenizer.chat_template:
             raise ValueError(f"The judge {source!r} has no chat template; give an instruction-tuned model.")
         self.thoughts = thoughts_with(self.tokenizer, "off", MARKERS)
-        self.limit = int(getattr(self.config, "max_position_embeddings", 0) or self.tokenizer.model_max_length)
         self.limit -= self.MAX_NEW_TOKENS
         if len(self._ids(self.question("", ""))) > self.limit:
             raise ValueError(

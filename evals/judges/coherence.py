@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import cache
-from typing import Any
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from evals.judges.base import Judge, Judgement
-from evals.judges.likelihood import Likelihood
+from evals.answers import batch_log_likelihoods
+from evals.judges.base import Judge, Judgement, LocalJudge
 from evals.judges.plain_text import plain
+from evals.prompts import EncodedAnswer, encode_answer
 from evals.records import TOKEN_PROBABILITY, Completion
 
 # A fault is there where a measure of it is above.
@@ -41,16 +41,47 @@ _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
-class EncodedAnswer:
+class JudgedAnswer:
     """A prompt and its answer, as text, and how the answer ended."""
 
     prompt: str
     response: str
     is_cut: bool
-    ids: Any = None  # of the model that says how likely it is
+    ids: EncodedAnswer | None = None  # of the model that says how likely it is
 
     def __len__(self) -> int:
         return len(self.response)
+
+
+class Likelihood(LocalJudge):
+    """A causal language model that reads answers after their prompts.
+
+    Args:
+        source: folder or hub name.
+        dtype: of the weights, one of `evals.settings.DTYPES`.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+
+    def __init__(self, source: str, dtype: str = "auto") -> None:
+        super().__init__(source, dtype)
+        self.settings = {f"perplexity_{name}": value for name, value in self.settings.items()}
+
+    def encode(self, prompt: str, response: str) -> EncodedAnswer | None:
+        """The conversation's tokens, without the beginning that does not fit; None for an empty answer."""
+        if not response.strip():
+            return None
+        ids, mask = encode_answer(self.tokenizer, prompt, response)
+        return EncodedAnswer(ids[-self.limit :], mask[-self.limit :])
+
+    def surprises(self, batch: Sequence[EncodedAnswer | None]) -> list[float | None]:
+        """The mean of -log p over each answer's tokens, in nats: the logarithm of its perplexity; None without one."""
+        rows = {i: answer for i, answer in enumerate(batch) if answer is not None and any(answer.completion_mask[1:])}
+        sums = batch_log_likelihoods(self.model, [*rows.values()]).tolist() if rows else []
+        counts = [sum(row.completion_mask[1:]) for row in rows.values()]
+        means = {i: -value / count for i, value, count in zip(rows, sums, counts, strict=True)}
+        return [means.get(i) for i in range(len(batch))]
 
 
 class CoherenceJudge(Judge):
@@ -77,16 +108,16 @@ class CoherenceJudge(Judge):
         if self.likelihood:
             self.likelihood.load()
 
-    def encode(self, prompt: str, response: str) -> EncodedAnswer:
+    def encode(self, prompt: str, response: str) -> JudgedAnswer:
         ids = self.likelihood.encode(prompt, response) if self.likelihood else None
-        return EncodedAnswer(prompt, response, is_cut=False, ids=ids)
+        return JudgedAnswer(prompt, response, is_cut=False, ids=ids)
 
-    def encode_completion(self, completion: Completion) -> EncodedAnswer:
+    def encode_completion(self, completion: Completion) -> JudgedAnswer:
         return replace(
             self.encode(completion.prompt, completion.response), is_cut=completion.finish_reason == "length"
         )
 
-    def judge(self, batch: Sequence[EncodedAnswer]) -> list[Judgement]:
+    def judge(self, batch: Sequence[JudgedAnswer]) -> list[Judgement]:
         nothing: list[float | None] = [None] * len(batch)
         surprises = self.likelihood.surprises([answer.ids for answer in batch]) if self.likelihood else nothing
         return [_judgement(*pair) for pair in zip(batch, surprises, strict=True)]
@@ -104,7 +135,7 @@ def measures(prompt: str, response: str) -> dict[str, dict[str, float]]:
     }
 
 
-def _judgement(answer: EncodedAnswer, surprise: float | None) -> Judgement:
+def _judgement(answer: JudgedAnswer, surprise: float | None) -> Judgement:
     is_empty = not _WORD.search(plain(answer.response))
     found = {} if is_empty else measures(answer.prompt, answer.response)
     faults = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from evals.judges.base import Judgement, LocalJudge, escape, judgement_of_scores, left_padded, positions
 
@@ -54,7 +55,6 @@ class ShieldGemma(LocalJudge):
 
     def __init__(self, source: str, dtype: str = "auto") -> None:
         super().__init__(source, dtype)
-        self.limit = int(self.config.max_position_embeddings)
         self.answers = [self._single_token(word) for word in ("Yes", "No")]
         parts = ("the request asked", "the answer given", "the guideline followed")
         text = self.text(*parts) if self.tokenizer.chat_template else ""
@@ -138,9 +138,7 @@ class ShieldGemma(LocalJudge):
     def _scores_of_policy(self, endings: list[list[int]], cache: Any, mask: torch.Tensor) -> list[float]:
         """The scores of one policy; the model writes into a copy of the conversations' cache."""
         last = torch.tensor([len(ending) - 1 for ending in endings])
-        ids = torch.zeros(len(endings), int(last.max()) + 1, dtype=torch.long)  # padded on the right
-        for row, ending in enumerate(endings):
-            ids[row, : len(ending)] = torch.tensor(ending)
+        ids = pad_sequence([torch.tensor(ending) for ending in endings], batch_first=True)
         whole = torch.cat([mask, (torch.arange(ids.shape[1]) <= last[:, None]).long().to(mask.device)], dim=1)
         kept, column = torch.unique(last, return_inverse=True)  # all endings of a policy are equally long as a rule
         logits = self.model(

@@ -11,8 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evals.judge import check_judging, judge
-from evals.judges.coherence import CoherenceJudge
-from evals.judges.likelihood import Likelihood
+from evals.judges.coherence import CoherenceJudge, Likelihood
 from evals.records import Completion
 from evals.registry import make_judge
 

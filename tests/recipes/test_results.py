@@ -1,5 +1,6 @@
 """The rows under docs/results: what the docs show of them is what the recipe makes of them."""
 
+from collections import defaultdict
 from pathlib import Path
 
 import basis_tables
@@ -23,25 +24,28 @@ def test_tables_of_the_frontier_are_made_of_their_rows():
 
 
 @pytest.mark.parametrize(
-    ("page", "files"),
+    ("page", "sections"),
     [
-        ("table2_smollm2", ["table2_smollm2", "table2_smollm2_rates"]),
-        ("table2_smollm2_dolly", ["table2_smollm2_dolly"]),
-        ("table2_smollm2_all_linear", ["table2_smollm2_all_linear", "table2_smollm2_all_linear_rates"]),
+        ("table2_smollm2", {"table2_smollm2": None, "table2_smollm2_rates": "Learning rates"}),
+        ("table2_smollm2_dolly", {"table2_smollm2_dolly": None}),
+        (
+            "table2_smollm2_all_linear",
+            {"table2_smollm2_all_linear": None, "table2_smollm2_all_linear_rates": "Learning rates"},
+        ),
     ],
 )
-def test_all_tables_of_the_chat_model_are_made_of_its_rows(page, files):
+def test_all_tables_of_the_chat_model_are_made_of_its_rows(page, sections):
     text = (DOCS / "measurements" / f"{page}.md").read_text(encoding="utf-8")
-    made = []
-    for file in files:
-        for lines in frontier.read_lines([str(DOCS / "results" / f"{file}.csv")]).values():
-            for of in (frontier.table, frontier.steps_tables, frontier.further_tables):
-                blocks = of(lines, frontier.methods_of(lines)).split("\n\n")
-                made += [block.strip() for block in blocks if block.strip().startswith("|")]
-    assert len(made) > 3
-    assert all(block in text for block in made)
-    # No other table of arms or steps stands there.
-    assert sum(line.startswith(("| arm |", "| step |")) for line in text.splitlines()) == len(made)
+    made = defaultdict(list)
+    for file, section in sections.items():
+        for title, lines in frontier.read_lines([str(DOCS / "results" / f"{file}.csv")]).items():
+            tables = (frontier.table, frontier.steps_tables, frontier.further_tables)
+            made[section or title[0].upper() + title[1:]] += [of(lines, frontier.methods_of(lines)) for of in tables]
+    for section, tables in made.items():
+        part = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+        assert all(table.strip() in part for table in tables), section
+        assert part.count("\n| --- |") == sum(table.count("\n| --- |") for table in tables) > 1
+    assert len(made) > 0
 
 
 def test_the_table_over_steps_is_made_of_its_rows():

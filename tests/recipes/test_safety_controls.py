@@ -259,7 +259,6 @@ class TestRefused:
             ("--methods monolora+topk --topk_units 0", r"--topk_units is 0, allowed is a whole number of units"),
             ("--methods monolora+topk5", r"`k=5` is more than `r=4`"),
             ("--methods monolora --activation topk", r"name the arm monolora\+topk4, for 4"),
-            ("--methods lora --monolora_learning_rate 1e-3", r"is for arms of MonoLoRA, and --methods has none"),
             (
                 "--methods monolora --monolora_learning_rate 0",
                 r"--monolora_learning_rate is 0.0, allowed is more than 0",

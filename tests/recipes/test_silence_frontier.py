@@ -7,6 +7,7 @@ from pathlib import Path
 
 import evaluation
 import frontier
+import pandas as pd
 import pytest
 import silence_frontier
 from matplotlib.image import imread
@@ -298,3 +299,35 @@ def test_refused_before_any_run(arguments, pairs_file, extra, message, tmp_path)
     with pytest.raises(ValueError, match=message):
         silence_frontier.main([*arguments, *extra])
     assert not (tmp_path / "out").exists()
+
+
+def test_over_the_steps_each_arm_has_the_seeds_of_its_checkpoints():
+    rows = [("lora", 3, 40, 80), ("lora", 3, None, 90), ("lora", 4, None, 50), ("monolora", 4, 40, 60)]
+    rows += [("monolora", 4, None, 70)]
+    lines = pd.DataFrame(
+        [
+            {"method": method, "seed": seed, "step": step, "metric": "accuracy", "task": "", "judge": "",
+             "value": value / 100, "is_part": False}
+            for method, seed, step, value in rows
+        ]
+    )  # fmt: skip
+    table = [line.split("|")[1:-1] for line in frontier.steps_tables(lines, ["lora", "monolora"]).splitlines()[3:]]
+    assert [[cell.strip() for cell in row] for row in table] == [
+        ["step", "lora", "monolora"],
+        ["---", "---:", "---:"],
+        ["40", "80.0", "60.0"],
+        ["end", "90.0", "70.0"],
+    ]
+
+
+def test_checkpoints_without_a_measure_need_no_figure(tmp_path):
+    lines = pd.DataFrame(
+        [
+            {"method": "lora", "seed": 0, "step": step, "metric": metric, "task": "", "judge": "", "value": 0.5,
+             "n": 10, "seconds": 1.0, "is_part": False}
+            for step, metric in ((None, "accuracy"), (2, "diverged"))
+        ]
+    )  # fmt: skip
+    silence_frontier.report(tmp_path, {"the task alone": lines}, ["lora"])
+    assert (tmp_path / "results.md").exists()
+    assert not (tmp_path / "over_steps.png").exists()

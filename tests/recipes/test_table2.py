@@ -191,6 +191,9 @@ class TestArms:
             "--monolora_learning_rate 0.004"
         )
         assert [arm.learning_rate for arm in arms.values()] == [0.002, 0.001, 0.006, 0.004, 0.006]
+        # A file of options may have MonoLoRA's, and the command line arms of LoRA only.
+        arms, *_ = self.arms("--methods lora --learning_rate 0.002 --monolora_learning_rate 0.004")
+        assert arms["lora"].learning_rate == 0.002
 
     def test_controls_of_monolora_s_units(self):
         arms, settings, options = self.arms("--methods monolora+topk monolora+topk2+frozen --topk_units 3")
