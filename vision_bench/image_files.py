@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image, ImageOps
@@ -55,17 +55,6 @@ class Reading:
 
 class CorruptImage(ValueError):
     """A file or row that should be an image and cannot be decoded."""
-
-
-class Images(Protocol):
-    """uint8 images (n, 3, h, w): a tensor, or `StreamedImages`, which is indexed like one."""
-
-    @property
-    def shape(self) -> torch.Size: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -148,6 +137,9 @@ class StreamedImages(torch.utils.data.Dataset[torch.Tensor]):
 
     def _read(self, index: int) -> torch.Tensor:
         return _same_shape(self._decode(index), self.shape, self.source.where(index))
+
+
+Images = torch.Tensor | StreamedImages  # uint8 (n, 3, h, w)
 
 
 class ReadImages(NamedTuple):

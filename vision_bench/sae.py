@@ -12,10 +12,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -25,9 +26,6 @@ from vision_bench.checks import POSITIVE, check_counts, check_features, check_fi
 from vision_bench.geometric_median import geometric_median
 from vision_bench.runs import locked
 from vision_bench.sae_kernels import Active, Decode, Encode
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 CHECKPOINT_KIND = "sparse autoencoder in training"
 CHECKPOINT = "autoencoder.safetensors"
