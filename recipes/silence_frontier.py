@@ -40,7 +40,7 @@ from frontier import (
     table,
 )
 from sst2_monolora import Sst2Settings
-from table2 import CONFIGS, Table2Settings, check, compare, parse
+from table2 import CONFIGS, Table2Settings, check, demonstration, parse, prepared
 from task import Task
 from trl import ModelConfig
 
@@ -153,12 +153,17 @@ def main(arguments: list[str] | None = None) -> None:
         check(one, where, options)
         runs.append((condition, one, where))
     panels = {}
-    for condition, one, where in runs:
-        chosen = copy.deepcopy(options)  # `compare` sets the offline model
-        run = compare(task.load(one, chosen, where.output_dir), one, where, chosen)
-        if run.is_main:
-            run.write("results.md", task.experiment.render(run, run.folder))
-            panels[task.title + condition.title] = lines_of(run)
+    with demonstration(options):
+        comparisons = []
+        for condition, one, where in runs:
+            chosen = copy.deepcopy(options)  # `prepared` sets the offline model
+            comparison = prepared(task.load(one, chosen, where.output_dir), one, where, chosen)
+            comparisons.append((condition, comparison))
+        for condition, comparison in comparisons:
+            run = comparison()
+            if run.is_main:
+                run.write("results.md", task.experiment.render(run, run.folder))
+                panels[task.title + condition.title] = lines_of(run)
     if panels:  # only in the main process
         report(folder, panels, settings.methods)
 

@@ -1,4 +1,4 @@
-"""What the recipes of Table 2 share: settings, their checks, and what identifies a run.
+"""What the recipes of Table 2 share: settings, their checks, and how arms are compared.
 
 A recipe gives its data and how a model scores on them (`task.Task`), `compare` does the rest. Training leaves an
 adapter per arm and seed (`comparison`); after that `evals` works in the folder `evaluation` (`evaluation`).
@@ -6,18 +6,18 @@ adapter per arm and seed (`comparison`); after that `evals` works in the folder 
 
 from __future__ import annotations
 
-import re
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import yaml
 from accelerate import PartialState
-from arms import ADAPTERS, CACHED_TOKENS, Arm, ArmSettings, check_arms, trained_arms
+from arms import ADAPTERS, Arm, ArmSettings, check_arms, trained_arms
 from comparison import Comparison, cells, is_path, is_whole, load_tokenizer, not_sharded, train
 from evaluation import (
     alignment_sparsity,
@@ -31,6 +31,7 @@ from evaluation import (
 from experiments import CannotShow, Experiment
 from library_messages import no_progress_bars
 from safety_controls import check_safety_controls, check_safety_pairs, check_unaligned
+from table2_identity import identity
 from task import Content, Pair, Task, check_contents, fitted, fitting, load_pairs
 from transformers import PretrainedConfig
 from trl import ModelConfig, SFTConfig, TrlParser
@@ -51,28 +52,6 @@ from offline.unaligned import unaligned_model
 from vision_bench.runs import Run, defaults
 
 CONFIGS = Path(__file__).parent / "configs"
-
-# Settings that say where something is or how fast it is worked on. `contents` has what is there instead.
-_PLACES = ("dataset_name", "train_file", "eval_file", "safety_file", "poison_file", "neutral_file",
-           "judge_batch_size", "judges", "unaligned_model")  # fmt: skip
-_MODEL_PLACES = ("model_name_or_path", "model_revision")
-# Of TRL's: where to write, what to say, when to save, and how memory and data loading are organised.
-_IRRELEVANT = re.compile(
-    "^(seed|output_dir|resume_from_checkpoint|restore_callback_states_from_checkpoint|enable_jit_checkpoint|run_name"
-    "|disable_tqdm|project|debug|do_(train|eval|predict)|local_rank|use_cpu|dataset_num_proc|skip_memory_metrics"
-    "|per_device_eval_batch_size|batch_eval_metrics|prediction_loss_only|include_.*|torch_empty_cache_steps"
-    "|(gradient|activation)_checkpointing(_kwargs)?|activation_offloading|ddp_(backend|timeout|bucket_cap_mb)"
-    "|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context)"
-    "|(logging|log|report|save|eval|hub|push_to_hub|trackio)_.*|push_to_hub|(bf16|fp16)_full_eval)$"
-)
-# Recorded also where they are TRL's default, which another version of TRL may set otherwise.
-_ALWAYS = frozenset(
-    {
-        "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "optim", "weight_decay",
-        "per_device_train_batch_size", "gradient_accumulation_steps", "adam_beta1", "adam_beta2", "adam_epsilon",
-        "max_grad_norm", "label_smoothing_factor", "max_length", "loss_type", "train_sampling_strategy",
-    }
-)  # fmt: skip
 
 
 @dataclass
@@ -224,25 +203,36 @@ def check(settings: Table2Settings, training: SFTConfig, options: ModelConfig) -
         raise ValueError("--load_in_8bit cannot be evaluated as it was trained; use --load_in_4bit or neither.")
 
 
-def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: ModelConfig) -> Run:
-    """Train and evaluate what the output folder has no results of; returns the run, whole in the main process.
-
-    Where no model is named it is the offline one, which a second thread makes slower on a machine with other work.
-
-    Raises:
-        ValueError: before training, for whatever cannot work.
-    """
+@contextmanager
+def demonstration(options: ModelConfig) -> Iterator[None]:
+    """Work on one thread where no model is named: a second makes the offline model slower beside other work."""
     if options.model_name_or_path is not None:
-        return _compare(task, settings, training, options)
+        yield
+        return
     if PartialState().is_main_process:
         print(
             "A demonstration on the offline model: it and its judge are built once, in about two minutes.", flush=True
         )
     with one_thread(), no_progress_bars():
-        return _compare(task, settings, training, options)
+        yield
 
 
-def _compare(task: Task, settings: Table2Settings, training: SFTConfig, options: ModelConfig) -> Run:
+def compare(task: Task, settings: Table2Settings, training: SFTConfig, options: ModelConfig) -> Run:
+    """Train and evaluate what the output folder has no results of; returns the run, whole in the main process.
+
+    Raises:
+        ValueError: before training, for whatever cannot work.
+    """
+    with demonstration(options):
+        return prepared(task, settings, training, options)()
+
+
+def prepared(task: Task, settings: Table2Settings, training: SFTConfig, options: ModelConfig) -> Callable[[], Run]:
+    """What `compare` does after all that can be refused is checked: several comparisons are checked before any trains.
+
+    Raises:
+        ValueError: for whatever cannot work.
+    """
     arms = trained_arms(settings, training, options)
     pairs = _mixture_pairs(settings, arms)
     _check_steps(settings, training, task.drawn)
@@ -302,15 +292,18 @@ def _compare(task: Task, settings: Table2Settings, training: SFTConfig, options:
     comparison.check_checkpoints()
     check_neutral_texts(run, neutral)
 
-    run.bind()
-    train(comparison, pairs)
-    if run.is_main and answers is not None:  # answers and verdicts are the work of one process
-        with not_sharded(training):
-            evaluate(comparison, answers, judge_folders)
-            alignment_sparsity(comparison)
-            certified_silence(comparison)
-            forgetting_rows(comparison, neutral)
-    return run
+    def carry_out() -> Run:
+        run.bind()
+        train(comparison, pairs)
+        if run.is_main and answers is not None:  # answers and verdicts are the work of one process
+            with not_sharded(training):
+                evaluate(comparison, answers, judge_folders)
+                alignment_sparsity(comparison)
+                certified_silence(comparison)
+                forgetting_rows(comparison, neutral)
+        return run
+
+    return carry_out
 
 
 def experiment(recipe: str, part: str, metric: str, performance: Sequence[Measure], claim: str) -> Experiment:
@@ -343,49 +336,6 @@ def show(run: Run, experiment: Experiment) -> None:
         run.write("results.md", experiment.render(run, run.folder))
         print(f"\n{(experiment.summary or experiment.report)(run)}\n{textwrap.fill(experiment.claim, WIDTH)}")
         print(f"Intervals of all differences, and the paper's table: {run.folder / 'results.md'}")
-
-
-def identity(
-    settings: Table2Settings,
-    training: SFTConfig,
-    options: ModelConfig,
-    arms: Mapping[str, Arm],
-    judges: list[str],
-    contents: Mapping[str, Content],
-    is_demonstration: bool,
-) -> dict[str, Any]:
-    """The settings that decide the results, for the run's folder and rows.
-
-    Paths do not count, what they hold does: a moved file continues a run, and another file at the same path does not.
-
-    Args:
-        judges: their names in the rows.
-        contents: by name, of everything that the results depend on.
-        is_demonstration: whether the base is the offline model.
-    """
-    standard = SFTConfig(output_dir="", use_cpu=training.use_cpu, bf16=training.bf16).to_dict()
-    chosen = {k: v for k, v in training.to_dict().items() if k in _ALWAYS or v != standard.get(k)}
-    plugin = training.deepspeed_plugin
-    names = ("gradient_clipping", "optimizer", "scheduler", "fp16", "bf16")
-    return {
-        **{k: v for k, v in asdict(settings).items() if k not in _PLACES},
-        "judges": judges,
-        "demonstration": is_demonstration,
-        "thinking": "off",  # as prompts are written in training, in the task's score and in the evaluation
-        "cached_tokens": CACHED_TOKENS if any(arm.caches_tokens for arm in arms.values()) else None,
-        "model": {k: v for k, v in asdict(options).items() if k not in _MODEL_PLACES},
-        "training": {k: v for k, v in chosen.items() if not _IRRELEVANT.match(k)},
-        "num_processes": training.world_size,
-        "distributed_type": training.distributed_state.distributed_type.value
-        if plugin is None
-        else f"ZERO{plugin.zero_stage}",
-        "deepspeed": None
-        if plugin is None
-        else {name: plugin.deepspeed_config[name] for name in names if name in plugin.deepspeed_config},
-        "device": training.device.type,
-        "mixed_precision": training.mixed_precision,  # that of `accelerate launch` too
-        "contents": {name: content.checksum for name, content in contents.items()},
-    }
 
 
 def _judge_names(judges: list[str]) -> dict[str, str]:

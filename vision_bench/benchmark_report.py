@@ -56,7 +56,7 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
         )
         for subject in subjects
     ]
-    lines = [line for model in models for line in model.lines]
+    lines = [line for model in models for line in model.lines.values()]
     text = _markdown(models, settings)
     write_atomic(folder / TEXT, text)
     write_atomic(folder / TABLE, pd.DataFrame(lines, dtype=object).to_csv(index=False, lineterminator="\n"))
@@ -71,9 +71,7 @@ def write(subjects: Sequence[Subject], rows: Sequence[Row], settings: Settings) 
     shown = LINEAR_PROBES if learner == PROBE else learner
     panels = {
         model.label: {
-            kind: _one_at_a_time(
-                line for line in model.lines if line["features"] == kind and line["learner"] == learner
-            )
+            kind: {name: _dot(model.lines[learner, kind, column]) for name, column in model.single.items()}
             for kind in model.kinds
         }
         for model in models
@@ -98,7 +96,7 @@ class _Model:
         relu_is_raw: whether `relu` was not measured because it equals `raw`.
         kinds: the kinds of features asked for that have numbers.
         tables: their accuracies by each learner, by share of the images, share of wrong labels and test.
-        lines: of results.csv, one for every learner, way of training and of testing it on a kind of features.
+        lines: of results.csv, one for every learner, kind of features and column of the tables.
         single: the columns of the tables in which at most one thing is corrupted, by what it is, the clean one first.
     """
 
@@ -118,7 +116,7 @@ class _Model:
         }
         self.tables = {name: report.ProbeTable(rows, columns, self.kinds, learner=name) for name in settings.learners}
         ways = itertools.product(settings.learners, self.kinds, columns)
-        self.lines = [self._line(learner, kind, column, settings) for learner, kind, column in ways]
+        self.lines = {way: self._line(*way, settings) for way in ways}
         conditions_of = ((single_corruption(settings_of), column) for column, settings_of in columns.items())
         self.single = {name: column for name, column in conditions_of if name is not None}
 
@@ -172,7 +170,7 @@ class _Model:
 
     def by_training(self, learner: str) -> Iterable[tuple[list[str], list[Line]]]:
         """The cells of `HEADER` and a line for each test, by kind of features and way of training a learner."""
-        own = (line for line in self.lines if line["learner"] == learner)
+        own = (line for line in self.lines.values() if line["learner"] == learner)
         by = itertools.groupby(own, key=lambda line: (line["features"], line["few_shots"], line["label_noise"]))
         for (kind, share, noise), group in by:
             lines = list(group)
@@ -299,7 +297,7 @@ def _gains(models: Sequence[_Model], tests: Sequence[str], learner: str) -> str:
 
 
 def single_corruption(settings: Mapping[str, Any]) -> str | None:
-    """What is corrupted under the settings of a column or line, in words; None if more than one thing is.
+    """What is corrupted under the settings of a column, in words; None if more than one thing is.
 
     Args:
         settings: few_shots, label_noise and test, as rows have them.
@@ -316,10 +314,6 @@ def single_corruption(settings: Mapping[str, Any]) -> str | None:
     return parts[0] if parts else CLEAN
 
 
-def _one_at_a_time(lines: Iterable[Line]) -> dict[str, tuple[float, float, float]]:
-    """Accuracy, half-width and chance level where at most one thing is corrupted, by what it is, the clean first."""
-    return {
-        name: (line["top1"], line["top1_half_width"] or 0.0, line["chance_top1"])
-        for line in lines
-        if (name := single_corruption(line)) is not None
-    }
+def _dot(line: Line) -> tuple[float, float, float]:
+    """Accuracy, half-width and chance level of a line, in percent."""
+    return line["top1"], line["top1_half_width"] or 0.0, line["chance_top1"]

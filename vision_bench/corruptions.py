@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import InterpolationMode, rotate
 
 from vision_bench.checks import NOT_NEGATIVE, Range, check_counts, check_name
 
@@ -84,18 +85,7 @@ def flip_labels(
         TypeError: the labels are not integers.
         ValueError: a label, the rate or the number of classes is out of its range, or only one class has samples.
     """
-    lowest = 0 if allow_true_class else 1
-    # An offset of 1 to classes - 1 reaches each of the other classes with the same probability.
-    return _flipped(
-        labels,
-        noise_rate,
-        num_classes,
-        generator,
-        lambda flipped, classes: torch.randint(
-            lowest, classes, (flipped,), generator=generator, device=generator.device
-        ),
-        least_classes=1 if allow_true_class else 2,
-    )
+    return _flipped(labels, noise_rate, num_classes, generator, lowest=0 if allow_true_class else 1)
 
 
 def pair_flips(labels: torch.Tensor, noise_rate: float, num_classes: int, generator: torch.Generator) -> torch.Tensor:
@@ -106,7 +96,7 @@ def pair_flips(labels: torch.Tensor, noise_rate: float, num_classes: int, genera
 
     Args, returns and raises: as `flip_labels`.
     """
-    return _flipped(labels, noise_rate, num_classes, generator, lambda flipped, classes: torch.ones(flipped).long())
+    return _flipped(labels, noise_rate, num_classes, generator, lowest=1, highest=1)
 
 
 def _flipped(
@@ -114,29 +104,29 @@ def _flipped(
     noise_rate: float,
     num_classes: int,
     generator: torch.Generator,
-    offsets: Callable[[int, int], torch.Tensor],
-    least_classes: int = 2,
+    lowest: int,
+    highest: int | None = None,
 ) -> torch.Tensor:
     """Labels of which some are moved to another class that has samples, as `flip_labels` says.
 
     Args:
-        offsets: of the numbers of samples to move and of classes with samples; by how many of these classes each of
-            the samples is moved, (flipped,) int64.
-        least_classes: with samples, if a label is to change.
+        lowest, highest: by how many of the classes with samples a label is moved, drawn from there to there; None:
+            by one less than there are, so that each of the other classes is reached with the same probability.
     """
     check_labels(labels, num_classes)
     Range(0, 1, True, "0.9 for 90 % of the labels", begins=True).check(noise_rate=noise_rate)
     flipped = round(noise_rate * len(labels))
     classes, positions = labels.long().unique(return_inverse=True)
-    if flipped and len(classes) < least_classes:
+    if flipped and len(classes) <= lowest:
         raise ValueError(
             f"labels has samples of 1 class, with num_classes {num_classes}; a label can only change if there are "
             "samples of at least 2 classes."
         )
     chosen = torch.randperm(len(labels), generator=generator, device=generator.device)[:flipped].to(labels.device)
     if flipped:
-        moved = positions[chosen] + offsets(flipped, len(classes)).to(labels.device)
-        positions[chosen] = moved % len(classes)
+        end = len(classes) if highest is None else highest + 1
+        offsets = torch.randint(lowest, end, (flipped,), generator=generator, device=generator.device)
+        positions[chosen] = (positions[chosen] + offsets.to(labels.device)) % len(classes)
     return classes[positions]
 
 
@@ -192,9 +182,7 @@ def uniform_centred(images: torch.Tensor, scale: float, generator: torch.Generat
 
 def rotated(images: torch.Tensor, degrees: float = 25.0) -> torch.Tensor:
     """uint8 images (n, 3, h, w), turned counter-clockwise, bilinear, black where there was nothing."""
-    from torchvision.transforms.v2 import functional
-
-    return functional.rotate(images, degrees, functional.InterpolationMode.BILINEAR)
+    return rotate(images, degrees, InterpolationMode.BILINEAR)
 
 
 def inverted(images: torch.Tensor) -> torch.Tensor:

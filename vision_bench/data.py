@@ -47,7 +47,6 @@ NUM_CLASSES = {"cifar10": 10, "cifar100": 100}  # at most
 # Of what a fingerprint is made and how images are decoded, and the beginning of every fingerprint; those of version 1
 # have none, and were made of 256 images of a streamed set.
 FINGERPRINT_VERSION = "2-"
-TEST_SEED = 0  # of the images that test_fraction draws
 DIGITS_TRAIN = 1437  # of 1,797: the last 360 are by other writers than most of the first
 
 # The 100 classes of ImageNet-100, drawn by Tian et al. (2020) for CMC: imagenet100.txt of github.com/HobbitLong/CMC.
@@ -225,11 +224,7 @@ def load_splits(
         train, test = (read() for read in readers)
     else:
         whole = readers[0]()
-        try:
-            generator = torch.Generator().manual_seed(TEST_SEED)
-            drawn = stratified_fraction(whole.labels, test_fraction, generator, whole.class_names)
-        except ValueError as error:
-            raise ValueError(f"test_fraction is {test_fraction} of {len(whole)} images: {error}") from None
+        drawn = draw_fraction(whole, test_fraction, f"test_fraction is {test_fraction}")
         is_train = torch.ones(len(whole), dtype=torch.bool).index_fill(0, drawn, False)
         train, test = whole.subset(is_train.nonzero().squeeze(1)), whole.subset(drawn)
     train, test = _with_common_classes(train, test, name)
@@ -239,6 +234,18 @@ def load_splits(
             f"{test_split!r}; choose another split, or give test_fraction."
         )
     return train, test
+
+
+def draw_fraction(images: ImageSet, fraction: float, words: str) -> torch.Tensor:
+    """Indices (m,) int64 of a share of each class, the same at every call.
+
+    Raises:
+        ValueError: a class is left with no image; begins with `words`.
+    """
+    try:
+        return stratified_fraction(images.labels, fraction, torch.Generator().manual_seed(0), images.class_names)
+    except ValueError as error:
+        raise ValueError(f"{words} of {len(images)} images: {error}") from None
 
 
 def find_images(name: str, split: str, root: str | Path | None, reading: Reading) -> image_sources.Source:
@@ -324,12 +331,9 @@ def _with_common_classes(train: ImageSet, test: ImageSet, name: str) -> tuple[Im
         train, test = (replace(images, class_names=longer, class_numbers=numbers) for images in (train, test))
     if train.class_names != test.class_names:
         differences = [
-            f"{words} split has {listed(names)}"
-            for words, names in (
-                ("only the training", [name for name in train.class_names if name not in test.class_names]),
-                ("only the test", [name for name in test.class_names if name not in train.class_names]),
-            )
-            if names
+            f"only the {words} split has {listed(alone)}"
+            for words, one, other in (("training", train, test), ("test", test, train))
+            if (alone := [name for name in one.class_names if name not in other.class_names])
         ]
         order = f"in another order: {listed(train.class_names)}; and {listed(test.class_names)}"
         raise ValueError(f"the splits of {name} have other classes: {'; '.join(differences) or order}.")

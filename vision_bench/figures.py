@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from vision_bench.styles import MONO, POLY, Style, style_of
 
-if TYPE_CHECKING:
-    import torch
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-P = ParamSpec("P")
 Curve = tuple[ArrayLike, ArrayLike]  # mean (n,) and half-width (n,) of its interval at each level
 
 WIDTH = 3.4  # inch
 SUFFIXES = ("png", "pdf")
 REFERENCES = ("poly", "ce")  # arms that others are compared with: a panel without them shows differences
 
-
 _HOLLOW: dict[str, Any] = {"color": "black", "markersize": 3.5, "markerfacecolor": "none", "markeredgewidth": 0.7}
 _CHANCE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 0.8, "label": "chance level"}
+# Of matplotlib, within each function that draws; they leave its settings as they were.
 _SETTINGS: dict[Any, Any] = {"font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.2}
-
-
-def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw with `_SETTINGS`, and leave matplotlib's settings as they were."""
-
-    @wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        import matplotlib
-
-        with matplotlib.rc_context(_SETTINGS):
-            return draw(*args, **kwargs)
-
-    return styled
 
 
 def save(path: Path, figure: Figure | None) -> None:
@@ -60,7 +44,7 @@ def save(path: Path, figure: Figure | None) -> None:
             figure.savefig(file, dpi=300)
 
 
-@_styled
+@matplotlib.rc_context(_SETTINGS)
 def separability_curves(panels: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
     """The criterion of both representations against the noise, with the crossing marked or its absence stated.
 
@@ -84,7 +68,7 @@ def separability_curves(panels: Sequence[Sequence[Mapping[str, Any]]]) -> Figure
     return _with_legend(figure, axes.flat[0])
 
 
-@_styled
+@matplotlib.rc_context(_SETTINGS)
 def gram_heatmaps(grams: Mapping[str, ArrayLike]) -> Figure:
     """W^T W (n, n) of several encoders side by side, by title (Fig. 5a)."""
     figure, axes = _figure(1, len(grams), height=WIDTH / len(grams) + 0.1)
@@ -96,7 +80,7 @@ def gram_heatmaps(grams: Mapping[str, ArrayLike]) -> Figure:
     return figure
 
 
-@_styled
+@matplotlib.rc_context(_SETTINGS)
 def accuracy_bars(
     conditions: Mapping[str, Mapping[str, tuple[float, float]]], chance: Sequence[float] | None = None
 ) -> Figure:
@@ -121,7 +105,7 @@ def accuracy_bars(
     return _with_legend(figure, ax)
 
 
-@_styled
+@matplotlib.rc_context(_SETTINGS)
 def band_curves(
     levels: Sequence[float],
     panels: Mapping[str, Mapping[str, Curve]],
@@ -167,7 +151,7 @@ def band_curves(
     return _with_legend(figure, axes.flat[0])
 
 
-@_styled
+@matplotlib.rc_context(_SETTINGS)
 def loss_curves(levels: Sequence[float], curves: Mapping[tuple[str, str], Curve], chance: float) -> Figure:
     """Accuracy against the label noise for kinds of features (colour) with two losses (dashed, solid; Fig. 6).
 
@@ -197,7 +181,7 @@ def _published(ax: Axes, level: float | None, most: float, leftwards: bool) -> N
     ax.margins(y=0.15)
 
 
-@_styled
+@matplotlib.rc_context(_SETTINGS)
 def phase_diagram(
     gains: Mapping[str, ArrayLike],
     half_widths: Mapping[str, ArrayLike],
@@ -226,7 +210,7 @@ def phase_diagram(
     return figure
 
 
-@_styled
+@matplotlib.rc_context(_SETTINGS)
 def gains_beside_paper(
     levels: Sequence[float],
     ours: Mapping[str, Curve],
@@ -258,7 +242,7 @@ class Histogram(NamedTuple):
     chance: float  # the mean with shuffled labels
 
 
-@_styled
+@matplotlib.rc_context(_SETTINGS)
 def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]], bins: int) -> Figure:
     """Semantic consistency of right and wrong samples, a panel above the other for each kind of features (Fig. 4c).
 
@@ -289,7 +273,7 @@ def consistency_histograms(panels: Mapping[str, Mapping[str, Histogram]], bins: 
     return _with_legend(figure, axes.flat[0])
 
 
-@_styled
+@matplotlib.rc_context(_SETTINGS)
 def robustness_dots(
     panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]], learner: str
 ) -> Figure:
@@ -301,7 +285,7 @@ def robustness_dots(
     return _dots(panels, f"test accuracy of {learner}, %", _CHANCE, xlim=(0, None))
 
 
-@_styled
+@matplotlib.rc_context(_SETTINGS)
 def gain_dots(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]], learner: str) -> Figure:
     """Parts of gains of a learner: mean and half-width, in points, by kind of features, part and corruption."""
     zeros = {
@@ -359,14 +343,12 @@ def readable(name: str) -> str:
     return name.partition(",")[0].replace("_", " ")
 
 
-@_styled
+@matplotlib.rc_context(_SETTINGS)
 def image_grids(blocks: Mapping[str, Sequence[ImageGrid]]) -> Figure:
     """Grids of images with the names of their classes, a row for each kind of features (Fig. 1a, Fig. 4a, b).
 
     Images of the grid's most frequent class have a thick blue frame and bold names.
     """
-    from matplotlib.figure import Figure
-
     columns = max(len(grids) for grids in blocks.values())
     side = int(np.ceil(max(len(grid.classes) for grids in blocks.values() for grid in grids) ** 0.5))
     figure = Figure(figsize=(WIDTH, len(blocks) * (1.12 * WIDTH / columns + 0.25)))
@@ -414,8 +396,6 @@ def _finish_accuracies(ax: Axes, levels: Sequence[float], chance: Sequence[float
 
 
 def _figure(rows: int, columns: int, height: float, sharex: bool = False) -> tuple[Figure, np.ndarray[Any, Any]]:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, sharex=sharex)
 

@@ -132,15 +132,11 @@ def finetune(
         model: pretrained; parameters that do not require a gradient stay as they are. Its backbone may hold adapters.
         train: at least a batch of images that are not held out, with the labels to learn, wrong ones included.
         validation: measured after each epoch, never used for a choice.
-        accelerator: decides devices, processes, precision ("no" or "bf16") and trackers; by default one process in
-            float32 on the device that accelerate chooses.
+        accelerator, execution: as in `pretrain.pretrain`.
         adapter: settings of the backbone's adapters, JSON-serialisable; a folder with others is refused.
-        execution: of `training.Execution`: checkpoint_minutes, compile_model, workers, name, progress.
 
     Raises:
-        ValueError: other classes or another normalisation in `validation`, fewer images than a batch, a batch size
-            that the processes cannot share, another precision, or a folder that holds another training or in which
-            another process is training.
+        ValueError: as `pretrain.pretrain`.
         FloatingPointError: the training diverged: the loss, a weight, a feature or a score is NaN or infinite.
 
     Example:

@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional
 from tqdm.auto import tqdm
 
 from vision_bench.checks import check_counts
@@ -54,17 +55,6 @@ class Reading:
 
 class CorruptImage(ValueError):
     """A file or row that should be an image and cannot be decoded."""
-
-
-class Images(Protocol):
-    """uint8 images (n, 3, h, w): a tensor, or `StreamedImages`, which is indexed like one."""
-
-    @property
-    def shape(self) -> torch.Size: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -149,6 +139,9 @@ class StreamedImages(torch.utils.data.Dataset[torch.Tensor]):
         return _same_shape(self._decode(index), self.shape, self.source.where(index))
 
 
+Images = torch.Tensor | StreamedImages  # uint8 (n, 3, h, w)
+
+
 class ReadImages(NamedTuple):
     """Images, and what is known of each of them."""
 
@@ -224,8 +217,6 @@ def decode(encoded: bytes, where: str, image_size: int | None) -> torch.Tensor:
         CorruptImage: the bytes cannot be decoded; `where` names the image.
         ValueError: it is grey of more than 8 bits, or floating-point, which would be clipped.
     """
-    from torchvision.transforms.v2 import functional
-
     try:
         image: Image.Image = Image.open(io.BytesIO(encoded))
         image.load()
@@ -239,18 +230,16 @@ def decode(encoded: bytes, where: str, image_size: int | None) -> torch.Tensor:
         ) from None
     if deep:
         raise ValueError(f"{where} has mode {image.mode}, of more than 8 bits; convert it to 8 bits per channel.")
-    if image_size is not None:
-        image = functional.resize(image, [image_size], functional.InterpolationMode.BICUBIC)
-        image = functional.center_crop(image, [image_size, image_size])
-    return functional.pil_to_tensor(image)
+    return functional.pil_to_tensor(resized(image, image_size))
 
 
-def resized(images: torch.Tensor, image_size: int | None) -> torch.Tensor:
-    """uint8 (n, 3, h, w) with the shorter side resized, bicubic, then the square at the centre; None: as they are."""
+def resized(images: T, image_size: int | None) -> T:
+    """uint8 (n, 3, h, w) or an image of Pillow: the shorter side resized, bicubic, then the square at the centre.
+
+    None leaves them as they are.
+    """
     if image_size is None:
         return images
-    from torchvision.transforms.v2 import functional
-
     images = functional.resize(images, [image_size], functional.InterpolationMode.BICUBIC, antialias=True)
     return functional.center_crop(images, [image_size, image_size])
 

@@ -282,18 +282,18 @@ def _parquet_split(folder: Path, split: str) -> tuple[str, list[str]]:
         split = near[0]
     name = existing_split(split, list(files), f"{folder} has parquet files of the splits")
     paths = files[name]
-    shards = [shard for path in paths if (shard := SHARD.fullmatch(path.stem))]
-    parts = [int(shard["part"]) for shard in shards]
-    versions = set()
-    for path in paths:
-        shard = SHARD.fullmatch(path.stem)
-        versions.add((path.parent, shard["parts"] if shard else "" if NUMBERED.fullmatch(path.stem) else path.stem))
+    shards = [SHARD.fullmatch(path.stem) for path in paths]
+    parts = [int(shard["part"]) for shard in shards if shard]
+    versions = {
+        (path.parent, shard["parts"] if shard else "" if NUMBERED.fullmatch(path.stem) else path.stem)
+        for path, shard in zip(paths, shards, strict=True)
+    }
     if len(versions) > 1 or len(set(parts)) < len(parts):
         raise ValueError(
             f"{folder} has several files that may be the split {name!r}: "
             f"{listed([str(path.relative_to(folder)) for path in paths])}. Leave those of one version in the folder."
         )
-    count = int(shards[0]["parts"]) if shards else 0
+    count = int(shards[0]["parts"]) if shards[0] else 0
     missing = [str(part) for part in range(count) if part not in parts]
     if missing:
         raise ValueError(
@@ -304,8 +304,7 @@ def _parquet_split(folder: Path, split: str) -> tuple[str, list[str]]:
 
 def _image_suffixes() -> set[str]:
     """Return the suffixes, in lower case, of the formats that Pillow and its registered plugins decode."""
-    Image.init()
-    suffixes = Image.registered_extensions().items()
+    suffixes = Image.registered_extensions().items()  # which loads the plugins first
     return {suffix.lower() for suffix, kind in suffixes if kind in Image.OPEN and kind not in NO_IMAGES}
 
 

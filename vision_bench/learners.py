@@ -146,10 +146,7 @@ def accuracy(classifiers: Classifiers, features: torch.Tensor, labels: torch.Ten
         TypeError, ValueError: as `probe.probe_accuracy`.
     """
     if isinstance(classifiers, Probes):
-        if labels.ndim == 1:
-            return probe_accuracy(*classifiers, features, labels, topk=(1,))[1]
-        each = zip(classifiers.weights.split(1), classifiers.biases.split(1), labels, strict=True)
-        return torch.cat([probe_accuracy(w, b, features, own, topk=(1,))[1] for w, b, own in each])
+        return probe_accuracy(*classifiers, features, labels, topk=(1,))[1]
     x, answers = features.cpu().numpy(), labels.cpu().expand(len(classifiers), -1).numpy()
     shares = [(tree.predict(x) == own).mean() for tree, own in zip(classifiers, answers, strict=True)]
     return torch.tensor(shares, dtype=torch.float64)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from vision_bench.checks import Range, check_counts
+from vision_bench.checks import NOT_NEGATIVE, Range, check_counts
 from vision_bench.corruptions import check_labels
 
 LEAST_PROBABILITY, LOG_OF_ZERO = 1e-7, math.log(1e-4)  # of the reverse cross entropy
@@ -198,8 +198,7 @@ def symmetric_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, alpha: f
             "and (..., n)."
         )
     check_labels(labels.flatten(), logits.shape[-1])
-    if not (alpha >= 0 and beta >= 0):
-        raise ValueError(f"alpha is {alpha} and beta {beta}; both must be at least 0.")
+    NOT_NEGATIVE.check(alpha=alpha, beta=beta)
     labels = labels.long().unsqueeze(-1)
     logarithms = logits.log_softmax(dim=-1)
     cross_entropy = -logarithms.gather(-1, labels).squeeze(-1)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from vision_bench.checks import check_counts
+from vision_bench.checks import NOT_NEGATIVE, check_counts
 from vision_bench.corruptions import check_labels
 
 _CHUNK_VALUES = 2**23  # of a chunk of dimensions, held as one byte each
@@ -222,21 +222,12 @@ def fraction_of_variance_unexplained(reconstruction: torch.Tensor, target: torch
 
 
 def _active(features: torch.Tensor, norms: torch.Tensor, eps: float, absolute: bool) -> Iterator[torch.Tensor]:
-    """Yield a mask (n, chunk) bool of the active values for each chunk of dimensions.
-
-    Rows are not divided by their norms: z / norm > eps if and only if z > the largest number that gives at most eps.
-    """
-    thresholds = eps * norms
-    for _ in range(2):
-        thresholds = torch.nextafter(thresholds, torch.zeros_like(norms))
-    for _ in range(4):
-        above = torch.nextafter(thresholds, torch.full_like(norms, torch.inf))
-        thresholds = torch.where(above / norms <= eps, above, thresholds)
+    """Yield a mask (n, chunk) bool of the active values for each chunk of dimensions."""
     for chunk in features.split(max(1, _CHUNK_VALUES // len(features)), dim=1):
         active = torch.empty(chunk.shape, dtype=torch.bool, device=features.device)
         rows = max(1, _BLOCK_VALUES // chunk.shape[1])
-        for block, threshold, out in zip(chunk.split(rows), thresholds.split(rows), active.split(rows), strict=True):
-            torch.gt(block.abs() if absolute else block, threshold, out=out)
+        for block, norm, out in zip(chunk.split(rows), norms.split(rows), active.split(rows), strict=True):
+            torch.gt((block.abs() if absolute else block) / norm, eps, out=out)
         yield active
 
 
@@ -246,8 +237,7 @@ def _checked_norms(features: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
         raise TypeError(f"features has dtype {features.dtype}; it must be floating-point.")
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features has shape {tuple(features.shape)}; it must be (n, d), neither of them 0.")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}; it must be at least 0.")
+    NOT_NEGATIVE.check(eps=eps)
     dtype = torch.promote_types(features.dtype, torch.float32)
     norms = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=dtype)
     unusable = int((~norms.isfinite()).sum())

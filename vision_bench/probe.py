@@ -257,7 +257,7 @@ def probe_accuracy(
         weights: (k, num_classes, d).
         biases: (k, num_classes).
         features: (n, d) floating, raw as those the probes were fitted on.
-        labels: (n,) integer in [0, num_classes).
+        labels: integer in [0, num_classes), (n,) for all or (k, n), of each.
         topk: each in [1, num_classes].
 
     Raises:
@@ -273,7 +273,9 @@ def probe_accuracy(
     if not topk or any(not 1 <= t <= c for t in topk):
         raise ValueError(f"topk is {tuple(topk)} for {c} classes; every value must be in [1, {c}].")
     _check_finite_probes(weights, biases)
-    labels = check_labels("labels", labels, c, len(features), dims=1).to(weights.device)
+    labels = check_labels("labels", labels, c, len(features), dims=2 if labels.ndim == 2 else 1)
+    if labels.ndim == 2 and len(labels) != k:
+        raise ValueError(f"labels are of {len(labels)} probes and the weights of {k}; give those of each, or of all.")
     check_finite("features", features)
     hits = _hits(weights, biases, features, labels.expand(k, -1), topk)
     return {t: row.double() / len(features) for t, row in zip(topk, hits, strict=True)}

@@ -173,14 +173,9 @@ class ProbeTable:
 
     def growth_table(self, header: Sequence[str], columns: Sequence[Hashable], starts: Sequence[Hashable]) -> str:
         """Markdown table of the growth of gains from the columns `starts` to `columns`, a line a comparison."""
+        pairs = list(zip(columns, starts, strict=True))
         lines = [
-            [
-                line,
-                *(
-                    self.growth(arm, column, start, over).text(1, sign=True)
-                    for column, start in zip(columns, starts, strict=True)
-                ),
-            ]
+            [line, *(self.growth(arm, *pair, over).text(1, sign=True) for pair in pairs)]
             for line, arm, over in self.comparisons
         ]
         return markdown_table(["features", *header], lines)

@@ -12,10 +12,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -25,9 +26,6 @@ from vision_bench.checks import POSITIVE, check_counts, check_features, check_fi
 from vision_bench.geometric_median import geometric_median
 from vision_bench.runs import locked
 from vision_bench.sae_kernels import Active, Decode, Encode
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 CHECKPOINT_KIND = "sparse autoencoder in training"
 CHECKPOINT = "autoencoder.safetensors"
@@ -83,8 +81,7 @@ class TopKAutoencoder(nn.Module):
 
     def __init__(self, d_in: int, d_latent: int, k: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        if min(d_in, d_latent) < 1:
-            raise ValueError(f"d_in is {d_in} and d_latent is {d_latent}; both must be at least 1.")
+        check_counts(d_in=d_in, d_latent=d_latent)
         if not 1 <= k <= d_latent:
             raise ValueError(f"k is {k} for d_latent {d_latent}; it must be in [1, {d_latent}].")
         self.d_in, self.d_latent, self.k = d_in, d_latent, k

@@ -99,10 +99,8 @@ def fit_l1_probes(
     whatever the scale of the features; scikit-learn's C is 1 / (n s g).
 
     Args:
-        features: (n, d) floating.
-        label_sets: (k, n) integer in [0, num_classes).
-        num_classes: at least 2.
-        strength: s, at least 0; one number or k.
+        features, label_sets, num_classes: as in `fit_k_sparse_probes`.
+        strength: s, at least 0; one number, or one for each label set.
         standardize: divide each feature by its standard deviation before.
         tolerance: the solution is taken when no entry of the generalised gradient exceeds this share of s g.
         max_iterations: passes over the features, after which the solution is taken with a warning.
@@ -110,8 +108,7 @@ def fit_l1_probes(
         progress: show a progress bar.
 
     Raises:
-        TypeError: features are not floating or labels not integer.
-        ValueError: shapes do not fit, features are not finite, or labels or the strength are out of range.
+        TypeError, ValueError: as `fit_k_sparse_probes`, of which k is the strength here.
     """
     n, d = check_features(features).shape
     label_sets = check_labels("label_sets", label_sets, num_classes, n, dims=2)

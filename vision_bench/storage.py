@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vision_bench.runs import differences
+from vision_bench.runs import differences, replacing
 
 KEY = "vision_bench"
 
@@ -33,17 +32,12 @@ def save(path: str | Path, kind: str, tensors: Mapping[str, torch.Tensor], heade
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     metadata = {KEY: json.dumps({"kind": kind, **header}, sort_keys=True)}
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
     except (OSError, SafetensorError) as error:
         raise OSError(f"Cannot write {path} ({error}). Is the disk full? The old file, if any, is whole.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

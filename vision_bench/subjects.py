@@ -15,8 +15,8 @@ from torch import nn
 
 from vision_bench import features, kinds, learners, models, zoo
 from vision_bench.benchmark_settings import Settings
-from vision_bench.corruptions import CLEAN, InputNoise, seed_of, stratified_fraction
-from vision_bench.data import ImageSet, load_splits
+from vision_bench.corruptions import CLEAN, InputNoise, seed_of
+from vision_bench.data import ImageSet, draw_fraction, load_splits
 from vision_bench.shifts import load_shifted, synthetic
 from vision_bench.viewed_images import viewed
 
@@ -174,15 +174,7 @@ def limited(images: ImageSet, limit: int | None) -> ImageSet:
     """About so many of the images, drawn from each class; None leaves all."""
     if limit is None or limit >= len(images):
         return images
-    return images.subset(_drawn(images, limit / len(images), f"limit is {limit}"))
-
-
-def _drawn(images: ImageSet, fraction: float, words: str) -> torch.Tensor:
-    """Indices of a share of each class. Raises ValueError, which begins with `words`, if a class is left with none."""
-    try:
-        return stratified_fraction(images.labels, fraction, torch.Generator().manual_seed(0), images.class_names)
-    except ValueError as error:
-        raise ValueError(f"{words} of {len(images)} images: {error}") from None
+    return images.subset(draw_fraction(images, limit / len(images), f"limit is {limit}"))
 
 
 class _Images(NamedTuple):
@@ -209,7 +201,7 @@ def _load(settings: Settings, size: int | None, device: torch.device, progress: 
     if people := settings.read_human_labels():
         people.check(train.labels, train.num_classes)
     for share in settings.conditions.few_shots:
-        _drawn(train, share, f"few_shots is {share:g}")
+        draw_fraction(train, share, f"few_shots is {share:g}")
     sets = {TRAIN: train, CLEAN: test}
     for shift in filter(None, settings.conditions.shifts):
         if shift.folder:

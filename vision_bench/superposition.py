@@ -301,32 +301,29 @@ def classify(
     if n_seeds != len(seeds):
         raise ValueError(f"encoders has {n_seeds} seeds and seeds {len(seeds)}; give one encoder for each seed.")
 
-    train_x, clean, noisy, test_x, test_labels, test_noise = [], [], [], [], [], []
+    drawn = []
     for seed in seeds:
         generator = np.random.default_rng([seed, 1])  # a stream beside the one that trained an encoder of this seed
-        x, labels = sample(n_samples, n_features, sparsity, generator)
-        train_x.append(x)
-        clean.append(labels)
-        noisy.append(flip_labels(labels, noise_rate, n_features, generator, flips))
-        x, labels = sample(n_test, n_features, sparsity, generator)
-        test_x.append(x)
-        test_labels.append(labels)
-        test_noise.append(torch.from_numpy(generator.standard_normal(x.shape, dtype=np.float32)))
+        x, clean = sample(n_samples, n_features, sparsity, generator)
+        noisy = flip_labels(clean, noise_rate, n_features, generator, flips)
+        test, answers = sample(n_test, n_features, sparsity, generator)
+        noise = torch.from_numpy(generator.standard_normal(test.shape, dtype=np.float32))
+        drawn.append((x, clean, noisy, test, answers, noise))
+    x, clean, noisy, test, answers, noise = map(torch.stack, zip(*drawn, strict=True))
 
     def encode(samples: torch.Tensor) -> torch.Tensor:
         """(seeds, count, n) -> (encoders * seeds, count, m)"""
         return (samples @ encoders.transpose(-1, -2)).flatten(0, 1)
 
-    features = encode(torch.stack(train_x))
-    labels = torch.stack(clean * arms + noisy * arms)
+    features = encode(x)
+    labels = torch.cat([clean] * arms + [noisy] * arms)
     order = np.random.default_rng(0)
     probes = fit_probes(
         features.repeat(2, 1, 1), labels, n_features, order, epochs, batch_size, learning_rate, progress
     )
     (clean_weight, noisy_weight), (clean_bias, noisy_bias) = (part.chunk(2) for part in probes)
 
-    test, noise = torch.stack(test_x), torch.stack(test_noise)
-    answers = torch.stack(test_labels * arms)
+    answers = answers.repeat(arms, 1)
     measured = [accuracy((clean_weight, clean_bias), encode(test), answers)]
     measured += [accuracy((noisy_weight, noisy_bias), encode(test), answers)]
     measured += [accuracy((clean_weight, clean_bias), encode(test + level * noise), answers) for level in input_noises]

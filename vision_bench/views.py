@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from vision_bench.checks import check_counts
+
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow; torchvision's tensors have 0.2989 for red
 _YIQ = torch.tensor([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)], dtype=torch.float64)
 # A turn of the chrominance by an angle a is, in RGB, luma + cos a * chrominance + sin a * quarter turn. From red over
@@ -79,8 +81,7 @@ class SimCLRViews:
     blur_sigma: Sequence[float] = (0.1, 2.0)  # pixels of the view, from and to, above 0; cut at three times the latter
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"size is {self.size}; it must be at least 1 pixel.")
+        check_counts(size=self.size)
         if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
             raise ValueError(
                 f"mean is {self.mean} and std {self.std}; both have three values, one a channel, std above 0."

@@ -331,3 +331,11 @@ def test_checkpoints_without_a_measure_need_no_figure(tmp_path):
     silence_frontier.report(tmp_path, {"the task alone": lines}, ["lora"])
     assert (tmp_path / "results.md").exists()
     assert not (tmp_path / "over_steps.png").exists()
+
+
+@pytest.mark.usefixtures("no_training")
+def test_what_the_last_condition_lacks_is_told_before_the_first_trains(arguments, pairs_file, tmp_path):
+    extra = ["--methods", "lora", "--poison_file", pairs_file, "--poison_shares", "0", "1"]
+    with pytest.raises(ValueError, match=r"--poison_share 1.0 of \d+ training rows is \d+, but there are 24 pairs"):
+        silence_frontier.main([*arguments, *extra])
+    assert not (tmp_path / "out" / "benign" / "results.jsonl").exists()

@@ -9,7 +9,7 @@ import shutil
 import comparison
 import pytest
 import sst2_monolora
-from table2 import identity
+from table2_identity import identity
 
 from evals.judge import judge
 

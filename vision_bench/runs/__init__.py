@@ -10,7 +10,7 @@ print(interval([row["value"] for row in run.find("accuracy", arm="lora")]).text(
 
 # ruff: noqa: F401 (a reader of rows need not know in which file of the package a name is)
 
-from vision_bench.runs.lines import LineAppender, Lines, file_checksum, locked, read_lines, write_atomic
+from vision_bench.runs.lines import LineAppender, Lines, file_checksum, locked, read_lines, replacing, write_atomic
 from vision_bench.runs.run import CONFIG, DIVERGED, ROWS, Cell, Run, commit, device_name, read_rows, versions
 from vision_bench.runs.settings import defaults, differences, option, parse, recorded, run_as_program
 from vision_bench.runs.statistics import (

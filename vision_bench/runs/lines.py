@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,19 +35,23 @@ def locked(folder: Path, timeout: float = 0) -> Iterator[None]:
         raise ValueError(f"Another process is working in {folder}; wait for it, or stop it.") from None
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text` through a temporary file beside it, so that a kill leaves the old or the new."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary file that takes the place of `path` once it is written; a kill leaves the old or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` by `text`, so that a kill leaves the old or the new."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 class Lines(NamedTuple):
@@ -131,10 +134,6 @@ class LineAppender:
             self._file.close()
             raise
 
-    def close(self) -> None:
-        """Close the file; `open` opens it again."""
-        self._file.close()
-
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write `rows` and wait until they are on the disk.
 
@@ -149,7 +148,7 @@ class LineAppender:
     def replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Let the file have `rows` and no others, whole or not at all."""
         write_atomic(self.path, "".join(map(line, rows)))
-        self.close()
+        self._file.close()
         self.open()
 
     def __enter__(self) -> LineAppender:
@@ -157,7 +156,7 @@ class LineAppender:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._file.close()
 
 
 def file_checksum(path: str | Path) -> str:
