@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -171,7 +171,7 @@ def _signed(number: float) -> str:
 @contextmanager
 def _replaced(path: Path) -> Iterator[TextIO]:
     """Write a file beside `path` that takes its place at the end, so that a stop leaves the old one or the new."""
-    partly = path.with_name(f".{path.name}.{os.getpid()}")
+    partly = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with partly.open("w", encoding="utf-8") as file:
             yield file

@@ -159,7 +159,8 @@ def main(arguments: list[str] | None = None) -> None:
             chosen = copy.deepcopy(options)  # `prepared` sets the offline model
             comparison = prepared(task.load(one, chosen, where.output_dir), one, where, chosen)
             comparisons.append((condition, comparison))
-        for condition, comparison in comparisons:
+        while comparisons:  # a condition's folder is locked, and its texts are held, until the next one begins
+            condition, comparison = comparisons.pop(0)
             run = comparison()
             if run.is_main:
                 run.write("results.md", task.experiment.render(run, run.folder))

@@ -21,7 +21,7 @@ from vision_bench import image_files
 from vision_bench.corruptions import CONDITIONS, shift_names
 from vision_bench.data import ImageSet, find_images, warn_of_training_images
 from vision_bench.image_files import Reading, in_threads, listed, resized
-from vision_bench.image_sources import Source, has_class_folders, integer_labels
+from vision_bench.image_sources import Source, has_class_folders
 
 SEVERITIES = 5
 # Of the 19 corruptions, those that are not of the benchmark but for validation (Hendrycks and Dietterich, 2019).
@@ -234,9 +234,11 @@ def _content(array: np.ndarray[Any, Any]) -> str:
 def _labels_of(path: Path) -> torch.Tensor:
     """Labels (n,) int64 of a file."""
     array = _read(path)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{path} has dtype {array.dtype}; labels are integers.")
     if array.ndim != 1 or not len(array):
         raise ValueError(f"{path} has the shape {array.shape}; it must be (n,), one label for each image.")
-    return integer_labels(array, str(path))
+    return torch.from_numpy(array.astype(np.int64))
 
 
 def _classes_of(numbers: torch.Tensor, like: ImageSet, place: Path) -> torch.Tensor:

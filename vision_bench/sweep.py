@@ -148,7 +148,7 @@ class Grid:
         own = [training for training in self.arms[name].trainings if learner in (None, training.learner)]
         cells = [cell for training in own for cell in self.training_cells(name, training)]
         for test in self.tests:
-            tested = [training for training in self.tested(name, test) if training in own]
+            tested = [training for training in self.tested(name, test) if learner in (None, training.learner)]
             cells += [self.accuracy_cell(name, training, test) for training in tested]
             cells += self.described_cells(name, test) if learner is None else []
         return cells

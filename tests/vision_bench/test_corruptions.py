@@ -1,5 +1,6 @@
 """Label noise is exact, uniform over the other classes and seeded; input noise has the distribution it names."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,6 +72,12 @@ def test_where_every_class_has_samples_the_noise_of_a_seed_is_the_offset_that_it
     expected = labels.clone()
     expected[chosen] = (labels[chosen] + torch.randint(1, 7, (40,), generator=generator)) % 7
     assert torch.equal(flip_labels(labels, 0.4, 7, seeded(3)), expected)
+
+
+@pytest.mark.parametrize("rate", [np.float32(0.5), np.float64(0.5)])
+def test_a_rate_may_be_any_number(rate):
+    labels = torch.arange(40) % 4
+    assert torch.equal(flip_labels(labels, rate, 4, seeded()), flip_labels(labels, 0.5, 4, seeded()))
 
 
 def test_another_seed_gives_other_noise():

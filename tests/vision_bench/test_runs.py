@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -440,3 +441,11 @@ def test_differences_are_paired_by_seed():
 
 def test_tables():
     assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |\n"
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    texts = [letter * 20_000 for letter in "abcd"]
+    with ThreadPoolExecutor(len(texts)) as threads:
+        list(threads.map(lambda text: [write_atomic(tmp_path / "one", text) for _ in range(20)], texts))
+    assert (tmp_path / "one").read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]

@@ -8,8 +8,6 @@ for seed in run.config["seeds"]:
 print(interval([row["value"] for row in run.find("accuracy", arm="lora")]).text())  # 0.55 ± 0.64
 """
 
-# ruff: noqa: F401 (a reader of rows need not know in which file of the package a name is)
-
 from vision_bench.runs.lines import LineAppender, Lines, file_checksum, locked, read_lines, replacing, write_atomic
 from vision_bench.runs.run import CONFIG, DIVERGED, ROWS, Cell, Run, commit, device_name, read_rows, versions
 from vision_bench.runs.settings import defaults, differences, option, parse, recorded, run_as_program
@@ -23,3 +21,36 @@ from vision_bench.runs.statistics import (
     paired_difference,
     select,
 )
+
+__all__ = [
+    "CONFIG",
+    "DIVERGED",
+    "ROWS",
+    "Cell",
+    "Interval",
+    "LineAppender",
+    "Lines",
+    "Run",
+    "commit",
+    "defaults",
+    "device_name",
+    "differences",
+    "file_checksum",
+    "frame",
+    "interval",
+    "locked",
+    "markdown_table",
+    "option",
+    "over_seeds",
+    "paired",
+    "paired_difference",
+    "parse",
+    "read_lines",
+    "read_rows",
+    "recorded",
+    "replacing",
+    "run_as_program",
+    "select",
+    "versions",
+    "write_atomic",
+]
