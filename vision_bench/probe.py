@@ -273,8 +273,7 @@ def probe_accuracy(
     if not topk or any(not 1 <= t <= c for t in topk):
         raise ValueError(f"topk is {tuple(topk)} for {c} classes; every value must be in [1, {c}].")
     _check_finite_probes(weights, biases)
-    labels = torch.as_tensor(labels)
-    labels = check_labels("labels", labels, c, len(features), dims=2 if labels.ndim == 2 else 1)
+    labels = check_labels("labels", labels, c, len(features), dims=2 if torch.as_tensor(labels).ndim == 2 else 1)
     if labels.ndim == 2 and len(labels) != k:
         raise ValueError(f"labels are of {len(labels)} probes and the weights of {k}; give those of each, or of all.")
     check_finite("features", features)
