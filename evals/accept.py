@@ -170,13 +170,19 @@ def _check_begun(folder: Path, card: Card, identity: dict[str, Any]) -> None:
         )
 
 
+class _Answered(NamedTuple):
+    """Values on the prompts by arm, the base and the adapter, and why there are none of one that diverged."""
+
+    arms: dict[str, ArmValues]
+    diverged: str | None = None
+
+
 class _Measures:
     """The measures of a card's lines; what is not in the folder is made when a line asks for it first."""
 
     def __init__(self, card: Card, settings: GenerateSettings, folder: Path) -> None:
         self.card, self.settings, self.folder = card, settings, folder
         self.examples: dict[str, list[Example]] = {}
-        self._diverged: str | None = None
 
     def decided(self, line: Line) -> Decided:
         """The line with its outcome, before judges that are fooled are known."""
@@ -192,20 +198,20 @@ class _Measures:
         return Decided(line, outcome, reason, None, needed_for(line, self.card.power))
 
     @cached_property
-    def arms(self) -> dict[str, ArmValues]:
-        """The base's and the adapter's values on the prompts, answered and judged if they are not."""
+    def answered(self) -> _Answered:
+        """What the prompts gave, which are answered and judged if they are not."""
         run: Run = generate(self.settings)
         marks = run.find(DIVERGED)
-        self._diverged = str(marks[0]["config"]["reason"]) if marks else None
         if self.card.judges and has_answers(run.folder):
             judge(run.folder, self.card.judges)
-        # The folder of an adapter that diverged may hold no answer at all.
-        return {} if self._diverged is not None else {arm.name: arm for arm in read_arms(str(run.folder))}
+        if marks:  # the folder of an adapter that diverged may hold no answer at all
+            return _Answered({}, f"it diverged: {marks[0]['config']['reason']}")
+        return _Answered({arm.name: arm for arm in read_arms(str(run.folder))})
 
     def _of_answers(self, line: Line) -> Measured | tuple[str, str]:
-        arms = self.arms
-        if self._diverged is not None:
-            return FAILS, f"it diverged: {self._diverged}"
+        arms, diverged = self.answered
+        if diverged is not None:
+            return FAILS, diverged
         key = Measure(line.task, line.metric, line.judge, "" if line.judge else line.filter)
         have = sorted({k.metric for k in arms[ADAPTER].values if k.task == line.task})
         if key not in arms[ADAPTER].values:
@@ -243,10 +249,9 @@ class _Measures:
             self.examples[line.name] = [Example(row.prompt, row.response) for row in shown]
 
     def _forgetting(self, line: Line) -> Measured | tuple[str, str]:
-        if self.card.tasks:
-            _ = self.arms  # first, as the folder is theirs
-            if self._diverged is not None:
-                return FAILS, f"it diverged: {self._diverged}"
+        # The answers come first, as the folder is theirs.
+        if self.card.tasks and self.answered.diverged is not None:
+            return FAILS, self.answered.diverged
         shared = {name: self.card.answers[name] for name in ("dtype", "load_in_4bit") if name in self.card.answers}
         output_dir = self.folder / f"forgetting-{checksum(line.texts and file_checksum(line.texts))[:8]}"
         run = measure_forgetting(
