@@ -409,6 +409,8 @@ def over_steps(panels: dict[str, pd.DataFrame], methods: Sequence[str]) -> Figur
         for axes, measure in zip(grid[:, column], rows, strict=True):
             axes.set(title=title if measure == rows[0] else "", xlabel="step", ylabel=measure.title)
             axes.yaxis.label.set_fontsize(7)
+            if measure not in PERFORMANCES:
+                axes.set_ylim(-5, 105)  # of shares, so that a few prompts do not look like many
             for method, by_step in _at_steps(lines, measure, methods).items():
                 means = {step: over_seeds(by_seed) for step, by_seed in by_step.items() if step}
                 strength = families[: methods.index(method)].count(_family(method))  # the lines of a control differ
